@@ -1,0 +1,49 @@
+// Python bindings. Tensors arrive as addresses and sizes: `simctg_fast/ops` has checked dtypes, devices and layouts and
+// allocated the outputs. Every function releases the GIL; std::invalid_argument becomes a ValueError.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "viterbi.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using address = std::uintptr_t;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* pointer(address value) {
+    return reinterpret_cast<T*>(value);
+}
+
+void viterbi_backtrace(const std::string& dtype, address backpointers, std::array<int64_t, 3> sizes,
+                       std::array<int64_t, 3> strides, address last, address lengths, address path, int num_threads) {
+    for (const int64_t size : sizes) {
+        if (size < 0) throw std::invalid_argument("sizes must not be negative");
+    }
+    const simctg::BackpointerView view{pointer<const void>(backpointers), sizes[0], sizes[1], sizes[2],
+                                       strides[0], strides[1], strides[2]};
+    const auto run = [&](auto trace) {
+        trace(view, pointer<const int64_t>(last), pointer<const int64_t>(lengths), pointer<int64_t>(path), num_threads);
+    };
+    if (dtype == "uint8") return run(simctg::viterbi_backtrace<uint8_t>);
+    if (dtype == "uint16") return run(simctg::viterbi_backtrace<uint16_t>);
+    if (dtype == "int32") return run(simctg::viterbi_backtrace<int32_t>);
+    if (dtype == "int64") return run(simctg::viterbi_backtrace<int64_t>);
+    throw std::invalid_argument("dtype is " + dtype + ", must be uint8, uint16, int32 or int64");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "C++ kernels of simctg_fast; called through simctg_fast.ops only.";
+    m.def("viterbi_backtrace", &viterbi_backtrace, py::arg("dtype"), py::arg("backpointers"), py::arg("sizes"),
+          py::arg("strides"), py::arg("last"), py::arg("lengths"), py::arg("path"), py::arg("num_threads"),
+          release_gil());
+}

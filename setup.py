@@ -1,0 +1,209 @@
+"""Builds the C++ extension `simctg_fast._C` and maps the top-level folder `kernels/` to `simctg_fast.kernels`.
+
+Everything declarative is in pyproject.toml. Environment variables read here:
+
+* ``SIMCTG_FAST_BUILD_CPP=0`` leaves the extension out; the PyTorch path serves instead.
+* ``SIMCTG_FAST_REQUIRE_EXT=1`` makes a failed build an error. By default it is reported and the installation goes on.
+* ``MAX_JOBS`` compile jobs at a time (default: the processors this process may use).
+* ``CXX``, ``CXXFLAGS``, ``LDFLAGS`` as everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.cpp"))
+
+# No -march=native: a wheel has to run on other machines, so instruction sets are chosen at run time. A file that
+# needs one carries it in its name.
+ISA_FLAGS = {
+    "_avx2.cpp": ["-mavx2", "-mfma"],
+    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-DNDEBUG", "-Wall", "-Wextra"]
+CXX_FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
+
+
+class BuildError(Exception):
+    """The extension could not be built; the text says why."""
+
+
+def is_x86_64() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+
+
+def isa_flags(source: str) -> list[str] | None:
+    """Flags of the instruction set a file is named after, [] for a portable file, None if it is not for this machine."""
+    for suffix, flags in ISA_FLAGS.items():
+        if source.endswith(suffix):
+            return flags if is_x86_64() else None
+    return []
+
+
+def compiler() -> str:
+    return os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+
+
+def ninja_command() -> str:
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        return os.path.join(ninja.BIN_DIR, "ninja")
+    found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja was not found; `pip install ninja` provides it")
+    return found
+
+
+def include_flags() -> list[str]:
+    try:
+        import pybind11
+    except ImportError as error:
+        raise BuildError("pybind11 was not found; `pip install pybind11` provides it") from error
+    folders = dict.fromkeys([sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()])
+    return [flag for folder in folders for flag in ("-isystem", folder)]
+
+
+def ninja_path(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_flags(flags: list[str]) -> str:
+    return shlex.join(flags).replace("$", "$$")
+
+
+def ninja_file(folder: str, library: str) -> str:
+    """Text of the build.ninja, to be run in the repository root: one edge an object, with its depfile, and one link."""
+    cxx_flags = CXX_FLAGS + (["-DSIMCTG_FAST_X86_64=1"] if is_x86_64() else [])
+    cxx_flags += [*include_flags(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {ninja_path(folder)}",
+        f"cxx = {compiler().replace('$', '$$')}",
+        f"cxx_flags = {ninja_flags(cxx_flags)}",
+        f"link_flags = {ninja_flags([*LINK_FLAGS, *shlex.split(os.environ.get('LDFLAGS', ''))])}",
+        "rule compile",
+        "  command = $cxx $cxx_flags $isa_flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
+        "rule link",
+        "  command = $cxx $in $link_flags -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in SOURCES:
+        flags = isa_flags(source)
+        if flags is None:
+            continue
+        objects.append(ninja_path(f"{folder}/{Path(source).stem}.o"))
+        lines += [f"build {objects[-1]}: compile {ninja_path(source)}", f"  isa_flags = {ninja_flags(flags)}"]
+    lines += [f"build {ninja_path(library)}: link {' '.join(objects)}", f"default {ninja_path(library)}"]
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder; the second waits and finds the work done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        with contextlib.suppress(ImportError):  # no fcntl outside POSIX
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class BuildExtension(build_ext):
+    """`build_ext` that hands the compiling to ninja, so that an edit to one source costs one compile job.
+
+    The objects live in ``build/`` under the repository whatever setuptools calls its temporary folder: an editable
+    install, a wheel and ``build_ext --inplace`` share them.
+    """
+
+    def run(self) -> None:
+        if os.environ.get("SIMCTG_FAST_BUILD_CPP") == "0":
+            self._remove_old()
+            print("simctg_fast: SIMCTG_FAST_BUILD_CPP=0, built without the C++ extension")
+            return
+        library = Path(self.get_ext_filename("_C")).name
+        folder = f"build/ninja-{self.plat_name}-{sys.implementation.cache_tag}"
+        with locked(ROOT / folder):
+            try:
+                self._ninja(folder, f"{folder}/{library}")
+            except BuildError as error:
+                shutil.rmtree(ROOT / folder, ignore_errors=True)
+                self._remove_old()
+                if os.environ.get("SIMCTG_FAST_REQUIRE_EXT") == "1":
+                    raise SystemExit(f"simctg_fast: the C++ extension was not built: {error}") from None
+                print(
+                    f"simctg_fast: the C++ extension was not built: {error}\n"
+                    "simctg_fast: going on without it; the slower PyTorch path serves instead "
+                    "(SIMCTG_FAST_REQUIRE_EXT=1 makes this an error)",
+                    file=sys.stderr,
+                )
+                return
+            for target in self._targets():
+                install_library(ROOT / folder / library, target)
+
+    def _ninja(self, folder: str, library: str) -> None:
+        build_file = ROOT / folder / "build.ninja"
+        build_file.write_text(ninja_file(folder, library))
+        jobs = self.parallel if isinstance(self.parallel, int) and self.parallel > 1 else os.environ.get("MAX_JOBS")
+        if jobs is None:
+            jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        command = [ninja_command(), "-f", str(build_file.relative_to(ROOT)), "-j", str(jobs)]
+        sys.stdout.flush()
+        if subprocess.run([*command, *(["--quiet"] if self.verbose < 1 else [])], cwd=ROOT).returncode:
+            raise BuildError(f"`{shlex.join(command)}` failed; the compiler's message is above")
+
+    def _targets(self) -> list[Path]:
+        """Where the library goes: beside the sources for an in-place build, into the build folder for a wheel."""
+        inplace, regular = self._get_inplace_equivalent(self.get_finalized_command("build_py"), self.extensions[0])
+        targets = [ROOT / inplace] if self.inplace else []
+        if self.editable_mode or not self.inplace:
+            targets.append(Path(regular))
+        return targets
+
+    def _remove_old(self) -> None:
+        """A library of an earlier build must not be installed, or stay importable, as if it were this one's."""
+        for target in self._targets():
+            target.unlink(missing_ok=True)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {built: source for built, source in super().get_output_mapping().items() if os.path.exists(built)}
+
+
+def install_library(built: Path, target: Path) -> None:
+    """Copies through a rename: a process that has the old library mapped keeps it."""
+    if target.exists() and target.read_bytes() == built.read_bytes():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(built, scratch)
+    os.replace(scratch, target)
+
+
+setup(
+    packages=[*find_packages(include=["simctg_fast", "simctg_fast.*"]), "simctg_fast.kernels"],
+    package_dir={"simctg_fast.kernels": "kernels"},
+    ext_modules=[Extension("simctg_fast._C", sources=SOURCES)],
+    cmdclass={"build_ext": BuildExtension},
+)

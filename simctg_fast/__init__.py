@@ -1,0 +1,74 @@
+"""Fast contrastive search, contrastive training and a low-rank CRF for PyTorch and Hugging Face models.
+
+The public names live here and are loaded on first use: ``import simctg_fast`` imports neither transformers nor triton
+and does not touch CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .assets import bundled_model_path as bundled_model_path
+    from .decoding import ContrastiveSearch as ContrastiveSearch
+    from .decoding import SupportReport as SupportReport
+    from .decoding import contrastive_search as contrastive_search
+    from .decoding import patch_transformers as patch_transformers
+    from .decoding import support as support
+    from .decoding import unpatch_transformers as unpatch_transformers
+    from .functional import viterbi_backtrace as viterbi_backtrace
+    from .ops import backend_info as backend_info
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "ContrastiveSearch": "simctg_fast.decoding",
+    "SupportReport": "simctg_fast.decoding",
+    "backend_info": "simctg_fast.ops",
+    "bundled_model_path": "simctg_fast.assets",
+    "contrastive_search": "simctg_fast.decoding",
+    "patch_transformers": "simctg_fast.decoding",
+    "support": "simctg_fast.decoding",
+    "unpatch_transformers": "simctg_fast.decoding",
+    "viterbi_backtrace": "simctg_fast.functional",
+}
+_SUBMODULES = ("assets", "decoding", "functional", "ops")
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def _find_kernels() -> None:
+    """In a plain checkout the kernels are beside this folder, not in it: look for `simctg_fast.kernels` there too."""
+    here = pathlib.Path(__file__).resolve().parent
+    if not (here / "kernels").exists() and (here.parent / "kernels" / "__init__.py").is_file():
+        __path__.append(str(here.parent))
+
+
+_find_kernels()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return _load(f"{__name__}.{name}")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _load(_EXPORTS[name])
+    if not hasattr(module, name):
+        raise ImportError(f"{module.__name__} does not define {name!r}", name=module.__name__)
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def _load(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except AttributeError as error:
+        # `from simctg_fast import name` and hasattr() would turn it into "no such name" and hide the cause.
+        raise ImportError(f"importing {module} failed: {error}", name=module) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS, *_SUBMODULES})

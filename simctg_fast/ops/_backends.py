@@ -1,0 +1,85 @@
+"""What this installation can run on: the C++ extension, Triton, CUDA. Looked up on first use, never at import."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import platform
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def _attempt(name: str) -> tuple[ModuleType | None, ImportError | None]:
+    """The module, or None and the error that its import raised."""
+    try:
+        return importlib.import_module(name), None
+    except ImportError as error:
+        return None, error
+
+
+def extension() -> ModuleType | None:
+    """The C++ extension `simctg_fast._C`, or None where it was not built or does not load."""
+    return _attempt("simctg_fast._C")[0]
+
+
+def extension_error() -> ImportError | None:
+    """Why `extension()` is None: the ImportError that loading it raised. None when it loaded."""
+    return _attempt("simctg_fast._C")[1]
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported. It says nothing about a GPU."""
+    return _attempt("triton")[0] is not None
+
+
+def triton_error() -> ImportError | None:
+    """The ImportError of triton, None when it loaded."""
+    return _attempt("triton")[1]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def backend_info() -> dict[str, Any]:
+    """Versions, processors and backends of this installation, for bug reports and `simctg-fast env`.
+
+    Returns:
+        A flat dict of strings, numbers, lists of strings and None (absent). ``extension`` and ``triton`` hold a path or
+        version when they load, ``extension_error`` and ``triton_error`` the text of the real ImportError when not.
+    """
+    import simctg_fast
+
+    module, error = _attempt("simctg_fast._C")
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            gpus.append(f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+    return {
+        "simctg_fast": simctg_fast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton") if has_triton() else None,
+        "triton_error": None if has_triton() else _describe(triton_error()),
+        "extension": None if module is None else module.__file__,
+        "extension_error": None if module is not None else _describe(error),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+    }
+
+
+def _describe(error: ImportError | None) -> str:
+    return "unknown" if error is None else f"{type(error).__name__}: {error}"

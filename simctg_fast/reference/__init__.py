@@ -1,0 +1,1 @@
+"""The slow, obvious version of every operator, for tests and benchmarks to compare with. Nothing else imports it."""
