@@ -31,6 +31,21 @@ def extension_error() -> ImportError | None:
     return _attempt("simctg_fast._C")[1]
 
 
+def require_extension() -> ModuleType:
+    """The C++ extension, for an ``impl="cpu"`` that was asked for by name.
+
+    Raises:
+        RuntimeError: it is not there; the ImportError is the cause and part of the text.
+    """
+    module, error = _attempt("simctg_fast._C")
+    if module is None:
+        raise RuntimeError(
+            f"impl='cpu' needs the C++ extension, which does not load ({_describe(error)}); "
+            "SIMCTG_FAST_REQUIRE_EXT=1 makes the installation stop where building it fails"
+        ) from error
+    return module
+
+
 def has_triton() -> bool:
     """Whether triton can be imported. It says nothing about a GPU."""
     return _attempt("triton")[0] is not None
