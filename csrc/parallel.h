@@ -1,0 +1,31 @@
+// Running independent tasks on several threads.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace simctg {
+
+// Calls fn(task) once for every task in 0..tasks-1, on up to `num_threads` threads, the caller among them; which thread
+// takes which task is not fixed. Returns when all are done. An exception leaves through here (the first one; tasks not
+// begun by then are dropped). Called from inside a parallel region it runs serially.
+//
+// The threads are those of the OpenMP runtime that PyTorch has loaded, so that two pools never fight for the cores;
+// where none is loaded they are started for the call. No launch at all for one task or one thread.
+void parallel_for_erased(int64_t tasks, int num_threads, void (*fn)(void* context, int64_t task), void* context);
+
+template <class Fn>
+void parallel_for(int64_t tasks, int num_threads, Fn&& fn) {
+    using Plain = std::remove_reference_t<Fn>;
+    parallel_for_erased(
+        tasks, num_threads, [](void* context, int64_t task) { (*static_cast<Plain*>(context))(task); },
+        const_cast<void*>(static_cast<const void*>(&fn)));
+}
+
+// "openmp" or "std::thread".
+const char* parallel_backend();
+
+// "openmp", "std::thread" or "auto"; for tests. Throws std::invalid_argument on another name or a missing runtime.
+void set_parallel_backend(const char* name);
+
+}  // namespace simctg
