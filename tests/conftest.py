@@ -1,0 +1,82 @@
+"""What every test runs under: no network, fixed seeds, few threads, and uninitialised memory that shows."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+import torch.utils._device
+
+LIBRARY = "simctg_fast"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: part of the full set only (`make test-full`), not of `make test`")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped without one")
+    # Two xdist workers with every core each would fight for the machine.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
+    _poison_uninitialised_memory()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test may draw from the global generator
+    torch.manual_seed(0)
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills memory nobody has written with what cannot pass for a result: NaN, or the dtype's largest integer."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return tensor
+    with torch.no_grad():
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            return tensor.fill_(float("nan"))
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+def _poison_uninitialised_memory() -> None:
+    """`torch.empty` and its kin return poisoned memory when the library under test calls them.
+
+    Only there: torch's own modules and the tests fill what they allocate, and would pay for nothing.
+    """
+    # `with torch.device(...)` redirects the functions listed here on first use: they have to be the real ones.
+    torch.utils._device._device_constructors()
+    places = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    places += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
+    for owner, name in places:
+        setattr(owner, name, _poisoning(getattr(owner, name)))
+
+
+def _poisoning(allocate):
+    @functools.wraps(allocate)
+    def wrapper(*args, **kwargs):
+        result = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():  # the tracer cannot follow the frame, and the graph must stay the user's
+            return result
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller == LIBRARY or caller.startswith(LIBRARY + "."):
+            return _poison(result)
+        return result
+
+    return wrapper
