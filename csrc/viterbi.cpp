@@ -1,8 +1,11 @@
 #include "viterbi.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
+
+#include "parallel.h"
 
 namespace simctg {
 namespace {
@@ -50,11 +53,19 @@ template <class Slot>
 template <class Slot>
 void viterbi_backtrace(const BackpointerView& view, const int64_t* last, const int64_t* lengths, int64_t* path,
                        int num_threads) {
-    (void)num_threads;
-    for (int64_t b = 0; b < view.batch; ++b) {
-        const int64_t length = lengths ? lengths[b] : view.length;
-        if (!trace<Slot>(view, b, last[b], length, path + b * view.length)) explain<Slot>(view, b, last[b], length);
-    }
+    const auto length_of = [&](int64_t b) { return lengths ? lengths[b] : view.length; };
+    // A step is one read that waits for the one before; a task is enough of them to be worth waking a thread.
+    const int64_t items = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, view.length));
+    std::atomic<int64_t> wrong{view.batch};  // the first item that failed: the same one for any number of threads
+    parallel_for((view.batch + items - 1) / items, num_threads, [&](int64_t task) {
+        for (int64_t b = task * items; b < std::min(view.batch, (task + 1) * items); ++b) {
+            if (trace<Slot>(view, b, last[b], length_of(b), path + b * view.length)) continue;
+            int64_t seen = wrong.load();
+            while (b < seen && !wrong.compare_exchange_weak(seen, b)) {}
+        }
+    });
+    const int64_t b = wrong.load();
+    if (b < view.batch) explain<Slot>(view, b, last[b], length_of(b));
 }
 
 template void viterbi_backtrace<uint8_t>(const BackpointerView&, const int64_t*, const int64_t*, int64_t*, int);
