@@ -1,0 +1,463 @@
+"""Contrastive search as a decoding method for ``generate`` (Su et al. 2022, arXiv 2202.06417)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from ..ops.candidate_select import contrastive_scores
+from .hidden_states import HiddenStatesHistory, HiddenStatesTap
+from .linear_swap import fast_linears
+from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult
+from .processors import without_sampling_warpers
+from .support import make_report, recall, remember
+
+logger = logging.getLogger("simctg_fast")
+
+DEFAULT_PENALTY_ALPHA = 0.6
+DEFAULT_TOP_K = 4
+_TRANSFORMERS_TOP_K = 50  # what generation configurations say when nobody chose
+_STOP_CHECK_INTERVAL = 8  # steps between two looks at the end-of-text flags on a GPU: each look waits for the device
+_SUPPORTED_CACHES = (None, "dynamic", "static")
+
+
+class ContrastiveSearch:
+    """Contrastive search with these settings, to be handed to ``model.generate(custom_generate=...)``.
+
+    At each step the ``top_k`` most probable tokens are tried, and the one with the largest
+    ``(1 − penalty_alpha) · p − penalty_alpha · max_j cos(h, h_j)`` is kept, where h is its last-layer hidden state and
+    h_j those of all real positions before it (Su et al. 2022, eq. 5). Deterministic, unless ``temperature`` is given.
+
+    Args:
+        penalty_alpha: weight of the penalty in [0, 1]; 0 is greedy search. Default: what ``generate`` was given, else 0.6.
+        top_k: number of candidates, 1 … vocabulary; 1 is greedy search. Default: what ``generate`` was given, else 4.
+            (A 50 found there is transformers' default, which nobody chose; to use 50, say so here.)
+        temperature: makes the choice random: candidate i with probability ∝ exp(score_i / temperature).
+        generator: random numbers for ``temperature``; the global generator of the device if None.
+        streamer: a ``transformers`` streamer; it gets the prompt, then every token, and is always ended.
+        tokenizer, stop_strings: end a sequence at any of these strings (``generate`` keeps its own to itself).
+        path: ``"auto"``, or one of ``"shared_prefix"``, ``"reorder"``, ``"uncached"`` (see ``support``) to insist on it.
+        fast_linear: route the linear layers of a float32 model on the CPU through our small-batch kernel during the call.
+        pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if the
+            copy takes at most a quarter of the free memory).
+
+    Raises:
+        ValueError: a value outside its range, named with the range, when the object is made or first used.
+    """
+
+    def __init__(
+        self,
+        penalty_alpha: float | None = None,
+        top_k: int | None = None,
+        *,
+        temperature: float | None = None,
+        generator: torch.Generator | None = None,
+        streamer: Any | None = None,
+        tokenizer: Any | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        path: str = "auto",
+        fast_linear: bool = True,
+        pack: bool | str = "auto",
+    ):
+        if penalty_alpha is not None:
+            _check_penalty_alpha(penalty_alpha)
+        if top_k is not None:
+            _check_top_k(top_k)
+        if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+        if generator is not None and temperature is None:
+            raise ValueError("generator is given, but without a temperature contrastive search makes no random choice")
+        if stop_strings is not None and tokenizer is None:
+            raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer=...")
+        if path != "auto" and path not in PATHS:
+            raise ValueError(f"path must be 'auto' or one of {tuple(PATHS)}, got {path!r}")
+        self.penalty_alpha, self.top_k = penalty_alpha, top_k
+        self.temperature, self.generator = temperature, generator
+        self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
+        self.path, self.fast_linear, self.pack = path, fast_linear, pack
+
+    def __repr__(self) -> str:
+        given = {n: v for n, v in vars(self).items() if v is not None and n in ("penalty_alpha", "top_k", "temperature")}
+        return f"ContrastiveSearch({', '.join(f'{n}={v!r}' for n, v in given.items())})"
+
+    def __call__(
+        self,
+        model,  # noqa: ANN001 - a PreTrainedModel with GenerationMixin
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
+        """Called by ``generate``; see there for the arguments."""
+        streamer = self.streamer if self.streamer is not None else model_kwargs.pop("streamer", None)
+        model_kwargs.pop("streamer", None)
+        synced_gpus = bool(model_kwargs.pop("synced_gpus", False))
+        tokenizer = self.tokenizer or model_kwargs.pop("tokenizer", None)
+        model_kwargs.pop("tokenizer", None)
+        try:
+            if self.streamer is not None:  # one that ``generate`` knows has had the prompt already
+                streamer.put(input_ids.cpu())
+            if self.stop_strings is not None:
+                stopping_criteria = StoppingCriteriaList(
+                    [*stopping_criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=self.stop_strings)]
+                )
+            run = _Run(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            run.synced_gpus, run.streamer = synced_gpus, streamer
+            return run()
+        finally:
+            if streamer is not None:
+                streamer.end()
+
+
+def contrastive_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):  # noqa: ANN001, ANN003, ANN201
+    """``ContrastiveSearch()`` as a plain function: ``model.generate(custom_generate=contrastive_search,
+    penalty_alpha=0.6, top_k=4)``. For a streamer, stop strings or a random choice use the class."""
+    return ContrastiveSearch()(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    )
+
+
+def _check_penalty_alpha(value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"penalty_alpha must be a number in [0, 1], got {value!r}")
+
+
+def _check_top_k(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"top_k must be an integer of at least 1, got {value!r}")
+
+
+class _Run:
+    """One ``generate`` call: the loop over tokens, and what it collects on the way."""
+
+    def __init__(self, strategy, model, input_ids, processors, criteria, config, model_kwargs):  # noqa: ANN001
+        self.strategy, self.model, self.config = strategy, model, config
+        self.streamer, self.synced_gpus = None, False
+        self.penalty_alpha, self.top_k = self._settings(strategy, config, model)
+        self.processors = without_sampling_warpers(processors, config)
+        self.criteria = criteria
+        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.input_ids = input_ids
+        self.model_kwargs = self._checked_kwargs(model_kwargs)
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        prompt = self._prompt_mask()
+        if prompt is not None:
+            empty = (prompt.sum(dim=-1) == 0).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(f"attention_mask has no real token in row {empty[0]} of the batch; allowed: at least 1")
+        self.prompt_mask = prompt
+        wanted = bool(config.return_dict_in_generate)
+        self.record = {
+            "output_hidden_states": wanted and bool(config.output_hidden_states),
+            "output_attentions": wanted and bool(config.output_attentions),
+        }
+        self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
+        self.raw_logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
+        self.layers: list[tuple[torch.Tensor, ...]] = []  # hidden states, one entry a step
+        self.attentions: list[tuple[torch.Tensor, ...]] = []
+        self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
+
+    # ---- arguments ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _settings(strategy: ContrastiveSearch, config: GenerationConfig, model) -> tuple[float, int]:  # noqa: ANN001
+        alpha = strategy.penalty_alpha
+        if alpha is None:
+            alpha = DEFAULT_PENALTY_ALPHA if config.penalty_alpha is None else config.penalty_alpha
+        _check_penalty_alpha(alpha)
+        top_k = strategy.top_k
+        if top_k is None:
+            top_k = DEFAULT_TOP_K if config.top_k in (None, _TRANSFORMERS_TOP_K) else config.top_k
+        _check_top_k(top_k)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        if top_k > vocabulary:
+            raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {top_k}")
+        if (config.num_beams or 1) != 1:
+            raise ValueError(f"num_beams must be 1 for contrastive search, got {config.num_beams}")
+        if config.cache_implementation not in _SUPPORTED_CACHES:
+            raise ValueError(
+                f"cache_implementation must be one of {_SUPPORTED_CACHES} for contrastive search, "
+                f"got {config.cache_implementation!r}"
+            )
+        return float(alpha), top_k
+
+    def _checked_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs = {n: v for n, v in kwargs.items() if n not in ("output_hidden_states", "output_attentions")}
+        for name in ("past_key_values", "cache_params"):
+            cache = kwargs.get(name)
+            if getattr(cache, "_is_user_defined", False):
+                kwargs[name] = self._own_cache(name, cache, kwargs)
+        if kwargs.get("use_cache") is False and self.model.generation_config.use_cache is False:
+            kwargs["use_cache"] = True  # the model's default, not the caller's wish
+        elif kwargs.get("use_cache") is False:
+            logger.warning("use_cache=False: contrastive search recomputes every candidate's whole sequence (slow).")
+        return kwargs
+
+    def _own_cache(self, name: str, cache: Any, kwargs: dict[str, Any]) -> Any:
+        """A cache that the caller passed in. One that is in use lacks the hidden states of what it holds, so the prompt
+        is run again, provided it is all there."""
+        if not isinstance(cache, Cache):
+            raise ValueError(f"{name} must be a transformers Cache, got {type(cache).__name__}")
+        held = cache.get_seq_length()
+        if not held:
+            return cache
+        mask = kwargs.get("attention_mask")
+        expected = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", self.input_ids.shape[1])
+        if self.input_ids.shape[1] <= held or expected != self.input_ids.shape[1]:
+            raise ValueError(
+                f"{name} holds {held} tokens whose hidden states contrastive search does not have: pass the whole prompt "
+                f"as input_ids (got {self.input_ids.shape[1]} tokens) so that it can be run again"
+            )
+        logger.warning("%s already holds %d tokens; their hidden states are needed, so the prompt is run again.", name, held)
+        fresh = type(cache)(config=self.model.config.get_text_config(decoder=True))
+        return fresh
+
+    def _prompt_mask(self) -> torch.Tensor | None:
+        name = "decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"
+        mask = self.model_kwargs.get(name)
+        return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions the sequences can reach, where a criterion bounds them (inputs_embeds are not counted in ids)."""
+        bound = self.criteria.max_length
+        embeds = self.model_kwargs.get("inputs_embeds")
+        if bound is not None and embeds is not None and not self.is_encoder_decoder:
+            bound += embeds.shape[1] - self.input_ids.shape[1]
+        return bound
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def __call__(self):  # noqa: ANN204
+        k = 1 if self.penalty_alpha == 0 and self.strategy.temperature is None else self.top_k
+        rows = self.input_ids.shape[0] * k
+        with ExitStack() as stack:
+            self.tap = stack.enter_context(HiddenStatesTap(self.model))
+            if self.strategy.fast_linear:
+                stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))
+            if hasattr(self.model, "_optimize_model_for_decode"):
+                stack.enter_context(self.model._optimize_model_for_decode())
+            self._loop(k)
+        return self._result()
+
+    def _loop(self, k: int) -> None:
+        input_ids, device = self.input_ids, self.input_ids.device
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=device)
+        steps_needed = torch.zeros((), dtype=torch.long, device=device)
+        pad_token = self.config._pad_token_tensor
+        interval = _STOP_CHECK_INTERVAL if device.type == "cuda" and self.streamer is None else 1
+        logits, outputs, step, finished = self._open(), self.prefill_outputs, 0, False
+        self.prefill_outputs = None
+        bad = torch.zeros((), dtype=torch.bool, device=device)
+        while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
+            processed = self.processors(input_ids, logits)
+            if self.raw_logits is not None:
+                self.raw_logits.append(logits)
+            if self.scores is not None:
+                self.scores.append(processed)
+            self._record(outputs)
+            probs, candidates = top_k_probs(processed, k)
+            bad |= probs.isnan().any()
+            if interval == 1:
+                self._check_nan(probs, step)
+            result = self._step(input_ids, candidates, probs)
+            outputs, logits = result, result.logits.to(device)
+            if self.synced_gpus and finished:
+                continue
+            tokens = candidates.gather(1, result.selected.to(device)[:, None]).squeeze(1)
+            if self.has_eos:
+                tokens = tokens * unfinished + pad_token.to(device) * (1 - unfinished)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            steps_needed += unfinished.max()
+            unfinished = unfinished & ~self.criteria(input_ids, tuple(self.scores) if self.scores is not None else None)
+            step += 1
+            if step % interval == 0 or input_ids.shape[1] == self.criteria.max_length:
+                if interval > 1:
+                    self._check_nan(bad, step - 1)
+                finished = not bool(unfinished.max())
+        kept = int(steps_needed)
+        self.input_ids = input_ids[:, : input_ids.shape[1] - (step - kept)]
+        self.surplus = step - kept
+        for recorded in (self.scores, self.raw_logits, self.layers, self.attentions, self.cross_attentions):
+            if recorded:
+                del recorded[kept:]
+
+    @staticmethod
+    def _check_nan(flags: torch.Tensor, step: int) -> None:
+        bad = flags.isnan() if flags.is_floating_point() else flags
+        if bool(bad.any()):
+            row = f" in row {bad.any(dim=-1).nonzero()[0].item()}" if bad.ndim == 2 else ""
+            raise ValueError(
+                f"the logits of step {step}{row} have no probabilities (NaN, or every token banned); "
+                "allowed: finite numbers, and −inf for banned tokens as long as one token is left"
+            )
+
+    def _choose(self, probs: torch.Tensor):  # noqa: ANN202
+        if probs.shape[1] == 1:
+            return lambda hidden_states: torch.zeros(len(probs), dtype=torch.long, device=hidden_states.device)
+
+        def choose(hidden_states: torch.Tensor) -> torch.Tensor:
+            penalty, _ = self.history.penalty(hidden_states)
+            scores = contrastive_scores(probs.to(penalty.device), penalty, self.penalty_alpha)
+            if self.strategy.temperature is not None:
+                noise = torch.empty_like(scores).exponential_(generator=self.strategy.generator).log_().neg_()
+                scores = scores / self.strategy.temperature + noise
+            # NaN (a hidden state that overflowed) loses; of equal scores the more probable, which comes first, wins.
+            return scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf")).argmax(dim=-1)
+
+        return choose
+
+    def _step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
+        choose = self._choose(probs)
+        if self.verified:
+            result = self.opened.step(input_ids, candidates, choose)
+        else:
+            result = self._first_step(input_ids, candidates, probs)
+        if self.history is not None:
+            self.history.append(result.hidden_states)
+        return result
+
+    # ---- which path -----------------------------------------------------------------------------------------------
+
+    def _open(self) -> torch.Tensor:
+        """Open the path this model is known to take, or the first that will have it. Returns the prompt's logits."""
+        known = recall(self.model)
+        self.refusals: list[str] = []
+        asked = self.strategy.path
+        use_known = known is not None and not self.record["output_attentions"] and asked in ("auto", known.path)
+        if asked == "auto":
+            names = list(PATHS)[list(PATHS).index(known.path) :] if use_known else list(PATHS)
+            if self.model_kwargs.get("use_cache") is False:
+                names = ["uncached"]
+        else:
+            names = [asked]
+        self.routes = [(name, head) for name in names for head in (True, False)]
+        if use_known and not known.head:
+            self.routes = [route for route in self.routes if route != (known.path, True)]
+        if not self.tap.available:
+            self.routes = [route for route in self.routes if not route[1]]
+        self.verified = False
+        self.trusted = (known.path, known.head) if use_known else None
+        return self._open_next()
+
+    def _open_next(self) -> torch.Tensor:
+        while self.routes:
+            name, head = self.routes.pop(0)
+            try:
+                self.opened: Path = PATHS[name](
+                    self.model,
+                    self.tap,
+                    head=head,
+                    generation_config=self.config,
+                    model_kwargs=self.model_kwargs,
+                    max_length=self.max_length,
+                    record=self.record,
+                )
+                logits, states, self.prefill_outputs = self.opened.prefill(self.input_ids)
+            except (PathUnsupportedError, HeadUnsupportedError) as error:
+                self._refuse(name, error)
+                continue
+            self.verified = self.trusted == (name, head)
+            mask = self.prompt_mask
+            if mask is not None and mask.shape[1] != states.shape[1]:
+                raise ValueError(
+                    f"attention_mask covers {mask.shape[1]} positions, but the model made hidden states for "
+                    f"{states.shape[1]}; allowed: one entry a position"
+                )
+            greedy = self.top_k == 1 or (self.penalty_alpha == 0 and self.strategy.temperature is None)
+            self.history = None if greedy else HiddenStatesHistory(states, mask, self.max_length)
+            return logits.to(self.input_ids.device)
+        raise ValueError(
+            f"{type(self.model).__name__} cannot be decoded by contrastive search"
+            + (f" on path={self.strategy.path!r}" if self.strategy.path != "auto" else "")
+            + f": {'; '.join(self.refusals)}"
+        )
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        if isinstance(error, PathUnsupportedError):
+            self.routes = [route for route in self.routes if route[0] != name]
+            self.refusals.append(f"{name}: {error}")
+            logger.info("%s does not take path %s: %s", type(self.model).__name__, name, error)
+
+    def _first_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
+        while True:
+            try:
+                result = self.opened.verified_step(input_ids, candidates, self._choose(probs))
+                break
+            except (PathUnsupportedError, HeadUnsupportedError) as error:
+                self._refuse(self.opened.name, error)
+            self._open_next()  # the logits it returns are those we have: candidates stay
+            self.prefill_outputs = None
+        self.verified = True
+        if self.strategy.path == "auto" and not self.record["output_attentions"] and self.model_kwargs.get("use_cache"):
+            remember(self.model, make_report(self.model, self.opened.name, self.opened.head, self.refusals))
+        return result
+
+    # ---- what is returned -----------------------------------------------------------------------------------------
+
+    def _record(self, outputs: Any) -> None:
+        """Hidden states and attentions of the step that made the current logits: the prompt's, or the winners'."""
+        if not any(self.record.values()):
+            return
+        rows = outputs.rows if isinstance(outputs, StepResult) else None
+        outputs = outputs.outputs if isinstance(outputs, StepResult) else outputs
+
+        def pick(layers):  # noqa: ANN001, ANN202
+            if layers is None:
+                return ()
+            return tuple(layers) if rows is None else tuple(layer.index_select(0, rows) for layer in layers)
+
+        prefix = "decoder_" if self.is_encoder_decoder else ""
+        if self.record["output_hidden_states"]:
+            self.layers.append(pick(getattr(outputs, f"{prefix}hidden_states", None)))
+        if self.record["output_attentions"]:
+            self.attentions.append(pick(getattr(outputs, f"{prefix}attentions", None)))
+            if self.is_encoder_decoder:
+                self.cross_attentions.append(pick(outputs.cross_attentions))
+
+    def _result(self):  # noqa: ANN202
+        if not self.config.return_dict_in_generate:
+            return self.input_ids
+
+        def collected(wanted: bool, items: list | None) -> tuple | None:
+            return tuple(items) if wanted and items is not None else None
+
+        cache = self.opened.result_cache(self.input_ids) if self.surplus == 0 else None
+        common = {
+            "sequences": self.input_ids,
+            "scores": collected(True, self.scores),
+            "logits": collected(True, self.raw_logits),
+            "past_key_values": cache,
+        }
+        attentions = collected(self.record["output_attentions"], self.attentions)
+        layers = collected(self.record["output_hidden_states"], self.layers)
+        if not self.is_encoder_decoder:
+            return GenerateDecoderOnlyOutput(**common, attentions=attentions, hidden_states=layers)
+        encoder = self.model_kwargs["encoder_outputs"]
+        return GenerateEncoderDecoderOutput(
+            **common,
+            encoder_attentions=encoder.get("attentions") if self.record["output_attentions"] else None,
+            encoder_hidden_states=encoder.get("hidden_states") if self.record["output_hidden_states"] else None,
+            decoder_attentions=attentions,
+            cross_attentions=collected(self.record["output_attentions"], self.cross_attentions),
+            decoder_hidden_states=layers,
+        )
+
+
+def top_k_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest probabilities of ``softmax(logits (B, V))``, descending, and their tokens, without the softmax."""
+    top, tokens = torch.topk(logits, k, dim=-1)
+    return torch.exp(top - torch.logsumexp(logits, dim=-1, keepdim=True)), tokens

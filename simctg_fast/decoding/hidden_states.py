@@ -1,0 +1,115 @@
+"""The last layer's hidden states: how they are read off a model, and how they are kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from ..ops.candidate_select import candidate_scan
+from .prefix_cache import next_capacity
+
+
+class HiddenStatesTap:
+    """Stands before the output embedding during our own forwards, takes the hidden states that reach it, and lets only
+    the rows through whose logits are wanted.
+
+    Almost half of the generative models scale, cap or bias their logits after the output embedding, so it is never
+    called from outside; choosing *here* makes the model's own code compute logits for the winners alone.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.head = model.get_output_embeddings()
+        self._hook = None
+        self._owner = threading.get_ident()
+        self._select: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.states: list[torch.Tensor] = []
+
+    @property
+    def available(self) -> bool:
+        return isinstance(self.head, torch.nn.Module)
+
+    def __enter__(self) -> HiddenStatesTap:
+        if self.available:
+            self._hook = self.head.register_forward_pre_hook(self._pre_forward)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.states = []
+
+    def listen(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """From now on hand ``hidden_states (rows, T, D)`` to ``select`` and feed the head what it returns."""
+        self.states, self._select = [], select
+
+    def mute(self) -> list[torch.Tensor]:
+        """Stop listening; returns what was heard, one tensor a forward."""
+        self._select = None
+        states, self.states = self.states, []
+        return states
+
+    def _pre_forward(self, module, args):  # noqa: ANN001, ANN202
+        if self._select is None or threading.get_ident() != self._owner or not args:
+            return None
+        self.states.append(args[0])
+        return (self._select(args[0]), *args[1:])
+
+
+def last_position(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states[:, -1:]
+
+
+def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states
+
+
+class HiddenStatesHistory:
+    """Unit-length hidden states of every position so far, ``(B, capacity, D)``, normalised once, when they come in.
+
+    Args:
+        hidden_states: ``(B, L, D)`` states of the prompt.
+        mask: ``(B, L)``, nonzero for real positions, or None when all are.
+        max_length: positions the sequences can reach, if that is known; the buffer grows in blocks.
+    """
+
+    def __init__(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, max_length: int | None):
+        batch, self.length, dim = hidden_states.shape
+        self.max_length = max_length
+        # Half precision is kept only where it saves bandwidth; a CPU multiplies float32 faster.
+        dtype = hidden_states.dtype if hidden_states.is_cuda else torch.float32
+        self.mask: torch.Tensor | None = None
+        if mask is not None and not bool(mask.all()):
+            self.mask = torch.ones(batch, 0, dtype=torch.bool, device=hidden_states.device)
+        self.states = torch.empty(batch, 0, dim, dtype=dtype, device=hidden_states.device)
+        self._reserve(self.length)
+        for row in range(batch):  # a row at a time: the float32 copy of a whole half-precision prompt may be large
+            self.states[row, : self.length] = _normalize(hidden_states[row])
+        if self.mask is not None:
+            self.mask[:, : self.length] = mask.bool()
+
+    def _reserve(self, needed: int) -> None:
+        used, capacity = self.states.shape[1], next_capacity(needed, self.max_length)
+        if used >= needed:
+            return
+        grown = self.states.new_empty(self.states.shape[0], capacity, self.states.shape[2])
+        grown[:, :used] = self.states
+        self.states = grown
+        if self.mask is not None:  # everything after the prompt is real
+            self.mask = torch.nn.functional.pad(self.mask, (0, capacity - used), value=True)
+
+    def penalty(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Largest cosine of candidates ``(B, k, D)`` with the history and its position, both ``(B, k)``."""
+        return candidate_scan(hidden_states, self.states, self.length, self.mask)
+
+    def append(self, hidden_states: torch.Tensor) -> None:
+        """Add the winners' states ``(B, D)``."""
+        self._reserve(self.length + 1)
+        self.states[:, self.length] = _normalize(hidden_states)
+        self.length += 1
+
+
+def _normalize(hidden_states: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(hidden_states.float(), dim=-1)

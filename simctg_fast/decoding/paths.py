@@ -1,0 +1,400 @@
+"""Three ways to run one step of contrastive search, from the fastest to the most general.
+
+=================  ==================================================  ===============================================
+path               prefix                                              models
+=================  ==================================================  ===============================================
+``shared_prefix``  one copy of keys and values a sequence, read by     those that use transformers' attention interface
+                   all k candidates (:mod:`.shared_prefix`)
+``reorder``        k copies, expanded and selected through             every other cache: bloom, falcon, state-space
+                   ``cache.reorder_cache``                             and hybrid models
+``uncached``       recomputed for every candidate at every step        models without such a cache
+=================  ==================================================  ===============================================
+
+All give the same tokens. A path is opened by ``prefill`` and then driven by ``step``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import utils as generation_utils
+from transformers.generation.configuration_utils import GenerationConfig
+
+from .hidden_states import HiddenStatesTap, last_position, unchanged
+from .prefix_cache import PrefixCache, self_attention_cache
+from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
+
+Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (B, k, D) -> index of the winner (B,)
+
+_PREFILL_ONLY = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ())) | {
+    "inputs_embeds",
+    "pixel_values",
+    "pixel_values_videos",
+    "input_features",
+}
+_KEY_VALUE_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer"})
+_RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+class PathUnsupportedError(Exception):
+    """This path cannot serve this model; the message says why."""
+
+
+class HeadUnsupportedError(Exception):
+    """What reaches the output embedding is not the last hidden state; the message says why."""
+
+
+@dataclass
+class StepResult:
+    """Of the winners, one row a sequence."""
+
+    selected: torch.Tensor  # (B,) index among the candidates
+    hidden_states: torch.Tensor  # (B, D) last layer
+    logits: torch.Tensor  # (B, V) float32, for the token after
+    outputs: Any  # the model's output; per-layer tensors still have a row a candidate
+    rows: torch.Tensor  # (B,) rows of the winners in ``outputs``
+
+
+class Path:
+    """One generation call on one model. ``head``: whether winners are chosen before the output embedding."""
+
+    name = ""
+
+    def __init__(
+        self,
+        model,  # noqa: ANN001 - a PreTrainedModel with GenerationMixin
+        tap: HiddenStatesTap,
+        *,
+        head: bool,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        max_length: int | None,
+        record: dict[str, bool],
+    ):
+        self.model, self.tap, self.head = model, tap, head
+        self.generation_config = generation_config
+        self.kwargs = dict(model_kwargs)
+        self.max_length = max_length
+        self.record = {name: True for name, wanted in record.items() if wanted}  # output_hidden_states, …attentions
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+
+    # ---- what the paths share -------------------------------------------------------------------------------------
+
+    def hidden_states_of(self, outputs):  # noqa: ANN001, ANN201 - tuple of (rows, T, D), a layer each
+        return getattr(outputs, "decoder_hidden_states" if self.is_encoder_decoder else "hidden_states", None)
+
+    def prefill(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Run the prompt. Returns the next token's logits ``(B, V)`` float32, the states of all positions
+        ``(B, L, D)``, and the model's output."""
+        kwargs = self.kwargs | self.record
+        if not self.head:
+            kwargs["output_hidden_states"] = True
+            self.generation_config.prefill_chunk_size = None  # the output of a chunk holds that chunk's states only
+        elif "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 0  # let all positions come as far as the tap, which keeps the last
+            self.tap.listen(last_position)
+        else:
+            self.tap.listen(last_position)
+        try:
+            outputs = self.model._prefill(input_ids, self.generation_config, kwargs)
+        finally:
+            heard = self.tap.mute()
+        if self.head:
+            if not heard:
+                raise HeadUnsupportedError("the output embedding is not called as a module")
+            states = torch.cat(heard, dim=1) if len(heard) > 1 else heard[0]
+        else:
+            layers = self.hidden_states_of(outputs)
+            if not layers:
+                raise PathUnsupportedError(f"{type(self.model).__name__} does not return hidden states")
+            states = layers[-1]
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        self._after_prefill(outputs)
+        return logits, states, outputs
+
+    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+        raise NotImplementedError
+
+    def _advance(self, outputs, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN001
+        return self.model._update_model_kwargs_for_generation(
+            outputs, kwargs, is_encoder_decoder=self.is_encoder_decoder
+        )
+
+    def _forward(self, model_inputs: dict[str, Any], candidates: torch.Tensor, choose: Choose) -> StepResult:
+        """One forward over ``B·k`` rows in which ``choose`` picks each sequence's winner."""
+        batch, k = candidates.shape
+        first_rows = torch.arange(batch, device=candidates.device) * k
+        chosen: dict[str, torch.Tensor] = {}
+
+        def select(hidden_states: torch.Tensor) -> torch.Tensor:
+            last = hidden_states[:, -1]
+            chosen["selected"] = choose(last.view(batch, k, -1))
+            chosen["rows"] = first_rows.to(last.device) + chosen["selected"].to(last.device)
+            chosen["hidden_states"] = last.index_select(0, chosen["rows"])
+            return chosen["hidden_states"][:, None]
+
+        model_inputs = model_inputs | self.record
+        if self.head:
+            self.tap.listen(select)
+            try:
+                outputs = self.model(**model_inputs, return_dict=True)
+            finally:
+                heard = self.tap.mute()
+            if len(heard) != 1:
+                raise HeadUnsupportedError(f"the output embedding ran {len(heard)} times in one forward")
+            logits = outputs.logits[:, -1].float()
+        else:
+            outputs = self.model(**model_inputs | {"output_hidden_states": True}, return_dict=True)
+            select(self.hidden_states_of(outputs)[-1])
+            logits = outputs.logits[:, -1].float().index_select(0, chosen["rows"])
+        return StepResult(chosen["selected"], chosen["hidden_states"], logits, outputs, chosen["rows"])
+
+    def step(self, input_ids: torch.Tensor, candidates: torch.Tensor, choose: Choose) -> StepResult:
+        """Try ``candidates (B, k)`` after ``input_ids (B, L)``, and keep the winners."""
+        raise NotImplementedError
+
+    def verified_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, choose: Choose) -> StepResult:
+        """The first step on a model that this path has not served before."""
+        return self.step(input_ids, candidates, choose)
+
+    def result_cache(self, input_ids: torch.Tensor) -> Cache | None:
+        """A cache of all but the last token, as plain ``generate`` returns one."""
+        return None
+
+
+def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, keep_all: bool = False) -> dict[str, Any]:  # noqa: ANN001
+    """``kwargs`` of B sequences for ``B·k`` candidate rows. Caches and, unless ``keep_all``, encoder outputs stay at B
+    rows; what only the prompt needs is dropped."""
+    aside = {n: v for n, v in kwargs.items() if isinstance(v, Cache) or (n == "encoder_outputs" and not keep_all)}
+    rest = {n: v for n, v in kwargs.items() if n not in aside and (keep_all or n not in _PREFILL_ONLY)}
+    _, expanded = model._expand_inputs_for_generation(
+        input_ids=None, expand_size=k, is_encoder_decoder="encoder_outputs" in rest, **rest
+    )
+    return expanded | aside
+
+
+def _last_positions_only(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of position ids the model needs the newest; keeping the rest would be a growing copy a token."""
+    for name in ("position_ids", "decoder_position_ids"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = kwargs[name][..., -1:]
+    return kwargs
+
+
+class SharedPrefixPath(Path):
+    name = "shared_prefix"
+
+    def __init__(self, *args, **kwargs):  # noqa: ANN002, ANN003
+        super().__init__(*args, **kwargs)
+        if self.record.get("output_attentions"):
+            raise PathUnsupportedError("output_attentions needs the model's own attention")
+        made = self.kwargs.get("past_key_values")
+        if not isinstance(made, Cache):
+            raise PathUnsupportedError("the model does not take a key/value cache as past_key_values")
+        layers = self_attention_cache(made).layers
+        odd = sorted({type(layer).__name__ for layer in layers} - _KEY_VALUE_LAYERS)
+        if odd:
+            raise PathUnsupportedError(f"its cache has layers that are not plain keys and values: {', '.join(odd)}")
+        self.text_config = self.model.config.get_text_config(decoder=True)
+        self.cache = PrefixCache(self.max_length, num_layers=len(layers))
+        self.cross: DynamicCache | None = None
+        if isinstance(made, EncoderDecoderCache):
+            self.cross = DynamicCache(config=self.text_config)
+            self.kwargs["past_key_values"] = EncoderDecoderCache(self.cache, self.cross)
+        else:
+            self.kwargs["past_key_values"] = self.cache
+        self.switch = AttentionSwitch(self.model)
+        self.expanded: dict[str, Any] | None = None
+
+    def prefill(self, input_ids):  # noqa: ANN001, ANN201
+        try:
+            return super().prefill(input_ids)
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            raise PathUnsupportedError(f"its prompt cannot fill a key/value cache ({error})") from error
+
+    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+        lengths = {layer.length for layer in self.cache.layers if layer.is_initialized}
+        if len(lengths) != 1:
+            raise PathUnsupportedError(f"its layers cached {sorted(lengths) or 'no'} positions of one prompt")
+        self.kwargs = _last_positions_only(self._advance(outputs, self.kwargs))
+
+    def step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+        k = candidates.shape[1]
+        if self.expanded is None:
+            self.expanded = expand_kwargs(self.model, self.kwargs, k)
+        inputs = self.model.prepare_inputs_for_generation(
+            candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
+        )
+        step = SharedPrefixStep(self.cache, self.cross, k)
+        self.cache.set_candidates(k)
+        try:
+            with self.switch(step):
+                result = self._forward(inputs, candidates, choose)
+            step.check_all_called()
+            self.cache.commit(result.rows)
+        finally:
+            self.cache.set_candidates(None)
+        self.expanded = _last_positions_only(self._advance(result.outputs, self.expanded))
+        return result
+
+    def verified_step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+        """Run the last candidate of every sequence through the model's own attention first, and compare."""
+        expected = self._plain_forward(candidates[:, -1:])
+        seen: dict[str, torch.Tensor] = {}
+
+        def spy(hidden_states: torch.Tensor) -> torch.Tensor:
+            seen["states"] = hidden_states[:, -1]
+            return choose(hidden_states)
+
+        try:
+            result = self.step(input_ids, candidates, spy)
+        except torch.OutOfMemoryError:
+            raise
+        except SharedPrefixUnsupportedError as error:
+            raise PathUnsupportedError(str(error)) from error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise PathUnsupportedError(
+                f"a step over one copy of the prefix fails ({type(error).__name__}: {error})"
+            ) from error
+        error = (seen["states"].float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+        allowed = _RELATIVE_ERROR.get(result.hidden_states.dtype, 1e-1)
+        if not bool((error <= allowed).all()):
+            raise PathUnsupportedError(
+                f"its hidden states over one copy of the prefix differ from its own attention's by "
+                f"{error.max().item():.2g} (allowed {allowed:g})"
+            )
+        return result
+
+    def _plain_forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Last-layer states ``(B, D)`` float32 of ``tokens (B, 1)`` by the model's own attention; nothing is kept."""
+        length = self.cache.length
+        inputs = self.model.prepare_inputs_for_generation(
+            tokens, next_sequence_length=1, is_first_iteration=False, **self.kwargs
+        )
+        self.tap.listen(unchanged)
+        try:
+            outputs = self.model(**inputs, return_dict=True, output_hidden_states=True)
+        finally:
+            heard = self.tap.mute()
+            self.cache.rewind(length)
+        layers = self.hidden_states_of(outputs)
+        if self.head:
+            if len(heard) != 1:
+                raise HeadUnsupportedError(f"the output embedding ran {len(heard)} times in one forward")
+            state = heard[0][:, -1].float()
+            if layers:
+                check_same_direction(state, layers[-1][:, -1].float())
+            return state
+        return layers[-1][:, -1].float()
+
+    def result_cache(self, input_ids):  # noqa: ANN001, ANN201
+        dynamic = self.cache.to_dynamic(self.text_config, self.cache.length - 1)
+        return dynamic if self.cross is None else EncoderDecoderCache(dynamic, self.cross)
+
+
+def check_same_direction(state: torch.Tensor, last_layer: torch.Tensor) -> None:
+    """What the tap hears must be the last hidden state up to a factor: cosines are all that is made of it."""
+    same_width = state.shape == last_layer.shape
+    if not same_width or bool((torch.cosine_similarity(state, last_layer, dim=-1) < 1 - 1e-3).any()):
+        raise HeadUnsupportedError("the output embedding's input is not the last hidden state")
+
+
+class ReorderPath(Path):
+    """``cache.reorder_cache`` expands each sequence to k rows before a step and selects the winners after it."""
+
+    name = "reorder"
+
+    def prefill(self, input_ids):  # noqa: ANN001, ANN201
+        self.cache_name: str | None = None
+        if not self.kwargs.get("use_cache"):
+            raise PathUnsupportedError("use_cache is False")
+        self.prompt_length = input_ids.shape[1]
+        self.initial = {n: copy.deepcopy(v) if isinstance(v, Cache) else v for n, v in self.kwargs.items()}
+        return super().prefill(input_ids)
+
+    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+        self.kwargs = self._advance(outputs, self.kwargs)
+        for name, cache in self.kwargs.items():
+            if isinstance(cache, Cache) and hasattr(cache, "reorder_cache"):
+                self.cache_name = name
+        if self.cache_name is None:
+            raise PathUnsupportedError("the model returns no cache that can be reordered")
+        self.rows: torch.Tensor | None = None
+        self.expanded: dict[str, Any] | None = None
+
+    def step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+        batch, k = candidates.shape
+        cache = self.kwargs[self.cache_name]
+        rows = torch.arange(batch, device=candidates.device) if self.rows is None else self.rows
+        cache.reorder_cache(rows.repeat_interleave(k))
+        if self.expanded is None:
+            self.expanded = expand_kwargs(self.model, self.kwargs, k)
+            if self.expanded.get("encoder_outputs") is not None:
+                states = self.expanded["encoder_outputs"]
+                self.expanded["encoder_outputs"] = type(states)(
+                    last_hidden_state=states.last_hidden_state.repeat_interleave(k, dim=0)
+                )
+        inputs = self.model.prepare_inputs_for_generation(
+            candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
+        )
+        result = self._forward(inputs, candidates, choose)
+        self.rows = result.rows
+        self.expanded = self._advance(result.outputs, self.expanded)
+        return result
+
+    def result_cache(self, input_ids):  # noqa: ANN001, ANN201
+        cache = self.kwargs[self.cache_name]
+        layers = self_attention_cache(cache).layers
+        if self.rows is not None and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
+            cache.reorder_cache(self.rows)
+            cache.crop(-1)
+            return cache
+        # States and windows cannot be cut back by a token: run the winners once more, up to the last but one.
+        kwargs = dict(self.initial)
+        grown = input_ids.shape[1] - 1 - self.prompt_length
+        if grown:
+            kwargs = self.model._update_model_kwargs_for_generation(
+                {}, kwargs, is_encoder_decoder=self.is_encoder_decoder, num_new_tokens=grown
+            )
+        outputs = self.model._prefill(input_ids[:, :-1], self.generation_config, kwargs)
+        return self._advance(outputs, kwargs)[self.cache_name]
+
+
+class UncachedPath(Path):
+    """Every candidate's whole sequence again at every step: slow, exact."""
+
+    name = "uncached"
+
+    def __init__(self, *args, **kwargs):  # noqa: ANN002, ANN003
+        super().__init__(*args, **kwargs)
+        if self.kwargs.get("inputs_embeds") is not None and not self.is_encoder_decoder:
+            raise PathUnsupportedError("inputs_embeds prompts need a cache")
+        self.kwargs = {n: v for n, v in self.kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
+
+    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+        for name in generation_utils.ALL_CACHE_NAMES:
+            if hasattr(outputs, "pop") and name in outputs:
+                outputs.pop(name)
+        self.kwargs = self._advance(outputs, self.kwargs)
+        self.expanded: dict[str, Any] | None = None
+
+    def step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+        k = candidates.shape[1]
+        if self.expanded is None:
+            self.expanded = expand_kwargs(self.model, self.kwargs, k, keep_all=True)
+        rows = torch.cat([input_ids.repeat_interleave(k, dim=0), candidates.reshape(-1, 1)], dim=1)
+        inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **self.expanded)
+        result = self._forward(inputs, candidates, choose)
+        for name in generation_utils.ALL_CACHE_NAMES:
+            if hasattr(result.outputs, "pop") and name in result.outputs:
+                result.outputs.pop(name)
+        self.expanded = self._advance(result.outputs, self.expanded)
+        return result
+
+
+PATHS: dict[str, type[Path]] = {path.name: path for path in (SharedPrefixPath, ReorderPath, UncachedPath)}

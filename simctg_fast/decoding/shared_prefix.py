@@ -1,0 +1,213 @@
+"""The attention function that lets k candidates read one copy of their prefix.
+
+Registered with transformers' attention *and* mask interfaces under :data:`NAME`. A model's configuration names it only
+while one of our steps runs; a forward that is not ours (another thread, a logits processor) meets it without a step in
+its own thread and gets the attention the model was configured with.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from ..ops.shared_prefix_attention import shared_prefix_attention
+from .prefix_cache import PrefixCache, PrefixCacheLayer
+
+NAME = "simctg_fast_shared_prefix"
+
+# Arguments that carry nothing an attention over explicit masks needs. Any other one that is set makes us refuse.
+_IGNORABLE = frozenset(
+    {"position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
+    | {"output_router_logits", "return_dict", "layer_idx", "logits_to_keep", "num_items_in_batch", "token_type_ids"}
+    | {"position_embeddings", "mm_token_type_ids", "deterministic"}
+)
+
+_step = threading.local()
+_switch_lock = threading.Lock()
+_switched: dict[int, "_Switched"] = {}  # by id(config)
+
+
+class SharedPrefixUnsupportedError(Exception):
+    """The model did something the shared-prefix attention cannot honour; the message says what."""
+
+
+class SharedPrefixStep:
+    """What the attention function must know during one forward over ``candidates`` rows a sequence."""
+
+    def __init__(self, cache: PrefixCache, cross_cache, candidates: int):  # noqa: ANN001 - a transformers Cache or None
+        self.cache = cache
+        self.candidates = candidates
+        self.cross = {} if cross_cache is None else {layer.keys.data_ptr(): layer for layer in cross_cache.layers}
+        self.calls: dict[int, int] = {}  # id(layer) -> attention calls that read it
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORABLE)
+        if unknown or kwargs.get("output_attentions"):
+            raise SharedPrefixUnsupportedError(
+                f"{type(module).__name__} gives its attention arguments this path does not implement: "
+                f"{', '.join(unknown) or 'output_attentions'}"
+            )
+        if dropout:
+            raise SharedPrefixUnsupportedError(f"{type(module).__name__} asks for dropout={dropout} (training mode?)")
+        layer, new_key, new_value = self._find(module, query, key, value)
+        self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
+        shared = key.shape[2] - (new_key is not None)
+        mask, bias = self._mask_and_bias(attention_mask, position_bias, key.shape[2])
+        # transformers puts the window into the mask (none while it covers everything); knowing it, we need not even
+        # read what lies before it. The window counts the candidate itself.
+        windowed = sliding_window and new_key is not None and attention_mask is not None
+        start = max(0, shared + 1 - sliding_window) if windowed else 0
+        out = shared_prefix_attention(
+            query,
+            layer.keys,
+            layer.values,
+            shared,
+            new_key,
+            new_value,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask=mask,
+            bias=bias,
+            softcap=softcap,
+            sinks=s_aux,
+            window_start=start,
+        )
+        return out, None
+
+    def _find(self, module, query, key, value):  # noqa: ANN001, ANN202
+        pointer = key.data_ptr()
+        if (layer := self.cross.get(pointer)) is not None:
+            if query.shape[0] != key.shape[0] * self.candidates:
+                raise SharedPrefixUnsupportedError(f"{type(module).__name__}: unexpected number of query rows")
+            return layer, None, None
+        for layer in self._layers_at(module):
+            if layer.pending is not None and layer.keys.data_ptr() == pointer:
+                if layer.values.data_ptr() != value.data_ptr():
+                    break
+                return layer, *layer.pending
+        raise SharedPrefixUnsupportedError(
+            f"{type(module).__name__} attends to keys or values other than those its cache returned"
+        )
+
+    def _layers_at(self, module: torch.nn.Module) -> Iterator[PrefixCacheLayer]:
+        """The layer the module names first, then all of them (layers that share another layer's keys)."""
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index < len(self.cache.layers):
+            yield self.cache.layers[index]
+        yield from self.cache.layers
+
+    def _mask_and_bias(
+        self, attention_mask: torch.Tensor | None, position_bias: torch.Tensor | None, width: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        mask, bias = None, position_bias
+        if attention_mask is not None:
+            if attention_mask.ndim != 4 or attention_mask.shape[-2] != 1 or attention_mask.shape[-1] < width:
+                raise SharedPrefixUnsupportedError(f"attention mask of shape {tuple(attention_mask.shape)}")
+            attention_mask = attention_mask[..., :width]
+            if attention_mask.dtype == torch.bool:
+                mask = attention_mask
+            else:
+                bias = attention_mask if bias is None else bias + attention_mask
+        if mask is not None and mask.shape[0] != 1 and self.candidates > 1:
+            mask = mask[:: self.candidates]  # candidates of one sequence see the same prefix
+        return mask, bias
+
+    def check_all_called(self) -> None:
+        """Raise unless every layer that was updated was also read through this attention, and none was left out."""
+        for index, layer in enumerate(self.cache.layers):
+            if layer.pending is None and layer.is_initialized:
+                raise SharedPrefixUnsupportedError(f"layer {index} did not write to the cache")
+            if layer.pending is not None and not self.calls.get(id(layer)):
+                raise SharedPrefixUnsupportedError(
+                    f"layer {index} computes its own attention and bypasses the attention interface"
+                )
+        if not self.calls:
+            raise SharedPrefixUnsupportedError("the model bypasses the attention interface")
+        missed = [index for index, layer in enumerate(self.cross.values()) if not self.calls.get(id(layer))]
+        if missed:
+            raise SharedPrefixUnsupportedError(f"cross-attention of layer {missed[0]} bypasses the attention interface")
+
+
+def _original_name(config) -> str:  # noqa: ANN001
+    entry = _switched.get(id(config))
+    return entry.name if entry is not None else "sdpa"
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):  # noqa: ANN001, ANN003, ANN202
+    step = getattr(_step, "value", None)
+    if step is not None:
+        return step.attend(module, query, key, value, attention_mask, **kwargs)
+    name = _original_name(module.config)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+def _mask(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202 - as sdpa_mask
+    if getattr(_step, "value", None) is not None:
+        return sdpa_mask(*args, **kwargs)
+    name = _original_name(kwargs.get("config"))
+    return AttentionMaskInterface._global_mapping.get(name, eager_mask)(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+@dataclass
+class _Switched:
+    """A configuration that names our attention at the moment: what it named before, and how many steps need it."""
+
+    config: object  # kept alive, so that its id stays its own
+    name: str
+    users: int = 0
+
+
+class AttentionSwitch:
+    """Points a model's configurations at our attention for the length of a ``with`` block, in any number of threads."""
+
+    def __init__(self, model: torch.nn.Module):
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        self.configs = [c for c in configs.values() if getattr(c, "_attn_implementation_internal", None) is not None]
+
+    @contextmanager
+    def __call__(self, step: SharedPrefixStep) -> Iterator[None]:
+        with _switch_lock:
+            for config in self.configs:
+                entry = _switched.get(id(config))
+                if entry is None:
+                    entry = _switched[id(config)] = _Switched(config, config._attn_implementation_internal)
+                    config._attn_implementation_internal = NAME
+                entry.users += 1
+        outer, _step.value = getattr(_step, "value", None), step
+        try:
+            yield
+        finally:
+            _step.value = outer
+            with _switch_lock:
+                for config in self.configs:
+                    entry = _switched[id(config)]
+                    entry.users -= 1
+                    if not entry.users:
+                        config._attn_implementation_internal = entry.name
+                        del _switched[id(config)]

@@ -1,0 +1,102 @@
+"""Decode attention of k candidates a row against one copy of the row's prefix.
+
+Rows ``b·k … b·k + k − 1`` of the query are the candidates of sequence b. All stand at position ``length``; each sees the
+prefix (stored once per sequence) and itself, never the other candidates. Grouped-query heads are packed with the
+candidates, so keys and values are read once however many query rows share them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _cpu
+
+IMPLS = ("auto", "cpu", "torch")
+
+
+def shared_prefix_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    length: int,
+    new_key: torch.Tensor | None = None,
+    new_value: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    window_start: int = 0,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Softmax attention of ``B·k`` single-token queries over ``length`` shared keys, plus one key of their own.
+
+    Args:
+        query: ``(B·k, H, 1, D)``.
+        key, value: ``(B, H_kv, T_max, D)`` and ``(B, H_kv, T_max, D_v)``; the first ``length`` positions count.
+        new_key, new_value: ``(B·k, H_kv, 1, D)`` and ``(…, D_v)``: what each candidate adds; ``None`` for
+            cross-attention, where candidates see the shared keys only.
+        scaling: factor on the query-key products.
+        mask: bool, True = may be seen, ``(B or 1 or B·k, 1 or H, 1, length + 1)`` (``length`` for cross-attention).
+        bias: float, added to the scaled (and capped) scores; shape as ``mask``. T5's relative positions, or an
+            additive mask.
+        softcap: ``softcap · tanh(score / softcap)`` before mask and bias.
+        sinks: ``(H,)`` logits that take part in the softmax and carry no value.
+        window_start: shared keys before this position are not read.
+        impl: ``"auto"``, ``"cpu"`` (C++, float32) or ``"torch"`` (any device and dtype).
+
+    Returns:
+        ``(B·k, 1, H, D_v)`` in the query's dtype; the softmax is taken in float32.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
+    if impl == "cpu" or (impl == "auto" and _cpu.decode_attention_supported(*arguments)):
+        return _cpu.decode_attention_cpu(*arguments)
+    return _attention_torch(*arguments)
+
+
+def _attention_torch(
+    query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start
+):  # noqa: ANN001, ANN202 - as shared_prefix_attention
+    rows, heads, _, dim = query.shape
+    batch, kv_heads = key.shape[:2]
+    k, groups = rows // batch, heads // kv_heads
+    key, value = key[:, :, window_start:length], value[:, :, window_start:length]
+    shared = length - window_start
+    # (B·k, H, 1, D) -> (B, H_kv, k·groups, D): every query row that reads one key/value head, side by side.
+    packed = query.view(batch, k, kv_heads, groups, dim).permute(0, 2, 1, 3, 4)
+    scores = torch.matmul(packed.reshape(batch, kv_heads, k * groups, dim), key.mT)
+    scores = scores.view(batch, kv_heads, k, groups, shared)
+    if new_key is not None:
+        own = new_key.view(batch, k, kv_heads, 1, dim).permute(0, 2, 1, 3, 4)
+        scores = torch.cat([scores, (packed * own).sum(-1, keepdim=True)], dim=-1)
+    scores = scores.float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + _pack(bias, batch, k, kv_heads, groups)[..., window_start:]
+    if mask is not None:
+        scores = scores.masked_fill(~_pack(mask, batch, k, kv_heads, groups)[..., window_start:], float("-inf"))
+    if sinks is not None:
+        sink = sinks.float().view(1, kv_heads, 1, groups, 1).expand(batch, -1, k, -1, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    probs = torch.softmax(scores, dim=-1).to(query.dtype)
+    out = torch.matmul(probs[..., :shared].reshape(batch, kv_heads, k * groups, shared), value)
+    out = out.view(batch, kv_heads, k, groups, -1)
+    if new_value is not None:
+        out = out + probs[..., shared : shared + 1] * new_value.view(batch, k, kv_heads, 1, -1).permute(0, 2, 1, 3, 4)
+    return out.permute(0, 2, 1, 3, 4).reshape(rows, 1, heads, -1)
+
+
+def _pack(x: torch.Tensor, batch: int, k: int, kv_heads: int, groups: int) -> torch.Tensor:
+    """``(1 | B | B·k, 1 | H, 1, S)`` -> broadcastable to ``(B, H_kv, k, groups, S)``."""
+    rows, heads, _, width = x.shape
+    if heads == 1:
+        x = x.view(rows, 1, 1, width)
+    else:
+        x = x.reshape(rows, kv_heads, groups, width)
+    if rows == batch * k and k > 1:
+        return x.view(batch, k, *x.shape[1:]).transpose(1, 2)
+    return x[:, :, None]
