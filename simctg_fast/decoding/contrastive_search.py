@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from ..ops.candidate_select import contrastive_scores
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .linear_swap import fast_linears
-from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult
+from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, grow_kwargs
 from .processors import without_sampling_warpers
 from .support import make_report, recall, remember
 
@@ -151,12 +151,11 @@ class _Run:
         self.input_ids = input_ids
         self.model_kwargs = self._checked_kwargs(model_kwargs)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        prompt = self._prompt_mask()
+        prompt = self._prompt_mask(self.model_kwargs)
         if prompt is not None:
             empty = (prompt.sum(dim=-1) == 0).nonzero().flatten().tolist()
             if empty:
                 raise ValueError(f"attention_mask has no real token in row {empty[0]} of the batch; allowed: at least 1")
-        self.prompt_mask = prompt
         wanted = bool(config.return_dict_in_generate)
         self.record = {
             "output_hidden_states": wanted and bool(config.output_hidden_states),
@@ -223,9 +222,9 @@ class _Run:
         fresh = type(cache)(config=self.model.config.get_text_config(decoder=True))
         return fresh
 
-    def _prompt_mask(self) -> torch.Tensor | None:
+    def _prompt_mask(self, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
         name = "decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"
-        mask = self.model_kwargs.get(name)
+        mask = model_kwargs.get(name)
         return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
     @property
@@ -321,11 +320,10 @@ class _Run:
         return choose
 
     def _step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
-        choose = self._choose(probs)
-        if self.verified:
-            result = self.opened.step(input_ids, candidates, choose)
+        if self.trials_left:
+            result = self._trial_step(input_ids, candidates, probs)
         else:
-            result = self._first_step(input_ids, candidates, probs)
+            result = self.opened.step(input_ids, candidates, self._choose(probs))
         if self.history is not None:
             self.history.append(result.hidden_states)
         return result
@@ -349,11 +347,11 @@ class _Run:
             self.routes = [route for route in self.routes if route != (known.path, True)]
         if not self.tap.available:
             self.routes = [route for route in self.routes if not route[1]]
-        self.verified = False
         self.trusted = (known.path, known.head) if use_known else None
-        return self._open_next()
+        return self._open_next(self.input_ids)
 
-    def _open_next(self) -> torch.Tensor:
+    def _open_next(self, input_ids: torch.Tensor) -> torch.Tensor:
+        model_kwargs = grow_kwargs(self.model, self.model_kwargs, input_ids.shape[1])
         while self.routes:
             name, head = self.routes.pop(0)
             try:
@@ -362,16 +360,16 @@ class _Run:
                     self.tap,
                     head=head,
                     generation_config=self.config,
-                    model_kwargs=self.model_kwargs,
+                    model_kwargs=model_kwargs,
                     max_length=self.max_length,
                     record=self.record,
                 )
-                logits, states, self.prefill_outputs = self.opened.prefill(self.input_ids)
+                logits, states, self.prefill_outputs = self.opened.prefill(input_ids)
             except (PathUnsupportedError, HeadUnsupportedError) as error:
                 self._refuse(name, error)
                 continue
-            self.verified = self.trusted == (name, head)
-            mask = self.prompt_mask
+            self.trials_left = 0 if self.trusted == (name, head) else self.opened.trial_steps
+            mask = self._prompt_mask(model_kwargs)
             if mask is not None and mask.shape[1] != states.shape[1]:
                 raise ValueError(
                     f"attention_mask covers {mask.shape[1]} positions, but the model made hidden states for "
@@ -379,7 +377,7 @@ class _Run:
                 )
             greedy = self.top_k == 1 or (self.penalty_alpha == 0 and self.strategy.temperature is None)
             self.history = None if greedy else HiddenStatesHistory(states, mask, self.max_length)
-            return logits.to(self.input_ids.device)
+            return logits.to(input_ids.device)
         raise ValueError(
             f"{type(self.model).__name__} cannot be decoded by contrastive search"
             + (f" on path={self.strategy.path!r}" if self.strategy.path != "auto" else "")
@@ -392,17 +390,19 @@ class _Run:
             self.refusals.append(f"{name}: {error}")
             logger.info("%s does not take path %s: %s", type(self.model).__name__, name, error)
 
-    def _first_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
+    def _trial_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
+        """A step that is checked; where it does not hold, the next path takes over from the same candidates."""
         while True:
             try:
                 result = self.opened.verified_step(input_ids, candidates, self._choose(probs))
                 break
             except (PathUnsupportedError, HeadUnsupportedError) as error:
                 self._refuse(self.opened.name, error)
-            self._open_next()  # the logits it returns are those we have: candidates stay
-            self.prefill_outputs = None
-        self.verified = True
-        if self.strategy.path == "auto" and not self.record["output_attentions"] and self.model_kwargs.get("use_cache"):
+            self._open_next(input_ids)
+            self.prefill_outputs = None  # the logits it made are those the candidates came from
+        self.trials_left -= 1
+        found = not self.trials_left and self.strategy.path == "auto"
+        if found and not self.record["output_attentions"] and self.model_kwargs.get("use_cache"):
             remember(self.model, make_report(self.model, self.opened.name, self.opened.head, self.refusals))
         return result
 
@@ -435,7 +435,7 @@ class _Run:
         def collected(wanted: bool, items: list | None) -> tuple | None:
             return tuple(items) if wanted and items is not None else None
 
-        cache = self.opened.result_cache(self.input_ids) if self.surplus == 0 else None
+        cache = self.opened.result_cache(self.input_ids, self.surplus)
         common = {
             "sequences": self.input_ids,
             "scores": collected(True, self.scores),

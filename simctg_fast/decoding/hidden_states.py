@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..ops.candidate_select import candidate_scan
 from .prefix_cache import next_capacity
@@ -20,10 +21,11 @@ class HiddenStatesTap:
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.head = model.get_output_embeddings()
-        self._hook = None
+        self.model, self.head = model, model.get_output_embeddings()
+        self._hooks: list[RemovableHandle] = []
         self._owner = threading.get_ident()
         self._select: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._all_positions = False
         self.states: list[torch.Tensor] = []
 
     @property
@@ -32,18 +34,21 @@ class HiddenStatesTap:
 
     def __enter__(self) -> HiddenStatesTap:
         if self.available:
-            self._hook = self.head.register_forward_pre_hook(self._pre_forward)
+            self._hooks = [
+                self.head.register_forward_pre_hook(self._before_head),
+                self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            ]
         return self
 
     def __exit__(self, *exc) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        self.states = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.states = [], []
 
-    def listen(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """From now on hand ``hidden_states (rows, T, D)`` to ``select`` and feed the head what it returns."""
-        self.states, self._select = [], select
+    def listen(self, select: Callable[[torch.Tensor], torch.Tensor], *, all_positions: bool = False) -> None:
+        """From now on hand ``hidden_states (rows, T, D)`` to ``select`` and feed the head what it returns.
+        ``all_positions``: have the model let every position come as far as the head."""
+        self.states, self._select, self._all_positions = [], select, all_positions
 
     def mute(self) -> list[torch.Tensor]:
         """Stop listening; returns what was heard, one tensor a forward."""
@@ -51,8 +56,16 @@ class HiddenStatesTap:
         states, self.states = self.states, []
         return states
 
-    def _pre_forward(self, module, args):  # noqa: ANN001, ANN202
-        if self._select is None or threading.get_ident() != self._owner or not args:
+    def _listening(self) -> bool:
+        return self._select is not None and threading.get_ident() == self._owner
+
+    def _before_model(self, module, args, kwargs):  # noqa: ANN001, ANN202
+        if self._all_positions and self._listening() and "logits_to_keep" in kwargs:
+            return args, kwargs | {"logits_to_keep": 0}
+        return None
+
+    def _before_head(self, module, args):  # noqa: ANN001, ANN202
+        if not self._listening() or not args:
             return None
         self.states.append(args[0])
         return (self._select(args[0]), *args[1:])

@@ -24,6 +24,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import utils as generation_utils
 from transformers.generation.configuration_utils import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from .hidden_states import HiddenStatesTap, last_position, unchanged
 from .prefix_cache import PrefixCache, self_attention_cache
@@ -64,6 +65,7 @@ class Path:
     """One generation call on one model. ``head``: whether winners are chosen before the output embedding."""
 
     name = ""
+    trial_steps = 1  # how many steps ``verified_step`` takes to know that the path serves a model
 
     def __init__(
         self,
@@ -95,11 +97,8 @@ class Path:
         if not self.head:
             kwargs["output_hidden_states"] = True
             self.generation_config.prefill_chunk_size = None  # the output of a chunk holds that chunk's states only
-        elif "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = 0  # let all positions come as far as the tap, which keeps the last
-            self.tap.listen(last_position)
         else:
-            self.tap.listen(last_position)
+            self.tap.listen(last_position, all_positions=True)
         try:
             outputs = self.model._prefill(input_ids, self.generation_config, kwargs)
         finally:
@@ -108,11 +107,15 @@ class Path:
             if not heard:
                 raise HeadUnsupportedError("the output embedding is not called as a module")
             states = torch.cat(heard, dim=1) if len(heard) > 1 else heard[0]
+            if states.ndim != 3 or states.shape[1] < input_ids.shape[1]:
+                raise HeadUnsupportedError(f"of the prompt, states of shape {tuple(states.shape)} reach the output embedding")
         else:
             layers = self.hidden_states_of(outputs)
             if not layers:
                 raise PathUnsupportedError(f"{type(self.model).__name__} does not return hidden states")
             states = layers[-1]
+            if not isinstance(states, torch.Tensor) or states.shape[1] < input_ids.shape[1]:
+                raise PathUnsupportedError(f"{type(self.model).__name__} has no hidden state for every position")
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         self._after_prefill(outputs)
         return logits, states, outputs
@@ -159,11 +162,20 @@ class Path:
         raise NotImplementedError
 
     def verified_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, choose: Choose) -> StepResult:
-        """The first step on a model that this path has not served before."""
+        """``step`` on a model that this path has not served before, with what it takes to trust the result."""
         return self.step(input_ids, candidates, choose)
 
-    def result_cache(self, input_ids: torch.Tensor) -> Cache | None:
-        """A cache of all but the last token, as plain ``generate`` returns one."""
+    def _compare(self, states: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, against: str) -> None:
+        error = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-12)
+        allowed = _RELATIVE_ERROR.get(dtype, 1e-1)
+        if not bool((error <= allowed).all()):
+            raise PathUnsupportedError(
+                f"its hidden states differ from {against} by {error.max().item():.2g} (allowed {allowed:g})"
+            )
+
+    def result_cache(self, input_ids: torch.Tensor, surplus: int) -> Cache | None:
+        """A cache of all but the last token of ``input_ids``, as plain ``generate`` returns one; ``surplus`` steps were
+        run beyond them."""
         return None
 
 
@@ -178,12 +190,39 @@ def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, keep_all: bool = Fal
     return expanded | aside
 
 
+def grow_kwargs(model, kwargs: dict[str, Any], length: int) -> dict[str, Any]:  # noqa: ANN001
+    """The prompt's ``kwargs`` (masks, positions) for sequences that have grown to ``length`` tokens."""
+    names = ("decoder_attention_mask", "decoder_position_ids") if model.config.is_encoder_decoder else (
+        "attention_mask",
+        "position_ids",
+    )
+    lengths = [kwargs[name].shape[-1] for name in names if kwargs.get(name) is not None]
+    grown = length - lengths[0] if lengths else 0
+    if grown <= 0:
+        return dict(kwargs)
+    return model._update_model_kwargs_for_generation(
+        {}, dict(kwargs), is_encoder_decoder=bool(model.config.is_encoder_decoder), num_new_tokens=grown
+    )
+
+
 def _last_positions_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of position ids the model needs the newest; keeping the rest would be a growing copy a token."""
     for name in ("position_ids", "decoder_position_ids"):
         if kwargs.get(name) is not None:
             kwargs[name] = kwargs[name][..., -1:]
     return kwargs
+
+
+class _Spy:
+    """``choose``, and the states of each sequence's last candidate ``(B, D)`` that went past it."""
+
+    def __init__(self, choose: Choose):
+        self.choose = choose
+        self.last_candidates = torch.empty(0)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.last_candidates = hidden_states[:, -1]
+        return self.choose(hidden_states)
 
 
 class SharedPrefixPath(Path):
@@ -227,10 +266,15 @@ class SharedPrefixPath(Path):
         k = candidates.shape[1]
         if self.expanded is None:
             self.expanded = expand_kwargs(self.model, self.kwargs, k)
+            if self.cross is not None:
+                # Their keys and values are cached; what is left to read off them is shape, dtype and device.
+                states = self.expanded["encoder_outputs"].last_hidden_state
+                shape = (states.shape[0] * k, *states.shape[1:])
+                self.expanded["encoder_outputs"] = BaseModelOutput(states.new_zeros(()).expand(shape))
         inputs = self.model.prepare_inputs_for_generation(
             candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
         )
-        step = SharedPrefixStep(self.cache, self.cross, k)
+        step = self.last_step = SharedPrefixStep(self.cache, self.cross, k)
         self.cache.set_candidates(k)
         try:
             with self.switch(step):
@@ -245,12 +289,7 @@ class SharedPrefixPath(Path):
     def verified_step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
         """Run the last candidate of every sequence through the model's own attention first, and compare."""
         expected = self._plain_forward(candidates[:, -1:])
-        seen: dict[str, torch.Tensor] = {}
-
-        def spy(hidden_states: torch.Tensor) -> torch.Tensor:
-            seen["states"] = hidden_states[:, -1]
-            return choose(hidden_states)
-
+        spy = _Spy(choose)
         try:
             result = self.step(input_ids, candidates, spy)
         except torch.OutOfMemoryError:
@@ -258,16 +297,12 @@ class SharedPrefixPath(Path):
         except SharedPrefixUnsupportedError as error:
             raise PathUnsupportedError(str(error)) from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if not self.last_step.calls:
+                raise PathUnsupportedError("it computes its own attention and bypasses the attention interface") from error
             raise PathUnsupportedError(
                 f"a step over one copy of the prefix fails ({type(error).__name__}: {error})"
             ) from error
-        error = (seen["states"].float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
-        allowed = _RELATIVE_ERROR.get(result.hidden_states.dtype, 1e-1)
-        if not bool((error <= allowed).all()):
-            raise PathUnsupportedError(
-                f"its hidden states over one copy of the prefix differ from its own attention's by "
-                f"{error.max().item():.2g} (allowed {allowed:g})"
-            )
+        self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "its own attention's")
         return result
 
     def _plain_forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -292,8 +327,8 @@ class SharedPrefixPath(Path):
             return state
         return layers[-1][:, -1].float()
 
-    def result_cache(self, input_ids):  # noqa: ANN001, ANN201
-        dynamic = self.cache.to_dynamic(self.text_config, self.cache.length - 1)
+    def result_cache(self, input_ids, surplus):  # noqa: ANN001, ANN201
+        dynamic = self.cache.to_dynamic(self.text_config, self.cache.length - 1 - surplus)
         return dynamic if self.cross is None else EncoderDecoderCache(dynamic, self.cross)
 
 
@@ -308,12 +343,12 @@ class ReorderPath(Path):
     """``cache.reorder_cache`` expands each sequence to k rows before a step and selects the winners after it."""
 
     name = "reorder"
+    trial_steps = 2  # the second is the first that depends on a selection
 
     def prefill(self, input_ids):  # noqa: ANN001, ANN201
         self.cache_name: str | None = None
         if not self.kwargs.get("use_cache"):
             raise PathUnsupportedError("use_cache is False")
-        self.prompt_length = input_ids.shape[1]
         self.initial = {n: copy.deepcopy(v) if isinstance(v, Cache) else v for n, v in self.kwargs.items()}
         return super().prefill(input_ids)
 
@@ -335,10 +370,8 @@ class ReorderPath(Path):
         if self.expanded is None:
             self.expanded = expand_kwargs(self.model, self.kwargs, k)
             if self.expanded.get("encoder_outputs") is not None:
-                states = self.expanded["encoder_outputs"]
-                self.expanded["encoder_outputs"] = type(states)(
-                    last_hidden_state=states.last_hidden_state.repeat_interleave(k, dim=0)
-                )
+                states = self.expanded["encoder_outputs"].last_hidden_state
+                self.expanded["encoder_outputs"] = BaseModelOutput(states.repeat_interleave(k, dim=0))
         inputs = self.model.prepare_inputs_for_generation(
             candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
         )
@@ -347,20 +380,30 @@ class ReorderPath(Path):
         self.expanded = self._advance(result.outputs, self.expanded)
         return result
 
-    def result_cache(self, input_ids):  # noqa: ANN001, ANN201
+    def verified_step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+        """Compare the last candidate of every sequence with running its whole sequence without a cache."""
+        spy = _Spy(choose)
+        try:
+            result = self.step(input_ids, candidates, spy)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise PathUnsupportedError(f"a step after reorder_cache fails ({type(error).__name__}: {error})") from error
+        if self.kwargs.get("inputs_embeds") is None or self.is_encoder_decoder:
+            whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
+            expected = UncachedPath.last_states(self, self.initial, whole)
+            self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "those of its whole sequence")
+        return result
+
+    def result_cache(self, input_ids, surplus):  # noqa: ANN001, ANN201
         cache = self.kwargs[self.cache_name]
         layers = self_attention_cache(cache).layers
         if self.rows is not None and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
             cache.reorder_cache(self.rows)
-            cache.crop(-1)
+            cache.crop(-1 - surplus)
             return cache
         # States and windows cannot be cut back by a token: run the winners once more, up to the last but one.
-        kwargs = dict(self.initial)
-        grown = input_ids.shape[1] - 1 - self.prompt_length
-        if grown:
-            kwargs = self.model._update_model_kwargs_for_generation(
-                {}, kwargs, is_encoder_decoder=self.is_encoder_decoder, num_new_tokens=grown
-            )
+        kwargs = grow_kwargs(self.model, self.initial, input_ids.shape[1] - 1)
         outputs = self.model._prefill(input_ids[:, :-1], self.generation_config, kwargs)
         return self._advance(outputs, kwargs)[self.cache_name]
 
@@ -376,11 +419,21 @@ class UncachedPath(Path):
             raise PathUnsupportedError("inputs_embeds prompts need a cache")
         self.kwargs = {n: v for n, v in self.kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
 
+    @staticmethod
+    def last_states(path: Path, kwargs: dict[str, Any], input_ids: torch.Tensor) -> torch.Tensor:
+        """Last-layer states ``(B, D)`` at the end of ``input_ids``, by ``path``'s model without any cache."""
+        kwargs = {n: v for n, v in kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
+        kwargs = grow_kwargs(path.model, kwargs, input_ids.shape[1])
+        inputs = path.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        path.tap.listen(last_position)
+        try:
+            outputs = path.model(**inputs | {"output_hidden_states": not path.head}, return_dict=True)
+        finally:
+            heard = path.tap.mute()
+        return heard[-1][:, -1] if path.head else path.hidden_states_of(outputs)[-1][:, -1]
+
     def _after_prefill(self, outputs) -> None:  # noqa: ANN001
-        for name in generation_utils.ALL_CACHE_NAMES:
-            if hasattr(outputs, "pop") and name in outputs:
-                outputs.pop(name)
-        self.kwargs = self._advance(outputs, self.kwargs)
+        self.kwargs = self._advance({}, self.kwargs)  # an empty output: whatever cache it came with is not kept
         self.expanded: dict[str, Any] | None = None
 
     def step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
@@ -390,10 +443,7 @@ class UncachedPath(Path):
         rows = torch.cat([input_ids.repeat_interleave(k, dim=0), candidates.reshape(-1, 1)], dim=1)
         inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **self.expanded)
         result = self._forward(inputs, candidates, choose)
-        for name in generation_utils.ALL_CACHE_NAMES:
-            if hasattr(result.outputs, "pop") and name in result.outputs:
-                result.outputs.pop(name)
-        self.expanded = self._advance(result.outputs, self.expanded)
+        self.expanded = self._advance({}, self.expanded)
         return result
 
 
