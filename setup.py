@@ -47,7 +47,7 @@ def is_x86_64() -> bool:
 
 
 def isa_flags(source: str) -> list[str] | None:
-    """Flags of the instruction set a file is named after, [] for a portable file, None if it is not for this machine."""
+    """Flags of the instruction set a file is named after, [] for a portable file, None for another machine's."""
     for suffix, flags in ISA_FLAGS.items():
         if source.endswith(suffix):
             return flags if is_x86_64() else None

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .assets import bundled_model_path as bundled_model_path
-    from .decoding import ContrastiveSearch as ContrastiveSearch
-    from .decoding import SupportReport as SupportReport
-    from .decoding import contrastive_search as contrastive_search
-    from .decoding import patch_transformers as patch_transformers
-    from .decoding import support as support
-    from .decoding import unpatch_transformers as unpatch_transformers
+    from .decoding.contrastive_search import ContrastiveSearch as ContrastiveSearch
+    from .decoding.support import SupportReport as SupportReport
+    from .decoding.contrastive_search import contrastive_search as contrastive_search
+    from .decoding.patch import patch_transformers as patch_transformers
+    from .decoding.support import support as support
+    from .decoding.patch import unpatch_transformers as unpatch_transformers
     from .functional import viterbi_backtrace as viterbi_backtrace
     from .ops import backend_info as backend_info
 

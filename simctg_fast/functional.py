@@ -20,7 +20,7 @@ def viterbi_backtrace(
             item's length.
         last: `(batch,)`, the slot each sequence ends in, one of the same dtypes. Not read where the length is 0.
         lengths: `(batch,)`, one of the same dtypes, each in ``0..length``. None: all sequences are `length` long.
-        impl: ``"cpu"`` is the C++ extension, ``"torch"`` PyTorch on any device; ``"auto"`` takes the first that can run.
+        impl: ``"cpu"`` is the C++ extension, ``"torch"`` PyTorch on any device, ``"auto"`` the first that can run.
 
     Returns:
         `(batch, length)` int64: the slots of each path, and -1 from the item's length on.

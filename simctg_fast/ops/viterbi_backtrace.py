@@ -44,7 +44,9 @@ def _check(backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be one of {', '.join(map(str, DTYPES))}")
         if tensor.device != backpointers.device:
-            raise ValueError(f"{name} is on {tensor.device}, backpointers on {backpointers.device}; one device is needed")
+            raise ValueError(
+                f"{name} is on {tensor.device}, backpointers on {backpointers.device}; one device is needed"
+            )
         if name != "backpointers" and (tensor.dim() != 1 or tensor.shape[0] != batch):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be ({batch},) as backpointers has")
 
