@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .assets import bundled_model_path as bundled_model_path
     from .decoding.contrastive_search import ContrastiveSearch as ContrastiveSearch
-    from .decoding.support import SupportReport as SupportReport
     from .decoding.contrastive_search import contrastive_search as contrastive_search
     from .decoding.patch import patch_transformers as patch_transformers
-    from .decoding.support import support as support
     from .decoding.patch import unpatch_transformers as unpatch_transformers
+    from .decoding.support import SupportReport as SupportReport
+    from .decoding.support import support as support
     from .functional import viterbi_backtrace as viterbi_backtrace
     from .ops import backend_info as backend_info
 
