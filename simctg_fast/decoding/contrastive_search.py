@@ -87,12 +87,14 @@ class ContrastiveSearch:
         self.path, self.fast_linear, self.pack = path, fast_linear, pack
 
     def __repr__(self) -> str:
-        given = {n: v for n, v in vars(self).items() if v is not None and n in ("penalty_alpha", "top_k", "temperature")}
+        given = {
+            n: v for n, v in vars(self).items() if v is not None and n in ("penalty_alpha", "top_k", "temperature")
+        }
         return f"ContrastiveSearch({', '.join(f'{n}={v!r}' for n, v in given.items())})"
 
     def __call__(
         self,
-        model,  # noqa: ANN001 - a PreTrainedModel with GenerationMixin
+        model,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -120,12 +122,10 @@ class ContrastiveSearch:
                 streamer.end()
 
 
-def contrastive_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):  # noqa: ANN001, ANN003, ANN201
+def contrastive_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """``ContrastiveSearch()`` as a plain function: ``model.generate(custom_generate=contrastive_search,
     penalty_alpha=0.6, top_k=4)``. For a streamer, stop strings or a random choice use the class."""
-    return ContrastiveSearch()(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-    )
+    return ContrastiveSearch()(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
 
 
 def _check_penalty_alpha(value: float) -> None:
@@ -141,7 +141,7 @@ def _check_top_k(value: int) -> None:
 class _Run:
     """One ``generate`` call: the loop over tokens, and what it collects on the way."""
 
-    def __init__(self, strategy, model, input_ids, processors, criteria, config, model_kwargs):  # noqa: ANN001
+    def __init__(self, strategy, model, input_ids, processors, criteria, config, model_kwargs):
         self.strategy, self.model, self.config = strategy, model, config
         self.streamer, self.synced_gpus = None, False
         self.penalty_alpha, self.top_k = self._settings(strategy, config, model)
@@ -155,7 +155,9 @@ class _Run:
         if prompt is not None:
             empty = (prompt.sum(dim=-1) == 0).nonzero().flatten().tolist()
             if empty:
-                raise ValueError(f"attention_mask has no real token in row {empty[0]} of the batch; allowed: at least 1")
+                raise ValueError(
+                    f"attention_mask has no real token in row {empty[0]} of the batch; allowed: at least 1"
+                )
         wanted = bool(config.return_dict_in_generate)
         self.record = {
             "output_hidden_states": wanted and bool(config.output_hidden_states),
@@ -170,7 +172,7 @@ class _Run:
     # ---- arguments ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _settings(strategy: ContrastiveSearch, config: GenerationConfig, model) -> tuple[float, int]:  # noqa: ANN001
+    def _settings(strategy: ContrastiveSearch, config: GenerationConfig, model) -> tuple[float, int]:
         alpha = strategy.penalty_alpha
         if alpha is None:
             alpha = DEFAULT_PENALTY_ALPHA if config.penalty_alpha is None else config.penalty_alpha
@@ -218,7 +220,9 @@ class _Run:
                 f"{name} holds {held} tokens whose hidden states contrastive search does not have: pass the whole prompt "
                 f"as input_ids (got {self.input_ids.shape[1]} tokens) so that it can be run again"
             )
-        logger.warning("%s already holds %d tokens; their hidden states are needed, so the prompt is run again.", name, held)
+        logger.warning(
+            "%s already holds %d tokens; their hidden states are needed, so the prompt is run again.", name, held
+        )
         fresh = type(cache)(config=self.model.config.get_text_config(decoder=True))
         return fresh
 
@@ -238,7 +242,7 @@ class _Run:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
-    def __call__(self):  # noqa: ANN204
+    def __call__(self):
         k = 1 if self.penalty_alpha == 0 and self.strategy.temperature is None else self.top_k
         rows = self.input_ids.shape[0] * k
         with ExitStack() as stack:
@@ -304,7 +308,7 @@ class _Run:
                 "allowed: finite numbers, and −inf for banned tokens as long as one token is left"
             )
 
-    def _choose(self, probs: torch.Tensor):  # noqa: ANN202
+    def _choose(self, probs: torch.Tensor):
         if probs.shape[1] == 1:
             return lambda hidden_states: torch.zeros(len(probs), dtype=torch.long, device=hidden_states.device)
 
@@ -415,7 +419,7 @@ class _Run:
         rows = outputs.rows if isinstance(outputs, StepResult) else None
         outputs = outputs.outputs if isinstance(outputs, StepResult) else outputs
 
-        def pick(layers):  # noqa: ANN001, ANN202
+        def pick(layers):
             if layers is None:
                 return ()
             return tuple(layers) if rows is None else tuple(layer.index_select(0, rows) for layer in layers)
@@ -428,7 +432,7 @@ class _Run:
             if self.is_encoder_decoder:
                 self.cross_attentions.append(pick(outputs.cross_attentions))
 
-    def _result(self):  # noqa: ANN202
+    def _result(self):
         if not self.config.return_dict_in_generate:
             return self.input_ids
 

@@ -59,12 +59,12 @@ class HiddenStatesTap:
     def _listening(self) -> bool:
         return self._select is not None and threading.get_ident() == self._owner
 
-    def _before_model(self, module, args, kwargs):  # noqa: ANN001, ANN202
+    def _before_model(self, module, args, kwargs):
         if self._all_positions and self._listening() and "logits_to_keep" in kwargs:
             return args, kwargs | {"logits_to_keep": 0}
         return None
 
-    def _before_head(self, module, args):  # noqa: ANN001, ANN202
+    def _before_head(self, module, args):
         if not self._listening() or not args:
             return None
         self.states.append(args[0])

@@ -54,11 +54,11 @@ def unpatch_transformers() -> None:
         _original = None
 
 
-def _wrap(original):  # noqa: ANN001, ANN202
+def _wrap(original):
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def generate(self, *args: Any, **kwargs: Any):  # noqa: ANN001, ANN202
+    def generate(self, *args: Any, **kwargs: Any):
         bound = signature.bind_partial(self, *args, **kwargs)
         given = dict(bound.arguments)
         extra = given.pop("kwargs", {})
@@ -88,7 +88,7 @@ def _wrap(original):  # noqa: ANN001, ANN202
     return generate
 
 
-def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch | None:  # noqa: ANN001
+def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch | None:
     """A strategy of this call's own if the arguments ask for contrastive search."""
     asked = arguments.get("custom_generate")
     config = arguments.get("generation_config")

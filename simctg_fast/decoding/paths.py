@@ -69,7 +69,7 @@ class Path:
 
     def __init__(
         self,
-        model,  # noqa: ANN001 - a PreTrainedModel with GenerationMixin
+        model,
         tap: HiddenStatesTap,
         *,
         head: bool,
@@ -87,7 +87,7 @@ class Path:
 
     # ---- what the paths share -------------------------------------------------------------------------------------
 
-    def hidden_states_of(self, outputs):  # noqa: ANN001, ANN201 - tuple of (rows, T, D), a layer each
+    def hidden_states_of(self, outputs):
         return getattr(outputs, "decoder_hidden_states" if self.is_encoder_decoder else "hidden_states", None)
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -108,7 +108,9 @@ class Path:
                 raise HeadUnsupportedError("the output embedding is not called as a module")
             states = torch.cat(heard, dim=1) if len(heard) > 1 else heard[0]
             if states.ndim != 3 or states.shape[1] < input_ids.shape[1]:
-                raise HeadUnsupportedError(f"of the prompt, states of shape {tuple(states.shape)} reach the output embedding")
+                raise HeadUnsupportedError(
+                    f"of the prompt, states of shape {tuple(states.shape)} reach the output embedding"
+                )
         else:
             layers = self.hidden_states_of(outputs)
             if not layers:
@@ -120,10 +122,10 @@ class Path:
         self._after_prefill(outputs)
         return logits, states, outputs
 
-    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+    def _after_prefill(self, outputs) -> None:
         raise NotImplementedError
 
-    def _advance(self, outputs, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN001
+    def _advance(self, outputs, kwargs: dict[str, Any]) -> dict[str, Any]:
         return self.model._update_model_kwargs_for_generation(
             outputs, kwargs, is_encoder_decoder=self.is_encoder_decoder
         )
@@ -179,7 +181,7 @@ class Path:
         return None
 
 
-def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, keep_all: bool = False) -> dict[str, Any]:  # noqa: ANN001
+def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, keep_all: bool = False) -> dict[str, Any]:
     """``kwargs`` of B sequences for ``B·k`` candidate rows. Caches and, unless ``keep_all``, encoder outputs stay at B
     rows; what only the prompt needs is dropped."""
     aside = {n: v for n, v in kwargs.items() if isinstance(v, Cache) or (n == "encoder_outputs" and not keep_all)}
@@ -190,11 +192,15 @@ def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, keep_all: bool = Fal
     return expanded | aside
 
 
-def grow_kwargs(model, kwargs: dict[str, Any], length: int) -> dict[str, Any]:  # noqa: ANN001
+def grow_kwargs(model, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
     """The prompt's ``kwargs`` (masks, positions) for sequences that have grown to ``length`` tokens."""
-    names = ("decoder_attention_mask", "decoder_position_ids") if model.config.is_encoder_decoder else (
-        "attention_mask",
-        "position_ids",
+    names = (
+        ("decoder_attention_mask", "decoder_position_ids")
+        if model.config.is_encoder_decoder
+        else (
+            "attention_mask",
+            "position_ids",
+        )
     )
     lengths = [kwargs[name].shape[-1] for name in names if kwargs.get(name) is not None]
     grown = length - lengths[0] if lengths else 0
@@ -228,7 +234,7 @@ class _Spy:
 class SharedPrefixPath(Path):
     name = "shared_prefix"
 
-    def __init__(self, *args, **kwargs):  # noqa: ANN002, ANN003
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.record.get("output_attentions"):
             raise PathUnsupportedError("output_attentions needs the model's own attention")
@@ -250,19 +256,19 @@ class SharedPrefixPath(Path):
         self.switch = AttentionSwitch(self.model)
         self.expanded: dict[str, Any] | None = None
 
-    def prefill(self, input_ids):  # noqa: ANN001, ANN201
+    def prefill(self, input_ids):
         try:
             return super().prefill(input_ids)
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             raise PathUnsupportedError(f"its prompt cannot fill a key/value cache ({error})") from error
 
-    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+    def _after_prefill(self, outputs) -> None:
         lengths = {layer.length for layer in self.cache.layers if layer.is_initialized}
         if len(lengths) != 1:
             raise PathUnsupportedError(f"its layers cached {sorted(lengths) or 'no'} positions of one prompt")
         self.kwargs = _last_positions_only(self._advance(outputs, self.kwargs))
 
-    def step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+    def step(self, input_ids, candidates, choose):
         k = candidates.shape[1]
         if self.expanded is None:
             self.expanded = expand_kwargs(self.model, self.kwargs, k)
@@ -286,7 +292,7 @@ class SharedPrefixPath(Path):
         self.expanded = _last_positions_only(self._advance(result.outputs, self.expanded))
         return result
 
-    def verified_step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+    def verified_step(self, input_ids, candidates, choose):
         """Run the last candidate of every sequence through the model's own attention first, and compare."""
         expected = self._plain_forward(candidates[:, -1:])
         spy = _Spy(choose)
@@ -298,7 +304,9 @@ class SharedPrefixPath(Path):
             raise PathUnsupportedError(str(error)) from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if not self.last_step.calls:
-                raise PathUnsupportedError("it computes its own attention and bypasses the attention interface") from error
+                raise PathUnsupportedError(
+                    "it computes its own attention and bypasses the attention interface"
+                ) from error
             raise PathUnsupportedError(
                 f"a step over one copy of the prefix fails ({type(error).__name__}: {error})"
             ) from error
@@ -327,7 +335,7 @@ class SharedPrefixPath(Path):
             return state
         return layers[-1][:, -1].float()
 
-    def result_cache(self, input_ids, surplus):  # noqa: ANN001, ANN201
+    def result_cache(self, input_ids, surplus):
         dynamic = self.cache.to_dynamic(self.text_config, self.cache.length - 1 - surplus)
         return dynamic if self.cross is None else EncoderDecoderCache(dynamic, self.cross)
 
@@ -345,14 +353,14 @@ class ReorderPath(Path):
     name = "reorder"
     trial_steps = 2  # the second is the first that depends on a selection
 
-    def prefill(self, input_ids):  # noqa: ANN001, ANN201
+    def prefill(self, input_ids):
         self.cache_name: str | None = None
         if not self.kwargs.get("use_cache"):
             raise PathUnsupportedError("use_cache is False")
         self.initial = {n: copy.deepcopy(v) if isinstance(v, Cache) else v for n, v in self.kwargs.items()}
         return super().prefill(input_ids)
 
-    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+    def _after_prefill(self, outputs) -> None:
         self.kwargs = self._advance(outputs, self.kwargs)
         for name, cache in self.kwargs.items():
             if isinstance(cache, Cache) and hasattr(cache, "reorder_cache"):
@@ -362,7 +370,7 @@ class ReorderPath(Path):
         self.rows: torch.Tensor | None = None
         self.expanded: dict[str, Any] | None = None
 
-    def step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+    def step(self, input_ids, candidates, choose):
         batch, k = candidates.shape
         cache = self.kwargs[self.cache_name]
         rows = torch.arange(batch, device=candidates.device) if self.rows is None else self.rows
@@ -380,7 +388,7 @@ class ReorderPath(Path):
         self.expanded = self._advance(result.outputs, self.expanded)
         return result
 
-    def verified_step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+    def verified_step(self, input_ids, candidates, choose):
         """Compare the last candidate of every sequence with running its whole sequence without a cache."""
         spy = _Spy(choose)
         try:
@@ -395,7 +403,7 @@ class ReorderPath(Path):
             self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "those of its whole sequence")
         return result
 
-    def result_cache(self, input_ids, surplus):  # noqa: ANN001, ANN201
+    def result_cache(self, input_ids, surplus):
         cache = self.kwargs[self.cache_name]
         layers = self_attention_cache(cache).layers
         if self.rows is not None and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
@@ -413,7 +421,7 @@ class UncachedPath(Path):
 
     name = "uncached"
 
-    def __init__(self, *args, **kwargs):  # noqa: ANN002, ANN003
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.kwargs.get("inputs_embeds") is not None and not self.is_encoder_decoder:
             raise PathUnsupportedError("inputs_embeds prompts need a cache")
@@ -432,11 +440,11 @@ class UncachedPath(Path):
             heard = path.tap.mute()
         return heard[-1][:, -1] if path.head else path.hidden_states_of(outputs)[-1][:, -1]
 
-    def _after_prefill(self, outputs) -> None:  # noqa: ANN001
+    def _after_prefill(self, outputs) -> None:
         self.kwargs = self._advance({}, self.kwargs)  # an empty output: whatever cache it came with is not kept
         self.expanded: dict[str, Any] | None = None
 
-    def step(self, input_ids, candidates, choose):  # noqa: ANN001, ANN201
+    def step(self, input_ids, candidates, choose):
         k = candidates.shape[1]
         if self.expanded is None:
             self.expanded = expand_kwargs(self.model, self.kwargs, k, keep_all=True)

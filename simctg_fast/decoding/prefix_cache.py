@@ -120,7 +120,7 @@ class PrefixCache(Cache):
         for layer in self.layers:
             layer.commit(rows)
 
-    def to_dynamic(self, config, length: int) -> DynamicCache:  # noqa: ANN001 - a transformers config
+    def to_dynamic(self, config, length: int) -> DynamicCache:
         """The first ``length`` positions as the cache plain ``generate`` makes; this cache is emptied on the way."""
         dynamic = DynamicCache(config=config)
         for index, layer in enumerate(self.layers):

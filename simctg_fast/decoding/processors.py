@@ -47,7 +47,7 @@ def without_sampling_warpers(processors: LogitsProcessorList, config: Generation
     return kept
 
 
-def _same(value, configured) -> bool:  # noqa: ANN001 - a number or a 0-d tensor each
+def _same(value, configured) -> bool:
     if value is None or configured is None:
         return value is configured
     return abs(float(value) - float(configured)) < 1e-6

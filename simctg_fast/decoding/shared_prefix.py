@@ -31,7 +31,7 @@ _IGNORABLE = frozenset(
 
 _step = threading.local()
 _switch_lock = threading.Lock()
-_switched: dict[int, "_Switched"] = {}  # by id(config)
+_switched: dict[int, _Switched] = {}  # by id(config)
 
 
 class SharedPrefixUnsupportedError(Exception):
@@ -41,7 +41,7 @@ class SharedPrefixUnsupportedError(Exception):
 class SharedPrefixStep:
     """What the attention function must know during one forward over ``candidates`` rows a sequence."""
 
-    def __init__(self, cache: PrefixCache, cross_cache, candidates: int):  # noqa: ANN001 - a transformers Cache or None
+    def __init__(self, cache: PrefixCache, cross_cache, candidates: int):
         self.cache = cache
         self.candidates = candidates
         self.cross = {} if cross_cache is None else {layer.keys.data_ptr(): layer for layer in cross_cache.layers}
@@ -94,7 +94,7 @@ class SharedPrefixStep:
         )
         return out, None
 
-    def _find(self, module, query, key, value):  # noqa: ANN001, ANN202
+    def _find(self, module, query, key, value):
         pointer = key.data_ptr()
         if (layer := self.cross.get(pointer)) is not None:
             if query.shape[0] != key.shape[0] * self.candidates:
@@ -148,12 +148,12 @@ class SharedPrefixStep:
             raise SharedPrefixUnsupportedError(f"cross-attention of layer {missed[0]} bypasses the attention interface")
 
 
-def _original_name(config) -> str:  # noqa: ANN001
+def _original_name(config) -> str:
     entry = _switched.get(id(config))
     return entry.name if entry is not None else "sdpa"
 
 
-def _attention(module, query, key, value, attention_mask, **kwargs):  # noqa: ANN001, ANN003, ANN202
+def _attention(module, query, key, value, attention_mask, **kwargs):
     step = getattr(_step, "value", None)
     if step is not None:
         return step.attend(module, query, key, value, attention_mask, **kwargs)
@@ -163,7 +163,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):  # noqa: AN
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
-def _mask(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202 - as sdpa_mask
+def _mask(*args, **kwargs):
     if getattr(_step, "value", None) is not None:
         return sdpa_mask(*args, **kwargs)
     name = _original_name(kwargs.get("config"))

@@ -31,7 +31,9 @@ class SupportReport:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.path} ({self.reason})"]
-        lines += [f"  [{'ok' if c.passed else 'no'}] {c.name}{': ' + c.detail if c.detail else ''}" for c in self.checks]
+        lines += [
+            f"  [{'ok' if c.passed else 'no'}] {c.name}{': ' + c.detail if c.detail else ''}" for c in self.checks
+        ]
         return "\n".join(lines)
 
 
@@ -64,7 +66,9 @@ def make_report(model: torch.nn.Module, path: str, head: bool, refusals: list[st
     """``refusals``: why the faster paths were not taken."""
     reason = "; ".join([_REASONS[path], *(f"not {refusal}" for refusal in refusals)])
     checks = [Check(refusal.split(":", 1)[0], False, refusal.split(":", 1)[1].strip()) for refusal in refusals]
-    checks.append(Check(path, True, "first step run" + (" and compared with its own attention" * (path == "shared_prefix"))))
+    checks.append(
+        Check(path, True, "first step run" + (" and compared with its own attention" * (path == "shared_prefix")))
+    )
     checks.append(
         Check(
             "winner chosen before the output embedding",
@@ -76,7 +80,7 @@ def make_report(model: torch.nn.Module, path: str, head: bool, refusals: list[st
 
 
 @torch.no_grad()
-def support(model, inputs: dict[str, torch.Tensor] | None = None, *, top_k: int = 3) -> SupportReport:  # noqa: ANN001
+def support(model, inputs: dict[str, torch.Tensor] | None = None, *, top_k: int = 3) -> SupportReport:
     """Find out which path ``model`` takes, by running it: a padded batch of two, a few tokens, against full recompute.
 
     Args:
@@ -112,11 +116,15 @@ def support(model, inputs: dict[str, torch.Tensor] | None = None, *, top_k: int 
     report = recall(model)
     assert report is not None
     return SupportReport(
-        report.model, report.path, report.reason, report.head, (*report.checks, _compare(runs["auto"], runs["uncached"]))
+        report.model,
+        report.path,
+        report.reason,
+        report.head,
+        (*report.checks, _compare(runs["auto"], runs["uncached"])),
     )
 
 
-def _compare(ours, truth) -> Check:  # noqa: ANN001 - two GenerateOutputs, or an exception as the second
+def _compare(ours, truth) -> Check:
     name = "same as recomputing every sequence in full"
     if isinstance(truth, Exception):
         return Check(name, False, f"could not be tried: {truth}")
@@ -134,7 +142,7 @@ def _compare(ours, truth) -> Check:  # noqa: ANN001 - two GenerateOutputs, or an
     return Check(name, worst <= tolerance * scale and steps == len(ours.logits), detail)
 
 
-def _made_up_inputs(model) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def _made_up_inputs(model) -> dict[str, torch.Tensor]:
     config = model.config
     text_config = config.get_text_config(decoder=not config.is_encoder_decoder)
     generator = torch.Generator().manual_seed(0)

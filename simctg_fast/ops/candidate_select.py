@@ -63,7 +63,7 @@ def _scan_torch(
     return penalty, position
 
 
-def _scan_op(hidden_states, history, length, mask):  # noqa: ANN001, ANN202 - typed by the schema
+def _scan_op(hidden_states, history, length, mask):
     return candidate_scan(hidden_states, history, length, mask)
 
 
@@ -71,7 +71,7 @@ torch.library.impl(_LIBRARY, "candidate_scan", "CompositeExplicitAutograd")(_sca
 
 
 @torch.library.register_fake("simctg_fast::candidate_scan")
-def _(hidden_states, history, length, mask):  # noqa: ANN001, ANN202
+def _(hidden_states, history, length, mask):
     shape = hidden_states.shape[:2]
     return hidden_states.new_empty(shape, dtype=torch.float32), hidden_states.new_empty(shape, dtype=torch.int64)
 

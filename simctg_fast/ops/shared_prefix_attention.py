@@ -57,9 +57,7 @@ def shared_prefix_attention(
     return _attention_torch(*arguments)
 
 
-def _attention_torch(
-    query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start
-):  # noqa: ANN001, ANN202 - as shared_prefix_attention
+def _attention_torch(query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start):
     rows, heads, _, dim = query.shape
     batch, kv_heads = key.shape[:2]
     k, groups = rows // batch, heads // kv_heads

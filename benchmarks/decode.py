@@ -1,0 +1,211 @@
+"""Contrastive search against transformers 4.55.4's contrastive search and against greedy search: time and memory.
+
+    python benchmarks/decode.py                      # the four cases of the README, GPT-2-small shape, random weights
+    python benchmarks/decode.py --cases 1x32 --new-tokens 32 --repeats 2
+
+Every provider lives in a worker process of its own; rounds go through all workers in turn. Reported is the time per new
+token, prefill subtracted (a run with one new token), minimum over the rounds; the ratios are of these minima. Tokens are
+compared first: where contrastive search does not give the same tokens as 4.55.4, nothing is reported for the case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import RESULTS, Row, append_csv, processor, quantiles, reset_peak_memory, resident_megabytes
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = "1x32,1x512,8x256,8x768"
+# (faster than 4.55.4's contrastive search, time over transformers 5's greedy): what this benchmark is to reach
+GOALS = {"1x32": (1.9, 1.05), "1x512": (2.5, 0.95), "8x256": (3.5, 0.85), "8x768": (6.0, 0.75)}
+OURS = ("contrastive packed", "contrastive unpacked", "greedy packed", "greedy unpacked")
+PEERS = ("transformers greedy", "4.55.4 contrastive")
+
+
+# ---- worker: runs in either environment ------------------------------------------------------------------------------
+
+
+def make_model(name: str):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"gpt2-small": {}, "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 500}}[name]
+    config = GPT2Config(n_positions=1024, initializer_range=0.1, bos_token_id=0, eos_token_id=None, **sizes)
+    config.pad_token_id = 0
+    # eager, the oracle's own default for contrastive search, is slower than sdpa on both sides: take the faster
+    config._attn_implementation = "sdpa"
+    return GPT2LMHeadModel(config).eval()
+
+
+def worker(model_name: str, threads: int) -> None:
+    """Reads one JSON request a line, answers one JSON line."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    model = make_model(model_name)
+    print(json.dumps({"ready": transformers.__version__, "torch": torch.__version__}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        generator = torch.Generator().manual_seed(1)
+        shape = (request["batch"], request["prompt"])
+        ids = torch.randint(1, model.config.vocab_size, shape, generator=generator)
+        arguments = provider_arguments(request["provider"], request["top_k"], request["penalty_alpha"])
+        arguments |= {"max_new_tokens": request["new_tokens"], "do_sample": False, "pad_token_id": 0}
+        arguments["attention_mask"] = torch.ones_like(ids)
+        reset_peak_memory()
+        before, _ = resident_megabytes()
+        cpu, start = time.process_time(), time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(ids, **arguments)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        _, peak = resident_megabytes()
+        answer = {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak - before}
+        if request.get("tokens"):
+            answer["tokens"] = out[:, request["prompt"] :].tolist()
+        print(json.dumps(answer), flush=True)
+
+
+def provider_arguments(provider: str, top_k: int, penalty_alpha: float) -> dict:
+    if provider == "transformers greedy":
+        return {}
+    if provider == "4.55.4 contrastive":
+        return {"penalty_alpha": penalty_alpha, "top_k": top_k}
+    from simctg_fast import ContrastiveSearch
+
+    kind, packing = provider.split()
+    k = {"contrastive": top_k, "greedy": 1}[kind]
+    return {"custom_generate": ContrastiveSearch(penalty_alpha, k, pack={"packed": True, "unpacked": False}[packing])}
+
+
+class Worker:
+    def __init__(self, python: str, model: str, threads: int):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+        command = [python, str(Path(__file__).resolve()), "--worker", "--model", model, "--threads", str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ready = self._answer()
+
+    def _answer(self) -> dict:
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the worker ended with exit code {self.process.wait()}")
+
+    def ask(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+def oracle_python() -> str | None:
+    """The interpreter of the environment that holds transformers 4.55.4; ``make parity`` builds it."""
+    default = ROOT / ".venv-oracle" / "bin" / "python"
+    found = os.environ.get("SIMCTG_FAST_ORACLE_PYTHON") or (str(default) if default.exists() else None)
+    return found
+
+
+def measure_case(case: str, options: argparse.Namespace, oracle: str | None) -> list[Row]:
+    batch, prompt = map(int, case.split("x"))
+    settings = {"batch": batch, "prompt": prompt, "top_k": options.top_k, "penalty_alpha": options.penalty_alpha}
+    providers = [name for name in (*OURS, *PEERS) if name != "4.55.4 contrastive" or oracle]
+    workers = {
+        name: Worker(oracle if name == "4.55.4 contrastive" else sys.executable, options.model, options.threads)
+        for name in providers
+    }
+    try:
+        # Memory first: a fresh process each, one run.
+        peaks, tokens = {}, {}
+        for name, process in workers.items():
+            answer = process.ask(provider=name, new_tokens=options.new_tokens, tokens=True, **settings)
+            peaks[name], tokens[name] = answer["peak_mb"], answer["tokens"]
+        checks = [("contrastive packed", "contrastive unpacked"), ("greedy packed", "transformers greedy")]
+        if oracle:
+            checks.append(("4.55.4 contrastive", "contrastive unpacked"))
+        for one, other in checks:
+            if tokens[one] != tokens[other]:
+                same = [
+                    next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), -1)
+                    for x, y in zip(tokens[one], tokens[other])
+                ]
+                print(
+                    f"{case}: NOT REPORTED: {one} and {other} give different tokens (first difference by row: {same})"
+                )
+                return []
+        seconds = {name: ([], []) for name in providers}
+        for round_ in range(options.repeats):
+            for name, process in workers.items():
+                for which, count in enumerate((1, options.new_tokens)):
+                    seconds[name][which].append(process.ask(provider=name, new_tokens=count, **settings)["seconds"])
+            print(f"  {case}: round {round_ + 1} of {options.repeats}", file=sys.stderr)
+    finally:
+        for process in workers.values():
+            process.close()
+    rows, best = [], {}
+    for name, (one, many) in seconds.items():
+        milliseconds = [(m - min(one)) * 1e3 / (options.new_tokens - 1) for m in many]
+        best[name] = min(milliseconds)
+        version = json.dumps(workers[name].ready)
+        common = {"kernel": "decode", "provider": name, "mode": "decode", "x_name": "batch x prompt", "x_value": case}
+        common |= {"config": json.dumps(vars(options), default=str), "gpu": processor(), "version": version}
+        rows.append(Row(metric="ms_per_token", p20=0, p50=0, p80=0, **common))
+        rows[-1].p20, rows[-1].p50, rows[-1].p80 = quantiles(milliseconds)
+        rows.append(Row(metric="peak_mb", p20=peaks[name], p50=peaks[name], p80=peaks[name], **common))
+    print_case(case, best, peaks)
+    return rows
+
+
+def print_case(case: str, best: dict[str, float], peaks: dict[str, float]) -> None:
+    goal = GOALS.get(case)
+    print(f"\n{case} (batch x prompt)" + (f"   goals: ≥ {goal[0]}x 4.55.4, ≤ {goal[1]} of greedy" if goal else ""))
+    print(f"  {'provider':24}{'ms/token':>10}{'4.55.4 /':>10}{'/ greedy 5':>12}{'/ our greedy':>14}{'peak +MB':>10}")
+    for name, milliseconds in best.items():
+        oracle = best.get("4.55.4 contrastive", float("nan")) / milliseconds
+        greedy = milliseconds / best["transformers greedy"]
+        packing = name.split()[-1] if name in OURS else "unpacked"
+        own = milliseconds / best[f"greedy {packing}"]
+        print(f"  {name:24}{milliseconds:10.2f}{oracle:9.2f}x{greedy:12.2f}{own:14.2f}{peaks[name]:10.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=CASES, help="batch x prompt, comma-separated")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--penalty-alpha", type=float, default=0.6)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--model", default="gpt2-small", choices=("gpt2-small", "tiny"))
+    parser.add_argument("--csv", type=Path, default=RESULTS / "decode.csv")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.model, options.threads)
+        return
+    oracle = oracle_python()
+    if oracle is None:
+        print("transformers 4.55.4 is not at hand (make parity builds its environment): its rows are left out")
+    print(f"{processor()}, {options.threads} threads, float32, k = {options.top_k}, {options.new_tokens} new tokens")
+    for case in options.cases.split(","):
+        append_csv(options.csv, measure_case(case, options, oracle))
+
+
+if __name__ == "__main__":
+    main()
