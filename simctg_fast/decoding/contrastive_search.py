@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
@@ -39,17 +39,17 @@ class ContrastiveSearch:
     h_j those of all real positions before it (Su et al. 2022, eq. 5). Deterministic, unless ``temperature`` is given.
 
     Args:
-        penalty_alpha: weight of the penalty in [0, 1]; 0 is greedy search. Default: what ``generate`` was given, else 0.6.
+        penalty_alpha: weight of the penalty in [0, 1]; 0 is greedy search. Default: what ``generate`` was given, or 0.6.
         top_k: number of candidates, 1 … vocabulary; 1 is greedy search. Default: what ``generate`` was given, else 4.
             (A 50 found there is transformers' default, which nobody chose; to use 50, say so here.)
         temperature: makes the choice random: candidate i with probability ∝ exp(score_i / temperature).
         generator: random numbers for ``temperature``; the global generator of the device if None.
         streamer: a ``transformers`` streamer; it gets the prompt, then every token, and is always ended.
         tokenizer, stop_strings: end a sequence at any of these strings (``generate`` keeps its own to itself).
-        path: ``"auto"``, or one of ``"shared_prefix"``, ``"reorder"``, ``"uncached"`` (see ``support``) to insist on it.
-        fast_linear: route the linear layers of a float32 model on the CPU through our small-batch kernel during the call.
-        pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if the
-            copy takes at most a quarter of the free memory).
+        path: ``"auto"``, or ``"shared_prefix"``, ``"reorder"``, ``"uncached"`` (see ``support``) to insist on one.
+        fast_linear: on the CPU, route the linear layers of a float32 model through our small-batch kernel meanwhile.
+        pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if
+            the copy takes at most a quarter of the free memory).
 
     Raises:
         ValueError: a value outside its range, named with the range, when the object is made or first used.
@@ -149,8 +149,8 @@ class _Run:
         self.criteria = criteria
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.input_ids = input_ids
-        self.model_kwargs = self._checked_kwargs(model_kwargs)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.model_kwargs = self._checked_kwargs(model_kwargs)
         prompt = self._prompt_mask(self.model_kwargs)
         if prompt is not None:
             empty = (prompt.sum(dim=-1) == 0).nonzero().flatten().tolist()
@@ -217,14 +217,15 @@ class _Run:
         expected = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", self.input_ids.shape[1])
         if self.input_ids.shape[1] <= held or expected != self.input_ids.shape[1]:
             raise ValueError(
-                f"{name} holds {held} tokens whose hidden states contrastive search does not have: pass the whole prompt "
-                f"as input_ids (got {self.input_ids.shape[1]} tokens) so that it can be run again"
+                f"{name} holds {held} tokens whose hidden states contrastive search does not have: pass the whole "
+                f"prompt as input_ids (got {self.input_ids.shape[1]} tokens) so that it can be run again"
             )
         logger.warning(
             "%s already holds %d tokens; their hidden states are needed, so the prompt is run again.", name, held
         )
-        fresh = type(cache)(config=self.model.config.get_text_config(decoder=True))
-        return fresh
+        config = self.model.config.get_text_config(decoder=True)
+        fresh = DynamicCache(config=config)
+        return EncoderDecoderCache(fresh, DynamicCache(config=config)) if self.is_encoder_decoder else fresh
 
     def _prompt_mask(self, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
         name = "decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"

@@ -304,9 +304,7 @@ class SharedPrefixPath(Path):
             raise PathUnsupportedError(str(error)) from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if not self.last_step.calls:
-                raise PathUnsupportedError(
-                    "it computes its own attention and bypasses the attention interface"
-                ) from error
+                raise PathUnsupportedError("it does not use the attention interface") from error
             raise PathUnsupportedError(
                 f"a step over one copy of the prefix fails ({type(error).__name__}: {error})"
             ) from error

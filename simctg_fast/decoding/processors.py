@@ -24,7 +24,7 @@ _SAMPLING_WARPERS = {
 
 
 def without_sampling_warpers(processors: LogitsProcessorList, config: GenerationConfig) -> LogitsProcessorList:
-    """``processors`` less the warpers that ``generate`` adds for ``do_sample=True``, with one warning if there were any.
+    """``processors`` less the warpers that ``generate`` adds for ``do_sample=True``, with one warning if any.
 
     A warper that the caller passed in stays, unless it equals the one the configuration asks for.
     """

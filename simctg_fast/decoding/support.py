@@ -55,6 +55,11 @@ def remember(model: torch.nn.Module, report: SupportReport) -> None:
     _known.setdefault(model, {})[_key(model)] = report
 
 
+_TRIALS = {
+    "shared_prefix": "its first step agrees with the model's own attention",
+    "reorder": "its first two steps agree with running whole sequences",
+    "uncached": "its first step ran",
+}
 _REASONS = {
     "shared_prefix": "one copy of the prefix; its attention interface honours every argument it was given",
     "reorder": "cache expanded and selected through reorder_cache",
@@ -65,10 +70,9 @@ _REASONS = {
 def make_report(model: torch.nn.Module, path: str, head: bool, refusals: list[str]) -> SupportReport:
     """``refusals``: why the faster paths were not taken."""
     reason = "; ".join([_REASONS[path], *(f"not {refusal}" for refusal in refusals)])
-    checks = [Check(refusal.split(":", 1)[0], False, refusal.split(":", 1)[1].strip()) for refusal in refusals]
-    checks.append(
-        Check(path, True, "first step run" + (" and compared with its own attention" * (path == "shared_prefix")))
-    )
+    parts = [refusal.partition(":") for refusal in refusals]
+    checks = [Check(name, False, why.strip()) for name, _, why in parts]
+    checks.append(Check(path, True, _TRIALS[path]))
     checks.append(
         Check(
             "winner chosen before the output embedding",

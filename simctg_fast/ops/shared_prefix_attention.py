@@ -1,7 +1,7 @@
 """Decode attention of k candidates a row against one copy of the row's prefix.
 
-Rows ``b·k … b·k + k − 1`` of the query are the candidates of sequence b. All stand at position ``length``; each sees the
-prefix (stored once per sequence) and itself, never the other candidates. Grouped-query heads are packed with the
+Rows ``b·k … b·k + k − 1`` of the query are the candidates of sequence b. All stand at position ``length``; each sees
+the prefix (stored once per sequence) and itself, never the other candidates. Grouped-query heads are packed with the
 candidates, so keys and values are read once however many query rows share them.
 """
 
