@@ -92,7 +92,7 @@ class HiddenStatesHistory:
         batch, self.length, dim = hidden_states.shape
         self.max_length = max_length
         # Half precision is kept only where it saves bandwidth; a CPU multiplies float32 faster.
-        dtype = hidden_states.dtype if hidden_states.is_cuda else torch.float32
+        dtype = hidden_states.dtype if hidden_states.is_cuda else _at_least_float32(hidden_states)
         self.mask: torch.Tensor | None = None
         if mask is not None and not bool(mask.all()):
             self.mask = torch.ones(batch, 0, dtype=torch.bool, device=hidden_states.device)
@@ -125,4 +125,8 @@ class HiddenStatesHistory:
 
 
 def _normalize(hidden_states: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(hidden_states.float(), dim=-1)
+    return torch.nn.functional.normalize(hidden_states.to(_at_least_float32(hidden_states)), dim=-1)
+
+
+def _at_least_float32(hidden_states: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden_states.dtype, torch.float32)

@@ -35,7 +35,7 @@ def candidate_scan(
         impl: ``"auto"``, ``"cpu"`` (C++) or ``"torch"``.
 
     Returns:
-        ``penalty (B, k)`` float32 and ``position (B, k)`` int64 (the earliest on ties). NaN propagates. A row with no
+        ``penalty (B, k)``, float32 (float64 for float64 states), and ``position (B, k)`` int64 (the earliest on ties). NaN propagates. A row with no
         real position has penalty −inf.
 
     Raises:
@@ -55,8 +55,9 @@ def candidate_scan(
 def _scan_torch(
     hidden_states: torch.Tensor, history: torch.Tensor, length: int, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    candidates = torch.nn.functional.normalize(hidden_states.float(), dim=-1).to(history.dtype)
-    cosine = torch.matmul(candidates, history[:, :length].mT).float()  # (B, k, length)
+    precise = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    candidates = torch.nn.functional.normalize(precise, dim=-1).to(history.dtype)
+    cosine = torch.matmul(candidates, history[:, :length].mT).to(precise.dtype)  # (B, k, length)
     if mask is not None:
         cosine.masked_fill_(~mask[:, None, :length], float("-inf"))
     penalty, position = cosine.max(dim=-1)
@@ -72,8 +73,8 @@ torch.library.impl(_LIBRARY, "candidate_scan", "CompositeExplicitAutograd")(_sca
 
 @torch.library.register_fake("simctg_fast::candidate_scan")
 def _(hidden_states, history, length, mask):
-    shape = hidden_states.shape[:2]
-    return hidden_states.new_empty(shape, dtype=torch.float32), hidden_states.new_empty(shape, dtype=torch.int64)
+    shape, dtype = hidden_states.shape[:2], torch.promote_types(hidden_states.dtype, torch.float32)
+    return hidden_states.new_empty(shape, dtype=dtype), hidden_states.new_empty(shape, dtype=torch.int64)
 
 
 def contrastive_scores(probs: torch.Tensor, penalty: torch.Tensor, penalty_alpha: float) -> torch.Tensor:

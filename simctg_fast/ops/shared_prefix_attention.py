@@ -47,7 +47,7 @@ def shared_prefix_attention(
         impl: ``"auto"``, ``"cpu"`` (C++, float32) or ``"torch"`` (any device and dtype).
 
     Returns:
-        ``(B·k, 1, H, D_v)`` in the query's dtype; the softmax is taken in float32.
+        ``(B·k, 1, H, D_v)`` in the query's dtype; the softmax is taken in float32 at least.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
@@ -70,7 +70,8 @@ def _attention_torch(query, key, value, length, new_key, new_value, scaling, mas
     if new_key is not None:
         own = new_key.view(batch, k, kv_heads, 1, dim).permute(0, 2, 1, 3, 4)
         scores = torch.cat([scores, (packed * own).sum(-1, keepdim=True)], dim=-1)
-    scores = scores.float() * scaling
+    accumulate = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(accumulate) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -78,7 +79,7 @@ def _attention_torch(query, key, value, length, new_key, new_value, scaling, mas
     if mask is not None:
         scores = scores.masked_fill(~_pack(mask, batch, k, kv_heads, groups)[..., window_start:], float("-inf"))
     if sinks is not None:
-        sink = sinks.float().view(1, kv_heads, 1, groups, 1).expand(batch, -1, k, -1, 1)
+        sink = sinks.to(accumulate).view(1, kv_heads, 1, groups, 1).expand(batch, -1, k, -1, 1)
         scores = torch.cat([scores, sink], dim=-1)
     probs = torch.softmax(scores, dim=-1).to(query.dtype)
     out = torch.matmul(probs[..., :shared].reshape(batch, kv_heads, k * groups, shared), value)

@@ -1,0 +1,75 @@
+"""Published APIs under their published names, over our own implementations."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from .decoding import ContrastiveSearch
+
+logger = logging.getLogger("simctg_fast")
+
+
+class T5SimCTGGenerate:
+    """Text to text by contrastive search, with the signature of the widely read T5 tutorial.
+
+    Inputs are lower-cased, padded and truncated to ``max_length``; the encoder runs once; ``num_beams`` is the number of
+    candidates; a row stops at its end-of-sequence token and all rows after ``max_length`` steps. Unlike the tutorial's
+    class, a chosen candidate's keys and values are the ones that later steps see (Su et al. 2022, eq. 5).
+
+    Args:
+        model_dir: folder (or hub name) of a T5 model and its tokenizer.
+        gpu_id: CUDA device; the CPU when negative, or, with a warning, when there is no CUDA device.
+        max_length: limit of input tokens and of generated tokens.
+        num_beams: candidates a step.
+        simctg_alpha: weight of the degeneration penalty, in [0, 1].
+
+    Raises:
+        ValueError: ``simctg_alpha`` or ``num_beams`` out of range, or texts that are not a list of strings.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike[str],
+        gpu_id: int = 0,
+        max_length: int = 512,
+        num_beams: int = 3,
+        simctg_alpha: float = 0.5,
+    ):
+        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        self.strategy = ContrastiveSearch(penalty_alpha=simctg_alpha, top_k=num_beams)
+        self.max_length = max_length
+        if gpu_id >= 0 and not torch.cuda.is_available():
+            logger.warning("gpu_id=%d, but there is no CUDA device: running on the CPU (gpu_id=-1 says so).", gpu_id)
+            gpu_id = -1
+        self.device = torch.device("cpu" if gpu_id < 0 else f"cuda:{gpu_id}")
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(model_dir).to(self.device).eval()
+
+    def __call__(self, texts: list[str]) -> list[str]:
+        """One continuation a text, without special tokens."""
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            [text.lower() for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).to(self.device)
+        tokens = self.model.generate(
+            input_ids=encoded.input_ids,
+            attention_mask=encoded.attention_mask,
+            custom_generate=self.strategy,
+            max_new_tokens=self.max_length,
+            do_sample=False,
+            num_beams=1,
+        )
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
