@@ -62,7 +62,8 @@ def ninja_command() -> str:
     with contextlib.suppress(ImportError):
         import ninja
 
-        return os.path.join(ninja.BIN_DIR, "ninja")
+        if ninja.BIN_DIR:
+            return os.path.join(ninja.BIN_DIR, "ninja")
     found = shutil.which("ninja")
     if found is None:
         raise BuildError("ninja was not found; `pip install ninja` provides it")
@@ -167,8 +168,13 @@ class BuildExtension(build_ext):
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         command = [ninja_command(), "-f", str(build_file.relative_to(ROOT)), "-j", str(jobs)]
+        command += ["--quiet"] if self.verbose < 1 else []
         sys.stdout.flush()
-        if subprocess.run([*command, *(["--quiet"] if self.verbose < 1 else [])], cwd=ROOT).returncode:
+        try:
+            failed = subprocess.run(command, cwd=ROOT).returncode != 0
+        except OSError as error:
+            raise BuildError(f"{command[0]} did not start: {error}") from error
+        if failed:
             raise BuildError(f"`{shlex.join(command)}` failed; the compiler's message is above")
 
     def _targets(self) -> list[Path]:
