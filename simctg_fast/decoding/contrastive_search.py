@@ -39,8 +39,8 @@ class ContrastiveSearch:
     h_j those of all real positions before it (Su et al. 2022, eq. 5). Deterministic, unless ``temperature`` is given.
 
     Args:
-        penalty_alpha: weight of the penalty in [0, 1]; 0 is greedy search. Default: what ``generate`` was given, or 0.6.
-        top_k: number of candidates, 1 … vocabulary; 1 is greedy search. Default: what ``generate`` was given, else 4.
+        penalty_alpha: weight of the penalty in [0, 1]; 0 is greedy search. Default: what ``generate`` got, else 0.6.
+        top_k: number of candidates, 1 … vocabulary; 1 is greedy search. Default: what ``generate`` got, else 4.
             (A 50 found there is transformers' default, which nobody chose; to use 50, say so here.)
         temperature: makes the choice random: candidate i with probability ∝ exp(score_i / temperature).
         generator: random numbers for ``temperature``; the global generator of the device if None.

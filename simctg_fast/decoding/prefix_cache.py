@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
+from ..ops.prefix_commit import prefix_commit
+
 GROWTH = 512  # positions added when a buffer is full: a copy every 512 tokens, and at most 512 positions unused
 
 
@@ -21,7 +23,7 @@ class PrefixCacheLayer(CacheLayerMixin):
 
     *Plain* (``candidates`` is None): ``update`` writes the new positions and returns all of them, as any cache does.
     *Candidates*: ``update`` sets the ``B·k`` new keys and values aside and returns a view whose length counts one
-    position more (models derive positions from it); ``commit`` then writes the winners'.
+    position more (models derive positions from it); the cache's ``commit`` then writes the winners'.
     """
 
     is_sliding = False
@@ -66,14 +68,6 @@ class PrefixCacheLayer(CacheLayerMixin):
             self.pending = (key_states, value_states)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def commit(self, rows: torch.Tensor) -> None:
-        """Write the keys and values of candidate rows ``rows (B,)`` of the last step at position ``length``."""
-        key_states, value_states = self.pending
-        self.keys[:, :, self.length] = key_states.squeeze(2).index_select(0, rows)
-        self.values[:, :, self.length] = value_states.squeeze(2).index_select(0, rows)
-        self.length += 1
-        self.pending = None
-
     def get_seq_length(self) -> int:
         return self.length
 
@@ -117,8 +111,16 @@ class PrefixCache(Cache):
             layer.length = min(layer.length, length)
 
     def commit(self, rows: torch.Tensor) -> None:
-        for layer in self.layers:
-            layer.commit(rows)
+        """Keep the keys and values of candidate rows ``rows (B,)`` of the last step, one a sequence."""
+        position = self.length
+        updated = [layer for layer in self.layers if layer.pending is not None]
+        prefix_commit(
+            [pair for layer in updated for pair in zip((layer.keys, layer.values), layer.pending, strict=True)],
+            position,
+            rows,
+        )
+        for layer in updated:
+            layer.length, layer.pending = position + 1, None
 
     def to_dynamic(self, config, length: int) -> DynamicCache:
         """The first ``length`` positions as the cache plain ``generate`` makes; this cache is emptied on the way."""

@@ -35,8 +35,8 @@ def candidate_scan(
         impl: ``"auto"``, ``"cpu"`` (C++) or ``"torch"``.
 
     Returns:
-        ``penalty (B, k)``, float32 (float64 for float64 states), and ``position (B, k)`` int64 (the earliest on ties). NaN propagates. A row with no
-        real position has penalty −inf.
+        ``penalty (B, k)``, float32 (float64 for float64 states), and ``position (B, k)`` int64 (the earliest on ties).
+        NaN propagates. A row with no real position has penalty −inf.
 
     Raises:
         ValueError: an unknown ``impl``. RuntimeError: ``impl="cpu"`` that cannot run here.
