@@ -1,0 +1,175 @@
+"""Correctness of the operators on a CUDA device, against float64 on the CPU.
+
+    python benchmarks/gpu.py [PART ...] [--device cuda]
+
+Every case draws fresh inputs, computes the truth in float64 from the inputs as the device sees them, and compares. The
+bound of a floating-point case is a small multiple of the error that the plain formula makes in the same dtype on the
+same device. Ends with status 1 if a case fails or if the device is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from simctg_fast import backend_info, viterbi_backtrace
+from simctg_fast.ops.candidate_select import candidate_scan
+from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
+from simctg_fast.reference.contrastive_search import degeneration_penalty
+from simctg_fast.reference.viterbi import viterbi_backtrace as viterbi_reference
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# A case: what it is, whether it passed, and the figures that show it.
+Case = tuple[str, bool, str]
+
+
+def within(result: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, factor: float = 2.0) -> tuple[bool, str]:
+    """Whether the largest error is at most `factor` times the plain formula's, plus a few roundings of the dtype."""
+    error = (result.double().cpu() - truth).abs().max().item()
+    allowed = factor * (plain.double().cpu() - truth).abs().max().item()
+    allowed += 4 * torch.finfo(plain.dtype).eps * truth.abs().max().item()
+    return error <= allowed, f"error {error:.1e}, allowed {allowed:.1e}"  # NaN compares false
+
+
+def check_candidate_scan(device: str) -> Iterator[Case]:
+    for dtype, (batch, k, length, width), masked in itertools.product(
+        FLOATS, [(1, 4, 1, 64), (3, 5, 129, 768), (8, 8, 1000, 1024)], (False, True)
+    ):
+        states = torch.randn(batch, k, width, device=device).to(dtype)
+        history = torch.nn.functional.normalize(torch.randn(batch, length + 7, width, device=device), dim=-1).to(dtype)
+        mask = None
+        if masked:
+            mask = torch.rand(batch, length + 7, device=device) > 0.3
+            mask[:, 0] = True
+        wide = history[:, :length].double().cpu().repeat_interleave(k, dim=0)
+        real = None if mask is None else mask[:, :length].cpu().repeat_interleave(k, dim=0)
+        truth = degeneration_penalty(wide, states.flatten(0, 1).double().cpu(), real).view(batch, k)
+        cosine = torch.nn.functional.normalize(states.float(), dim=-1).to(dtype) @ history[:, :length].mT
+        if mask is not None:
+            cosine = cosine.masked_fill(~mask[:, None, :length], float("-inf"))
+        penalty, position = candidate_scan(states, history, length, mask)
+        passed, figures = within(penalty, cosine.amax(-1), truth)
+        if mask is not None:
+            passed = passed and bool(mask.gather(1, position).all())
+        name = f"{dtype} batch {batch} k {k} length {length} width {width}{' masked' * masked}"
+        yield name, passed and penalty.device.type == device, figures
+
+
+def check_shared_prefix_attention(device: str) -> Iterator[Case]:
+    shapes = [(1, 4, 12, 12, 64, 33), (3, 5, 8, 2, 80, 257), (2, 4, 16, 1, 128, 1000)]
+    for dtype, shape, extra in itertools.product(FLOATS, shapes, ("", "mask", "softcap", "sinks", "window")):
+        batch, k, heads, kv_heads, dim, length = shape
+
+        def draw(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*size, device=device).to(dtype)
+
+        query = draw(batch * k, heads, 1, dim)
+        key, value = draw(batch, kv_heads, length + 5, dim), draw(batch, kv_heads, length + 5, dim)
+        own = {"new_key": draw(batch * k, kv_heads, 1, dim), "new_value": draw(batch * k, kv_heads, 1, dim)}
+        options: dict[str, object] = {"scaling": dim**-0.5}
+        if extra == "mask":
+            options["mask"] = torch.rand(batch, 1, 1, length + 1, device=device) > 0.3
+            options["mask"][..., -1] = True
+        elif extra == "softcap":
+            options["softcap"] = 1.5
+        elif extra == "sinks":
+            options["sinks"] = draw(heads)
+        elif extra == "window":
+            options["window_start"] = length // 2
+        arguments = (query, key, value, length)
+        result = shared_prefix_attention(*arguments, **own, **options)
+        truth = attention(*(to_double(x) for x in arguments), **{n: to_double(x) for n, x in (own | options).items()})
+        passed, figures = within(result, attention(*arguments, **own, **options), truth)
+        name = f"{dtype} batch {batch} k {k} heads {heads}/{kv_heads} dim {dim} length {length} {extra}"
+        yield name.rstrip(), passed and result.device.type == device and result.dtype == dtype, figures
+
+
+def to_double(x):
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.cpu() if x.dtype == torch.bool else x.double().cpu()
+
+
+def attention(
+    query, key, value, length, *, new_key, new_value, scaling, mask=None, softcap=None, sinks=None, window_start=0
+):
+    """The formula with one full copy of keys and values for every candidate; in the dtype of its arguments."""
+    k, groups = query.shape[0] // key.shape[0], query.shape[1] // key.shape[1]
+    key = torch.cat([key[:, :, :length].repeat_interleave(k, 0), new_key], dim=2).repeat_interleave(groups, 1)
+    value = torch.cat([value[:, :, :length].repeat_interleave(k, 0), new_value], dim=2).repeat_interleave(groups, 1)
+    scores = query @ key.mT * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.repeat_interleave(k, 0), float("-inf"))
+    scores[..., :window_start] = float("-inf")
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, -1, -1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1)[..., : length + 1]
+    return (probs @ value).transpose(1, 2)
+
+
+def check_viterbi_backtrace(device: str) -> Iterator[Case]:
+    for dtype, (batch, length, slots), ragged in itertools.product(
+        (torch.uint8, torch.uint16, torch.int32, torch.int64), [(1, 1, 1), (33, 65, 64), (128, 200, 256)], (False, True)
+    ):
+        backpointers = torch.randint(0, slots, (batch, length, slots), device=device).to(dtype)
+        last = torch.randint(0, slots, (batch,), device=device)
+        lengths = torch.randint(0, length + 1, (batch,), device=device) if ragged else None
+        path = viterbi_backtrace(backpointers, last, lengths)
+        expected = viterbi_reference(backpointers.cpu(), last.cpu(), None if lengths is None else lengths.cpu())
+        different = int((path.cpu() != expected).sum())
+        name = f"{dtype} batch {batch} length {length} slots {slots}{' ragged' * ragged}"
+        yield name, different == 0 and path.device.type == device, f"{different} slots differ"
+
+
+def check_tests(device: str) -> Iterator[Case]:
+    """The tests marked `gpu`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = result.stdout.strip().splitlines() or ["no output"]
+    if result.returncode:
+        print(result.stdout)
+    yield "pytest -m gpu", result.returncode == 0 and "passed" in lines[-1], lines[-1]
+
+
+PARTS: dict[str, Callable[[str], Iterator[Case]]] = {
+    "candidate_scan": check_candidate_scan,
+    "shared_prefix_attention": check_shared_prefix_attention,
+    "viterbi_backtrace": check_viterbi_backtrace,
+    "tests": check_tests,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all of them by default")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the checks themselves")
+    options = parser.parse_args()
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(f"PART is {part!r}, must be one of {', '.join(PARTS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"no CUDA device here (torch {torch.__version__}, CUDA {torch.version.cuda}): nothing was checked")
+        return 1
+    for name, value in backend_info().items():
+        print(f"{name:16} {value}")
+    torch.manual_seed(0)
+    failed = 0
+    for part in options.parts or PARTS:
+        print(f"\n{part}")
+        for case, passed, figures in PARTS[part](options.device):
+            print(f"  {'ok  ' if passed else 'FAIL'} {case}: {figures}")
+            failed += not passed
+    print(f"\n{failed} failed" if failed else "\nall passed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
