@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 TESTS ?= tests
 
 PY = $(VENV)/bin/python
-PIP = -m pip install --quiet --disable-pip-version-check
+PIP = -m pip install -qq --disable-pip-version-check
 BASE = $(VENV)/.base-$(TORCH)
 DEV = $(VENV)/.dev-$(TORCH)
 # Cheap when no C++ file changed. Without REQUIRE a failed compile is reported and the PyTorch path serves.
@@ -67,7 +67,7 @@ clean: ## Remove builds and caches (environments stay: rm -r .venv*)
 # What the library itself needs. torch goes first: the version is the caller's choice, and pip must not weigh it again.
 $(BASE): pyproject.toml
 	@$(call make_venv,$(VENV))
-	@echo "$(VENV): installing torch $(TORCH) (the longest step, a minute or two)"
+	@echo "$(VENV): installing torch $(TORCH) (the longest step: a minute or two, more where the build for CUDA is fetched)"
 	@$(PY) $(PIP) torch==$(TORCH)
 	@echo "$(VENV): installing transformers and the other dependencies, compiling the C++ extension"
 	@$(PY) $(PIP) setuptools pybind11 ninja
