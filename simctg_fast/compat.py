@@ -15,8 +15,8 @@ logger = logging.getLogger("simctg_fast")
 class T5SimCTGGenerate:
     """Text to text by contrastive search, with the signature of the widely read T5 tutorial.
 
-    Inputs are lower-cased, padded and truncated to ``max_length``; the encoder runs once; ``num_beams`` is the number
-    of candidates; a row stops at its end-of-sequence token and all rows after ``max_length`` steps. Unlike the tutorial's
+    Inputs are lower-cased, padded and truncated to ``max_length``; the encoder runs once; ``num_beams`` counts the
+    candidates; a row stops at its end-of-sequence token and all rows after ``max_length`` steps. Unlike the tutorial's
     class, a chosen candidate's keys and values are the ones that later steps see (Su et al. 2022, eq. 5).
 
     Args:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
@@ -18,9 +18,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from ..ops.candidate_select import contrastive_scores
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .linear_swap import fast_linears
-from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, grow_kwargs
+from .paths import PATHS, Choose, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, grow_kwargs
+from .prefix_cache import fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
-from .support import make_report, recall, remember
+from .support import forget, make_report, recall, remember
 
 logger = logging.getLogger("simctg_fast")
 
@@ -195,37 +196,46 @@ class _Run:
 
     def _checked_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {n: v for n, v in kwargs.items() if n not in ("output_hidden_states", "output_attentions")}
+        self.callers_cache: Cache | None = None
         for name in ("past_key_values", "cache_params"):
             cache = kwargs.get(name)
             if getattr(cache, "_is_user_defined", False):
-                kwargs[name] = self._own_cache(name, cache, kwargs)
+                self._check_callers_cache(name, cache, kwargs)
+                self.callers_cache = cache
+                kwargs[name] = self._fresh_cache()
         if kwargs.get("use_cache") is False and self.model.generation_config.use_cache is False:
-            kwargs["use_cache"] = True  # the model's default, not the caller's wish
+            kwargs["use_cache"] = True  # the model's default (often left over from training), not the caller's wish
+            if self.model._supports_default_dynamic_cache():
+                kwargs["past_key_values"] = self._fresh_cache()
         elif kwargs.get("use_cache") is False:
             logger.warning("use_cache=False: contrastive search recomputes every candidate's whole sequence (slow).")
         return kwargs
 
-    def _own_cache(self, name: str, cache: Any, kwargs: dict[str, Any]) -> Any:
-        """A cache that the caller passed in. One that is in use lacks the hidden states of what it holds, so the prompt
-        is run again, provided it is all there."""
-        if not isinstance(cache, Cache):
-            raise ValueError(f"{name} must be a transformers Cache, got {type(cache).__name__}")
-        held = cache.get_seq_length()
+    def _fresh_cache(self) -> Cache:
+        config = self.model.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=config)
+        return EncoderDecoderCache(cache, DynamicCache(config=config)) if self.is_encoder_decoder else cache
+
+    def _check_callers_cache(self, name: str, cache: Any, kwargs: dict[str, Any]) -> None:
+        """A cache that the caller passed in is filled at the end. One that holds tokens lacks their hidden states, so
+        the prompt is run again, provided it is all there."""
+        own = self_attention_cache(cache) if isinstance(cache, Cache) else cache
+        if type(own) not in (DynamicCache, StaticCache):
+            raise ValueError(
+                f"{name} must be a DynamicCache, StaticCache or EncoderDecoderCache of these, got {type(own).__name__}"
+            )
+        held = int(cache.get_seq_length())
         if not held:
-            return cache
-        mask = kwargs.get("attention_mask")
-        expected = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", self.input_ids.shape[1])
-        if self.input_ids.shape[1] <= held or expected != self.input_ids.shape[1]:
+            return
+        mask = kwargs.get("decoder_attention_mask" if self.is_encoder_decoder else "attention_mask")
+        given = self.input_ids.shape[1]
+        expected = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", given)
+        if given <= held or expected != given:
             raise ValueError(
                 f"{name} holds {held} tokens whose hidden states contrastive search does not have: pass the whole "
-                f"prompt as input_ids (got {self.input_ids.shape[1]} tokens) so that it can be run again"
+                f"prompt as input_ids (got {given} tokens) so that it can be run again"
             )
-        logger.warning(
-            "%s already holds %d tokens; their hidden states are needed, so the prompt is run again.", name, held
-        )
-        config = self.model.config.get_text_config(decoder=True)
-        fresh = DynamicCache(config=config)
-        return EncoderDecoderCache(fresh, DynamicCache(config=config)) if self.is_encoder_decoder else fresh
+        logger.warning("%s holds %d tokens; their hidden states are needed, so the prompt is run again.", name, held)
 
     def _prompt_mask(self, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
         name = "decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"
@@ -263,7 +273,7 @@ class _Run:
         interval = _STOP_CHECK_INTERVAL if device.type == "cuda" and self.streamer is None else 1
         logits, outputs, step, finished = self._open(), self.prefill_outputs, 0, False
         self.prefill_outputs = None
-        bad = torch.zeros((), dtype=torch.bool, device=device)
+        bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
             processed = self.processors(input_ids, logits)
             if self.raw_logits is not None:
@@ -272,9 +282,10 @@ class _Run:
                 self.scores.append(processed)
             self._record(outputs)
             probs, candidates = top_k_probs(processed, k)
-            bad |= probs.isnan().any()
+            without = probs.isnan().any(dim=-1) & unfinished.bool()
+            bad |= without
             if interval == 1:
-                self._check_nan(probs, step)
+                self._check_nan(bad, step)
             result = self._step(input_ids, candidates, probs)
             outputs, logits = result, result.logits.to(device)
             if self.synced_gpus and finished:
@@ -300,35 +311,43 @@ class _Run:
                 del recorded[kept:]
 
     @staticmethod
-    def _check_nan(flags: torch.Tensor, step: int) -> None:
-        bad = flags.isnan() if flags.is_floating_point() else flags
+    def _check_nan(bad: torch.Tensor, step: int) -> None:
         if bool(bad.any()):
-            row = f" in row {bad.any(dim=-1).nonzero()[0].item()}" if bad.ndim == 2 else ""
             raise ValueError(
-                f"the logits of step {step}{row} have no probabilities (NaN, or every token banned); "
-                "allowed: finite numbers, and −inf for banned tokens as long as one token is left"
+                f"the logits of row {int(bad.nonzero()[0])} left no probabilities at new token {step} or before (NaN, "
+                "or every token banned); allowed: finite numbers, and −inf for banned tokens as long as one token is left"
             )
 
     def _choose(self, probs: torch.Tensor):
         if probs.shape[1] == 1:
             return lambda hidden_states: torch.zeros(len(probs), dtype=torch.long, device=hidden_states.device)
 
+        noise = None
+        if self.strategy.temperature is not None:  # drawn once a step, however many paths have to be tried
+            noise = torch.empty_like(probs).exponential_(generator=self.strategy.generator).log_().neg_()
+
         def choose(hidden_states: torch.Tensor) -> torch.Tensor:
             penalty, _ = self.history.penalty(hidden_states)
             scores = contrastive_scores(probs.to(penalty.device), penalty, self.penalty_alpha)
-            if self.strategy.temperature is not None:
-                noise = torch.empty_like(scores).exponential_(generator=self.strategy.generator).log_().neg_()
-                scores = scores / self.strategy.temperature + noise
+            if noise is not None:
+                scores = scores / self.strategy.temperature + noise.to(penalty.device)
             # NaN (a hidden state that overflowed) loses; of equal scores the more probable, which comes first, wins.
             return scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf")).argmax(dim=-1)
 
         return choose
 
     def _step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
+        choose = self._choose(probs)
         if self.trials_left:
-            result = self._trial_step(input_ids, candidates, probs)
+            result = self._trial_step(input_ids, candidates, choose)
         else:
-            result = self.opened.step(input_ids, candidates, self._choose(probs))
+            try:
+                result = self.opened.step(input_ids, candidates, choose)
+            except (PathUnsupportedError, HeadUnsupportedError) as error:
+                # The model has changed since this path was found to serve it.
+                forget(self.model)
+                self._fall_back(error, input_ids)
+                result = self._trial_step(input_ids, candidates, choose)
         if self.history is not None:
             self.history.append(result.hidden_states)
         return result
@@ -356,7 +375,7 @@ class _Run:
         return self._open_next(self.input_ids)
 
     def _open_next(self, input_ids: torch.Tensor) -> torch.Tensor:
-        model_kwargs = grow_kwargs(self.model, self.model_kwargs, input_ids.shape[1])
+        model_kwargs = grow_kwargs(self.model, self.model_kwargs, input_ids[:, self.input_ids.shape[1] :])
         while self.routes:
             name, head = self.routes.pop(0)
             try:
@@ -395,16 +414,20 @@ class _Run:
             self.refusals.append(f"{name}: {error}")
             logger.info("%s does not take path %s: %s", type(self.model).__name__, name, error)
 
-    def _trial_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
+    def _fall_back(self, error: Exception, input_ids: torch.Tensor) -> None:
+        """Open the next path at ``input_ids``; the logits it makes there are those the candidates came from."""
+        self._refuse(self.opened.name, error)
+        self._open_next(input_ids)
+        self.prefill_outputs = None
+
+    def _trial_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, choose: Choose) -> StepResult:
         """A step that is checked; where it does not hold, the next path takes over from the same candidates."""
         while True:
             try:
-                result = self.opened.verified_step(input_ids, candidates, self._choose(probs))
+                result = self.opened.verified_step(input_ids, candidates, choose)
                 break
             except (PathUnsupportedError, HeadUnsupportedError) as error:
-                self._refuse(self.opened.name, error)
-            self._open_next(input_ids)
-            self.prefill_outputs = None  # the logits it made are those the candidates came from
+                self._fall_back(error, input_ids)
         self.trials_left -= 1
         found = not self.trials_left and self.strategy.path == "auto"
         if found and not self.record["output_attentions"] and self.model_kwargs.get("use_cache"):
@@ -434,13 +457,17 @@ class _Run:
                 self.cross_attentions.append(pick(outputs.cross_attentions))
 
     def _result(self):
+        cache = None
+        if self.config.return_dict_in_generate or self.callers_cache is not None:
+            cache = self.opened.result_cache(self.input_ids, self.surplus)
+        if cache is not None and self.callers_cache is not None:
+            cache = fill_cache(self.callers_cache, cache)
         if not self.config.return_dict_in_generate:
             return self.input_ids
 
         def collected(wanted: bool, items: list | None) -> tuple | None:
             return tuple(items) if wanted and items is not None else None
 
-        cache = self.opened.result_cache(self.input_ids, self.surplus)
         common = {
             "sequences": self.input_ids,
             "scores": collected(True, self.scores),

@@ -8,6 +8,7 @@ import inspect
 import logging
 from typing import Any
 
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 from .contrastive_search import ContrastiveSearch, _check_penalty_alpha, contrastive_search
@@ -66,26 +67,39 @@ def _wrap(original):
         strategy = _strategy_asked_for(self, given | extra)
         if strategy is None:
             return original(self, *args, **kwargs)
-        config = given.get("generation_config")
+        # What callables never get is ours to carry; what the strategy was made with beats what generate is given.
         if strategy.streamer is None:
             strategy.streamer = given.get("streamer")
-        tokenizer = extra.pop("tokenizer", None)
-        stop_strings = extra.pop("stop_strings", None)
-        if stop_strings is None and config is not None:
-            stop_strings = config.stop_strings
-        if stop_strings is not None:
-            # ``generate`` would look for a tokenizer that callables never get: it is ours to carry.
-            if config is not None and config.stop_strings is not None:
-                given["generation_config"] = config = copy.deepcopy(config)
-                config.stop_strings = None
-            strategy = ContrastiveSearch(**vars(strategy) | {"tokenizer": tokenizer, "stop_strings": stop_strings})
+        tokenizer = extra.pop("tokenizer", None) if strategy.tokenizer is None else strategy.tokenizer
+        config = given.get("generation_config")
+        stop_strings = strategy.stop_strings or extra.pop("stop_strings", None)
+        stop_strings = stop_strings or getattr(config, "stop_strings", None) or self.generation_config.stop_strings
+        extra.pop("tokenizer", None)
+        extra.pop("stop_strings", None)
+        strategy = ContrastiveSearch(**vars(strategy) | {"tokenizer": tokenizer, "stop_strings": stop_strings})
+        if config is not None:
+            given["generation_config"] = _without_stop_strings(config)
         for name in ("penalty_alpha", "top_k", "low_memory", "trust_remote_code"):
             extra.pop(name, None)
             given.pop(name, None)
         given.pop("streamer", None)
-        return original(self, **given | extra | {"custom_generate": strategy})
+        own_config = self.generation_config
+        try:
+            self.generation_config = _without_stop_strings(own_config)
+            return original(self, **given | extra | {"custom_generate": strategy})
+        finally:
+            self.generation_config = own_config
 
     return generate
+
+
+def _without_stop_strings(config: GenerationConfig) -> GenerationConfig:
+    """``generate`` looks for the tokenizer of its own stop strings, which it never hands to a callable."""
+    if config.stop_strings is None:
+        return config
+    config = copy.deepcopy(config)
+    config.stop_strings = None
+    return config
 
 
 def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch | None:
@@ -101,7 +115,7 @@ def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch |
 
     if isinstance(asked, ContrastiveSearch):
         return copy.copy(asked)
-    typed_top_k = arguments.get("top_k") or getattr(config, "top_k", None)
+    typed_top_k = arguments.get("top_k", getattr(config, "top_k", None))
     if asked is contrastive_search:
         return ContrastiveSearch(arguments.get("penalty_alpha"), typed_top_k)
     if asked is not None:

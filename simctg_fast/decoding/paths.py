@@ -192,22 +192,17 @@ def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, keep_all: bool = Fal
     return expanded | aside
 
 
-def grow_kwargs(model, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
-    """The prompt's ``kwargs`` (masks, positions) for sequences that have grown to ``length`` tokens."""
-    names = (
-        ("decoder_attention_mask", "decoder_position_ids")
-        if model.config.is_encoder_decoder
-        else (
-            "attention_mask",
-            "position_ids",
-        )
-    )
-    lengths = [kwargs[name].shape[-1] for name in names if kwargs.get(name) is not None]
-    grown = length - lengths[0] if lengths else 0
-    if grown <= 0:
-        return dict(kwargs)
+def grow_kwargs(model, kwargs: dict[str, Any], new_ids: torch.Tensor) -> dict[str, Any]:
+    """``kwargs`` of a prompt (masks, positions, embeddings) for that prompt followed by ``new_ids (rows, n)``."""
+    kwargs = dict(kwargs)
+    if not new_ids.shape[1]:
+        return kwargs
+    is_encoder_decoder = bool(model.config.is_encoder_decoder)
+    if kwargs.get("inputs_embeds") is not None and not is_encoder_decoder:
+        new = model.get_input_embeddings()(new_ids)
+        kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"], new.to(kwargs["inputs_embeds"])], dim=1)
     return model._update_model_kwargs_for_generation(
-        {}, dict(kwargs), is_encoder_decoder=bool(model.config.is_encoder_decoder), num_new_tokens=grown
+        {}, kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=new_ids.shape[1]
     )
 
 
@@ -287,6 +282,8 @@ class SharedPrefixPath(Path):
                 result = self._forward(inputs, candidates, choose)
             step.check_all_called()
             self.cache.commit(result.rows)
+        except SharedPrefixUnsupportedError as error:
+            raise PathUnsupportedError(str(error)) from error
         finally:
             self.cache.set_candidates(None)
         self.expanded = _last_positions_only(self._advance(result.outputs, self.expanded))
@@ -300,8 +297,6 @@ class SharedPrefixPath(Path):
             result = self.step(input_ids, candidates, spy)
         except torch.OutOfMemoryError:
             raise
-        except SharedPrefixUnsupportedError as error:
-            raise PathUnsupportedError(str(error)) from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if not self.last_step.calls:
                 raise PathUnsupportedError("it does not use the attention interface") from error
@@ -312,7 +307,7 @@ class SharedPrefixPath(Path):
         return result
 
     def _plain_forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Last-layer states ``(B, D)`` float32 of ``tokens (B, 1)`` by the model's own attention; nothing is kept."""
+        """Last-layer states ``(B, D)`` of ``tokens (B, 1)`` by the model's own attention; nothing is kept."""
         length = self.cache.length
         inputs = self.model.prepare_inputs_for_generation(
             tokens, next_sequence_length=1, is_first_iteration=False, **self.kwargs
@@ -323,26 +318,11 @@ class SharedPrefixPath(Path):
         finally:
             heard = self.tap.mute()
             self.cache.rewind(length)
-        layers = self.hidden_states_of(outputs)
-        if self.head:
-            if len(heard) != 1:
-                raise HeadUnsupportedError(f"the output embedding ran {len(heard)} times in one forward")
-            state = heard[0][:, -1].float()
-            if layers:
-                check_same_direction(state, layers[-1][:, -1].float())
-            return state
-        return layers[-1][:, -1].float()
+        return last_states_checked(self, outputs, heard)
 
     def result_cache(self, input_ids, surplus):
         dynamic = self.cache.to_dynamic(self.text_config, self.cache.length - 1 - surplus)
         return dynamic if self.cross is None else EncoderDecoderCache(dynamic, self.cross)
-
-
-def check_same_direction(state: torch.Tensor, last_layer: torch.Tensor) -> None:
-    """What the tap hears must be the last hidden state up to a factor: cosines are all that is made of it."""
-    same_width = state.shape == last_layer.shape
-    if not same_width or bool((torch.cosine_similarity(state, last_layer, dim=-1) < 1 - 1e-3).any()):
-        raise HeadUnsupportedError("the output embedding's input is not the last hidden state")
 
 
 class ReorderPath(Path):
@@ -352,27 +332,26 @@ class ReorderPath(Path):
     trial_steps = 2  # the second is the first that depends on a selection
 
     def prefill(self, input_ids):
-        self.cache_name: str | None = None
         if not self.kwargs.get("use_cache"):
             raise PathUnsupportedError("use_cache is False")
-        self.initial = {n: copy.deepcopy(v) if isinstance(v, Cache) else v for n, v in self.kwargs.items()}
+        # The prompt's own arguments, with caches that stay empty, for running whole sequences again.
+        self.initial, self.prompt_ids = self.kwargs, input_ids.shape[1]
+        self.kwargs = {n: copy.deepcopy(v) if isinstance(v, Cache) else v for n, v in self.kwargs.items()}
         return super().prefill(input_ids)
 
     def _after_prefill(self, outputs) -> None:
         self.kwargs = self._advance(outputs, self.kwargs)
-        for name, cache in self.kwargs.items():
-            if isinstance(cache, Cache) and hasattr(cache, "reorder_cache"):
-                self.cache_name = name
-        if self.cache_name is None:
+        found = [n for n, v in self.kwargs.items() if isinstance(v, Cache) and hasattr(v, "reorder_cache")]
+        if not found:
             raise PathUnsupportedError("the model returns no cache that can be reordered")
+        self.cache_name = found[0]
         self.rows: torch.Tensor | None = None
         self.expanded: dict[str, Any] | None = None
 
     def step(self, input_ids, candidates, choose):
         batch, k = candidates.shape
-        cache = self.kwargs[self.cache_name]
         rows = torch.arange(batch, device=candidates.device) if self.rows is None else self.rows
-        cache.reorder_cache(rows.repeat_interleave(k))
+        self.kwargs[self.cache_name].reorder_cache(rows.repeat_interleave(k))
         if self.expanded is None:
             self.expanded = expand_kwargs(self.model, self.kwargs, k)
             if self.expanded.get("encoder_outputs") is not None:
@@ -395,10 +374,9 @@ class ReorderPath(Path):
             raise
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
             raise PathUnsupportedError(f"a step after reorder_cache fails ({type(error).__name__}: {error})") from error
-        if self.kwargs.get("inputs_embeds") is None or self.is_encoder_decoder:
-            whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
-            expected = UncachedPath.last_states(self, self.initial, whole)
-            self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "those of its whole sequence")
+        whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
+        expected = whole_sequence_states(self, self.initial, whole, self.prompt_ids)
+        self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "those of its whole sequence")
         return result
 
     def result_cache(self, input_ids, surplus):
@@ -409,7 +387,7 @@ class ReorderPath(Path):
             cache.crop(-1 - surplus)
             return cache
         # States and windows cannot be cut back by a token: run the winners once more, up to the last but one.
-        kwargs = grow_kwargs(self.model, self.initial, input_ids.shape[1] - 1)
+        kwargs = grow_kwargs(self.model, self.initial, input_ids[:, self.prompt_ids : -1])
         outputs = self.model._prefill(input_ids[:, :-1], self.generation_config, kwargs)
         return self._advance(outputs, kwargs)[self.cache_name]
 
@@ -419,27 +397,12 @@ class UncachedPath(Path):
 
     name = "uncached"
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.kwargs.get("inputs_embeds") is not None and not self.is_encoder_decoder:
-            raise PathUnsupportedError("inputs_embeds prompts need a cache")
-        self.kwargs = {n: v for n, v in self.kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
-
-    @staticmethod
-    def last_states(path: Path, kwargs: dict[str, Any], input_ids: torch.Tensor) -> torch.Tensor:
-        """Last-layer states ``(B, D)`` at the end of ``input_ids``, by ``path``'s model without any cache."""
-        kwargs = {n: v for n, v in kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
-        kwargs = grow_kwargs(path.model, kwargs, input_ids.shape[1])
-        inputs = path.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-        path.tap.listen(last_position)
-        try:
-            outputs = path.model(**inputs | {"output_hidden_states": not path.head}, return_dict=True)
-        finally:
-            heard = path.tap.mute()
-        return heard[-1][:, -1] if path.head else path.hidden_states_of(outputs)[-1][:, -1]
+    def prefill(self, input_ids):
+        self.prompt_ids = input_ids.shape[1]
+        self.kwargs = without_cache(self.kwargs)
+        return super().prefill(input_ids)
 
     def _after_prefill(self, outputs) -> None:
-        self.kwargs = self._advance({}, self.kwargs)  # an empty output: whatever cache it came with is not kept
         self.expanded: dict[str, Any] | None = None
 
     def step(self, input_ids, candidates, choose):
@@ -447,10 +410,49 @@ class UncachedPath(Path):
         if self.expanded is None:
             self.expanded = expand_kwargs(self.model, self.kwargs, k, keep_all=True)
         rows = torch.cat([input_ids.repeat_interleave(k, dim=0), candidates.reshape(-1, 1)], dim=1)
-        inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **self.expanded)
-        result = self._forward(inputs, candidates, choose)
-        self.expanded = self._advance({}, self.expanded)
-        return result
+        kwargs = grow_kwargs(self.model, self.expanded, rows[:, self.prompt_ids :])
+        inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **kwargs)
+        return self._forward(inputs, candidates, choose)
+
+    def verified_step(self, input_ids, candidates, choose):
+        whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
+        whole_sequence_states(self, self.kwargs, whole, self.prompt_ids)
+        return self.step(input_ids, candidates, choose)
+
+
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
+
+
+def whole_sequence_states(path: Path, kwargs: dict[str, Any], input_ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Last-layer states ``(B, D)`` at the end of ``input_ids``, by ``path``'s model without any cache; ``kwargs`` are
+    those of its first ``prompt`` tokens. Checks on the way that the tap hears the last hidden state."""
+    kwargs = grow_kwargs(path.model, without_cache(kwargs), input_ids[:, prompt:])
+    inputs = path.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+    path.tap.listen(last_position)
+    try:
+        outputs = path.model(**inputs | {"output_hidden_states": True}, return_dict=True)
+    finally:
+        heard = path.tap.mute()
+    return last_states_checked(path, outputs, heard)
+
+
+def last_states_checked(path: Path, outputs: Any, heard: list[torch.Tensor]) -> torch.Tensor:
+    """Of a forward with ``output_hidden_states=True``: the states ``(B, D)`` at the last position that ``path`` will
+    rank by. What the tap heard must be the last hidden state up to a factor; cosines are all that is made of it."""
+    layers = path.hidden_states_of(outputs)
+    if not path.head:
+        return layers[-1][:, -1]
+    if len(heard) != 1:
+        raise HeadUnsupportedError(f"the output embedding ran {len(heard)} times in one forward")
+    state = heard[0][:, -1]
+    if layers:
+        last = layers[-1][:, -1]
+        if state.shape != last.shape or bool(
+            (torch.cosine_similarity(state.float(), last.float(), dim=-1) < 1 - 1e-3).any()
+        ):
+            raise HeadUnsupportedError("the output embedding's input is not the last hidden state")
+    return state
 
 
 PATHS: dict[str, type[Path]] = {path.name: path for path in (SharedPrefixPath, ReorderPath, UncachedPath)}

@@ -136,3 +136,21 @@ class PrefixCache(Cache):
 def self_attention_cache(cache: Cache) -> Cache:
     """The decoder's own cache, whether or not a cross-attention cache stands beside it."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def fill_cache(cache: Cache, result: Cache) -> Cache:
+    """Make ``cache``, which the caller of ``generate`` passed in, hold what ``result`` holds; returns it."""
+    if isinstance(cache, EncoderDecoderCache):
+        fill_cache(cache.self_attention_cache, result.self_attention_cache)
+        fill_cache(cache.cross_attention_cache, result.cross_attention_cache)
+        cache.is_updated = dict(result.is_updated)
+        for index in range(len(cache.cross_attention_cache)):
+            cache.is_updated[index] = True
+    elif isinstance(cache, DynamicCache):
+        cache.layers = result.layers
+        cache.layer_class_to_replicate = result.layer_class_to_replicate
+    else:  # buffers of a fixed size, that others may hold on to
+        cache.reset()
+        for index, layer in enumerate(result.layers):
+            cache.update(layer.keys, layer.values, index)
+    return cache

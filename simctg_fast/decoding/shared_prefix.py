@@ -149,8 +149,10 @@ class SharedPrefixStep:
 
 
 def _original_name(config) -> str:
+    """The attention ``config`` was set to. Its entry may go while we look: by then the configuration has it back."""
     entry = _switched.get(id(config))
-    return entry.name if entry is not None else "sdpa"
+    name = entry.name if entry is not None else config._attn_implementation_internal
+    return name if name != NAME else "sdpa"
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):

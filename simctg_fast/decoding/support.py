@@ -51,6 +51,11 @@ def recall(model: torch.nn.Module) -> SupportReport | None:
     return _known.get(model, {}).get(_key(model))
 
 
+def forget(model: torch.nn.Module) -> None:
+    """Drop what was found out about ``model``: it has changed since."""
+    _known.get(model, {}).pop(_key(model), None)
+
+
 def remember(model: torch.nn.Module, report: SupportReport) -> None:
     _known.setdefault(model, {})[_key(model)] = report
 
@@ -110,6 +115,8 @@ def support(model, inputs: dict[str, torch.Tensor] | None = None, *, top_k: int 
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
                 do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
                 return_dict_in_generate=True,
                 output_logits=True,
             )
