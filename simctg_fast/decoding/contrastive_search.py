@@ -260,18 +260,19 @@ class _Run:
             self.tap = stack.enter_context(HiddenStatesTap(self.model))
             if self.strategy.fast_linear:
                 stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))
+            logits = self._open()
             if hasattr(self.model, "_optimize_model_for_decode"):
                 stack.enter_context(self.model._optimize_model_for_decode())
-            self._loop(k)
+            self._loop(logits, k)
         return self._result()
 
-    def _loop(self, k: int) -> None:
+    def _loop(self, logits: torch.Tensor, k: int) -> None:
         input_ids, device = self.input_ids, self.input_ids.device
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=device)
         steps_needed = torch.zeros((), dtype=torch.long, device=device)
         pad_token = self.config._pad_token_tensor
         interval = _STOP_CHECK_INTERVAL if device.type == "cuda" and self.streamer is None else 1
-        logits, outputs, step, finished = self._open(), self.prefill_outputs, 0, False
+        outputs, step, finished = self.prefill_outputs, 0, False
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
@@ -315,7 +316,7 @@ class _Run:
         if bool(bad.any()):
             raise ValueError(
                 f"the logits of row {int(bad.nonzero()[0])} left no probabilities at new token {step} or before (NaN, "
-                "or every token banned); allowed: finite numbers, and −inf for banned tokens as long as one token is left"
+                "or every token banned); allowed: finite numbers, and −inf for banned tokens while one token is left"
             )
 
     def _choose(self, probs: torch.Tensor):
