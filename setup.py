@@ -33,6 +33,8 @@ ISA_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma"],
     "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
+# GCC 12 takes the deliberately undefined vectors inside its own intrinsics for a mistake of ours.
+ISA_WARNINGS = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-DNDEBUG", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
@@ -50,7 +52,7 @@ def isa_flags(source: str) -> list[str] | None:
     """Flags of the instruction set a file is named after, [] for a portable file, None for another machine's."""
     for suffix, flags in ISA_FLAGS.items():
         if source.endswith(suffix):
-            return flags if is_x86_64() else None
+            return [*flags, *ISA_WARNINGS] if is_x86_64() else None
     return []
 
 
