@@ -95,9 +95,9 @@ pipeline_tag: text-generation
 ---
 # The model in the box
 
-A GPT-2 of {parameters / 1e6:.2f} million parameters, trained from scratch on Python's own documentation. It shows what
-a decoding method does, without a download. It writes text that looks like documentation, and knows nothing: what it says
-about Python is as often wrong as right.
+A GPT-2 of {parameters / 1e6:.2f} million parameters, trained from scratch on Python's own documentation. It shows
+what a decoding method does, without a download. It writes text that looks like documentation, and knows nothing: what
+it says about Python is as often wrong as right.
 
 * **Use**: demonstrations, tests and benchmarks of decoding, by the path `simctg_fast.bundled_model_path()` or the name
   `bundled` on the command line. Not for answering questions.
@@ -115,9 +115,10 @@ of those of a few modules written in C. That text differs by Python version: the
 
 ## Training
 
-From a fixed seed, on the CPU, by one command: `python benchmarks/train_bundled.py --steps {recipe.steps}`.
-The loss is the likelihood plus {recipe.contrastive_weight:g} times the SimCTG contrastive loss with margin {recipe.margin:g}
-(Su et al. 2022, eq. 2). Muon moves the matrices inside the blocks, AdamW everything else.
+From a fixed seed, on the CPU, by one command:
+`python benchmarks/train_bundled.py --steps {recipe.steps}`. The loss is the likelihood plus
+{recipe.contrastive_weight:g} times the SimCTG contrastive loss with margin {recipe.margin:g} (Su et al. 2022, eq. 2). \
+Muon moves the matrices inside the blocks, AdamW everything else.
 
 {training_table}
 

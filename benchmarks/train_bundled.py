@@ -174,7 +174,8 @@ def train(
     recent: list[tuple[float, float, int]] = []
     started = since = saved = time.perf_counter()
     seconds_before = progress.seconds
-    for step in range(progress.step, recipe.steps):
+    last = recipe.steps if options.stop_after is None else min(recipe.steps, options.stop_after)
+    for step in range(progress.step, last):
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout
         factor = learning_rate_factor(step, recipe)
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
@@ -207,7 +208,7 @@ def train(
             print(f"{line}  {rate:,.0f} tokens/s  {left / 60:.0f} min left", flush=True)
             progress.likelihood, progress.contrastive = mle, contrastive
             recent, since = [], time.perf_counter()
-        if time.perf_counter() - saved > options.checkpoint_minutes * 60 or progress.step == recipe.steps:
+        if time.perf_counter() - saved > options.checkpoint_minutes * 60 or progress.step == last:
             save_checkpoint(checkpoint, model, optimizers, progress, recipe)
             saved = time.perf_counter()
     return progress
@@ -245,11 +246,18 @@ def export(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = "float32"  # half precision is for the disk: loading gives fp32
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
+    # Half precision is for the disk: loading gives fp32. And the class by the name that every release knows.
+    _edit_json(folder / "config.json", {"dtype": "float32"})
+    _edit_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    for path in folder.iterdir():
+        path.chmod(0o644)
     return GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+def _edit_json(path: Path, changes: dict[str, str]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -261,9 +269,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "simctg_fast" / "assets" / "bundled", help="model folder")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bundled", help="folder for the checkpoint")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop behind this step; --resume continues")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as torch chooses)")
     parser.add_argument("--log-every", type=int, default=20, help="steps between lines (%(default)s)")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
+    parser.add_argument("--validation-tokens", type=int, help="validate on this many held-out tokens (all of them)")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts for the card's figures; 0: none")
     return parser.parse_args(argv)
 
@@ -279,12 +289,16 @@ def main(argv: list[str] | None = None) -> None:
     train_texts, held_out_texts = corpus.split()
     tokenizer = train_tokenizer(train_texts, recipe.vocab_size, recipe.context)
     stream, held_out = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)
+    held_out = held_out[: options.validation_tokens]
     model = build_model(recipe, len(tokenizer))
     print(
         f"{len(corpus.documents)} documents, {len(stream):,} tokens to train on, {len(held_out):,} held out; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {torch.get_num_threads()} threads"
     )
     progress = train(model, stream, held_out, recipe, options)
+    if progress.step < recipe.steps:
+        print(f"stopped behind step {progress.step}; --resume continues")
+        return
     exported = export(model, tokenizer, options.out)
     progress.validation = validation_loss(exported, held_out, recipe.length)
     progress.validation_long = validation_loss(exported, held_out, recipe.context)
@@ -293,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         "recipe": asdict(recipe),
         "progress": asdict(progress),
         "versions": {
-            "python": platform.python_version(),
+            "Python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -1,0 +1,229 @@
+"""The command line: `simctg-fast generate | demo | env`. Arguments in, text out; the floors below do the work.
+
+Only typer and rich are imported here, so that help and usage errors come at once; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="simctg-fast",
+    help="Contrastive search for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub name, or `bundled`.")]
+PenaltyAlpha = Annotated[
+    float, typer.Option("--penalty-alpha", "-a", help="Weight of the degeneration penalty, 0 (greedy) to 1.")
+]
+TopK = Annotated[int, typer.Option("--top-k", "-k", help="Candidates a step, at least 1.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest continuation, in tokens.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the first GPU if there is one.")]
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue; else stdin, one a line.")
+    ] = None,
+    top_k: TopK = 4,
+    penalty_alpha: PenaltyAlpha = 0.6,
+    max_new_tokens: MaxNewTokens = 128,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it is written, prompt by prompt.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw among the candidates instead of taking the best; above 0.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws of --temperature.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop behind this text; may be repeated.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt, text, tokens.")] = False,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+) -> None:
+    """Continue prompts by contrastive search."""
+    _check_search(penalty_alpha, top_k, max_new_tokens)
+    _check(batch_size >= 1, "--batch-size", batch_size, "at least 1")
+    _check(temperature is None or temperature > 0, "--temperature", temperature, "above 0")
+    _check(seed is None or seed >= 0, "--seed", seed, "at least 0")
+    _check(seed is None or temperature is not None, "--seed", seed, "given together with --temperature")
+    _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    if stream and as_json:
+        raise typer.BadParameter("--stream shows text as it is written; it cannot be combined with --json")
+    texts = _read_prompts(prompts)
+
+    with _usage_errors():
+        from .text_generation import TextGenerator
+
+        _quiet_transformers()
+        generator = TextGenerator(
+            model,
+            penalty_alpha=penalty_alpha,
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_strings=stop,
+            device=device,
+            dtype=dtype,
+        )
+        console = Console(highlight=False, markup=False)
+        if stream:
+            for number, text in enumerate(texts):
+                if number:
+                    print()
+                generator.stream(text)
+            return
+        for start in range(0, len(texts), batch_size):
+            for written in generator(texts[start : start + batch_size]):
+                if as_json:
+                    line = {"prompt": written.prompt, "text": written.text, "tokens": written.tokens}
+                    print(json.dumps(line, ensure_ascii=False), flush=True)
+                else:
+                    _show(console, written.prompt, written.text, written.continues_prompt, len(texts) > 1)
+    for note in generator.notes:
+        Console(stderr=True, highlight=False, markup=False).print(f"note: {note}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Local folder, hub name, or `bundled`.")] = "bundled",
+    top_k: TopK = 4,
+    penalty_alpha: PenaltyAlpha = 0.6,
+    max_new_tokens: MaxNewTokens = 128,
+    seed: Annotated[int, typer.Option(help="Seed of nucleus sampling.")] = 0,
+    device: Device = None,
+) -> None:
+    """Greedy search, nucleus sampling and contrastive search side by side, on a model that comes with the package."""
+    _check_search(penalty_alpha, top_k, max_new_tokens)
+    _check(seed >= 0, "--seed", seed, "at least 0")
+    console = Console(highlight=False)
+    with _usage_errors():
+        with _progress("loading the model"):
+            from .demo import METHODS, PROMPTS, compare, next_steps, render, verdict
+            from .loading import load_model
+
+            _quiet_transformers()
+            loaded, tokenizer = load_model(model, device)
+        with _progress("writing", total=len(PROMPTS) * len(METHODS)) as advance:
+            comparisons = compare(
+                loaded,
+                tokenizer,
+                penalty_alpha=penalty_alpha,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                on_progress=advance,
+            )
+    render(comparisons, console)
+    console.print(verdict(comparisons), style="bold", markup=False, soft_wrap=True)
+    console.print(next_steps(model), markup=False, soft_wrap=True)
+
+
+@app.command()
+def env() -> None:
+    """Versions, processors and backends, and the real error of what did not load."""
+    from .ops._backends import backend_info
+
+    info = backend_info()
+    console = Console(highlight=False, markup=False)
+    width = max(map(len, info))
+    for name, value in info.items():
+        if name.endswith("_error") and value is None:
+            continue
+        console.print(f"{name:{width}}  {_describe(value)}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of `simctg-fast`."""
+    app()
+
+
+def _check(valid: bool, option: str, value: object, allowed: str) -> None:
+    if not valid:
+        raise typer.BadParameter(f"{option} must be {allowed}, got {value}")
+
+
+def _check_search(penalty_alpha: float, top_k: int, max_new_tokens: int) -> None:
+    _check(0.0 <= penalty_alpha <= 1.0, "--penalty-alpha", penalty_alpha, "between 0 and 1")
+    _check(top_k >= 1, "--top-k", top_k, "at least 1")
+    _check(max_new_tokens >= 1, "--max-new-tokens", max_new_tokens, "at least 1")
+
+
+def _read_prompts(prompts: list[str] | None) -> list[str]:
+    if prompts:
+        texts = [prompt for prompt in prompts if prompt.strip()]
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter("no prompt: give at least one behind MODEL, or pipe prompts in, one a line")
+    else:
+        texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise typer.BadParameter("every prompt is empty; give at least one with text")
+    return texts
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What the user can put right (a name, a value, a missing file) becomes one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except OSError as error:  # transformers: not on the hub, no connection, files that are not a model
+        raise typer.BadParameter(f"the model cannot be loaded: {error}") from error
+
+
+@contextmanager
+def _progress(what: str, total: int | None = None) -> Iterator[Any]:
+    """A bar on standard error while something runs, where that is a terminal."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _quiet_transformers() -> None:
+    """Progress bars of loading, retries and advice to developers do not belong between the user's lines."""
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _show(console: Console, prompt: str, text: str, continues_prompt: bool, rule: bool) -> None:
+    """The prompt in bold and its continuation on a terminal; elsewhere plain text, an empty line between answers."""
+    from rich.text import Text
+
+    shown = Text(prompt, style="bold") if continues_prompt or console.is_terminal else Text()
+    shown.append("\n" if shown and not continues_prompt else "")
+    shown.append(text, style="not bold")
+    console.print(shown, soft_wrap=not console.is_terminal)
+    if rule:
+        console.print()
+
+
+def _describe(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()
