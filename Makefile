@@ -5,6 +5,7 @@ TORCH ?= 2.13.0
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 TESTS ?= tests
+WORKERS ?= 2
 
 PY = $(VENV)/bin/python
 PIP = -m pip install -qq --disable-pip-version-check
@@ -13,14 +14,14 @@ DEV = $(VENV)/.dev-$(TORCH)
 # Cheap when no C++ file changed. Without REQUIRE a failed compile is reported and the PyTorch path serves.
 BUILD_EXT = setup.py --quiet build_ext --inplace
 REQUIRE = SIMCTG_FAST_REQUIRE_EXT=1
-PYTEST = $(PY) -m pytest -q $(TESTS)
+PYTEST = -m pytest -q -n $(WORKERS) --dist loadgroup $(TESTS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-full test-oldest lint format bench parity gpu clean
 
 help: ## This list
-	@echo "usage: make COMMAND [TORCH=2.13.0] [PYTHON=python3] [VENV=.venv]"
+	@echo "usage: make COMMAND [TORCH=2.13.0] [PYTHON=python3] [VENV=.venv] [TESTS=tests] [WORKERS=2]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(BASE) ## Greedy, nucleus sampling and contrastive search side by side, on the bundled model
@@ -29,15 +30,15 @@ demo: $(BASE) ## Greedy, nucleus sampling and contrastive search side by side, o
 
 test: $(DEV) ## The fast set of tests
 	@$(REQUIRE) $(PY) $(BUILD_EXT)
-	@$(PYTEST)
+	@$(PY) $(PYTEST)
 
 test-full: $(DEV) ## Every test, at full size
 	@$(REQUIRE) $(PY) $(BUILD_EXT)
-	@$(PYTEST) -m "full or not full"
+	@$(PY) $(PYTEST) -m "full or not full"
 
 test-oldest: $(OLDEST)/.stamp-$(TORCH) ## The fast set on transformers 5.17.0 and triton 3.6.0
 	@$(REQUIRE) $(OLDEST)/bin/python $(BUILD_EXT)
-	@$(OLDEST)/bin/python -m pytest -q $(TESTS)
+	@$(OLDEST)/bin/python $(PYTEST)
 
 lint: $(DEV) ## ruff (rules and format) and mypy
 	@$(PY) -m ruff check .

@@ -39,7 +39,10 @@ PARTS = (
 )
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 
-pytestmark = pytest.mark.skipif(not IS_CHECKOUT, reason="needs the repository, not an installed package")
+pytestmark = [
+    pytest.mark.skipif(not IS_CHECKOUT, reason="needs the repository, not an installed package"),
+    pytest.mark.xdist_group("packaging"),  # one worker builds the wheel
+]
 
 
 def run(*command, cwd="/", expect=0, path=(), **environment) -> str:
