@@ -1,0 +1,346 @@
+// The kernels behind linear.h, compiled once for each instruction set.
+//
+// The layout alone fixes the order in which an element of y is summed, so tiles can be chosen for speed:
+//   rows_are_outputs         lane l of one vector takes k = l, l + kLanes, …; the lanes are added up at the end
+//   rows_are_inputs, panels  k in order within chunks of kChunk, the chunks added up in order
+//
+// What limits speed is reading the weight. A core has a dozen line fills under way at most, so every line is asked for
+// one tile ahead, and where several row tiles read one weight tile they share the asking. Rows of the weight are walked
+// over their full length where the layout allows, because the hardware's own prefetching runs on past the end of a piece.
+#pragma once
+
+#include "linear_dispatch.h"
+#include "simd.h"
+
+namespace simctg {
+namespace {
+
+constexpr int64_t kLineFloats = 16;
+
+// Tile `index` when `rows` are cut into `tiles` of nearly equal height.
+struct RowTile {
+    int64_t begin;
+    int count;
+    RowTile(int64_t rows, int64_t tiles, int64_t index)
+        : begin(rows * index / tiles), count(static_cast<int>(rows * (index + 1) / tiles - begin)) {}
+};
+
+// ---- rows_are_outputs: y[m, n] is the dot product of two contiguous rows --------------------------------------------
+
+constexpr int kDotRows = 4;                           // rows of x in a register tile, at most
+constexpr int kDotColumns = kLanes == 16 ? 6 : 2;     // rows of the weight in a register tile
+constexpr int kDotColumnsFew = kLanes == 16 ? 8 : 3;  // the same for calls of less than kDotRows rows
+constexpr int64_t kDotBlock = 1024;  // k's in a pass where row tiles share a weight tile: it stays in the first cache
+constexpr int64_t kDotTiles = 16;    // row tiles in a pass: what the partial sums on the stack have room for
+
+struct DotStep {
+    const Linear* call;
+    int64_t row, column;  // the tile of y
+    int64_t k, count;     // the block of k's
+    const float* ahead;   // weight rows to fetch meanwhile, weight_stride apart
+    Vec* sums;            // [Rows, Columns], carried from one block of k's to the next
+};
+
+template <int Rows, int Columns>
+SIMCTG_INLINE void dot_multiply(const float* x, int64_t x_stride, const float* w, int64_t w_stride, Mask mask,
+                                bool whole, Vec* acc) {
+    Vec a[Rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) a[r] = whole ? load(x + r * x_stride) : load(x + r * x_stride, mask);
+#pragma GCC unroll 8
+    for (int c = 0; c < Columns; ++c) {
+        const Vec b = whole ? load(w + c * w_stride) : load(w + c * w_stride, mask);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) acc[r * Columns + c] = multiply_add(a[r], b, acc[r * Columns + c]);
+    }
+}
+
+template <int Rows, int Columns, int Ahead>
+void dot_step(const DotStep& step) {
+    const Linear& call = *step.call;
+    const int64_t x_stride = call.x_stride, w_stride = call.weight_stride;
+    const float* x = call.x + step.row * x_stride + step.k;
+    const float* w = call.weight + step.column * w_stride + step.k;
+    const float* ahead = step.ahead;
+    Vec acc[Rows * Columns];
+#pragma GCC unroll 32
+    for (int i = 0; i < Rows * Columns; ++i) acc[i] = step.k > 0 ? step.sums[i] : zeros();
+    const int64_t count = step.count;
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+#pragma GCC unroll 8
+        for (int c = 0; c < Ahead; ++c) prefetch_l2(ahead + c * w_stride + k);
+        dot_multiply<Rows, Columns>(x + k, x_stride, w + k, w_stride, Mask(), true, acc);
+    }
+    if (k < count) dot_multiply<Rows, Columns>(x + k, x_stride, w + k, w_stride, first_lanes(count - k), false, acc);
+    if (step.k + count < call.in_features) {
+#pragma GCC unroll 32
+        for (int i = 0; i < Rows * Columns; ++i) step.sums[i] = acc[i];
+        return;
+    }
+    float sums[Rows * Columns];
+    sum_all<Rows * Columns>(acc, sums);
+    float* y = call.y + step.row * call.y_stride + step.column;
+    for (int c = 0; c < Columns; ++c) {
+        const float bias = call.bias ? call.bias[step.column + c] : 0.0f;
+        for (int r = 0; r < Rows; ++r) y[r * call.y_stride + c] = sums[r * Columns + c] + bias;
+    }
+}
+
+template <int Columns, int Ahead>
+SIMCTG_INLINE void dot_step(int rows, const DotStep& step) {
+    switch (rows) {
+        case 1: return dot_step<1, Columns, Ahead>(step);
+        case 2: return dot_step<2, Columns, Ahead>(step);
+        case 3: return dot_step<3, Columns, Ahead>(step);
+        default: if constexpr (Columns == kDotColumns || Columns == 1) return dot_step<4, Columns, Ahead>(step);
+    }
+}
+
+// All rows of y for the columns column..column+Columns-1; the weight rows from `next` on are fetched meanwhile.
+template <int Columns>
+void dot_columns(const Linear& call, int64_t column, int64_t next) {
+    constexpr int third = (Columns + 2) / 3, half = (Columns + 1) / 2;
+    Vec sums[kDotTiles * kDotRows * Columns];
+    const int64_t tiles = (call.rows + kDotRows - 1) / kDotRows;
+    for (int64_t first = 0; first < tiles; first += kDotTiles) {
+        const int64_t end = smaller(tiles, first + kDotTiles);
+        const int64_t block = tiles > 1 ? kDotBlock : call.in_features;
+        for (int64_t k = 0; k < call.in_features; k += block) {
+            const int64_t count = smaller(block, call.in_features - k);
+            for (int64_t tile = first; tile < end; ++tile) {
+                const RowTile rows(call.rows, tiles, tile);
+                DotStep step{&call, rows.begin, column, k, count, nullptr, sums + (tile - first) * kDotRows * Columns};
+                const int64_t share = tiles == 1 ? Columns : tiles == 2 ? half : tiles < 6 ? third : 1;
+                const int64_t fetched = tile * share;  // weight rows that earlier tiles have asked for
+                step.ahead = call.weight + (next + fetched) * call.weight_stride + k;
+                if (fetched + share > Columns || next == column) dot_step<Columns, 0>(rows.count, step);
+                else if (tiles == 1) dot_step<Columns, Columns>(rows.count, step);
+                else if (tiles == 2) dot_step<Columns, half>(rows.count, step);
+                else if (tiles < 6) dot_step<Columns, third>(rows.count, step);
+                else dot_step<Columns, 1>(rows.count, step);
+            }
+        }
+    }
+}
+
+template <int Columns>
+void dot_range(const Linear& call, int64_t begin, int64_t end) {
+    int64_t n = begin;
+    for (; n + Columns <= end; n += Columns) {
+        dot_columns<Columns>(call, n, n + 2 * Columns <= end ? n + Columns : n);
+    }
+    for (; n < end; ++n) dot_columns<1>(call, n, n);
+}
+
+void rows_are_outputs(const Linear& call, int64_t begin, int64_t end) {
+    if (call.rows < kDotRows) return dot_range<kDotColumnsFew>(call, begin, end);
+    dot_range<kDotColumns>(call, begin, end);
+}
+
+// ---- rows_are_inputs and panels: y[m, :] is a sum of weight rows, scaled by x[m, k] ---------------------------------
+
+// Rows of x in a register tile, at most, where it is `vectors` wide.
+constexpr int tile_rows(int vectors) {
+    if (kRegisters == 32) return vectors == 4 ? 6 : 8;
+    return vectors == 4 ? 2 : vectors == 2 ? 6 : 8;
+}
+
+struct AxpyStep {
+    const float* x;
+    int64_t x_stride;
+    const float* w;
+    int64_t w_stride;
+    int64_t count;       // k's
+    const float* ahead;  // weight to fetch meanwhile, one row of w_stride for each k
+    float* sums;         // carried from one step of a chunk to the next
+    int64_t sums_stride;
+    bool first;          // the chunk begins here
+    float* y;            // null until the chunk ends here and is to be added to y
+    int64_t y_stride;
+    bool add;            // y holds earlier chunks
+    const float* bias;   // to be added with the last chunk
+};
+
+template <int Rows, int Vectors, int Lines, bool Masked>
+void axpy_step(const AxpyStep& step, Mask mask) {
+    const auto get = [&](const float* p) { return Masked ? load(p, mask) : load(p); };
+    const auto put = [&](float* p, Vec v) { Masked ? store(p, v, mask) : store(p, v); };
+    const int64_t x_stride = step.x_stride, w_stride = step.w_stride, count = step.count;
+    const float *x = step.x, *w = step.w, *ahead = step.ahead;
+    Vec acc[Rows][Vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
+            acc[r][v] = step.first ? zeros() : get(step.sums + r * step.sums_stride + v * kLanes);
+        }
+    }
+    for (int64_t k = 0; k < count; ++k) {
+#pragma GCC unroll 8
+        for (int line = 0; line < Lines; ++line) prefetch_l2(ahead + k * w_stride + line * kLineFloats);
+        Vec b[Vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) b[v] = get(w + k * w_stride + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const Vec a = broadcast(x[r * x_stride + k]);
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v) acc[r][v] = multiply_add(a, b[v], acc[r][v]);
+        }
+    }
+    if (step.y == nullptr) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v) put(step.sums + r * step.sums_stride + v * kLanes, acc[r][v]);
+        }
+        return;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+        const Vec bias = step.bias ? get(step.bias + v * kLanes) : zeros();
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            float* y = step.y + r * step.y_stride + v * kLanes;
+            Vec total = step.add ? add(get(y), acc[r][v]) : acc[r][v];
+            if (step.bias) total = add(total, bias);
+            put(y, total);
+        }
+    }
+}
+
+template <int Vectors, int Lines, bool Masked>
+SIMCTG_INLINE void axpy_step(int rows, const AxpyStep& step, Mask mask) {
+    constexpr int most = tile_rows(Vectors);
+    switch (rows) {
+        case 1: return axpy_step<1, Vectors, Lines, Masked>(step, mask);
+        case 2: return axpy_step<2, Vectors, Lines, Masked>(step, mask);
+        case 3: if constexpr (most >= 3) return axpy_step<3, Vectors, Lines, Masked>(step, mask); break;
+        case 4: if constexpr (most >= 4) return axpy_step<4, Vectors, Lines, Masked>(step, mask); break;
+        case 5: if constexpr (most >= 5) return axpy_step<5, Vectors, Lines, Masked>(step, mask); break;
+        case 6: if constexpr (most >= 6) return axpy_step<6, Vectors, Lines, Masked>(step, mask); break;
+        case 7: if constexpr (most >= 7) return axpy_step<7, Vectors, Lines, Masked>(step, mask); break;
+        case 8: if constexpr (most >= 8) return axpy_step<8, Vectors, Lines, Masked>(step, mask); break;
+    }
+}
+
+// A piece of the weight, Vectors · kLanes wide and `step.count` rows high, against all rows of x. `step` describes the
+// whole height of x. `fetch`: step.ahead is to be fetched.
+template <int Vectors, bool Masked>
+SIMCTG_INLINE void axpy_piece(const AxpyStep& step, int64_t rows, bool fetch, Mask mask) {
+    constexpr int lines = static_cast<int>(Vectors * kLanes / kLineFloats);
+    const int64_t tiles = (rows + tile_rows(Vectors) - 1) / tile_rows(Vectors);
+    for (int64_t index = 0; index < tiles; ++index) {
+        const RowTile tile(rows, tiles, index);
+        AxpyStep part = step;
+        part.x += tile.begin * step.x_stride;
+        part.sums += tile.begin * step.sums_stride;
+        if (part.y) part.y += tile.begin * step.y_stride;
+        if (Masked || lines == 0 || !fetch) {
+            axpy_step<Vectors, 0, Masked>(tile.count, part, mask);
+        } else if (tiles < lines) {  // the first tile asks for everything
+            if (index == 0) axpy_step<Vectors, lines, Masked>(tile.count, part, mask);
+            else axpy_step<Vectors, 0, Masked>(tile.count, part, mask);
+        } else if (index < lines) {
+            part.ahead += index * kLineFloats;
+            axpy_step<Vectors, (lines > 0), Masked>(tile.count, part, mask);
+        } else {
+            axpy_step<Vectors, 0, Masked>(tile.count, part, mask);
+        }
+    }
+}
+
+// Pieces from column `n` on, as wide as Vectors allows and then one vector at a time, up to column `end`.
+// `at(n)` gives the step for a piece that begins at column n.
+template <int Vectors, class At>
+SIMCTG_INLINE void axpy_sweep(int64_t n, int64_t end, int64_t rows, bool fetch, const At& at) {
+    for (; n + Vectors * kLanes <= end; n += Vectors * kLanes) {
+        axpy_piece<Vectors, false>(at(n), rows, fetch, Mask());
+    }
+    for (; n < end; n += kLanes) {
+        axpy_piece<1, true>(at(n), rows, false, first_lanes(smaller<int64_t>(kLanes, end - n)));
+    }
+}
+
+// `Height` rows of the weight at a time, over their full length: few enough that they are still in the cache for the
+// next row tile, enough that carrying `sums` does not count. `follows`: the weight goes on in memory after its last row.
+template <int Vectors, int64_t Height>
+void axpy_chunks(const Linear& call, int64_t begin, int64_t end, int64_t first_chunk, int64_t last_chunk, float* sums,
+                 int64_t sums_stride, bool finish, bool follows) {
+    static_assert(kChunk % Height == 0, "a chunk is a whole number of steps");
+    const int64_t stride = call.weight_stride, k_end = smaller(last_chunk * kChunk, call.in_features);
+    for (int64_t k = first_chunk * kChunk; k < k_end; k += Height) {
+        const int64_t chunk = k / kChunk, count = smaller(Height, k_end - k);
+        const bool chunk_ends = (k + count) % kChunk == 0 || k + count == call.in_features;
+        const bool to_y = finish && chunk_ends, last = k + count == call.in_features;
+        float* chunk_sums = finish ? sums : sums + (chunk - first_chunk) * call.rows * sums_stride;
+        const auto at = [&](int64_t n) {
+            AxpyStep step;
+            step.x = call.x + k;
+            step.x_stride = call.x_stride;
+            step.w = call.weight + k * stride + n;
+            step.w_stride = stride;
+            step.count = count;
+            step.ahead = step.w + count * stride;
+            step.sums = chunk_sums + (n - begin);
+            step.sums_stride = sums_stride;
+            step.first = k % kChunk == 0;
+            step.y = to_y ? call.y + n : nullptr;
+            step.y_stride = call.y_stride;
+            step.add = chunk > 0;
+            step.bias = to_y && last && call.bias ? call.bias + n : nullptr;
+            return step;
+        };
+        axpy_sweep<Vectors>(begin, end, call.rows, follows || k + 2 * count <= k_end, at);
+    }
+}
+
+using AxpyChunks = void (*)(const Linear&, int64_t, int64_t, int64_t, int64_t, float*, int64_t, bool, bool);
+
+SIMCTG_INLINE AxpyChunks axpy_for(int64_t rows) {
+    constexpr int many = kRegisters == 32 ? 4 : 2;  // vectors in a tile for many rows
+    if (rows <= tile_rows(4)) return axpy_chunks<4, 8>;
+    if (rows <= 16) return axpy_chunks<2, 16>;
+    if (rows <= 24) return axpy_chunks<2, 32>;
+    return axpy_chunks<many, 32>;
+}
+
+void rows_are_inputs(const Linear& call, int64_t begin, int64_t end, int64_t first_chunk, int64_t last_chunk,
+                     float* sums, int64_t sums_stride, bool finish) {
+    axpy_for(call.rows)(call, begin, end, first_chunk, last_chunk, sums, sums_stride, finish, false);
+}
+
+void add_chunks(const Linear& call, int64_t begin, int64_t end, int64_t chunks, const float* sums,
+                int64_t sums_stride) {
+    for (int64_t row = 0; row < call.rows; ++row) {
+        for (int64_t n = begin; n < end; n += kLanes) {
+            const Mask mask = first_lanes(smaller<int64_t>(kLanes, end - n));
+            const float* part = sums + row * sums_stride + (n - begin);
+            Vec total = load(part, mask);
+            for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+                total = add(total, load(part + chunk * call.rows * sums_stride, mask));
+            }
+            if (call.bias) total = add(total, load(call.bias + n, mask));
+            store(call.y + row * call.y_stride + n, total, mask);
+        }
+    }
+}
+
+void panels(const Linear& call, int64_t begin, int64_t end, float* sums) {
+    const AxpyChunks run = axpy_for(call.rows);
+    const int64_t chunks = (call.in_features + kChunk - 1) / kChunk;
+    for (int64_t n = begin; n < end; n += kPanelWidth) {
+        Linear panel = call;
+        panel.weight = call.weight + n * call.in_features;
+        panel.weight_stride = kPanelWidth;
+        panel.bias = call.bias ? call.bias + n : nullptr;
+        panel.y = call.y + n;
+        run(panel, 0, smaller(kPanelWidth, end - n), 0, chunks, sums, kPanelWidth, true, n + 2 * kPanelWidth <= end);
+    }
+}
+
+constexpr LinearKernels kLinearKernels{rows_are_outputs, rows_are_inputs, add_chunks, panels};
+
+}  // namespace
+}  // namespace simctg
