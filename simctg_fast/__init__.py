@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from .decoding.patch import unpatch_transformers as unpatch_transformers
     from .decoding.support import SupportReport as SupportReport
     from .decoding.support import support as support
+    from .functional import contrastive_loss as contrastive_loss
+    from .functional import cosine_similarity_matrix as cosine_similarity_matrix
+    from .functional import simcse_sup_loss as simcse_sup_loss
+    from .functional import simcse_unsup_loss as simcse_unsup_loss
     from .functional import viterbi_backtrace as viterbi_backtrace
+    from .losses import SimCSELoss as SimCSELoss
+    from .losses import SimCTGLoss as SimCTGLoss
     from .ops import backend_info as backend_info
 
 __version__ = "0.1.0"
@@ -26,16 +32,22 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _EXPORTS = {
     "ContrastiveSearch": "simctg_fast.decoding",
+    "SimCSELoss": "simctg_fast.losses",
+    "SimCTGLoss": "simctg_fast.losses",
     "SupportReport": "simctg_fast.decoding",
     "backend_info": "simctg_fast.ops",
     "bundled_model_path": "simctg_fast.assets",
+    "contrastive_loss": "simctg_fast.functional",
     "contrastive_search": "simctg_fast.decoding",
+    "cosine_similarity_matrix": "simctg_fast.functional",
     "patch_transformers": "simctg_fast.decoding",
+    "simcse_sup_loss": "simctg_fast.functional",
+    "simcse_unsup_loss": "simctg_fast.functional",
     "support": "simctg_fast.decoding",
     "unpatch_transformers": "simctg_fast.decoding",
     "viterbi_backtrace": "simctg_fast.functional",
 }
-_SUBMODULES = ("assets", "decoding", "functional", "ops")
+_SUBMODULES = ("assets", "decoding", "functional", "losses", "ops")
 
 __all__ = ["__version__", *_EXPORTS]
 

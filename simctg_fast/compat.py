@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
 
 from .decoding import ContrastiveSearch
+from .functional import cosine_similarity_matrix
 
 logger = logging.getLogger("simctg_fast")
 
@@ -73,3 +75,29 @@ class T5SimCTGGenerate:
             num_beams=1,
         )
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def t5_cosine_similarity(outputs: Any) -> torch.Tensor:
+    """Cosines of the last decoder hidden states: `(batch, length, length)`, differentiable.
+
+    Args:
+        outputs: of an encoder-decoder called with ``output_hidden_states=True``.
+    """
+    if getattr(outputs, "decoder_hidden_states", None) is None:
+        raise ValueError("outputs has no decoder_hidden_states: call the model with output_hidden_states=True")
+    return cosine_similarity_matrix(outputs.decoder_hidden_states[-1])
+
+
+def compute_contrastive_loss(score_matrix: torch.Tensor, margin: float) -> torch.Tensor:
+    """Mean of ``max(0, margin - s_ii + s_ij)`` over every entry of the matrices, diagonal and padding included.
+
+    ``simctg_fast.contrastive_loss(hidden_states, margin, reduction="dense")`` is the same number without the matrix.
+
+    Args:
+        score_matrix: `(batch, length, length)` cosines, as from :func:`t5_cosine_similarity`.
+        margin: rho.
+    """
+    if score_matrix.dim() != 3 or score_matrix.shape[1] != score_matrix.shape[2]:
+        raise ValueError(f"score_matrix has shape {tuple(score_matrix.shape)}, must be (batch, length, length)")
+    own = score_matrix.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    return torch.relu(margin - own + score_matrix).mean()

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from .ops.contrastive_loss import contrastive_loss as _contrastive_loss
+from .ops.cosine_similarity import cosine_similarity_matrix as _cosine_similarity_matrix
+from .ops.simcse import pair_logsumexp as _pair_logsumexp
+from .ops.simcse import self_logsumexp as _self_logsumexp
 from .ops.viterbi_backtrace import viterbi_backtrace as _viterbi_backtrace
 
-__all__ = ["viterbi_backtrace"]
+__all__ = [
+    "contrastive_loss",
+    "contrastive_loss_items",
+    "cosine_similarity_matrix",
+    "info_nce",
+    "simcse_loss_from_embeddings",
+    "simcse_sup_loss",
+    "simcse_unsup_loss",
+    "viterbi_backtrace",
+]
 
 
 def viterbi_backtrace(
@@ -37,3 +54,275 @@ def viterbi_backtrace(
     if lengths is not None and not isinstance(lengths, torch.Tensor):
         raise TypeError(f"lengths is {lengths!r}, must be a tensor or None")
     return _viterbi_backtrace(backpointers, last, lengths, impl=impl)
+
+
+def contrastive_loss(
+    hidden_states: Tensor,
+    margin: float = 0.5,
+    attention_mask: Tensor | None = None,
+    reduction: str = "pairs",
+    *,
+    normalizer: Tensor | float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The contrastive loss of SimCTG: pulls apart the hidden states of a sequence that are more similar than allowed.
+
+    With ``s_ij`` the cosine of tokens i and j, the hinge of a pair is ``max(0, margin - s_ii + s_ij)``, ``j != i``. A
+    zero vector has similarity 0 to everything, itself included, and gradient 0.
+
+    Args:
+        hidden_states: `(batch, length, width)`, any floating dtype, any strides.
+        margin: in [-1, 1].
+        attention_mask: `(batch, length)`, non-zero at real tokens; padding may be on either side. None: all are real.
+        reduction: which of three means, all in use, is taken over the hinges of the ``n_b`` real tokens of sequence b:
+
+            * ``"pairs"``: sum over all sequences / sum of ``n_b (n_b - 1)``. The authors' package.
+            * ``"paper"``: mean over the pairs of each sequence, then over the sequences; one with fewer than two
+              real tokens counts as 0. Equation 2 of the paper.
+            * ``"dense"``: mean over all `length * length` entries of all sequences, the diagonal, worth
+              ``max(0, margin)`` each, included. The T5 tutorial; it takes no mask.
+        normalizer: replaces the count that the reduction divides by (real pairs, or sequences): pass the count of a
+            whole accumulated batch and all processes, see :func:`contrastive_loss_items`.
+        impl: ``"triton"`` (CUDA), ``"cpu"`` (C++), ``"torch"`` (tiled PyTorch, any device and dtype), or ``"auto"``.
+
+    Returns:
+        A scalar; float32, or float64 for float64 input. 0, with a zero gradient, where there is no pair. NaN where a
+        real hidden state is not finite.
+
+    Raises:
+        ValueError: a shape, dtype, device, margin, reduction or impl outside the above; ``"dense"`` with a mask.
+        RuntimeError: a named impl that is not installed.
+
+    Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", eq. 2. There is never a
+    `length x length` matrix of floats: `length**2 / 8` bytes a sequence are kept for the backward pass.
+    """
+    _require_tensor("hidden_states", hidden_states)
+    if attention_mask is not None:
+        _require_tensor("attention_mask", attention_mask)
+    if normalizer is not None:
+        normalizer = torch.as_tensor(normalizer, device=hidden_states.device)
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, must be a scalar")
+        normalizer = normalizer.detach().reshape(())
+    return _contrastive_loss(hidden_states, attention_mask, normalizer, float(margin), reduction, impl)
+
+
+def contrastive_loss_items(attention_mask: Tensor, reduction: str = "pairs") -> Tensor:
+    """What `contrastive_loss` divides by, as an int64 scalar on the mask's device: to be summed over micro-batches.
+
+    Args:
+        attention_mask: `(batch, length)`, non-zero at real tokens.
+        reduction: ``"pairs"`` counts ordered pairs of real tokens, ``"paper"`` and ``"dense"`` count sequences.
+    """
+    if reduction not in ("pairs", "paper", "dense"):
+        raise ValueError(f"reduction is {reduction!r}, must be 'pairs', 'paper' or 'dense'")
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, must be (batch, length)")
+    if reduction != "pairs":
+        return torch.full((), attention_mask.shape[0], dtype=torch.int64, device=attention_mask.device)
+    tokens = (attention_mask != 0).sum(dim=1)
+    return (tokens * (tokens - 1)).sum()
+
+
+def cosine_similarity_matrix(hidden_states: Tensor | Sequence[Tensor], *, impl: str = "auto") -> Tensor:
+    """Cosine of every two tokens of a sequence; differentiable, and 0 (value and gradient) at zero vectors.
+
+    Args:
+        hidden_states: `(batch, length, width)`, or a tuple of `layers` of them, as a model returns.
+        impl: as in :func:`contrastive_loss`; ``"cpu"`` and ``"torch"`` are one implementation here.
+
+    Returns:
+        `(batch, length, length)`, or `(layers, batch, length, length)`, of the input's dtype.
+    """
+    if isinstance(hidden_states, Tensor):
+        return _cosine_similarity_matrix(hidden_states, impl)
+    if not hidden_states:
+        raise ValueError("hidden_states is an empty sequence, must hold at least one layer")
+    for index, layer in enumerate(hidden_states):
+        _require_tensor(f"hidden_states[{index}]", layer)
+    return torch.stack([_cosine_similarity_matrix(layer, impl) for layer in hidden_states])
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float = 0.05,
+    *,
+    targets: int | Tensor = 0,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """Cross-entropy of each query to its own key among all keys, with cosine / temperature as logits.
+
+    Args:
+        queries: `(N, width)`, any floating dtype, not yet normalised; a zero vector has similarity 0.
+        keys: `(M, width)`, same dtype and device.
+        temperature: positive.
+        targets: the key of each query: `(N,)` int64 indices, or the index of query 0's key, the others following it
+            (the rank's offset where keys were gathered from all processes).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        impl: as in :func:`contrastive_loss`.
+
+    Returns:
+        A scalar, or `(N,)`; float32, or float64 for float64. No queries: 0.
+    """
+    _check_embeddings("queries", queries)
+    _check_embeddings("keys", keys)
+    temperature = _check_temperature("temperature", temperature)
+    rows = queries.shape[0]
+    queries, keys = _normalize(queries), _normalize(keys)
+    if isinstance(targets, Tensor):
+        if targets.shape != (rows,):
+            raise ValueError(f"targets has shape {tuple(targets.shape)}, must be ({rows},) as queries has rows")
+        positives = keys[targets]
+    else:
+        if not 0 <= targets <= keys.shape[0] - rows:
+            raise ValueError(
+                f"targets is {targets}, must be in 0..{keys.shape[0] - rows}: {rows} queries, {keys.shape[0]} keys"
+            )
+        positives = keys.narrow(0, targets, rows)
+    lse = _pair_logsumexp(queries, keys, 1.0 / temperature, impl)
+    return _reduce(lse - _row_dots(queries, positives) / temperature, reduction)
+
+
+def simcse_unsup_loss(
+    y_pred: Tensor, device: Any = None, temp: float = 0.05, *, temperature: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """Unsupervised SimCSE: rows 2i and 2i+1 are two views of one sentence, every other row is a negative.
+
+    Cross-entropy to the partner, with cosine / temperature as logits and the row itself left out; mean over 2n rows.
+
+    Args:
+        y_pred: `(2n, width)` embeddings, any floating dtype, not yet normalised.
+        device: accepted and ignored: the loss is computed where `y_pred` is.
+        temp: the temperature, positive.
+        temperature: the same under its usual name; goes before `temp`.
+        impl: as in :func:`contrastive_loss`.
+
+    Raises:
+        ValueError: another shape or an odd number of rows, or a temperature that is not positive.
+
+    Source: Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings". Memory linear in n.
+    """
+    _check_embeddings("y_pred", y_pred, multiple=2)
+    temperature = _pick_temperature("temp", temp, temperature)
+    vectors = _normalize(y_pred)
+    partners = _row_dots(vectors[0::2], vectors[1::2]) / temperature  # (n,), the same from both ends
+    lse = _self_logsumexp(vectors, 1.0 / temperature, impl)
+    return _reduce(lse - partners.repeat_interleave(2), "mean")
+
+
+def simcse_sup_loss(
+    y_pred: Tensor,
+    device: Any = None,
+    lamda: float = 0.05,
+    *,
+    temperature: float | None = None,
+    symmetric: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Supervised SimCSE: rows 3i, 3i+1, 3i+2 are an anchor, its positive and its hard negative.
+
+    Each anchor against all positives and all hard negatives of the batch; mean over the anchors.
+
+    Args:
+        y_pred: `(3n, width)` embeddings, any floating dtype, not yet normalised.
+        device: accepted and ignored.
+        lamda: the temperature, positive.
+        temperature: the same under its usual name; goes before `lamda`.
+        symmetric: also each positive against all anchors, the two losses averaged.
+        impl: as in :func:`contrastive_loss`.
+
+    Source: Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", eq. 5.
+    """
+    _check_embeddings("y_pred", y_pred, multiple=3)
+    temperature = _pick_temperature("lamda", lamda, temperature)
+    return simcse_loss_from_embeddings(
+        y_pred[0::3], y_pred[1::3], y_pred[2::3], temperature=temperature, symmetric=symmetric, impl=impl
+    )
+
+
+def simcse_loss_from_embeddings(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float = 0.05,
+    symmetric: bool = False,
+    in_view_negatives: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """SimCSE from embeddings that are held apart: what GradCache calls with its representations.
+
+    Args:
+        anchors: `(n, width)`.
+        positives: `(n, width)`, row i the positive of anchor i and a negative of all others.
+        negatives: `(m, width)` hard negatives for every anchor, or None.
+        temperature: positive.
+        symmetric: also each positive against all anchors, the two losses averaged.
+        in_view_negatives: the loss of :func:`simcse_unsup_loss`, where anchors are negatives of anchors too and both
+            views are rows; takes no `negatives`.
+        impl: as in :func:`contrastive_loss`.
+
+    Returns:
+        A scalar; float32, or float64 for float64.
+    """
+    _check_embeddings("anchors", anchors)
+    _check_embeddings("positives", positives)
+    if anchors.shape != positives.shape:
+        raise ValueError(f"positives has shape {tuple(positives.shape)}, must be {tuple(anchors.shape)} as anchors has")
+    if negatives is not None:
+        _check_embeddings("negatives", negatives)
+    if in_view_negatives:
+        if negatives is not None:
+            raise ValueError("in_view_negatives=True takes no negatives")
+        views = torch.stack([anchors, positives], dim=1).flatten(0, 1)
+        return simcse_unsup_loss(views, temperature=temperature, impl=impl)
+    keys = positives if negatives is None else torch.cat([positives, negatives])
+    loss = info_nce(anchors, keys, temperature, impl=impl)
+    if symmetric:
+        loss = (loss + info_nce(positives, anchors, temperature, impl=impl)) / 2
+    return loss
+
+
+def _normalize(vectors: Tensor) -> Tensor:
+    """Unit vectors in the input's dtype, zeros (with a bounded derivative) at zero vectors."""
+    wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / torch.where(norm > 0, norm, torch.ones_like(norm))).to(vectors.dtype)
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    wide = left.dtype if left.dtype == torch.float64 else torch.float32
+    return (left.to(wide) * right.to(wide)).sum(dim=-1)
+
+
+def _reduce(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}, must be 'mean', 'sum' or 'none'")
+    return losses.sum() / (max(1, losses.shape[0]) if reduction == "mean" else 1)
+
+
+def _require_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {value!r:.80}, must be a tensor")
+
+
+def _check_embeddings(name: str, value: Any, multiple: int = 1) -> None:
+    _require_tensor(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, must be (rows, width)")
+    if value.shape[0] % multiple:
+        raise ValueError(f"{name} has {value.shape[0]} rows, must have a multiple of {multiple}")
+
+
+def _check_temperature(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{name} is {value}, must be positive")
+    return float(value)
+
+
+def _pick_temperature(old_name: str, old: float, temperature: float | None) -> float:
+    return _check_temperature(old_name, old) if temperature is None else _check_temperature("temperature", temperature)

@@ -1,0 +1,135 @@
+"""The losses as modules."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import contrastive_loss, simcse_sup_loss, simcse_unsup_loss
+
+__all__ = ["ContrastiveLoss", "SimCSELoss", "SimCTGLoss", "padding_mask"]
+
+
+def padding_mask(tokens: Tensor, pad_token_id: int, ignore_index: int = -100) -> Tensor:
+    """`(batch, length)` bool: False in the leading and in the trailing run of padding of each row, True elsewhere.
+
+    Padding is `pad_token_id` or `ignore_index`; inside the text both are real tokens.
+    """
+    real = (tokens != pad_token_id) & (tokens != ignore_index)
+    begun = real.cumsum(dim=1) > 0
+    unfinished = real.flip(1).cumsum(dim=1).flip(1) > 0
+    return begun & unfinished
+
+
+class SimCTGLoss(nn.Module):
+    """Likelihood and contrastive loss under the published signature; a change of import is the whole migration.
+
+    Nothing is shifted inside: labels line up with logits. The contrastive term is the ``"pairs"`` reduction of
+    :func:`simctg_fast.contrastive_loss`.
+
+    Args:
+        margin: in [-1, 1].
+        vocab_size: size of the last dimension of the logits.
+        pad_token_id: padding is the leading and the trailing run of it; inside the text it is a real token.
+        impl: as in :func:`simctg_fast.contrastive_loss`.
+
+    Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", eq. 1 to 3.
+    """
+
+    def __init__(self, margin: float, vocab_size: int, pad_token_id: int, *, impl: str = "auto"):
+        super().__init__()
+        if not -1.0 <= margin <= 1.0:
+            raise ValueError(f"margin is {margin}, must lie in [-1, 1]")
+        self.margin = margin
+        self.vocab_size = vocab_size
+        self.pad_token_id = pad_token_id
+        self.impl = impl
+
+    def forward(
+        self,
+        last_hidden_states: Tensor,
+        logits: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``(mle_loss, cl_loss)``.
+
+        Args:
+            last_hidden_states: `(batch, length, width)`; the decoder's, for an encoder-decoder.
+            logits: `(batch, length, vocab_size)`.
+            input_ids: `(batch, length)`, where padding is looked for. An encoder-decoder may pass its encoder's, of any
+                length: padding is then looked for in the labels.
+            labels: `(batch, length)`, -100 where the likelihood ignores a position.
+            attention_mask: `(batch, length)`, non-zero at real tokens, instead of looking for padding.
+        """
+        batch, length, vocab_size = logits.shape
+        if vocab_size != self.vocab_size:
+            raise ValueError(f"logits has a last dimension of {vocab_size}, must be vocab_size={self.vocab_size}")
+        if labels.shape != (batch, length):
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, must be {(batch, length)} as logits has")
+        if last_hidden_states.shape[:2] != labels.shape:
+            raise ValueError(
+                f"last_hidden_states has shape {tuple(last_hidden_states.shape)}, must begin with {(batch, length)} "
+                "as logits does"
+            )
+        mle_loss = F.cross_entropy(logits.reshape(-1, vocab_size), labels.reshape(-1), ignore_index=-100)
+        if attention_mask is None:
+            tokens = input_ids if input_ids.shape == labels.shape else labels
+            attention_mask = padding_mask(tokens, self.pad_token_id)
+        cl_loss = contrastive_loss(last_hidden_states, self.margin, attention_mask, impl=self.impl)
+        return mle_loss, cl_loss
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, vocab_size={self.vocab_size}, pad_token_id={self.pad_token_id}"
+
+
+class ContrastiveLoss(nn.Module):
+    """:func:`simctg_fast.contrastive_loss` as a module."""
+
+    def __init__(self, margin: float = 0.5, reduction: str = "pairs", *, impl: str = "auto"):
+        super().__init__()
+        self.margin = margin
+        self.reduction = reduction
+        self.impl = impl
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """A scalar from `(batch, length, width)` and, unless the reduction is ``"dense"``, an optional mask."""
+        return contrastive_loss(hidden_states, self.margin, attention_mask, self.reduction, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, reduction={self.reduction!r}"
+
+
+class SimCSELoss(nn.Module):
+    """:func:`simctg_fast.simcse_unsup_loss` and :func:`simctg_fast.simcse_sup_loss` as a module.
+
+    Args:
+        temperature: positive.
+        supervised: False takes `(2n, width)` interleaved pairs, True `(3n, width)` interleaved triples.
+        symmetric: for triples, also each positive against all anchors. Pairs are symmetric as they are.
+        impl: as in :func:`simctg_fast.contrastive_loss`.
+    """
+
+    def __init__(
+        self, temperature: float = 0.05, *, supervised: bool = False, symmetric: bool = False, impl: str = "auto"
+    ):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, must be positive")
+        if symmetric and not supervised:
+            raise ValueError("symmetric=True is for supervised=True; the unsupervised loss is symmetric as it is")
+        self.temperature = temperature
+        self.supervised = supervised
+        self.symmetric = symmetric
+        self.impl = impl
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """A scalar."""
+        if self.supervised:
+            return simcse_sup_loss(embeddings, temperature=self.temperature, symmetric=self.symmetric, impl=self.impl)
+        return simcse_unsup_loss(embeddings, temperature=self.temperature, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, supervised={self.supervised}, symmetric={self.symmetric}"

@@ -1,0 +1,176 @@
+"""The two phases of the contrastive loss in tiled PyTorch: any device, any floating dtype, no T x T matrix of floats.
+
+Phase 1 walks the tiles of S on and above the diagonal, sums the hinge and keeps one bit a pair and one flag a tile.
+Phase 2 multiplies the 0/1 matrix of the bits by the unit vectors. The formats of the bits and flags are those of every
+implementation; `contrastive_loss.py` describes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE = 128  # side of a tile that has one flag
+WORD = 32  # pairs in a word of the bits
+NONE, ALL, MIXED = 0, 1, 2
+
+_BLOCK_ELEMENTS = 1 << 20  # floats in one operand of a product (4 MB); one product touches two of them and a block of S
+_SMALLEST_NORM = 2.0**-120  # below it a vector counts as zero: the reciprocal of its norm would not fit a float
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast inside: the operator's arithmetic does not depend on the caller's context."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inverse_norms(hidden_states: Tensor, real: Tensor | None) -> Tensor:
+    """``(B, T)``: 1 / norm of every vector; 0 at padding and at zero vectors, NaN where a component is not finite."""
+    batch, length, _ = hidden_states.shape
+    result = hidden_states.new_empty((batch, length), dtype=accumulator_dtype(hidden_states.dtype))
+    for group, rows in _blocks(hidden_states):
+        states = hidden_states[group, rows].to(result.dtype)
+        largest = states.abs().amax(dim=-1, keepdim=True)  # divided out first: no square overflows or vanishes
+        usable = largest > _SMALLEST_NORM
+        largest = torch.where(usable, largest, torch.ones_like(largest))
+        inverse = (states / largest).square().sum(dim=-1, keepdim=True).rsqrt() / largest
+        inverse = torch.where(usable, inverse, torch.zeros_like(inverse))
+        inverse = torch.where(states.sum(dim=-1, keepdim=True).isnan() | largest.isinf(), torch.nan, inverse)
+        result[group, rows] = inverse.squeeze(-1)
+    return result if real is None else result.masked_fill_(~real, 0.0)
+
+
+def _sizes(hidden_states: Tensor) -> tuple[int, int]:
+    """Sequences and rows that one block spans."""
+    batch, length, width = hidden_states.shape
+    rows = max(TILE, min(256, _BLOCK_ELEMENTS // max(1, width) // TILE * TILE))
+    sequences = max(1, _BLOCK_ELEMENTS // max(1, min(rows, length) * max(width, min(rows, length))))
+    return min(max(1, batch), sequences), rows
+
+
+def _blocks(hidden_states: Tensor) -> Iterator[tuple[slice, slice]]:
+    batch, length, _ = hidden_states.shape
+    group, rows = _sizes(hidden_states)
+    for b in range(0, batch, group):
+        for t in range(0, length, rows):
+            yield slice(b, min(b + group, batch)), slice(t, min(t + rows, length))
+
+
+def _unit(hidden_states: Tensor, inverse: Tensor, group: slice, rows: slice) -> Tensor:
+    """Unit vectors of one block, zeros where the inverse norm is 0."""
+    scale = inverse[group, rows].unsqueeze(-1)
+    unit = hidden_states[group, rows].to(inverse.dtype) * scale
+    return unit.masked_fill_(scale == 0, 0.0)  # not 0 * NaN: padding may hold anything
+
+
+def hinge_sums(
+    hidden_states: Tensor, inverse: Tensor, threshold: float, bits: Tensor | None, flags: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Phase 1. Fills `bits` and `flags` where given.
+
+    Returns:
+        ``(B, T)`` sums over ``j != i`` of ``max(0, s_ij - threshold)``, and the radial part of the gradient: the sum of
+        ``s_ij`` over the active pairs, ``i`` itself among them.
+    """
+    length = hidden_states.shape[1]
+    hinge, count = torch.zeros_like(inverse), torch.zeros_like(inverse)
+    for group, rows in _blocks(hidden_states):
+        left = _unit(hidden_states, inverse, group, rows)
+        step = _sizes(hidden_states)[1]
+        for start in range(rows.start, length, step):
+            columns = slice(start, min(start + step, length))
+            diagonal = columns == rows
+            right = left if diagonal else _unit(hidden_states, inverse, group, columns)
+            excess = torch.bmm(left, right.transpose(1, 2)).sub_(threshold)
+            if diagonal:
+                excess.diagonal(dim1=1, dim2=2).fill_(-1.0)
+            if bits is not None and flags is not None:
+                active = excess > 0
+                count[group, rows] += active.sum(dim=2)
+                if not diagonal:
+                    count[group, columns] += active.sum(dim=1)
+                _keep(active, inverse, bits, flags, group, rows, columns)
+            excess.clamp_min_(0.0)
+            hinge[group, rows] += excess.sum(dim=2)
+            if not diagonal:
+                hinge[group, columns] += excess.sum(dim=1)
+    radial = hinge + threshold * count + (inverse != 0)
+    return hinge, radial
+
+
+def _keep(
+    active: Tensor, inverse: Tensor, bits: Tensor, flags: Tensor, group: slice, rows: slice, columns: slice
+) -> None:
+    """Writes a block of the 0/1 matrix, and its mirror image, as bits and flags."""
+    height, width = (-(-(s.stop - s.start) // TILE) * TILE for s in (rows, columns))
+    block = active.new_zeros((active.shape[0], height, width))
+    block[:, : active.shape[1], : active.shape[2]] = active
+    # The diagonal is set: what a vector adds to its own gradient is radial, and the radial part is taken out. Pairs
+    # with a vector that is zero or padding are free: they add zeros, or their sum is not used.
+    free = inverse.new_zeros((2, active.shape[0], max(height, width)), dtype=torch.bool).fill_(True)
+    free[0, :, : active.shape[1]] = inverse[group, rows] == 0
+    free[1, :, : active.shape[2]] = inverse[group, columns] == 0
+    if rows == columns:
+        block.diagonal(dim1=1, dim2=2).fill_(True)
+    first, second = (slice(s.start // TILE, s.start // TILE + n // TILE) for s, n in ((rows, height), (columns, width)))
+
+    tiles = (active.shape[0], height // TILE, TILE, width // TILE, TILE)
+    some = block.view(tiles).any(dim=4).any(dim=2)
+    every = (block | free[0, :, :height, None] | free[1, :, None, :width]).view(tiles).all(dim=4).all(dim=2)
+    state = torch.where(some, torch.where(every, ALL, MIXED), NONE).to(torch.uint8)
+    flags[group, first, second] = state
+    flags[group, second, first] = state.transpose(1, 2)
+
+    def words(mask: Tensor) -> Tensor:
+        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+        octets = (mask.unflatten(2, (-1, 8)) * weights).sum(dim=3, dtype=torch.uint8)
+        return octets.view(torch.int32)
+
+    def put(mask: Tensor, row: int, column: int) -> None:
+        packed = words(mask)
+        bits[group, row : row + packed.shape[1], column // WORD : column // WORD + packed.shape[2]] = packed
+
+    put(block, rows.start, columns.start)
+    if rows != columns:
+        put(block.transpose(1, 2).contiguous(), columns.start, rows.start)
+
+
+def gradient(
+    scale: Tensor, hidden_states: Tensor, inverse: Tensor, radial: Tensor, bits: Tensor, flags: Tensor
+) -> Tensor:
+    """Phase 2: ``(B, T, D)``, ``scale_b / norm_i`` times the tangential part of the sum of the active unit vectors."""
+    length = hidden_states.shape[1]
+    result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    shifts = torch.arange(WORD, dtype=torch.int32, device=bits.device)
+    step = _sizes(hidden_states)[1]
+    # Reading the flags of a CUDA tensor would make the host wait.
+    skip = hidden_states.device.type == "cpu"
+    for group, rows in _blocks(hidden_states):
+        own = _unit(hidden_states, inverse, group, rows)
+        total = own * -radial[group, rows].unsqueeze(-1)
+        for start in range(0, length, step):
+            columns = slice(start, min(start + step, length))
+            if skip and not bool(flags[group, _tiles(rows), _tiles(columns)].any()):
+                continue
+            packed = bits[group, rows, start // WORD : -(-columns.stop // WORD)]
+            mask = (packed.unsqueeze(-1) >> shifts) & 1
+            mask = mask.flatten(2)[:, :, : columns.stop - start].to(own.dtype)
+            total.baddbmm_(mask, own if columns == rows else _unit(hidden_states, inverse, group, columns))
+        total *= (inverse[group, rows] * scale[group].unsqueeze(1)).unsqueeze(-1)
+        result[group, rows] = total.masked_fill_((inverse[group, rows] == 0).unsqueeze(-1), 0.0).to(result.dtype)
+    return result
+
+
+def _tiles(rows: slice) -> slice:
+    return slice(rows.start // TILE, -(-rows.stop // TILE))

@@ -1,0 +1,273 @@
+"""The operator `simctg_fast::contrastive_loss`: SimCTG's loss without the matrix of similarities.
+
+The matrix of hinges is symmetric and its derivative is 0 or 1, so the forward pass keeps one bit a pair and the
+backward pass multiplies that 0/1 matrix by the unit vectors. What passes between them, for every implementation:
+
+* ``weights (B,)``: the derivative of the loss with respect to the hinge sum of each sequence.
+* ``inverse_norms (B, T)``: 0 at padding and at zero vectors, which then take part in no pair.
+* ``radial (B, T)``: sum of ``s_ij`` over the active ``j``, ``i`` included.
+* ``bits (B, P, P / 32)`` int32, ``P`` = T rounded up to 128: bit ``j % 32`` of word ``[b, i, j // 32]`` says that the
+  hinge of the pair is positive. The diagonal is set; bits of a pair without two unit vectors mean nothing, and so do
+  those of a tile whose flag is not 2.
+* ``flags (B, P / 128, P / 128)`` uint8: 0 no pair of the tile is active, 1 every one is, 2 mixed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _backends
+from . import _contrastive_loss_torch as _tiled
+from ._contrastive_loss_torch import TILE, WORD, accumulator_dtype, full_precision
+
+IMPLS = ("auto", "triton", "cpu", "torch")
+REDUCTIONS = ("pairs", "paper", "dense")
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("simctg_fast", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "contrastive_loss(Tensor hidden_states, Tensor? attention_mask, Tensor? normalizer, float margin, str reduction, "
+    "bool keep, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+_library.define(
+    "contrastive_loss_backward(Tensor grad, Tensor hidden_states, Tensor weights, Tensor inverse_norms, Tensor radial, "
+    "Tensor bits, Tensor flags, str impl) -> Tensor",
+    tags=_tags,
+)
+
+
+def contrastive_loss(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    normalizer: Tensor | None,
+    margin: float,
+    reduction: str,
+    impl: str,
+) -> Tensor:
+    """See `simctg_fast.functional.contrastive_loss`."""
+    keep = torch.is_grad_enabled() and hidden_states.requires_grad
+    loss: Tensor = torch.ops.simctg_fast.contrastive_loss(
+        hidden_states, attention_mask, normalizer, margin, reduction, keep, impl
+    )[0]
+    return loss
+
+
+def resolve(impl: str, hidden_states: Tensor) -> str:
+    """The implementation that serves a call: "triton", "cpu" or "torch".
+
+    Raises:
+        ValueError: an unknown name, or one that takes neither this device nor this dtype.
+        RuntimeError: one that this installation lacks.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    fused = dtype in FUSED_DTYPES
+    if impl == "auto":
+        if device == "cuda" and fused and _backends.has_triton():
+            return "triton"
+        return "cpu" if device == "cpu" and fused and _has_cpu_kernels() else "torch"
+    if impl == "torch":
+        return impl
+    if not fused:
+        raise ValueError(
+            f"impl={impl!r} takes hidden_states of dtype {', '.join(map(str, FUSED_DTYPES))}, got {dtype}; "
+            "impl='torch' takes every floating dtype"
+        )
+    if impl == "cpu":
+        if device != "cpu":
+            raise ValueError(f"impl='cpu' needs hidden_states on the CPU, got {hidden_states.device}")
+        _backends.require_extension()
+        if not _has_cpu_kernels():
+            raise RuntimeError("impl='cpu' needs a C++ extension of this version: the one installed is older")
+    else:
+        require_triton(hidden_states)
+    return impl
+
+
+def require_triton(tensor: Tensor) -> None:
+    """Raises where ``impl="triton"`` cannot run on this tensor."""
+    if not _backends.has_triton():
+        error = _backends.triton_error()
+        raise RuntimeError(f"impl='triton' needs triton, which does not load: {error}") from error
+    if tensor.device.type != "cuda" and not interpreted():
+        raise ValueError(f"impl='triton' needs tensors on a CUDA device, got {tensor.device}")
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _has_cpu_kernels() -> bool:
+    return hasattr(_backends.extension(), "contrastive_hinge")
+
+
+def _padded(length: int) -> int:
+    return (length + TILE - 1) // TILE * TILE
+
+
+def _check(hidden_states: Tensor, attention_mask: Tensor | None, margin: float, reduction: str) -> None:
+    if hidden_states.dim() != 3:
+        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, must be (batch, length, width)")
+    if not hidden_states.dtype.is_floating_point:
+        raise ValueError(f"hidden_states has dtype {hidden_states.dtype}, must be a floating one")
+    if not -1.0 <= margin <= 1.0:
+        raise ValueError(f"margin is {margin}, must lie in [-1, 1]")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
+    if attention_mask is None:
+        return
+    if reduction == "dense":
+        raise ValueError("reduction='dense' counts padding as text: attention_mask must be None")
+    if attention_mask.dim() != 2 or attention_mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, must be {tuple(hidden_states.shape[:2])} "
+            "as hidden_states has"
+        )
+    if attention_mask.device != hidden_states.device:
+        raise ValueError(
+            f"attention_mask is on {attention_mask.device}, hidden_states on {hidden_states.device}; "
+            "one device is needed"
+        )
+
+
+def _outputs(hidden_states: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The six results, uninitialised."""
+    batch, length, _ = hidden_states.shape
+    dtype = accumulator_dtype(hidden_states.dtype)
+    padded = _padded(length) if keep else 0
+    new = hidden_states.new_empty
+    return (
+        new((), dtype=dtype),
+        new((batch,), dtype=dtype),
+        new((batch, length), dtype=dtype),
+        new((batch, length), dtype=dtype),
+        new((batch, padded, padded // WORD), dtype=torch.int32),
+        new((batch, padded // TILE, padded // TILE), dtype=torch.uint8),
+    )
+
+
+def _fake(hidden_states, attention_mask, normalizer, margin, reduction, keep, impl):
+    _check(hidden_states, attention_mask, margin, reduction)
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
+    return _outputs(hidden_states, keep)
+
+
+def _forward(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    normalizer: Tensor | None,
+    margin: float,
+    reduction: str,
+    keep: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(hidden_states, attention_mask, margin, reduction)
+    impl = resolve(impl, hidden_states)
+    if impl == "triton" and hidden_states.numel() > 0:
+        from simctg_fast.kernels import contrastive_loss as kernels
+
+        return kernels.forward(hidden_states, attention_mask, normalizer, margin, reduction, keep)
+    real = None if attention_mask is None else attention_mask != 0
+    threshold = 1.0 - margin
+    with full_precision(hidden_states.device):
+        _, _, _, _, bits, flags = _outputs(hidden_states, keep)
+        if impl == "cpu":
+            hinge, inverse, radial = _cpu_hinge(hidden_states, real, threshold, bits, flags)
+        else:
+            inverse = _tiled.inverse_norms(hidden_states, real)
+            hinge, radial = _tiled.hinge_sums(
+                hidden_states, inverse, threshold, bits if keep else None, flags if keep else None
+            )
+        loss, weights = _reduce(hinge, inverse, real, normalizer, margin, reduction)
+    return loss, weights, inverse, radial, bits, flags
+
+
+def _reduce(
+    hinge: Tensor, inverse: Tensor, real: Tensor | None, normalizer: Tensor | None, margin: float, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The loss and its derivative with respect to each sequence's sum of hinges."""
+    batch, length = hinge.shape
+    zero = inverse == 0
+    if real is None:
+        tokens = torch.full((batch,), length, device=hinge.device)
+    else:
+        zero = zero & real
+        tokens = real.sum(dim=1)
+    # A zero vector has similarity 0 to all others and to itself: its own hinges are max(0, margin).
+    pairs = tokens * (tokens - 1)
+    sums = hinge.sum(dim=1) + (tokens - 1) * zero.sum(dim=1) * max(0.0, margin)
+    if reduction == "dense":
+        sums = sums + length * max(0.0, margin)
+        weights = torch.full_like(sums, 1.0 / max(1, length * length))
+        items = max(1, batch)
+    elif reduction == "paper":
+        weights = 1.0 / pairs.clamp_min(1).to(sums.dtype)
+        items = max(1, batch)
+    else:
+        weights = torch.ones_like(sums)
+        items = pairs.sum().clamp_min(1)
+    weights = weights / (items if normalizer is None else normalizer.to(device=sums.device, dtype=sums.dtype))
+    return (sums * weights).sum(), weights
+
+
+def _cpu_hinge(
+    hidden_states: Tensor, real: Tensor | None, threshold: float, bits: Tensor, flags: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError
+
+
+def _fake_backward(grad, hidden_states, weights, inverse_norms, radial, bits, flags, impl):
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+def _backward(
+    grad: Tensor,
+    hidden_states: Tensor,
+    weights: Tensor,
+    inverse_norms: Tensor,
+    radial: Tensor,
+    bits: Tensor,
+    flags: Tensor,
+    impl: str,
+) -> Tensor:
+    impl = resolve(impl, hidden_states)
+    if impl == "triton" and hidden_states.numel() > 0:
+        from simctg_fast.kernels import contrastive_loss as kernels
+
+        return kernels.backward(grad, hidden_states, weights, inverse_norms, radial, bits, flags)
+    with full_precision(hidden_states.device):
+        scale = weights * grad.to(weights.dtype) * 2.0  # every pair is counted from both of its ends
+        return _tiled.gradient(scale, hidden_states, inverse_norms, radial, bits, flags)
+
+
+def _setup(ctx, inputs, output) -> None:
+    hidden_states, _, _, _, _, keep, impl = inputs
+    ctx.impl, ctx.keep = impl, keep
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    if keep:
+        ctx.save_for_backward(hidden_states, *output[1:])
+
+
+def _autograd(ctx, grad, *_unused):
+    if grad is None:
+        return (None,) * 7
+    if not ctx.keep:
+        raise RuntimeError("contrastive_loss was called with keep=False, so it has no gradient")
+    result = torch.ops.simctg_fast.contrastive_loss_backward(grad, *ctx.saved_tensors, ctx.impl)
+    return (result, *(None,) * 6)
+
+
+_library.impl("contrastive_loss", _forward, "CompositeExplicitAutograd")
+_library.impl("contrastive_loss_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("simctg_fast::contrastive_loss", _fake, lib=_library)
+torch.library.register_fake("simctg_fast::contrastive_loss_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("simctg_fast::contrastive_loss", _autograd, setup_context=_setup, lib=_library)
