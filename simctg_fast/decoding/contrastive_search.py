@@ -203,6 +203,8 @@ class _Run:
                 self._check_callers_cache(name, cache, kwargs)
                 self.callers_cache = cache
                 kwargs[name] = self._fresh_cache()
+            elif isinstance(cache, Cache) and isinstance(self_attention_cache(cache), StaticCache):
+                kwargs[name] = self._fresh_cache()  # a static one has no room for the last step's candidates
         if kwargs.get("use_cache") is False and self.model.generation_config.use_cache is False:
             kwargs["use_cache"] = True  # the model's default (often left over from training), not the caller's wish
             if self.model._supports_default_dynamic_cache():
@@ -224,6 +226,8 @@ class _Run:
             raise ValueError(
                 f"{name} must be a DynamicCache, StaticCache or EncoderDecoderCache of these, got {type(own).__name__}"
             )
+        if type(own) is StaticCache and any(own.is_sliding):
+            raise ValueError(f"{name} must not be a StaticCache for a model with sliding windows; pass a DynamicCache")
         held = int(cache.get_seq_length())
         if not held:
             return
