@@ -89,8 +89,9 @@ def backend_info() -> dict[str, Any]:
         "triton_error": None if has_triton() else _describe(triton_error()),
         "extension": None if module is None else module.__file__,
         "extension_error": None if module is not None else _describe(error),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": None if module is None else module.active_isa(),
         "threads": torch.get_num_threads(),
+        "thread_pool": None if module is None else module.parallel_backend(),
         "cuda": torch.version.cuda,
         "gpus": gpus,
     }
