@@ -121,3 +121,16 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
     )
+
+
+def decode(model, inputs: dict, *, path: str = "auto", penalty_alpha=0.6, top_k=4, new_tokens=12, **kwargs):
+    """``generate`` by contrastive search on one of its paths, for exactly ``new_tokens`` tokens unless they end."""
+    from simctg_fast import ContrastiveSearch
+
+    strategy = ContrastiveSearch(penalty_alpha, top_k, path=path)
+    return model.generate(**inputs, custom_generate=strategy, max_new_tokens=new_tokens, do_sample=False, **kwargs)
+
+
+def greedy(model, inputs: dict, *, new_tokens=12, **kwargs):
+    """``generate`` by transformers' own greedy search."""
+    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **kwargs)
