@@ -22,6 +22,6 @@ def candidate_scan_supported(hidden_states: torch.Tensor, history: torch.Tensor,
 
 def decode_attention_supported(
     query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start
-) -> bool:  # noqa: ANN001
+) -> bool:
     """Whether :func:`decode_attention_cpu` takes these arguments."""
     return False

@@ -1,0 +1,251 @@
+"""Linear layers that read their weights once per step, for the length of a ``with`` block.
+
+A decoding step multiplies ``batch · top_k`` rows with every weight of the model; :mod:`simctg_fast.ops.linear` does
+that at the price of one row. :func:`fast_linears` gives the model's `torch.nn.Linear` and `Conv1D` modules a ``forward``
+of their own that uses it. Each call decides for itself: whatever the kernel does not take (many rows, gradients,
+autocast, another dtype, tracing) runs the module's own forward. Weights are looked up at each call, so an update, a LoRA
+merge or a replaced parameter counts at once. Only ``forward`` is put in place, not ``__call__``: hooks run as always.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter
+from transformers.pytorch_utils import Conv1D
+
+from ..ops import _backends
+from ..ops.linear import MAX_ROWS, run_kernel
+from ..ops.linear import pack as pack_weight
+
+logger = logging.getLogger(__name__)
+
+PACK = ("auto", True, False)
+_MEMORY_SHARE = 0.25  # of the free memory, at most, goes into packed copies
+
+_LINEAR_FORWARD = Linear.forward
+_CONV1D_FORWARD = Conv1D.forward
+
+_lock = threading.RLock()
+_patched: dict[int, _Patched] = {}  # by id(module)
+
+
+class _Packed:
+    """A packed copy, and what the weight was when it was made."""
+
+    __slots__ = ("address", "data", "version", "weight")
+
+    def __init__(self, weight: Tensor, transposed: bool):
+        self.weight, self.version, self.address = weight, weight._version, weight.data_ptr()
+        self.data = pack_weight(weight, transposed)
+
+    def is_current(self, weight: Tensor) -> bool:
+        return (
+            self.weight is weight
+            and not weight.is_inference()
+            and self.version == weight._version
+            and self.address == weight.data_ptr()
+        )
+
+
+class _Patched:
+    """A module that has our forward: how many ``with`` blocks want it, and its packed copy if there is one."""
+
+    __slots__ = ("module", "packed", "users")
+
+    def __init__(self, module: Module):
+        self.module, self.users = module, 0
+        self.packed: _Packed | None = None
+
+
+def _is_plain_eager() -> bool:
+    """Nothing follows the computation: no autocast, no compiler or tracer, no dispatch mode, no function transform."""
+    return not (
+        torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int) -> bool:
+    if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1] != in_features:
+        return False
+    if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
+        return False
+    if not 0 < x.numel() <= MAX_ROWS * in_features or out_features == 0:
+        return False
+    if bias is not None and not (
+        type(bias) is Parameter
+        and bias.dtype is torch.float32
+        and bias.is_cpu
+        and bias.numel() == out_features
+        and bias.is_contiguous()
+    ):
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return _is_plain_eager()
+
+
+def _current_packed(module: Module, weight: Tensor) -> Tensor | None:
+    entry = _patched.get(id(module))
+    packed = None if entry is None else entry.packed
+    if entry is None or packed is None:
+        return None
+    if packed.is_current(weight):
+        return packed.data
+    entry.packed = None  # the weight has changed since
+    return None
+
+
+# They are bound methods of the modules, under the name of what they replace: copying a module copies the binding, and
+# pickling one stores "the method `forward` of this module", which is the class's own when it is loaded.
+
+
+def _linear_forward(self: Linear, input: Tensor) -> Tensor:
+    parameters = self._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is Parameter:
+        out_features, in_features = weight.shape
+        if _takes(input, weight, bias, in_features, out_features):
+            return run_kernel(input, weight, bias, False, _current_packed(self, weight))
+    return _LINEAR_FORWARD(self, input)
+
+
+def _conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
+    parameters = self._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is Parameter:
+        in_features, out_features = weight.shape
+        if _takes(x, weight, bias, in_features, out_features):
+            return run_kernel(x, weight, bias, True, _current_packed(self, weight))
+    return _CONV1D_FORWARD(self, x)
+
+
+_linear_forward.__name__ = _conv1d_forward.__name__ = "forward"
+_FORWARDS = {
+    Linear: (_LINEAR_FORWARD, _linear_forward, False),
+    Conv1D: (_CONV1D_FORWARD, _conv1d_forward, True),
+}
+
+
+def _is_eligible(module: Module) -> bool:
+    if type(module) not in _FORWARDS or type(module).forward is not _FORWARDS[type(module)][0]:
+        return False
+    if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:  # accelerate's, or somebody else's
+        return False
+    weight = module._parameters.get("weight")
+    return (
+        type(weight) is Parameter
+        and weight.dim() == 2
+        and weight.dtype is torch.float32
+        and weight.is_cpu
+        and weight.is_contiguous()
+    )
+
+
+def _add(module: Module) -> _Patched | None:
+    """One more user of our forward in ``module``; None if it cannot have it."""
+    entry = _patched.get(id(module))
+    if entry is None:
+        if not _is_eligible(module):
+            return None
+        entry = _patched[id(module)] = _Patched(module)
+        # Module.__setattr__ would only put it where this does, after looking for parameters and buffers of that name.
+        module.__dict__["forward"] = types.MethodType(_FORWARDS[type(module)][1], module)
+    entry.users += 1
+    return entry
+
+
+def _remove(entry: _Patched) -> None:
+    entry.users -= 1
+    if entry.users:
+        return
+    module = entry.module
+    del _patched[id(module)]
+    ours = module.__dict__.get("forward")
+    if isinstance(ours, types.MethodType) and ours.__func__ is _FORWARDS[type(module)][1]:
+        del module.__dict__["forward"]
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping, None where the system does not say."""
+    with suppress(OSError, ValueError), open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _pack_all(entries: list[_Patched]) -> None:
+    todo = [e for e in entries if e.packed is None and not e.module._parameters["weight"].is_inference()]
+    needed = sum(4 * e.module._parameters["weight"].numel() for e in todo)
+    free = _free_memory()
+    if free is None or needed > _MEMORY_SHARE * free:
+        known = "unknown" if free is None else f"{free / 2**20:.0f} MiB"
+        logger.warning(
+            "pack=True would copy %.0f MiB of weights, more than %.0f%% of the free memory (%s): not packed.",
+            needed / 2**20,
+            100 * _MEMORY_SHARE,
+            known,
+        )
+        return
+    for entry in todo:
+        entry.packed = _Packed(entry.module._parameters["weight"], _FORWARDS[type(entry.module)][2])
+
+
+@contextmanager
+def fast_linears(model: Module, rows_hint: int = 1, pack: bool | str = "auto") -> Iterator[int]:
+    """Routes the linear layers of ``model`` through the small-M kernel within the block.
+
+    Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
+    contiguous float32 weight on the CPU. Blocks may be nested, and other threads may use the model meanwhile. On the
+    way out, also by an exception, every module is as it was found.
+
+    Args:
+        model: any module.
+        rows_hint: rows the caller is going to multiply at a time. Above `MAX_ROWS` the block changes nothing.
+        pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
+            of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
+            its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
+            seen. ``"auto"`` does not pack: reading in place measured as fast (`benchmarks/linear.py`).
+
+    Yields:
+        The number of modules that were routed: 0 without the C++ extension.
+
+    Raises:
+        ValueError: a ``pack`` that is none of these, a ``rows_hint`` below 1.
+    """
+    if not any(pack is allowed or pack == allowed for allowed in PACK):
+        raise ValueError(f"pack is {pack!r}, must be one of {', '.join(map(repr, PACK))}")
+    if rows_hint < 1:
+        raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
+    entries: list[_Patched] = []
+    try:
+        if rows_hint <= MAX_ROWS and _backends.extension() is not None:
+            with _lock:
+                for module in model.modules():
+                    entry = _add(module)
+                    if entry is not None:
+                        entries.append(entry)
+                if pack is True:
+                    _pack_all(entries)
+        yield len(entries)
+    finally:
+        with _lock:
+            for entry in entries:
+                _remove(entry)
