@@ -1,6 +1,6 @@
 """Train the bundled model from scratch: a small GPT-2 on Python's own documentation, on the CPU, from a fixed seed.
 
-    python benchmarks/train_bundled.py        # writes simctg_fast/assets/bundled, some 25 minutes on 2 idle cores
+    python benchmarks/train_bundled.py        # writes simctg_fast/assets/bundled, some 15 minutes on 2 idle cores
     python benchmarks/train_bundled.py --steps 400 --out /some/folder
 
 Likelihood plus the SimCTG contrastive loss. A checkpoint is written every few minutes; the same command with --resume
@@ -42,7 +42,7 @@ END_OF_TEXT_ID, PADDING_ID = 0, 1
 class Recipe:
     """Everything that decides the weights. The card prints it."""
 
-    steps: int = 1700
+    steps: int = 1000
     batch_tokens: int = 4096
     length: int = 256
     context: int = 512
