@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "crf_bindings.h"
 #include "linear.h"
+#include "loss_bindings.h"
 #include "parallel.h"
 #include "prefix_commit.h"
 #include "viterbi.h"
@@ -89,6 +91,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
     m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
           py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
+
+    bind_crf(m);
+
+    bind_losses(m);
 
     m.def("best_isa", [] { return simctg::isa_name(simctg::best_isa()); });
     m.def("active_isa", [] { return simctg::isa_name(simctg::active_isa()); });

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .assets import bundled_model_path as bundled_model_path
+    from .crf import LinearChainCRF as LinearChainCRF
+    from .crf import LowRankCRF as LowRankCRF
+    from .crf import StochasticViterbiSample as StochasticViterbiSample
+    from .crf import StochasticViterbiSamples as StochasticViterbiSamples
     from .decoding.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from .decoding.contrastive_search import contrastive_search as contrastive_search
     from .decoding.patch import patch_transformers as patch_transformers
@@ -32,8 +36,12 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _EXPORTS = {
     "ContrastiveSearch": "simctg_fast.decoding",
+    "LinearChainCRF": "simctg_fast.crf",
+    "LowRankCRF": "simctg_fast.crf",
     "SimCSELoss": "simctg_fast.losses",
     "SimCTGLoss": "simctg_fast.losses",
+    "StochasticViterbiSample": "simctg_fast.crf",
+    "StochasticViterbiSamples": "simctg_fast.crf",
     "SupportReport": "simctg_fast.decoding",
     "backend_info": "simctg_fast.ops",
     "bundled_model_path": "simctg_fast.assets",
@@ -47,7 +55,7 @@ _EXPORTS = {
     "unpatch_transformers": "simctg_fast.decoding",
     "viterbi_backtrace": "simctg_fast.functional",
 }
-_SUBMODULES = ("assets", "decoding", "functional", "losses", "ops")
+_SUBMODULES = ("assets", "crf", "decoding", "functional", "losses", "ops")
 
 __all__ = ["__version__", *_EXPORTS]
 

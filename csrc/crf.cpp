@@ -1,0 +1,513 @@
+#include "crf.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <queue>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu_features.h"
+#include "crf_dispatch.h"
+#include "parallel.h"
+
+namespace simctg {
+namespace {
+
+const CrfKernels& kernels() {
+#if defined(SIMCTG_FAST_X86_64)
+    if (active_isa() == Isa::avx512) return crf_kernels_avx512();
+    if (active_isa() == Isa::avx2) return crf_kernels_avx2();
+#endif
+    return crf_kernels_generic();
+}
+
+// Uninitialised floats on a cache line.
+class Floats {
+public:
+    explicit Floats(int64_t count) : memory_(new char[static_cast<size_t>(count) * sizeof(float) + 64]) {
+        const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
+        data_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
+    }
+    float* data() { return data_; }
+
+private:
+    std::unique_ptr<char[]> memory_;
+    float* data_;
+};
+
+[[noreturn]] void fail(const std::string& what, int64_t value, int64_t limit) {
+    throw std::invalid_argument(what + " is " + std::to_string(value) + ", must be in 0.." + std::to_string(limit));
+}
+
+int64_t length_of(const int64_t* lengths, int64_t b, int64_t limit) {
+    if (lengths == nullptr) return limit;
+    if (lengths[b] < 0 || lengths[b] > limit) fail("lengths[" + std::to_string(b) + "]", lengths[b], limit);
+    return lengths[b];
+}
+
+CrfItem item_of(const Crf& crf, int64_t b) {
+    const int64_t length = length_of(crf.lengths, b, crf.length), begin = b * crf.length * crf.beam;
+    const CrfItem item{b,        length,    crf.beam,  crf.rank, crf.scores + begin, crf.tokens + begin,
+                       crf.left, crf.right, crf.scale};
+    for (int64_t i = 0; i < length * crf.beam; ++i) {
+        if (static_cast<uint64_t>(item.tokens[i]) < static_cast<uint64_t>(crf.vocabulary)) continue;
+        fail("tokens[" + std::to_string(b) + ", " + std::to_string(i / crf.beam) + ", " + std::to_string(i % crf.beam) + "]",
+             item.tokens[i], crf.vocabulary - 1);
+    }
+    return item;
+}
+
+Floats scratch_of(const CrfKernels& k, const Crf& crf, int64_t samples = 1) {
+    return Floats(k.scratch(crf.beam, crf.rank, samples));
+}
+
+// ---- beam selection -------------------------------------------------------------------------------------------------
+
+float from_bfloat16(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+float from_float16(uint16_t bits) {
+    // The exponent is moved by a multiplication, which gets subnormal numbers right too.
+    const uint32_t wide = (bits & 0x7FFFu) << 13;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    value *= 0x1p112f;
+    uint32_t result;
+    std::memcpy(&result, &value, sizeof result);
+    if ((bits & 0x7C00u) == 0x7C00u) result |= 0x7F800000u;
+    result |= static_cast<uint32_t>(bits & 0x8000u) << 16;
+    std::memcpy(&value, &result, sizeof value);
+    return value;
+}
+
+// Rising with the value; -0 and 0 are one value, NaN is the largest.
+uint32_t rank_of(float value) {
+    if (std::isnan(value)) return 0xFFFFFFFFu;
+    value += 0.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Falling values, then rising tokens: the smaller key comes first.
+uint64_t key_of(const Candidate& c) { return static_cast<uint64_t>(~rank_of(c.value)) << 32 | c.token; }
+
+// The smallest `wanted` of `keys`, in order, to the front: by bytes from the low end, as the keys are few and the tokens
+// already in order.
+void sort_keys(std::vector<uint64_t>& keys, std::vector<uint64_t>& spare, int64_t wanted) {
+    if (static_cast<int64_t>(keys.size()) > 4 * wanted + 4096) {  // a flood of equal values
+        std::nth_element(keys.begin(), keys.begin() + wanted - 1, keys.end());
+        keys.resize(static_cast<size_t>(wanted));
+        std::sort(keys.begin(), keys.end());
+        return;
+    }
+    spare.resize(keys.size());
+    for (int shift = 32; shift < 64; shift += 8) {
+        uint32_t counts[256] = {};
+        for (const uint64_t key : keys) ++counts[key >> shift & 255];
+        if (counts[keys[0] >> shift & 255] == keys.size()) continue;
+        uint32_t place = 0;
+        for (uint32_t& count : counts) place += std::exchange(count, place);
+        for (const uint64_t key : keys) spare[counts[key >> shift & 255]++] = key;
+        keys.swap(spare);
+    }
+}
+
+struct Selection {
+    std::vector<float> row, maxima;
+    std::vector<Candidate> candidates;
+    std::vector<uint64_t> keys, spare;
+    std::vector<int64_t> forced;
+};
+
+// Groups of 32 are read fastest; where the beam is a large part of the row the threshold they give is too low.
+int64_t group_size(int64_t count, int64_t beam, int64_t lanes) {
+    int64_t group = 32;
+    while (group > 1 && ((count / (group * lanes)) * lanes < 2 * beam)) group /= 2;
+    return group;
+}
+
+void select_row(const CrfKernels& k, const float* row, int64_t count, int64_t beam, Selection& s) {
+    const int64_t group = group_size(count, beam, k.lanes);
+    s.maxima.resize(static_cast<size_t>((count / (group * k.lanes) + 1) * k.lanes));
+    bool nan = false;
+    const int64_t groups = k.group_maxima(row, count, group, s.maxima.data(), &nan);
+    s.candidates.resize(static_cast<size_t>(count));
+    s.keys.clear();
+    // As many groups as the beam is wide hold an element that is not below the threshold: enough elements pass it.
+    float threshold = -std::numeric_limits<float>::infinity();
+    if (nan || groups < beam) {
+        for (int64_t i = 0; i < count; ++i) s.keys.push_back(key_of({row[i], static_cast<uint32_t>(i)}));
+    } else {
+        std::nth_element(s.maxima.begin(), s.maxima.begin() + beam - 1, s.maxima.begin() + groups, std::greater<float>());
+        threshold = s.maxima[static_cast<size_t>(beam - 1)];
+        const int64_t found = k.collect(row, count, threshold, s.candidates.data());
+        for (int64_t i = 0; i < found; ++i) s.keys.push_back(key_of(s.candidates[static_cast<size_t>(i)]));
+    }
+    sort_keys(s.keys, s.spare, beam);
+}
+
+}  // namespace
+
+void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, const int64_t* forced,
+                     int64_t forced_count, int64_t* tokens, float* values, int num_threads) {
+    if (beam < 1 || beam > e.vocabulary) fail("beam", beam, e.vocabulary);
+    if (forced_count > beam) fail("forced_count", forced_count, beam);
+    const CrfKernels& k = kernels();
+    constexpr int64_t rows_per_task = 8;
+    const int64_t rows = e.batch * e.length;
+    parallel_for((rows + rows_per_task - 1) / rows_per_task, num_threads, [&](int64_t task) {
+        Selection s;
+        for (int64_t index = task * rows_per_task; index < std::min(rows, (task + 1) * rows_per_task); ++index) {
+            const int64_t b = index / e.length, t = index % e.length;
+            int64_t* out = tokens + index * beam;
+            float* value = values + index * beam;
+            if (t >= length_of(lengths, b, e.length)) {
+                for (int64_t i = 0; i < beam; ++i) out[i] = i, value[i] = 0.0f;
+                continue;
+            }
+            const int64_t offset = b * e.stride_batch + t * e.stride_length;
+            const float* row = static_cast<const float*>(e.data) + offset;
+            if (e.type != EmissionType::float32) {
+                const uint16_t* narrow = static_cast<const uint16_t*>(e.data) + offset;
+                s.row.resize(static_cast<size_t>(e.vocabulary));
+                if (e.type == EmissionType::bfloat16) {
+                    for (int64_t i = 0; i < e.vocabulary; ++i) s.row[static_cast<size_t>(i)] = from_bfloat16(narrow[i]);
+                } else {
+                    for (int64_t i = 0; i < e.vocabulary; ++i) s.row[static_cast<size_t>(i)] = from_float16(narrow[i]);
+                }
+                row = s.row.data();
+            }
+            select_row(k, row, e.vocabulary, beam, s);
+            s.forced.clear();
+            for (int64_t i = 0; i < forced_count; ++i) {
+                const int64_t token = forced[index * forced_count + i];
+                if (token >= e.vocabulary) fail("forced token", token, e.vocabulary - 1);
+                if (token >= 0) s.forced.push_back(token);
+            }
+            std::sort(s.forced.begin(), s.forced.end());
+            s.forced.erase(std::unique(s.forced.begin(), s.forced.end()), s.forced.end());
+            int64_t filled = 0;
+            for (const int64_t token : s.forced) out[filled++] = token;
+            for (int64_t i = 0; filled < beam; ++i) {
+                const int64_t token = static_cast<int64_t>(s.keys[static_cast<size_t>(i)] & 0xFFFFFFFFu);
+                if (!std::binary_search(s.forced.begin(), s.forced.end(), token)) out[filled++] = token;
+            }
+            for (int64_t i = 0; i < beam; ++i) value[i] = row[out[i]];
+        }
+    });
+}
+
+// ---- filters --------------------------------------------------------------------------------------------------------
+
+void crf_filter(const Crf& crf, float* messages, float* norms, int num_threads) {
+    const CrfKernels& k = kernels();
+    parallel_for(crf.batch, num_threads, [&](int64_t b) {
+        const CrfItem item = item_of(crf, b);
+        Floats scratch = scratch_of(k, crf);
+        float* message = messages + b * crf.length * crf.beam;
+        k.filter(item, message, norms + b * crf.length, scratch.data());
+        std::fill(message + item.length * crf.beam, message + crf.length * crf.beam, 0.0f);
+        std::fill(norms + b * crf.length + item.length, norms + (b + 1) * crf.length, 0.0f);
+    });
+}
+
+void crf_filter_backward(const Crf& crf, const float* grad, const float* messages, const float* norms,
+                         float* grad_scores, float* grad_left, float* grad_right, int num_threads) {
+    const CrfKernels& k = kernels();
+    // Tables are added to by a fixed number of groups of items, each in order and into tables of its own (the first into
+    // the result), so that sums run in the same order for any number of threads.
+    const int64_t table = crf.vocabulary * crf.rank, budget = int64_t{16} << 20;
+    const int64_t pairs = std::max<int64_t>(1, budget / std::max<int64_t>(1, 2 * table * int64_t{sizeof(float)}));
+    const int64_t groups = grad_left ? std::min(crf.batch, 1 + pairs) : crf.batch;
+    std::vector<float> own(grad_left ? static_cast<size_t>(std::max<int64_t>(0, groups - 1) * 2 * table) : 0, 0.0f);
+    parallel_for(groups, num_threads, [&](int64_t group) {
+        Floats scratch = scratch_of(k, crf);
+        float* left = grad_left;
+        float* right = grad_right;
+        if (grad_left && group > 0) {
+            left = own.data() + (group - 1) * 2 * table;
+            right = left + table;
+        }
+        for (int64_t b = group; b < crf.batch; b += groups) {
+            const CrfItem item = item_of(crf, b);
+            const int64_t begin = b * crf.length * crf.beam;
+            k.reverse(item, grad + begin, messages + begin, norms + b * crf.length, grad_scores + begin, left, right,
+                      scratch.data());
+            std::fill(grad_scores + begin + item.length * crf.beam, grad_scores + begin + crf.length * crf.beam, 0.0f);
+        }
+    });
+    for (int64_t group = 1; grad_left && group < groups; ++group) {
+        const float* left = own.data() + (group - 1) * 2 * table;
+        for (int64_t i = 0; i < table; ++i) grad_left[i] += left[i], grad_right[i] += left[table + i];
+    }
+}
+
+void crf_viterbi(const Crf& crf, int64_t* slots, int num_threads) {
+    const CrfKernels& k = kernels();
+    parallel_for(crf.batch, num_threads, [&](int64_t b) {
+        const CrfItem item = item_of(crf, b);
+        Floats scratch = scratch_of(k, crf), best(crf.length * crf.beam), offsets(crf.length);
+        int64_t* path = slots + b * crf.length;
+        k.max_filter(item, best.data(), offsets.data(), path, scratch.data());
+        std::fill(path + item.length, path + crf.length, int64_t{-1});
+    });
+}
+
+// ---- the n best paths -----------------------------------------------------------------------------------------------
+
+namespace {
+
+// The end of a path, from position t on. `rest`: what it scores beyond the best prefix into its first slot, so that
+// best prefix + rest is the score of the best path that ends like this: A* with a heuristic that is never wrong.
+struct Suffix {
+    int64_t t, slot, after;  // `after`: the suffix that this one extends, -1: none
+    double rest;
+};
+
+void best_paths(const CrfKernels& k, const Crf& crf, const CrfItem& item, int64_t paths, int64_t* slots, float* scratch) {
+    const int64_t beam = crf.beam, length = item.length;
+    std::fill(slots, slots + crf.length * paths, int64_t{-1});
+    if (length == 0) return;
+    Floats best(length * beam), offsets(length), into(beam);
+    k.max_filter(item, best.data(), offsets.data(), nullptr, scratch);
+
+    std::vector<Suffix> suffixes;
+    using Entry = std::pair<double, int64_t>;  // score, -index: of equal scores the one found first
+    std::priority_queue<Entry> open;
+    std::vector<std::pair<float, int64_t>> order(static_cast<size_t>(beam));
+    // Adds the best `paths` slots at t before the suffix `after`; values[k]: their best prefix and the way on from it.
+    const auto extend = [&](int64_t t, int64_t after, const float* values, double rest) {
+        for (int64_t s = 0; s < beam; ++s) order[static_cast<size_t>(s)] = {-values[s], s};
+        const int64_t kept = std::min(beam, paths);
+        std::partial_sort(order.begin(), order.begin() + kept, order.end());
+        for (int64_t i = 0; i < kept; ++i) {
+            const auto [score, slot] = order[static_cast<size_t>(i)];
+            if (!(score < std::numeric_limits<float>::infinity())) break;  // banned, or NaN
+            // Scores at t are relative to the largest one, the same for all: `rest` holds what the prefixes lost.
+            const double total = rest - static_cast<double>(score);
+            suffixes.push_back({t, slot, after, total - static_cast<double>(best.data()[t * beam + slot])});
+            open.emplace(total, -static_cast<int64_t>(suffixes.size() - 1));
+        }
+    };
+    extend(length - 1, -1, best.data() + (length - 1) * beam, 0.0);
+    for (int64_t n = 0; n < paths && !open.empty();) {
+        const int64_t index = -open.top().second;
+        open.pop();
+        const Suffix suffix = suffixes[static_cast<size_t>(index)];
+        if (suffix.t == 0) {
+            for (int64_t i = index; i >= 0; i = suffixes[static_cast<size_t>(i)].after) {
+                const Suffix& step = suffixes[static_cast<size_t>(i)];
+                slots[step.t * paths + n] = step.slot;
+            }
+            ++n;
+            continue;
+        }
+        k.into_slot(item, suffix.t - 1, suffix.slot, best.data() + (suffix.t - 1) * beam, into.data(), scratch);
+        // best(k at t-1) + transition + score(slot) - offset(t) is at most best(slot at t).
+        const double gain = static_cast<double>(item.scores[suffix.t * beam + suffix.slot]) -
+                            static_cast<double>(offsets.data()[suffix.t]);
+        extend(suffix.t - 1, index, into.data(), suffix.rest + gain);
+    }
+}
+
+}  // namespace
+
+void crf_kbest(const Crf& crf, int64_t paths, int64_t* slots, int num_threads) {
+    if (paths < 1) throw std::invalid_argument("paths is " + std::to_string(paths) + ", must be at least 1");
+    const CrfKernels& k = kernels();
+    parallel_for(crf.batch, num_threads, [&](int64_t b) {
+        const CrfItem item = item_of(crf, b);
+        Floats scratch = scratch_of(k, crf);
+        best_paths(k, crf, item, paths, slots + b * crf.length * paths, scratch.data());
+    });
+}
+
+// ---- sampling -------------------------------------------------------------------------------------------------------
+
+void crf_stochastic_viterbi(const Crf& crf, float temperature, int64_t samples, uint64_t seed, const float* uniforms,
+                            int64_t* slots, float* prefixes, void* backpointers, int num_threads) {
+    if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
+    const CrfKernels& k = kernels();
+    const int64_t width = crf.beam <= 256 ? 1 : 2;
+    parallel_for(crf.batch, num_threads, [&](int64_t b) {
+        const CrfItem item = item_of(crf, b);
+        Floats scratch = scratch_of(k, crf, samples);
+        const int64_t size = crf.length * crf.beam * samples, used = item.length * crf.beam * samples;
+        char* pointers = static_cast<char*>(backpointers) + b * size * width;
+        k.stochastic(item, temperature, samples, seed,
+                     uniforms ? uniforms + b * (crf.length - 1) * crf.beam * samples : nullptr,
+                     slots + b * crf.length * samples, prefixes + b * size, pointers, scratch.data());
+        std::fill(slots + (b * crf.length + item.length) * samples, slots + (b + 1) * crf.length * samples, int64_t{-1});
+        std::fill(prefixes + b * size + used, prefixes + (b + 1) * size, 0.0f);
+        std::memset(pointers + used * width, 0, static_cast<size_t>((size - used) * width));
+    });
+}
+
+void crf_ffbs(const Crf& crf, const float* messages, const float* norms, int64_t samples, uint64_t seed,
+              const float* uniforms, int64_t* slots, int num_threads) {
+    if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
+    const CrfKernels& k = kernels();
+    // Few items: their samples are shared out as well, in whole vectors.
+    constexpr int64_t vector = 64;
+    const int64_t blocks = (samples + vector - 1) / vector;
+    const int64_t parts = std::clamp<int64_t>(num_threads / std::max<int64_t>(1, crf.batch), 1, blocks);
+    const int64_t share = (blocks + parts - 1) / parts * vector;
+    parallel_for(crf.batch * parts, num_threads, [&](int64_t task) {
+        const int64_t b = task / parts, first = task % parts * share;
+        if (first >= samples) return;
+        const CrfItem item = item_of(crf, b);
+        Floats scratch = scratch_of(k, crf);
+        int64_t* own = slots + b * crf.length * samples;
+        const int64_t count = std::min(share, samples - first);
+        k.ffbs(item, messages + b * crf.length * crf.beam, norms + b * crf.length, samples, seed,
+               uniforms ? uniforms + b * crf.length * samples : nullptr, first, count, own, scratch.data());
+        for (int64_t t = item.length; t < crf.length; ++t) {
+            std::fill(own + t * samples + first, own + t * samples + first + count, int64_t{-1});
+        }
+    });
+}
+
+// ---- dense transitions ----------------------------------------------------------------------------------------------
+
+namespace {
+
+struct DenseMatrix {
+    int64_t stride;
+    Floats values;
+    float low = 0.0f, high = 0.0f;
+
+    // Rows padded with -inf to whole pairs of vectors.
+    DenseMatrix(const CrfKernels& k, const DenseCrf& crf)
+        : stride((crf.tags + 2 * k.lanes - 1) / (2 * k.lanes) * (2 * k.lanes)), values(crf.tags * stride) {
+        const auto [least, most] = std::minmax_element(crf.transitions, crf.transitions + crf.tags * crf.tags);
+        low = *least, high = *most;
+        for (int64_t i = 0; i < crf.tags; ++i) {
+            float* row = values.data() + i * stride;
+            std::copy(crf.transitions + i * crf.tags, crf.transitions + (i + 1) * crf.tags, row);
+            std::fill(row + crf.tags, row + stride, -std::numeric_limits<float>::infinity());
+        }
+    }
+};
+
+// Items taken together: as many as the kernels like, fewer where threads would have nothing to do.
+int64_t rows_together(const CrfKernels& k, int64_t batch, int num_threads) {
+    return std::clamp<int64_t>((batch + num_threads - 1) / std::max(1, num_threads), 1, k.dense_rows);
+}
+
+float largest(const float* values, int64_t count) { return *std::max_element(values, values + count); }
+
+}  // namespace
+
+void dense_log_partition(const DenseCrf& crf, double* log_partition, int num_threads) {
+    const CrfKernels& k = kernels();
+    if (crf.batch == 0) return;
+    DenseMatrix matrix(k, crf);
+    const int64_t tags = crf.tags, stride = matrix.stride;
+    // Within this range a step in the space of exponentials loses nothing: the largest state is 1, so every sum is at
+    // least e^-60, and what underflows could contribute no more than e^-27 of the total. Otherwise: logarithms.
+    const bool exponential = matrix.high - matrix.low <= 60.0f;
+    if (exponential) k.exponentials(matrix.values.data(), -matrix.high, tags * stride, matrix.values.data());
+    const int64_t rows = rows_together(k, crf.batch, num_threads);
+    parallel_for((crf.batch + rows - 1) / rows, num_threads, [&](int64_t task) {
+        const int64_t first = task * rows, count = std::min(rows, crf.batch - first);
+        Floats state(count * stride), next(count * stride), padded(stride);
+        std::vector<double> offset(static_cast<size_t>(count), 0.0);
+        std::vector<int64_t> lengths;
+        for (int64_t r = 0; r < count; ++r) lengths.push_back(length_of(crf.lengths, first + r, crf.length));
+        std::fill(padded.data(), padded.data() + stride, -std::numeric_limits<float>::infinity());
+        const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+        for (int64_t t = 0; t < longest; ++t) {
+            if (t > 0) (exponential ? k.dense_sum : k.dense_lse)(state.data(), matrix.values.data(), tags, stride, count, next.data());
+            for (int64_t r = 0; r < count; ++r) {
+                if (t >= lengths[static_cast<size_t>(r)]) continue;
+                const float* emission = crf.emissions + ((first + r) * crf.length + t) * tags;
+                float* own = state.data() + r * stride;
+                const float* from = next.data() + r * stride;
+                if (exponential) {
+                    const float top = largest(emission, tags);
+                    std::copy(emission, emission + tags, padded.data());
+                    k.exponentials(padded.data(), -top, stride, own);
+                    if (t > 0) {
+                        for (int64_t j = 0; j < tags; ++j) own[j] *= from[j];
+                    }
+                    const float scale = largest(own, tags);
+                    for (int64_t j = 0; j < tags; ++j) own[j] /= scale;
+                    offset[static_cast<size_t>(r)] +=
+                        static_cast<double>(top) + std::log(static_cast<double>(scale)) + (t > 0 ? static_cast<double>(matrix.high) : 0.0);
+                } else {
+                    for (int64_t j = 0; j < tags; ++j) own[j] = (t > 0 ? from[j] : 0.0f) + emission[j];
+                    const float top = largest(own, tags);
+                    if (top > -std::numeric_limits<float>::infinity()) {
+                        for (int64_t j = 0; j < tags; ++j) own[j] -= top;
+                    }
+                    offset[static_cast<size_t>(r)] += static_cast<double>(top);
+                }
+            }
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            double total = 0.0;
+            for (int64_t j = 0; j < tags; ++j) {
+                const double value = static_cast<double>(state.data()[r * stride + j]);
+                total += exponential ? value : std::exp(value);
+            }
+            log_partition[first + r] = lengths[static_cast<size_t>(r)] == 0 ? 0.0 : offset[static_cast<size_t>(r)] + std::log(total);
+        }
+    });
+}
+
+void dense_viterbi(const DenseCrf& crf, int64_t* slots, int num_threads) {
+    const CrfKernels& k = kernels();
+    if (crf.batch == 0) return;
+    DenseMatrix matrix(k, crf);
+    const int64_t tags = crf.tags, stride = matrix.stride;
+    const int64_t rows = rows_together(k, crf.batch, num_threads);
+    parallel_for((crf.batch + rows - 1) / rows, num_threads, [&](int64_t task) {
+        const int64_t first = task * rows, count = std::min(rows, crf.batch - first);
+        // states[t][r]: best prefix into every tag; the sources on the path are found again from them.
+        Floats states(std::max<int64_t>(1, crf.length) * count * stride), next(count * stride);
+        std::vector<int64_t> lengths;
+        for (int64_t r = 0; r < count; ++r) lengths.push_back(length_of(crf.lengths, first + r, crf.length));
+        const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+        for (int64_t t = 0; t < longest; ++t) {
+            float* here = states.data() + t * count * stride;
+            if (t > 0) k.dense_max(here - count * stride, matrix.values.data(), tags, stride, count, next.data());
+            for (int64_t r = 0; r < count; ++r) {
+                const float* emission = crf.emissions + ((first + r) * crf.length + t) * tags;
+                float* own = here + r * stride;
+                const float* from = next.data() + r * stride;
+                for (int64_t j = 0; j < tags; ++j) own[j] = (t > 0 ? from[j] : 0.0f) + emission[j];
+                const float top = largest(own, tags);
+                if (top > -std::numeric_limits<float>::infinity() && top < std::numeric_limits<float>::infinity()) {
+                    for (int64_t j = 0; j < tags; ++j) own[j] -= top;
+                }
+            }
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            int64_t* path = slots + (first + r) * crf.length;
+            const int64_t length = lengths[static_cast<size_t>(r)];
+            std::fill(path + length, path + crf.length, int64_t{-1});
+            for (int64_t t = length - 1, slot = -1; t >= 0; --t) {
+                const float* own = states.data() + (t * count + r) * stride;
+                int64_t best = 0;
+                float top = -std::numeric_limits<float>::infinity();
+                for (int64_t j = 0; j < tags; ++j) {
+                    const float score = slot < 0 ? own[j] : own[j] + matrix.values.data()[j * stride + slot];
+                    if (score > top) top = score, best = j;
+                }
+                path[t] = slot = best;
+            }
+        }
+    });
+}
+
+}  // namespace simctg

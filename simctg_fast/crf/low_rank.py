@@ -1,0 +1,480 @@
+"""`LowRankCRF`: a linear-chain CRF over a beam of tokens per position, with transitions of low rank.
+
+A path y of one token per position scores ``sum_t e[t, y_t] + sum_t E1[y_t] · E2[y_{t+1}]``; its probability is that
+score's exponential over the sum of all paths through the beams. The model is that of fairseq's DynamicCRF (Sun et al.
+2019, arXiv 1910.11555) and of NAG-BERT (Su et al. 2021, arXiv 2102.08220).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..ops.crf_beam import crf_beam_select
+from ..ops.crf_filter import crf_filter, crf_filter_backward
+from ..ops.crf_sample import crf_ffbs
+from ..ops.crf_stochastic import crf_stochastic_viterbi
+from ..ops.crf_viterbi import crf_kbest, crf_viterbi
+from .arguments import (
+    as_lengths,
+    as_paths,
+    beyond,
+    check_device,
+    check_emissions,
+    check_scores,
+    check_temperature,
+    check_tokens,
+    draw_seed,
+    first_wrong,
+)
+from .divergence import entropy as _entropy
+from .divergence import kl as _kl
+from .results import Beam, KBest, LogProb, Marginals, Sample, ViterbiPath
+
+MODES = ("ffbs", "stochastic_viterbi")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """The arguments of the operators (see `ops.crf_common`), and which positions do not exist."""
+
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    lengths: torch.Tensor | None
+    past: torch.Tensor | None
+    scale: float
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.scores, self.tokens, self.left, self.right, self.lengths
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """The forward filter's result. `alpha (B, T, K)` is normalised to a largest value of 0 at each position."""
+
+    messages: torch.Tensor
+    norms: torch.Tensor
+    alpha: torch.Tensor
+    last_alpha: torch.Tensor  # (B, K)
+    last_total: torch.Tensor  # (B,): its log-sum-exp
+
+
+class LowRankCRF(nn.Module):
+    """A CRF over the K best tokens of every position, whose transitions are ``E1[a] · E2[b]``.
+
+    Args:
+        num_embeddings: size of the vocabulary, V.
+        low_rank: rank of the transitions, D.
+        beam_size: tokens kept per position, K; a beam wider than the vocabulary is the vocabulary.
+        pad_id: token written beyond an item's length.
+        impl: ``"auto"``, ``"cpu"`` (C++), ``"triton"`` or ``"torch"`` (any device, float64 too).
+
+    Parameters `E1` and `E2` are ``nn.Embedding(V, D)``, initialised as those are.
+
+    In every method `emissions` is `(B, T, V)` in fp32, fp16, bf16 (computed in fp32) or fp64; -inf bans a token;
+    `lengths` `(B,)` says how many positions of each item exist (padding is on the right, and is never looked at);
+    `beam_size` overrides the width for one call. `beam_tokens (B, T, K)` freezes the support: emissions are gathered at
+    these tokens instead of choosing the best, so that two models, or one before and after an update, are compared on
+    the same paths. `temperature` is the model's: emissions and transitions are divided by it.
+
+    Checks of values (banned positions, NaN, tokens out of range) raise on the CPU. On a CUDA device they would have to
+    wait for it, so they are left out, and bad values give NaN.
+    """
+
+    def __init__(
+        self, num_embeddings: int, low_rank: int = 32, beam_size: int = 64, *, pad_id: int = 0, impl: str = "auto"
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_embeddings", num_embeddings), ("low_rank", low_rank), ("beam_size", beam_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1")
+        self.E1 = nn.Embedding(num_embeddings, low_rank)
+        self.E2 = nn.Embedding(num_embeddings, low_rank)
+        self.num_embeddings, self.low_rank, self.beam_size = num_embeddings, low_rank, beam_size
+        self.pad_id, self.impl = pad_id, impl
+
+    def extra_repr(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, low_rank={self.low_rank}, beam_size={self.beam_size}"
+
+    # ---- decoding ----------------------------------------------------------------------------------------------------
+
+    def viterbi(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        beam_tokens: torch.Tensor | None = None,
+        beam_size: int | None = None,
+    ) -> ViterbiPath:
+        """The best path. `score` and `position_scores` are differentiable, with the path as the subgradient."""
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size)
+        slots = crf_viterbi(*p.arguments(), impl=self.impl).unsqueeze(2)
+        tokens, position_scores = self._path(p, slots)
+        position_scores = position_scores.squeeze(2)
+        return ViterbiPath(tokens.squeeze(2), slots.squeeze(2), position_scores.sum(1), position_scores, p.tokens)
+
+    def kbest(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        n: int = 8,
+        *,
+        beam_tokens: torch.Tensor | None = None,
+        beam_size: int | None = None,
+    ) -> KBest:
+        """The `n` best paths, best first."""
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size)
+        slots = crf_kbest(*p.arguments(), n, impl=self.impl)
+        tokens, position_scores = self._path(p, slots)
+        # A path that does not exist has -1 at position 0; an item of length 0 has one (empty) path, the first.
+        missing = slots[:, 0] < 0
+        if p.lengths is not None:
+            missing = missing & ((p.lengths > 0)[:, None] | (torch.arange(n, device=slots.device) > 0))
+        score = position_scores.sum(1).masked_fill(missing, float("-inf"))
+        return KBest(tokens, slots, score, position_scores, p.tokens)
+
+    # ---- sampling ----------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        mode: str = "ffbs",
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        uniforms: torch.Tensor | None = None,
+        beam_tokens: torch.Tensor | None = None,
+        beam_size: int | None = None,
+    ) -> Sample:
+        """`num_samples` independent paths per item, with their log-probabilities.
+
+        Every random number is a function of a seed and of its own indices (b, t, n), so results depend on no thread
+        count, tile or batch mate, and the backends agree but for rounding at the edge between two slots.
+
+        Args:
+            mode: ``"ffbs"`` draws from the CRF exactly. ``"stochastic_viterbi"`` is the published sampler, a noisy
+                Viterbi whose own law has no tractable density: its `log_prob` is the CRF's (at temperature 1), which is
+                *not* the law that was sampled from, so no PPO ratio can be formed from it. There, `temperature` divides
+                only the softmax that draws the back-pointers.
+            generator: gives the seed; None: torch's default generator.
+            uniforms: numbers in [0, 1) in place of the seeded ones: `(B, T, N)` for ``"ffbs"``, `(B, T - 1, K, N)` for
+                ``"stochastic_viterbi"``; used by inverse CDF in slot order.
+
+        The result is differentiable in `log_prob` and `token_log_probs`, not in the choice of paths.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, must be one of {', '.join(map(repr, MODES))}")
+        temperature = check_temperature(temperature)
+        exact = mode == "ffbs"
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature if exact else 1.0)
+        if uniforms is not None:
+            if not isinstance(uniforms, torch.Tensor):
+                raise TypeError(f"uniforms is {type(uniforms).__name__}, must be a tensor or None")
+            if uniforms.device.type == "cpu" and bool(((uniforms < 0) | ~(uniforms < 1)).any()):
+                raise ValueError("uniforms holds a value outside [0, 1)")
+            uniforms = uniforms.to(p.scores.dtype)
+        seed = 0 if uniforms is not None else draw_seed(generator)
+        f = self._filter(p)
+        with torch.no_grad():
+            if exact:
+                slots = crf_ffbs(
+                    f.messages, f.norms, *p.arguments(), p.scale, num_samples, seed, uniforms, impl=self.impl
+                )
+            else:
+                slots = crf_stochastic_viterbi(
+                    *p.arguments(), temperature, num_samples, seed, uniforms, impl=self.impl
+                )[0]
+        token_log_probs = self._conditionals(p, f, slots)
+        return Sample(self._tokens(p, slots), slots, token_log_probs.sum(1), token_log_probs, p.tokens)
+
+    # ---- probabilities -----------------------------------------------------------------------------------------------
+
+    def log_prob(
+        self,
+        emissions: torch.Tensor,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        beam_tokens: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+        beam_size: int | None = None,
+        temperature: float = 1.0,
+    ) -> LogProb:
+        """Log-probabilities of given paths, differentiable in `emissions`, `E1` and `E2`.
+
+        Per token they are log p(y_t | y_{t+1}), the last one log p(y_T): what backward sampling draws from. The
+        gradient is one reverse sweep, whatever the number of paths.
+
+        Args:
+            tokens: `(B, T)` or `(B, T, N)`; anything beyond the lengths.
+            beam_tokens: the beams the paths were drawn from (`Sample.beam_tokens`). None: the best tokens of
+                `emissions`, with `tokens` forced in.
+            slots: the tokens' places in `beam_tokens` (`Sample.slots`), which saves looking them up.
+            temperature: the one they were sampled at.
+
+        Raises:
+            ValueError: also where a token is not in `beam_tokens`: a path outside the beams has no probability.
+        """
+        check_emissions(emissions, self.num_embeddings)
+        paths = as_paths("tokens", tokens, emissions)
+        forced = paths if beam_tokens is None else None
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature, forced=forced)
+        if slots is None:
+            slots = self._slots(p, paths)
+        else:
+            if beam_tokens is None:
+                raise ValueError("slots is given without beam_tokens; slots number the tokens of a beam")
+            slots = as_paths("slots", slots, emissions)
+            if slots.shape != paths.shape:
+                raise ValueError(f"slots has shape {tuple(slots.shape)}, must be {tuple(paths.shape)} as tokens has")
+            if slots.device.type == "cpu":
+                self._check_slots(p, paths, slots)
+        result = self._conditionals(p, self._filter(p), slots)
+        if tokens.dim() == 2:
+            result = result.squeeze(2)
+        return LogProb(result.sum(1), result)
+
+    def nll(
+        self,
+        emissions: torch.Tensor,
+        targets: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        beam_size: int | None = None,
+    ) -> torch.Tensor:
+        """Negative log-likelihood of `targets (B, T)`, which are forced into the beams. For training.
+
+        Args:
+            reduction: over the sequences: ``"mean"``, ``"sum"``, or ``"none"`` for `(B,)`.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
+        if isinstance(targets, torch.Tensor) and targets.dim() != 2:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}, must be (batch, length)")
+        loss = -self.log_prob(emissions, targets, lengths, beam_size=beam_size).log_prob
+        return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+    def log_partition(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        beam_tokens: torch.Tensor | None = None,
+        beam_size: int | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Log of the sum over all paths through the beams, `(B,)`; 0 for an item of length 0."""
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+        f = self._filter(p)
+        return (f.last_total.double() + f.norms.double().sum(1)).to(p.scores.dtype)
+
+    def marginals(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        beam_tokens: torch.Tensor | None = None,
+        beam_size: int | None = None,
+        temperature: float = 1.0,
+    ) -> Marginals:
+        """p(y_t = token of slot k) for every position and slot; 0 beyond the lengths. Not differentiable."""
+        with torch.no_grad():
+            p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+            f = self._filter(p)
+            # The marginals are the gradient of the log-partition: what the reverse sweep makes of softmax(alpha_T).
+            seed = torch.zeros_like(f.messages)
+            final = torch.softmax(f.last_alpha, 1)
+            if p.lengths is not None:
+                final = final.masked_fill((p.lengths == 0)[:, None], 0)
+            seed.scatter_(1, self._last(p).expand(-1, -1, seed.shape[2]), final.unsqueeze(1))
+            into = crf_filter_backward(seed, f.messages, f.norms, *p.arguments(), p.scale, False, impl=self.impl)[0]
+            return Marginals(into + seed, p.tokens)
+
+    def entropy(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        beam_tokens: torch.Tensor | None = None,
+        beam_size: int | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Entropy of the law of paths, `(B,)`, in nats, differentiable."""
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+        return _entropy(p)
+
+    def kl(
+        self,
+        other: LowRankCRF,
+        emissions: torch.Tensor,
+        other_emissions: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        *,
+        beam_tokens: torch.Tensor | None = None,
+        beam_size: int | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Exact KL(self || other) over the paths of one set of beams, `(B,)`, in nats, differentiable in both models.
+
+        The beams are `beam_tokens`, or the best tokens of `emissions`. `other_emissions` None: the same as `emissions`.
+        It is infinite where `other` bans what `self` allows.
+        """
+        if not isinstance(other, LowRankCRF):
+            raise TypeError(f"other is {type(other).__name__}, must be a LowRankCRF")
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+        other_emissions = emissions if other_emissions is None else other_emissions
+        if isinstance(other_emissions, torch.Tensor) and other_emissions.shape[:2] != emissions.shape[:2]:
+            raise ValueError(
+                f"other_emissions has shape {tuple(other_emissions.shape)}, "
+                f"must begin with {tuple(emissions.shape[:2])}"
+            )
+        q = other._potentials(other_emissions, lengths, p.tokens, None, temperature)
+        return _kl(p, q)
+
+    def beam(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        include: torch.Tensor | None = None,
+        beam_size: int | None = None,
+    ) -> Beam:
+        """The beams of `emissions`, with the tokens of `include` `(B, T)` or `(B, T, N)` forced in."""
+        check_emissions(emissions, self.num_embeddings)
+        forced = None if include is None else as_paths("include", include, emissions)
+        p = self._potentials(emissions, lengths, None, beam_size, forced=forced)
+        return Beam(p.tokens, p.scores)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _potentials(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None,
+        beam_tokens: torch.Tensor | None,
+        beam_size: int | None,
+        temperature: float = 1.0,
+        forced: torch.Tensor | None = None,
+    ) -> Potentials:
+        check_emissions(emissions, self.num_embeddings)
+        check_device("emissions", emissions, self.E1.weight.device)
+        temperature = check_temperature(temperature)
+        lengths = as_lengths(lengths, emissions)
+        past = beyond(lengths, emissions.shape[1])
+        on_cpu = emissions.device.type == "cpu"
+        dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+        values = None
+        if beam_tokens is not None:
+            if not isinstance(beam_tokens, torch.Tensor):
+                raise TypeError(f"beam_tokens is {type(beam_tokens).__name__}, must be a tensor or None")
+            if beam_size is not None and beam_size != beam_tokens.shape[-1]:
+                raise ValueError(f"beam_size is {beam_size}, but beam_tokens holds {beam_tokens.shape[-1]} a position")
+            if beam_tokens.dim() != 3 or beam_tokens.shape[2] < 1:
+                raise ValueError(f"beam_tokens has shape {tuple(beam_tokens.shape)}, must be (batch, length, beam)")
+            tokens = as_paths("beam_tokens", beam_tokens, emissions)
+            if on_cpu:
+                check_tokens("beam_tokens", tokens, self.num_embeddings, None)
+        else:
+            width = self.beam_size if beam_size is None else beam_size
+            if width < 1:
+                raise ValueError(f"beam_size is {width}, must be at least 1")
+            if forced is not None:
+                if on_cpu:
+                    check_tokens("tokens", forced, self.num_embeddings, past)
+                forced = forced if past is None else forced.masked_fill(past[:, :, None], -1)
+            tokens, values = crf_beam_select(
+                emissions.detach(), min(width, self.num_embeddings), lengths, forced, impl=self.impl
+            )
+        if values is None or (emissions.requires_grad and torch.is_grad_enabled()):
+            values = emissions.gather(2, tokens).to(dtype)
+            if past is not None:
+                values = values.masked_fill(past[:, :, None], 0)  # padding may hold anything, NaN too
+        if on_cpu:
+            check_scores(values, past)
+        scale = 1.0 / temperature
+        left, right = self.E1.weight.to(dtype), self.E2.weight.to(dtype)
+        scores = values if temperature == 1.0 else values * scale
+        return Potentials(scores, tokens, left, right, lengths, past, scale)
+
+    def _last(self, p: Potentials) -> torch.Tensor:
+        """Index of each item's last position, `(B, 1, 1)`, for a gather along dimension 1."""
+        batch, length = p.scores.shape[:2]
+        if p.lengths is None:
+            return p.tokens.new_full((batch, 1, 1), length - 1)
+        return (p.lengths - 1).clamp(min=0).view(batch, 1, 1)
+
+    def _filter(self, p: Potentials) -> Filtered:
+        messages, norms = crf_filter(*p.arguments(), p.scale, impl=self.impl)
+        alpha = messages + p.scores - norms[:, :, None]
+        last = alpha.gather(1, self._last(p).expand(-1, -1, alpha.shape[2])).squeeze(1)
+        total = torch.logsumexp(last, 1)
+        if p.lengths is not None:
+            total = total.masked_fill(p.lengths == 0, 0)
+        return Filtered(messages, norms, alpha, last, total)
+
+    def _conditionals(self, p: Potentials, f: Filtered, slots: torch.Tensor) -> torch.Tensor:
+        """log p(y_t | y_{t+1}), `(B, T, N)`: alpha_t(y_t) + transition - message_{t+1}(y_{t+1})."""
+        inside = slots.clamp(min=0)
+        here = f.alpha.gather(2, inside)
+        follows = p.scale * self._edges(p, inside) - f.messages.gather(2, inside)[:, 1:]
+        follows = torch.cat([follows, (-f.last_total)[:, None, None].expand(-1, 1, slots.shape[2])], 1)
+        if p.lengths is not None:
+            position = torch.arange(slots.shape[1], device=slots.device)
+            ends = (position == (p.lengths - 1)[:, None])[:, :, None]
+            follows = torch.where(ends, -f.last_total[:, None, None], follows)
+        result = here + follows
+        return result if p.past is None else result.masked_fill(p.past[:, :, None], 0)
+
+    def _edges(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
+        """Transitions along the paths, unscaled: `(B, T - 1, N)`."""
+        tokens = p.tokens.gather(2, slots)
+        source = nn.functional.embedding(tokens[:, :-1], p.left)
+        target = nn.functional.embedding(tokens[:, 1:], p.right)
+        return (source * target).sum(-1)
+
+    def _path(self, p: Potentials, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and per-position scores of paths given by their slots, `(B, T, N)` each."""
+        inside = slots.clamp(min=0)
+        scores = p.scores.gather(2, inside)
+        scores = scores + nn.functional.pad(self._edges(p, inside), (0, 0, 1, 0))
+        return self._tokens(p, slots), scores.masked_fill(slots < 0, 0)
+
+    def _tokens(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
+        return p.tokens.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, self.pad_id)
+
+    def _slots(self, p: Potentials, paths: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of the paths are in the beams."""
+        ordered, order = p.tokens.sort(dim=2)
+        place = torch.searchsorted(ordered, paths.contiguous()).clamp(max=ordered.shape[2] - 1)
+        wrong = ordered.gather(2, place) != paths
+        if p.past is not None:
+            wrong &= ~p.past[:, :, None]
+        where = first_wrong(wrong)
+        if where is not None:
+            raise ValueError(
+                f"tokens[{', '.join(map(str, where))}] is {int(paths[tuple(where)])}, which is not in "
+                f"beam_tokens[{where[0]}, {where[1]}]; a path outside the beams has no probability"
+            )
+        return order.gather(2, place)
+
+    def _check_slots(self, p: Potentials, paths: torch.Tensor, slots: torch.Tensor) -> None:
+        size = p.tokens.shape[2]
+        wrong = slots >= size
+        wrong |= p.tokens.gather(2, slots.clamp(0, size - 1)) != paths
+        wrong |= slots < 0
+        if p.past is not None:
+            wrong &= ~p.past[:, :, None]
+        where = first_wrong(wrong)
+        if where is not None:
+            raise ValueError(
+                f"slots[{', '.join(map(str, where))}] is {int(slots[tuple(where)])}, which does not hold the token "
+                f"{int(paths[tuple(where)])} in beam_tokens[{where[0]}, {where[1]}]"
+            )

@@ -1,0 +1,63 @@
+"""What the methods of the CRF return: tensors, batch first.
+
+`B` items, `T` positions, `K` slots in a beam, `N` paths. Beyond an item's length tokens are `pad_id`, slots -1, scores
+0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ViterbiPath:
+    tokens: torch.Tensor  # (B, T) int64
+    slots: torch.Tensor  # (B, T) int64
+    score: torch.Tensor  # (B,)
+    position_scores: torch.Tensor  # (B, T): what each position adds to the score
+    beam_tokens: torch.Tensor  # (B, T, K) int64
+
+
+@dataclass(frozen=True)
+class KBest:
+    tokens: torch.Tensor  # (B, T, N) int64, best first
+    slots: torch.Tensor  # (B, T, N) int64
+    score: torch.Tensor  # (B, N), -inf where the beam holds fewer than N paths
+    position_scores: torch.Tensor  # (B, T, N)
+    beam_tokens: torch.Tensor  # (B, T, K) int64
+
+
+@dataclass(frozen=True)
+class Sample:
+    tokens: torch.Tensor  # (B, T, N) int64
+    slots: torch.Tensor  # (B, T, N) int64
+    log_prob: torch.Tensor  # (B, N)
+    token_log_probs: torch.Tensor  # (B, T, N), log p(y_t | y_{t+1}); they sum to log_prob
+    beam_tokens: torch.Tensor  # (B, T, K) int64
+
+
+@dataclass(frozen=True)
+class LogProb:
+    log_prob: torch.Tensor  # (B, N), or (B,) for one path per item
+    token_log_probs: torch.Tensor  # (B, T, N), or (B, T)
+
+
+@dataclass(frozen=True)
+class Marginals:
+    probs: torch.Tensor  # (B, T, K): p(y_t = the token of slot k)
+    beam_tokens: torch.Tensor  # (B, T, K) int64
+
+
+@dataclass(frozen=True)
+class Beam:
+    tokens: torch.Tensor  # (B, T, K) int64
+    emissions: torch.Tensor  # (B, T, K), differentiable in the emissions they were taken from
+
+
+@dataclass(frozen=True)
+class TagPath:
+    tags: torch.Tensor  # (B, T) int64, -1 beyond the lengths
+    score: torch.Tensor  # (B,)
+    position_scores: torch.Tensor  # (B, T)

@@ -1,0 +1,171 @@
+"""What the operators of the low-rank CRF share: argument checks, the choice of backend, counter-based randomness.
+
+Names used in all of them, for `B` items of `T` positions with a beam of `K` tokens each, vocabulary `V`, rank `D`:
+
+* ``scores`` `(B, T, K)` fp32 (fp64 on the PyTorch path): emission of every beam slot, already divided by the
+  temperature.
+* ``tokens`` `(B, T, K)` int64: which token a slot stands for.
+* ``left``, ``right`` `(V, D)`: the transition from slot k at t to slot j at t + 1 is
+  ``scale * left[tokens[b, t, k]] · right[tokens[b, t + 1, j]]``.
+* ``lengths`` `(B,)` int64 or None: positions from ``lengths[b]`` on do not exist.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from . import _backends
+
+IMPLS = ("auto", "triton", "cpu", "torch")
+BEAM_LIMIT = 65536  # back-pointers are uint16 at most
+
+
+def choose(impl: str, scores: torch.Tensor, *, triton: bool = True) -> str:
+    """The backend that serves a call: ``"cpu"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: an unknown `impl`, or one that cannot take these tensors.
+        RuntimeError: the extension or triton was asked for by name and is not there.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
+    single = scores.dtype != torch.float64
+    device = scores.device.type
+    if impl == "cpu":
+        if device != "cpu":
+            raise ValueError(f"impl='cpu' needs tensors on the CPU, they are on {scores.device}")
+        if not single:
+            raise ValueError("impl='cpu' computes in float32; float64 needs impl='torch'")
+        _backends.require_extension()
+        return "cpu"
+    if impl == "triton":
+        if not triton:
+            raise ValueError("impl='triton' has no kernel for this operation; impl='torch' runs on any device")
+        if not _backends.has_triton():
+            raise RuntimeError(f"impl='triton' needs triton: {_backends.triton_error()}")
+        if not single:
+            raise ValueError("impl='triton' computes in float32; float64 needs impl='torch'")
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"impl='triton' needs tensors on a CUDA device, they are on {scores.device}")
+        return "triton"
+    if impl == "auto" and single:
+        if device == "cpu" and _backends.extension() is not None:
+            return "cpu"
+        if device == "cuda" and triton and _backends.has_triton():
+            return "triton"
+    return "torch"
+
+
+def check_potentials(
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    lengths: torch.Tensor | None,
+) -> None:
+    """Raises a ValueError that names the argument for a wrong shape, dtype or device."""
+    if scores.dim() != 3 or scores.shape[1] < 1 or scores.shape[2] < 1:
+        raise ValueError(f"scores has shape {tuple(scores.shape)}, must be (batch, length >= 1, beam >= 1)")
+    if scores.shape[2] > BEAM_LIMIT:
+        raise ValueError(f"the beam holds {scores.shape[2]} tokens, must be at most {BEAM_LIMIT}")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"scores has dtype {scores.dtype}, must be float32 or float64")
+    if tokens.shape != scores.shape or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"tokens is {tokens.dtype} {tuple(tokens.shape)}, must be int64 {tuple(scores.shape)} as scores has"
+        )
+    if left.dim() != 2 or left.shape != right.shape:
+        raise ValueError(
+            f"left has shape {tuple(left.shape)} and right {tuple(right.shape)}, must both be (vocabulary, rank)"
+        )
+    for name, tensor in (("left", left), ("right", right)):
+        if tensor.dtype != scores.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {scores.dtype} as scores has")
+    if lengths is not None and (lengths.shape != scores.shape[:1] or lengths.dtype != torch.int64):
+        raise ValueError(
+            f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be int64 ({scores.shape[0]},) as scores has"
+        )
+    for name, other in (("tokens", tokens), ("left", left), ("right", right), ("lengths", lengths)):
+        if other is not None and other.device != scores.device:
+            raise ValueError(f"{name} is on {other.device}, scores on {scores.device}; one device is needed")
+
+
+def transition(tokens: torch.Tensor, t: int, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """Transitions from position t to t + 1: `(B, K, K)`, source slot first."""
+    return torch.matmul(left[tokens[:, t]] * scale, right[tokens[:, t + 1]].transpose(1, 2))
+
+
+def inside(lengths: torch.Tensor | None, t: int) -> torch.Tensor | None:
+    """Which items have a position t, `(B, 1)`; None: all."""
+    return None if lengths is None else (lengths > t)[:, None]
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+
+_ROUNDS = 10
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Salmon et al. 2011, Philox4x32
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def philox(seed: int, counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """Four words of 32 bits (in int64) for every counter: Philox4x32-10, the generator that Triton and cuRAND use."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _M0, c2 * _M1  # wrapping leaves the 64 bits intact, only their sign is off
+        c0 = ((product1 >> 32) & _LOW) ^ c1 ^ k0
+        c2 = ((product0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = product1 & _LOW, product0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def to_uniform(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """24 bits of each word as a number in [0, 1), exact in float32."""
+    return (words >> 8).to(dtype) * (1.0 / (1 << 24))
+
+
+def uniforms_ffbs(seed: int, batch: int, length: int, samples: int, device: torch.device, dtype: torch.dtype):
+    """`(B, T, N)`: word 0 of the counter (0, t, n, b)."""
+
+    def axis(size: int, dim: int) -> torch.Tensor:
+        shape = [1, 1, 1]
+        shape[dim] = size
+        return torch.arange(size, device=device).view(shape).expand(batch, length, samples)
+
+    t, n, b = axis(length, 1), axis(samples, 2), axis(batch, 0)
+    return to_uniform(philox(seed, (torch.zeros_like(t), t, n, b))[0], dtype)
+
+
+def uniforms_stochastic(
+    seed: int, batch: int, t: int, slots: int, samples: int, device: torch.device, dtype: torch.dtype
+):
+    """`(B, K, N)` for step t: word ``j % 4`` of the counter (1 + j // 4, t, n, b)."""
+    groups = (slots + 3) // 4
+
+    def axis(size: int, dim: int) -> torch.Tensor:
+        shape = [1, 1, 1]
+        shape[dim] = size
+        return torch.arange(size, device=device).view(shape).expand(batch, groups, samples)
+
+    group, n, b = axis(groups, 1) + 1, axis(samples, 2), axis(batch, 0)
+    words = philox(seed, (group, torch.full_like(group, t), n, b))
+    return to_uniform(torch.stack(words, dim=2).reshape(batch, groups * 4, samples)[:, :slots], dtype)
+
+
+def pick(weights: torch.Tensor, uniform: torch.Tensor, dim: int) -> torch.Tensor:
+    """Inverse CDF in slot order along `dim`: the first slot whose running sum exceeds ``uniform * total``."""
+    running = weights.cumsum(dim)
+    total = running.select(dim, -1)
+    slot = (running <= (uniform * total).unsqueeze(dim)).sum(dim)
+    # Rounding may carry `uniform * total` up to the total itself: the last slot that has any weight, then.
+    index = torch.arange(weights.shape[dim], device=weights.device)
+    index = index.view([-1 if d == dim % weights.dim() else 1 for d in range(weights.dim())])
+    return torch.minimum(slot, torch.where(weights > 0, index, 0).amax(dim))

@@ -1,0 +1,196 @@
+"""The operator `simctg_fast::crf_filter`: the log-sum-exp recursion, and its gradient in one reverse sweep.
+
+    messages[b, t, j] = log sum_k exp(alpha[b, t-1, k] + transition(k, j)),  messages[b, 0] = 0
+    alpha[b, t, k]    = messages[b, t, k] + scores[b, t, k] - norms[b, t]
+    norms[b, t]       = max_k (messages[b, t, k] + scores[b, t, k])
+
+So the largest alpha of a position is 0 and the log of the partition function is
+``logsumexp_k alpha[b, last, k] + sum_t norms[b, t]``; the second sum is what has to be taken in fp64. Everything that
+is differentiated (log-probabilities, the partition function, marginals) is a function of `messages`; `norms` are
+constants to autograd, which changes no derivative since they cancel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _backends
+from .crf_common import address, check_potentials, choose, inside, transition
+
+_library = torch.library.Library("simctg_fast", "FRAGMENT")
+_library.define(
+    "crf_filter(Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths, float scale, *, "
+    'str impl="auto") -> (Tensor, Tensor)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "crf_filter_backward(Tensor grad, Tensor messages, Tensor norms, Tensor scores, Tensor tokens, Tensor left, "
+    'Tensor right, Tensor? lengths, float scale, bool tables, *, str impl="auto") -> (Tensor, Tensor, Tensor)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def crf_filter(
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`messages (B, T, K)` and `norms (B, T)` as above, 0 beyond the lengths; arguments as in `crf_common`.
+
+    Differentiable in `scores`, `left` and `right`; the tables' gradients are dense, of their own size.
+    """
+    return torch.ops.simctg_fast.crf_filter(scores, tokens, left, right, lengths, scale, impl=impl)
+
+
+def crf_filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables, *, impl="auto"):
+    """The gradients of `scores`, `left` and `right` for a gradient of `messages`; two empty ones unless `tables`."""
+    return torch.ops.simctg_fast.crf_filter_backward(
+        grad, messages, norms, scores, tokens, left, right, lengths, scale, tables, impl=impl
+    )
+
+
+def _fake(scores, tokens, left, right, lengths, scale, *, impl="auto"):
+    check_potentials(scores, tokens, left, right, lengths)
+    return scores.new_empty(scores.shape), scores.new_empty(scores.shape[:2])
+
+
+def _fake_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables, *, impl="auto"):
+    size = left.shape if tables else (0,)
+    return scores.new_empty(scores.shape), left.new_empty(size), right.new_empty(size)
+
+
+def _forward(scores, tokens, left, right, lengths, scale, *, impl="auto"):
+    check_potentials(scores, tokens, left, right, lengths)
+    backend = choose(impl, scores)
+    if backend == "torch":
+        return _torch(scores, tokens, left, right, lengths, scale)
+    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
+    lengths = None if lengths is None else lengths.contiguous()
+    if backend == "triton":
+        from ..kernels import crf_filter as kernel
+
+        return kernel.filter_forward(scores, tokens, left, right, lengths, scale)
+    messages, norms = scores.new_empty(scores.shape), scores.new_empty(scores.shape[:2])
+    _backends.require_extension().crf_filter(
+        (*scores.shape, *left.shape),
+        scores.data_ptr(),
+        tokens.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        address(lengths),
+        scale,
+        messages.data_ptr(),
+        norms.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return messages, norms
+
+
+def _torch(scores, tokens, left, right, lengths, scale):
+    length = scores.shape[1]
+    alpha = message = torch.zeros_like(scores[:, 0])
+    messages, norms = [], []
+    for t in range(length):
+        if t > 0:
+            message = torch.logsumexp(alpha[:, :, None] + transition(tokens, t - 1, left, right, scale), dim=1)
+        here = inside(lengths, t)
+        if here is not None:
+            message = message.masked_fill(~here, 0)
+        total = message + scores[:, t]
+        norm = total.amax(1, keepdim=True)
+        if here is not None:
+            norm = norm.masked_fill(~here, 0)
+            total = total.masked_fill(~here, 0)
+        alpha = total - norm
+        messages.append(message)
+        norms.append(norm[:, 0])
+    return torch.stack(messages, 1), torch.stack(norms, 1)
+
+
+def _backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables, *, impl="auto"):
+    backend = choose(impl, scores)
+    if backend == "torch":
+        return _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables)
+    grad, messages, norms, scores, tokens, left, right = (
+        x.contiguous() for x in (grad, messages, norms, scores, tokens, left, right)
+    )
+    lengths = None if lengths is None else lengths.contiguous()
+    if backend == "triton":
+        from ..kernels import crf_backward as kernel
+
+        return kernel.filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables)
+    grad_scores = scores.new_empty(scores.shape)
+    size = left.shape if tables else (0,)
+    grad_left, grad_right = left.new_zeros(size), right.new_zeros(size)
+    _backends.require_extension().crf_filter_backward(
+        (*scores.shape, *left.shape),
+        grad.data_ptr(),
+        messages.data_ptr(),
+        norms.data_ptr(),
+        scores.data_ptr(),
+        tokens.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        address(lengths),
+        scale,
+        grad_scores.data_ptr(),
+        grad_left.data_ptr() if tables else 0,
+        grad_right.data_ptr() if tables else 0,
+        torch.get_num_threads(),
+    )
+    return grad_scores, grad_left, grad_right
+
+
+def _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables):
+    rank = left.shape[1]
+    grad_scores = torch.zeros_like(scores)
+    grad_left, grad_right = (torch.zeros_like(x) if tables else x.new_zeros((0,)) for x in (left, right))
+    flow = grad[:, -1]
+    for t in range(scores.shape[1] - 2, -1, -1):
+        alpha = messages[:, t] + scores[:, t] - norms[:, t, None]
+        # alpha + transition never exceeds the message but for rounding; where it was -inf it stays without weight.
+        step = transition(tokens, t, left, right, scale)
+        share = (alpha[:, :, None] + step - messages[:, t + 1, None, :]).clamp(max=0).exp() * flow[:, None, :]
+        here = inside(lengths, t + 1)
+        if here is not None:
+            share = share.masked_fill(~here[:, :, None], 0)
+        into = share.sum(2)
+        grad_scores[:, t] = into
+        if tables:
+            source, target = tokens[:, t], tokens[:, t + 1]
+            grad_left.index_add_(0, source.reshape(-1), torch.matmul(share, right[target]).view(-1, rank) * scale)
+            grad_right.index_add_(
+                0, target.reshape(-1), torch.matmul(share.transpose(1, 2), left[source]).view(-1, rank) * scale
+            )
+        flow = grad[:, t] + into
+    return grad_scores, grad_left, grad_right
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    scores, tokens, left, right, lengths, scale = inputs
+    messages, norms = output
+    ctx.mark_non_differentiable(norms)
+    ctx.save_for_backward(messages, norms, scores, tokens, left, right, lengths)
+    ctx.scale, ctx.impl = scale, keyword_only_inputs["impl"]
+
+
+def _autograd(ctx, grad_messages, grad_norms):
+    messages, norms, scores, tokens, left, right, lengths = ctx.saved_tensors
+    tables = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    grads = crf_filter_backward(
+        grad_messages, messages, norms, scores, tokens, left, right, lengths, ctx.scale, tables, impl=ctx.impl
+    )
+    wanted = [g if need else None for g, need in zip(grads, (ctx.needs_input_grad[i] for i in (0, 2, 3)), strict=True)]
+    return wanted[0], None, wanted[1], wanted[2], None, None
+
+
+_library.impl("crf_filter", _forward, "CompositeExplicitAutograd")
+_library.impl("crf_filter_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("simctg_fast::crf_filter", _fake, lib=_library)
+torch.library.register_fake("simctg_fast::crf_filter_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("simctg_fast::crf_filter", _autograd, setup_context=_setup_context, lib=_library)

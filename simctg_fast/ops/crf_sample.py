@@ -1,0 +1,117 @@
+"""The operator `simctg_fast::crf_ffbs`: exact samples by filtering forward and sampling backward."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _backends
+from .crf_common import address, check_potentials, choose, inside, pick, uniforms_ffbs
+
+_library = torch.library.Library("simctg_fast", "FRAGMENT")
+_library.define(
+    "crf_ffbs(Tensor messages, Tensor norms, Tensor scores, Tensor tokens, Tensor left, Tensor right, "
+    'Tensor? lengths, float scale, int samples, int seed, Tensor? uniforms=None, *, str impl="auto") -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def crf_ffbs(
+    messages: torch.Tensor,
+    norms: torch.Tensor,
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    lengths: torch.Tensor | None,
+    scale: float,
+    samples: int,
+    seed: int,
+    uniforms: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Slots of `samples` independent paths, `(B, T, N)` int64, -1 beyond the lengths.
+
+    The last slot is drawn from softmax(alpha), slot k before a chosen slot j from softmax_k(alpha(k) + transition(k,
+    j)), each by inverse CDF in slot order with the uniform of (b, t, n): `uniforms (B, T, N)` where given, else Philox
+    under `seed`, so that a draw depends on its own indices only.
+    """
+    return torch.ops.simctg_fast.crf_ffbs(
+        messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms, impl=impl
+    )
+
+
+def _check(scores, tokens, left, right, lengths, samples, uniforms):
+    check_potentials(scores, tokens, left, right, lengths)
+    if samples < 1:
+        raise ValueError(f"num_samples is {samples}, must be at least 1")
+    shape = (*scores.shape[:2], samples)
+    if uniforms is not None and (uniforms.shape != shape or uniforms.dtype != scores.dtype):
+        raise ValueError(f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}, must be {scores.dtype} {shape}")
+    if uniforms is not None and uniforms.device != scores.device:
+        raise ValueError(f"uniforms is on {uniforms.device}, must be on {scores.device} as the emissions are")
+
+
+def _fake(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms=None, *, impl="auto"):
+    _check(scores, tokens, left, right, lengths, samples, uniforms)
+    return scores.new_empty((*scores.shape[:2], samples), dtype=torch.int64)
+
+
+def _sample(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms=None, *, impl="auto"):
+    _check(scores, tokens, left, right, lengths, samples, uniforms)
+    backend = choose(impl, scores)
+    if backend == "torch":
+        return _torch(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms)
+    messages, norms, scores, tokens, left, right = (
+        x.contiguous() for x in (messages, norms, scores, tokens, left, right)
+    )
+    lengths = None if lengths is None else lengths.contiguous()
+    uniforms = None if uniforms is None else uniforms.contiguous()
+    if backend == "triton":
+        from ..kernels import crf_sample as kernel
+
+        return kernel.ffbs(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms)
+    slots = scores.new_empty((*scores.shape[:2], samples), dtype=torch.int64)
+    _backends.require_extension().crf_ffbs(
+        (*scores.shape, *left.shape),
+        messages.data_ptr(),
+        norms.data_ptr(),
+        scores.data_ptr(),
+        tokens.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        address(lengths),
+        scale,
+        samples,
+        seed,
+        address(uniforms),
+        slots.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return slots
+
+
+def _torch(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms):
+    batch, length, _ = scores.shape
+    if uniforms is None:
+        uniforms = uniforms_ffbs(seed, batch, length, samples, scores.device, scores.dtype)
+    result = tokens.new_full((batch, length, samples), -1)
+    slot = tokens.new_zeros((batch, samples))
+    for t in range(length - 1, -1, -1):
+        logits = (messages[:, t] + scores[:, t] - norms[:, t, None])[:, :, None]
+        if t < length - 1:
+            chosen = right[tokens[:, t + 1].gather(1, slot)]  # (B, N, D)
+            step = torch.matmul(left[tokens[:, t]] * scale, chosen.transpose(1, 2))
+            follows = inside(lengths, t + 1)
+            if follows is not None:
+                step = torch.where(follows[:, :, None], step, 0)
+            logits = logits + step
+        logits = logits.expand(-1, -1, samples)
+        slot = pick((logits - logits.amax(1, keepdim=True)).exp(), uniforms[:, t], dim=1)
+        here = inside(lengths, t)
+        result[:, t] = slot if here is None else torch.where(here, slot, -1)
+    return result
+
+
+_library.impl("crf_ffbs", _sample, "CompositeExplicitAutograd")
+torch.library.register_fake("simctg_fast::crf_ffbs", _fake, lib=_library)

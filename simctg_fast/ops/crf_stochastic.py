@@ -1,0 +1,201 @@
+"""The operator `simctg_fast::crf_stochastic_viterbi`: the published sampler, its law kept to the letter.
+
+For t >= 1 every target slot j draws its own back-pointer k ~ softmax_k((s(k) + transition(k, j)) / temperature) and
+carries the score of the one prefix that this makes, untempered: s'(j) = s(k) + transition(k, j) + scores[t, j]. The
+last slot is the argmax of s. Samples are independent tables.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _backends
+from .crf_common import address, check_potentials, choose, inside, pick, transition, uniforms_stochastic
+from .crf_viterbi import pointer_dtype
+
+_library = torch.library.Library("simctg_fast", "FRAGMENT")
+_library.define(
+    "crf_stochastic_viterbi(Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths, "
+    "float temperature, int samples, int seed, Tensor? uniforms=None, *, "
+    'str impl="auto") -> (Tensor, Tensor, Tensor)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def crf_stochastic_viterbi(
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    lengths: torch.Tensor | None,
+    temperature: float,
+    samples: int,
+    seed: int,
+    uniforms: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draws `samples` tables of back-pointers.
+
+    Randomness: `uniforms (B, T - 1, K, N)`, inverse CDF in slot order, or Philox under `seed`.
+
+    Returns:
+        slots `(B, T, N)` int64, -1 beyond the lengths; prefix scores `(B, T, K, N)`, each position's largest one taken
+        off (0 beyond the lengths), differentiable in `scores`, `left` and `right` with the back-pointers held fixed;
+        back-pointers `(B, T, K, N)`, uint8 up to 256 slots, uint16 above, row 0 all zero.
+    """
+    return torch.ops.simctg_fast.crf_stochastic_viterbi(
+        scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, impl=impl
+    )
+
+
+def _check(scores, tokens, left, right, lengths, temperature, samples, uniforms):
+    check_potentials(scores, tokens, left, right, lengths)
+    batch, length, slots = scores.shape
+    if samples < 1:
+        raise ValueError(f"num_samples is {samples}, must be at least 1")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, must be positive")
+    shape = (batch, length - 1, slots, samples)
+    if uniforms is not None and (uniforms.shape != shape or uniforms.dtype != scores.dtype):
+        raise ValueError(f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}, must be {scores.dtype} {shape}")
+    if uniforms is not None and uniforms.device != scores.device:
+        raise ValueError(f"uniforms is on {uniforms.device}, must be on {scores.device} as the emissions are")
+
+
+def _fake(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms=None, *, impl="auto"):
+    _check(scores, tokens, left, right, lengths, temperature, samples, uniforms)
+    shape = (*scores.shape, samples)
+    return (
+        scores.new_empty((*scores.shape[:2], samples), dtype=torch.int64),
+        scores.new_empty(shape),
+        scores.new_empty(shape, dtype=pointer_dtype(scores.shape[2])),
+    )
+
+
+def _sample(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms=None, *, impl="auto"):
+    _check(scores, tokens, left, right, lengths, temperature, samples, uniforms)
+    backend = choose(impl, scores)
+    if backend == "torch":
+        return _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms)
+    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
+    lengths = None if lengths is None else lengths.contiguous()
+    uniforms = None if uniforms is None else uniforms.contiguous()
+    if backend == "triton":
+        from ..kernels import crf_sample as kernel
+
+        return kernel.stochastic_viterbi(
+            scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, pointer_dtype(scores.shape[2])
+        )
+    slots, prefixes, backpointers = _fake(
+        scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, impl=impl
+    )
+    _backends.require_extension().crf_stochastic_viterbi(
+        (*scores.shape, *left.shape),
+        scores.data_ptr(),
+        tokens.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        address(lengths),
+        temperature,
+        samples,
+        seed,
+        address(uniforms),
+        slots.data_ptr(),
+        prefixes.data_ptr(),
+        backpointers.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return slots, prefixes, backpointers
+
+
+def _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms):
+    batch, length, size = scores.shape
+    dtype = pointer_dtype(size)
+    score = scores[:, 0, :, None].expand(-1, -1, samples)
+    score = score - score.amax(1, keepdim=True)
+    empty = inside(lengths, 0)
+    if empty is not None:
+        score = score.masked_fill(~empty[:, :, None], 0)
+    prefixes = [score]
+    pointers = [torch.zeros((batch, size, samples), dtype=dtype, device=scores.device)]
+    last = score
+    for t in range(1, length):
+        step = transition(tokens, t - 1, left, right, 1.0)
+        if uniforms is None:
+            uniform = uniforms_stochastic(seed, batch, t - 1, size, samples, scores.device, scores.dtype)
+        else:
+            uniform = uniforms[:, t - 1]
+        chosen = torch.empty_like(uniform, dtype=torch.int64)
+        following = torch.empty_like(uniform)
+        for n in range(samples):  # a sample at a time: (B, K, K)
+            candidates = last[:, :, None, n] + step
+            logits = candidates / temperature
+            weights = (logits - logits.amax(1, keepdim=True)).exp()
+            chosen[..., n] = pick(weights, uniform[..., n], dim=1)
+            following[..., n] = candidates.gather(1, chosen[:, None, :, n])[:, 0]
+        following = following + scores[:, t, :, None]
+        following = following - following.amax(1, keepdim=True)
+        here = inside(lengths, t)
+        if here is None:
+            last = following
+        else:
+            last = torch.where(here[:, :, None], following, last)
+            following = following.masked_fill(~here[:, :, None], 0)
+            chosen = chosen.masked_fill(~here[:, :, None], 0)
+        prefixes.append(following)
+        pointers.append(chosen.to(dtype))
+    slot = last.argmax(1)  # (B, N)
+    slots = tokens.new_full((batch, length, samples), -1)
+    for t in range(length - 1, -1, -1):
+        here = inside(lengths, t)
+        slots[:, t] = slot if here is None else torch.where(here, slot, -1)
+        if t > 0:
+            previous = pointers[t].to(torch.int64).gather(1, slot[:, None])[:, 0]
+            slot = previous if here is None else torch.where(here, previous, slot)
+    return slots, torch.stack(prefixes, 1), torch.stack(pointers, 1)
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    scores, tokens, left, right, lengths = inputs[:5]
+    slots, _, backpointers = output
+    ctx.mark_non_differentiable(slots, backpointers)
+    ctx.save_for_backward(scores, tokens, left, right, lengths, backpointers)
+
+
+def _autograd(ctx, grad_slots, grad, grad_backpointers):
+    """Each score flows back along its own chain of pointers: K * N edges a step, never K * K.
+
+    The largest score that every position has had taken off is a constant here, which is right for whatever depends on
+    differences of the scores of one position (a softmax over slots does).
+    """
+    scores, tokens, left, right, lengths, backpointers = ctx.saved_tensors
+    batch, length, size, samples = backpointers.shape
+    grad_scores, grad_left, grad_right = torch.zeros_like(scores), torch.zeros_like(left), torch.zeros_like(right)
+    rank = left.shape[1]
+    flow = torch.zeros_like(grad[:, 0])
+    for t in range(length - 1, -1, -1):
+        flow = flow + grad[:, t]
+        here = inside(lengths, t)
+        if here is not None:
+            flow = flow.masked_fill(~here[:, :, None], 0)
+        grad_scores[:, t] = flow.sum(2)
+        if t == 0:
+            break
+        pointer = backpointers[:, t].to(torch.int64)
+        weight = scores.new_zeros((batch, size, size))  # weight[k, j]: what flows over the edge, all samples together
+        weight.scatter_add_(
+            1, pointer.transpose(1, 2).reshape(batch, samples, size), flow.transpose(1, 2).reshape(batch, samples, size)
+        )
+        source, target = tokens[:, t - 1], tokens[:, t]
+        grad_left.index_add_(0, source.reshape(-1), torch.matmul(weight, right[target]).view(-1, rank))
+        grad_right.index_add_(0, target.reshape(-1), torch.matmul(weight.transpose(1, 2), left[source]).view(-1, rank))
+        flow = torch.zeros_like(flow).scatter_add_(1, pointer, flow)
+    return grad_scores, None, grad_left, grad_right, *[None] * 5
+
+
+_library.impl("crf_stochastic_viterbi", _sample, "CompositeExplicitAutograd")
+torch.library.register_fake("simctg_fast::crf_stochastic_viterbi", _fake, lib=_library)
+torch.library.register_autograd(
+    "simctg_fast::crf_stochastic_viterbi", _autograd, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,143 @@
+"""The operators `simctg_fast::crf_viterbi` and `simctg_fast::crf_kbest`: the best path, and the n best."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _backends
+from .crf_common import address, check_potentials, choose, inside, transition
+from .viterbi_backtrace import viterbi_backtrace
+
+_library = torch.library.Library("simctg_fast", "FRAGMENT")
+_POTENTIALS = "Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths"
+_library.define(
+    f'crf_viterbi({_POTENTIALS}, *, str impl="auto") -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f'crf_kbest({_POTENTIALS}, int paths, *, str impl="auto") -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def crf_viterbi(scores, tokens, left, right, lengths=None, *, impl: str = "auto") -> torch.Tensor:
+    """Slots of the best path, `(B, T)` int64, -1 beyond the lengths; of equal paths one with low slots."""
+    return torch.ops.simctg_fast.crf_viterbi(scores, tokens, left, right, lengths, impl=impl)
+
+
+def crf_kbest(scores, tokens, left, right, lengths, paths: int, *, impl: str = "auto") -> torch.Tensor:
+    """Slots of the `paths` best paths, best first: `(B, T, paths)` int64, -1 beyond the lengths.
+
+    Where an item has fewer paths of finite score, the rest is -1 throughout.
+    """
+    return torch.ops.simctg_fast.crf_kbest(scores, tokens, left, right, lengths, paths, impl=impl)
+
+
+def _fake(scores, tokens, left, right, lengths, *, impl="auto"):
+    check_potentials(scores, tokens, left, right, lengths)
+    return scores.new_empty(scores.shape[:2], dtype=torch.int64)
+
+
+def _fake_kbest(scores, tokens, left, right, lengths, paths, *, impl="auto"):
+    check_potentials(scores, tokens, left, right, lengths)
+    return scores.new_empty((*scores.shape[:2], paths), dtype=torch.int64)
+
+
+def _viterbi(scores, tokens, left, right, lengths, *, impl="auto"):
+    check_potentials(scores, tokens, left, right, lengths)
+    backend = choose(impl, scores)
+    if backend == "torch":
+        return _torch(scores, tokens, left, right, lengths)
+    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
+    lengths = None if lengths is None else lengths.contiguous()
+    if backend == "triton":
+        from ..kernels import crf_filter as kernel
+
+        backpointers, last = kernel.max_forward(scores, tokens, left, right, lengths)
+        return kernel.backtrace(backpointers, last, lengths)
+    slots = scores.new_empty(scores.shape[:2], dtype=torch.int64)
+    _backends.require_extension().crf_viterbi(
+        (*scores.shape, *left.shape),
+        scores.data_ptr(),
+        tokens.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        address(lengths),
+        slots.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return slots
+
+
+def pointer_dtype(slots: int) -> torch.dtype:
+    return torch.uint8 if slots <= 256 else torch.uint16
+
+
+def _torch(scores, tokens, left, right, lengths):
+    best, pointers = scores[:, 0], [torch.zeros_like(tokens[:, 0])]
+    for t in range(1, scores.shape[1]):
+        value, pointer = (best[:, :, None] + transition(tokens, t - 1, left, right, 1.0)).max(dim=1)
+        value = value + scores[:, t]
+        value = value - value.amax(1, keepdim=True)
+        here = inside(lengths, t)
+        best = value if here is None else torch.where(here, value, best)
+        pointers.append(pointer)
+    backpointers = torch.stack(pointers, 1).to(pointer_dtype(scores.shape[2]))
+    return viterbi_backtrace(backpointers, best.argmax(1), lengths, impl="torch")
+
+
+def _kbest(scores, tokens, left, right, lengths, paths, *, impl="auto"):
+    check_potentials(scores, tokens, left, right, lengths)
+    if paths < 1:
+        raise ValueError(f"n is {paths}, must be at least 1")
+    if choose(impl, scores, triton=False) == "torch":
+        return _torch_kbest(scores, tokens, left, right, lengths, paths)
+    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
+    lengths = None if lengths is None else lengths.contiguous()
+    slots = scores.new_empty((*scores.shape[:2], paths), dtype=torch.int64)
+    _backends.require_extension().crf_kbest(
+        (*scores.shape, *left.shape),
+        scores.data_ptr(),
+        tokens.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        address(lengths),
+        paths,
+        slots.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return slots
+
+
+def _torch_kbest(scores, tokens, left, right, lengths, paths):
+    """List Viterbi: the best `paths` prefixes into every slot; a pointer names a slot and a rank in its list."""
+    batch, length, slots = scores.shape
+    nothing = float("-inf")
+    best = scores.new_full((batch, slots, paths), nothing)
+    best[:, :, 0] = scores[:, 0]
+    pointers = [torch.zeros_like(best, dtype=torch.int64)]
+    for t in range(1, length):
+        step = transition(tokens, t - 1, left, right, 1.0)
+        here = inside(lengths, t)
+        value, pointer = torch.empty_like(best), torch.empty_like(pointers[0])
+        for j in range(slots):  # one target at a time: (B, K * paths) candidates
+            candidates = (best + step[:, :, j, None]).flatten(1)
+            value[:, j], pointer[:, j] = candidates.topk(paths, dim=1)
+        value = value + scores[:, t, :, None]
+        value = value - value.amax((1, 2), keepdim=True)
+        best = value if here is None else torch.where(here[:, :, None], value, best)
+        pointers.append(pointer)
+    final, entry = best.flatten(1).topk(paths, dim=1)
+    result = tokens.new_full((batch, length, paths), -1)
+    for t in range(length - 1, -1, -1):
+        here = inside(lengths, t)
+        here = torch.ones_like(entry[:, :1], dtype=torch.bool) if here is None else here
+        result[:, t] = torch.where(here & (final > nothing), entry // paths, -1)
+        entry = torch.where(here, pointers[t].flatten(1).gather(1, entry), entry)
+    return result
+
+
+_library.impl("crf_viterbi", _viterbi, "CompositeExplicitAutograd")
+_library.impl("crf_kbest", _kbest, "CompositeExplicitAutograd")
+torch.library.register_fake("simctg_fast::crf_viterbi", _fake, lib=_library)
+torch.library.register_fake("simctg_fast::crf_kbest", _fake_kbest, lib=_library)
