@@ -81,7 +81,7 @@ def hinge_sums(
 
     Returns:
         ``(B, T)`` sums over ``j != i`` of ``max(0, s_ij - threshold)``, and the radial part of the gradient: the sum of
-        ``s_ij`` over the active pairs, ``i`` itself among them.
+        ``s_ij`` over the active pairs.
     """
     length = hidden_states.shape[1]
     hinge, count = torch.zeros_like(inverse), torch.zeros_like(inverse)
@@ -105,8 +105,7 @@ def hinge_sums(
             hinge[group, rows] += excess.sum(dim=2)
             if not diagonal:
                 hinge[group, columns] += excess.sum(dim=1)
-    radial = hinge + threshold * count + (inverse != 0)
-    return hinge, radial
+    return hinge, hinge + threshold * count
 
 
 def _keep(
@@ -116,18 +115,18 @@ def _keep(
     height, width = (-(-(s.stop - s.start) // TILE) * TILE for s in (rows, columns))
     block = active.new_zeros((active.shape[0], height, width))
     block[:, : active.shape[1], : active.shape[2]] = active
-    # The diagonal is set: what a vector adds to its own gradient is radial, and the radial part is taken out. Pairs
-    # with a vector that is zero or padding are free: they add zeros, or their sum is not used.
+    # Pairs with a vector that is zero or padding are free: they add zeros, or their sum is not used. So is the diagonal.
     free = inverse.new_zeros((2, active.shape[0], max(height, width)), dtype=torch.bool).fill_(True)
     free[0, :, : active.shape[1]] = inverse[group, rows] == 0
     free[1, :, : active.shape[2]] = inverse[group, columns] == 0
-    if rows == columns:
-        block.diagonal(dim1=1, dim2=2).fill_(True)
     first, second = (slice(s.start // TILE, s.start // TILE + n // TILE) for s, n in ((rows, height), (columns, width)))
 
     tiles = (active.shape[0], height // TILE, TILE, width // TILE, TILE)
     some = block.view(tiles).any(dim=4).any(dim=2)
-    every = (block | free[0, :, :height, None] | free[1, :, None, :width]).view(tiles).all(dim=4).all(dim=2)
+    every = block | free[0, :, :height, None] | free[1, :, None, :width]
+    if rows == columns:
+        every.diagonal(dim1=1, dim2=2).fill_(True)
+    every = every.view(tiles).all(dim=4).all(dim=2)
     state = torch.where(some, torch.where(every, ALL, MIXED), NONE).to(torch.uint8)
     flags[group, first, second] = state
     flags[group, second, first] = state.transpose(1, 2)

@@ -5,9 +5,9 @@ backward pass multiplies that 0/1 matrix by the unit vectors. What passes betwee
 
 * ``weights (B,)``: the derivative of the loss with respect to the hinge sum of each sequence.
 * ``inverse_norms (B, T)``: 0 at padding and at zero vectors, which then take part in no pair.
-* ``radial (B, T)``: sum of ``s_ij`` over the active ``j``, ``i`` included.
+* ``radial (B, T)``: sum of ``s_ij`` over the active ``j != i``.
 * ``bits (B, P, P / 32)`` int32, ``P`` = T rounded up to 128: bit ``j % 32`` of word ``[b, i, j // 32]`` says that the
-  hinge of the pair is positive. The diagonal is set; bits of a pair without two unit vectors mean nothing, and so do
+  hinge of the pair is positive; not on the diagonal. Bits of a pair without two unit vectors mean nothing, and so do
   those of a tile whose flag is not 2.
 * ``flags (B, P / 128, P / 128)`` uint8: 0 no pair of the tile is active, 1 every one is, 2 mixed.
 """
@@ -207,7 +207,7 @@ def _reduce(
     if reduction == "dense":
         sums = sums + length * max(0.0, margin)
         weights = torch.full_like(sums, 1.0 / max(1, length * length))
-        items = max(1, batch)
+        items: Tensor | int = max(1, batch)
     elif reduction == "paper":
         weights = 1.0 / pairs.clamp_min(1).to(sums.dtype)
         items = max(1, batch)
@@ -215,13 +215,56 @@ def _reduce(
         weights = torch.ones_like(sums)
         items = pairs.sum().clamp_min(1)
     weights = weights / (items if normalizer is None else normalizer.to(device=sums.device, dtype=sums.dtype))
-    return (sums * weights).sum(), weights
+    loss = (sums * weights).sum()
+    return loss, weights.masked_fill(pairs == 0, 0.0)  # no pair, no gradient: not even a rounding error's
+
+
+def _rows_contiguous(hidden_states: Tensor) -> Tensor:
+    return hidden_states if hidden_states.shape[2] <= 1 or hidden_states.stride(2) == 1 else hidden_states.contiguous()
+
+
+def _view(hidden_states: Tensor) -> tuple[str, int, tuple[int, ...], tuple[int, ...]]:
+    name = str(hidden_states.dtype).removeprefix("torch.")
+    return name, hidden_states.data_ptr(), tuple(hidden_states.shape), tuple(hidden_states.stride()[:2])
 
 
 def _cpu_hinge(
     hidden_states: Tensor, real: Tensor | None, threshold: float, bits: Tensor, flags: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    states = _rows_contiguous(hidden_states)
+    real = None if real is None else real.contiguous()
+    hinge, inverse, radial = (states.new_empty(states.shape[:2], dtype=torch.float32) for _ in range(3))
+    keep = bits.numel() > 0
+    _backends.require_extension().contrastive_hinge(
+        *_view(states),
+        0 if real is None else real.data_ptr(),
+        max(0.0, threshold),
+        hinge.data_ptr(),
+        inverse.data_ptr(),
+        radial.data_ptr(),
+        bits.data_ptr() if keep else 0,
+        flags.data_ptr() if keep else 0,
+        torch.get_num_threads(),
+    )
+    return hinge, inverse, radial if keep else torch.zeros_like(radial)
+
+
+def _cpu_gradient(
+    scale: Tensor, hidden_states: Tensor, inverse_norms: Tensor, radial: Tensor, bits: Tensor, flags: Tensor
+) -> Tensor:
+    states = _rows_contiguous(hidden_states)
+    result = torch.empty_like(states, memory_format=torch.contiguous_format)
+    _backends.require_extension().contrastive_gradient(
+        *_view(states),
+        scale.contiguous().data_ptr(),
+        inverse_norms.data_ptr(),
+        radial.data_ptr(),
+        bits.data_ptr(),
+        flags.data_ptr(),
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result
 
 
 def _fake_backward(grad, hidden_states, weights, inverse_norms, radial, bits, flags, impl):
@@ -245,7 +288,8 @@ def _backward(
         return kernels.backward(grad, hidden_states, weights, inverse_norms, radial, bits, flags)
     with full_precision(hidden_states.device):
         scale = weights * grad.to(weights.dtype) * 2.0  # every pair is counted from both of its ends
-        return _tiled.gradient(scale, hidden_states, inverse_norms, radial, bits, flags)
+        gradient = _cpu_gradient if impl == "cpu" else _tiled.gradient
+        return gradient(scale, hidden_states, inverse_norms, radial, bits, flags)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -1,0 +1,234 @@
+#include "contrastive_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "contrastive_loss_dispatch.h"
+#include "cpu_features.h"
+#include "parallel.h"
+
+namespace simctg {
+namespace {
+
+constexpr int64_t kPackedBytes = 8 << 20;   // of unit vectors on one side of a product
+constexpr int64_t kGradientRows = 16 * kTile;  // rows of a gradient task: its sums stay in the second-level cache
+
+const LossKernels& kernels() {
+#if defined(SIMCTG_FAST_X86_64)
+    if (active_isa() == Isa::avx512) return loss_kernels_avx512();
+    if (active_isa() == Isa::avx2) return loss_kernels_avx2();
+#endif
+    return loss_kernels_generic();
+}
+
+// Floats at the start of a cache line: a vector that crosses two costs twice.
+struct Release {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Buffer = std::unique_ptr<float[], Release>;
+Buffer allocate(int64_t floats) {
+    return Buffer(static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
+}
+
+void check(const States& states) {
+    if (states.batch < 0 || states.length < 0 || states.width < 0) {
+        throw std::invalid_argument("batch, length and width must not be negative");
+    }
+}
+
+int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+// The rows of some sequences as panels of unit vectors: rows begin .. begin + count of each of `sequences` sequences.
+struct Packed {
+    int64_t first_sequence, sequences, begin, count;
+    Buffer panels;
+    int64_t stride;  // floats from one sequence to the next
+
+    const float* tile(int64_t sequence, int64_t row, int64_t width) const {
+        return panels.get() + (sequence - first_sequence) * stride + (row - begin) * width;
+    }
+};
+
+void pack(const HingeSums& call, Packed& packed, int num_threads) {
+    const LossKernels& k = kernels();
+    const int64_t width = call.states.width, panels = (packed.count + k.panel_width - 1) / k.panel_width;
+    packed.stride = tiles_of(packed.count) * kTile * width;
+    if (!packed.panels) packed.panels = allocate(packed.stride * packed.sequences + 1);
+    parallel_for(packed.sequences * panels, num_threads, [&](int64_t task) {
+        const int64_t b = packed.first_sequence + task / panels, offset = task % panels * k.panel_width;
+        const Buffer rows = allocate(k.panel_width * width + 1);
+        k.pack(call.states, call.real, b, packed.begin + offset, std::min(k.panel_width, packed.count - offset), rows.get(),
+               call.inverse + b * call.states.length + packed.begin + offset,
+               packed.panels.get() + (b - packed.first_sequence) * packed.stride + offset * width);
+    });
+}
+
+// Sums and counts of a tile's rows, [batch of the group][tile of rows][tile of columns][kTile]; added up in order later.
+struct Partials {
+    int64_t tiles;
+    std::vector<float> sums, counts;
+    Partials(int64_t sequences, int64_t tiles_, bool keep)
+        : tiles(tiles_), sums(static_cast<size_t>(sequences * tiles * tiles * kTile)), counts(keep ? sums.size() : 0) {}
+    int64_t at(int64_t sequence, int64_t i, int64_t j) const { return ((sequence * tiles + i) * tiles + j) * kTile; }
+};
+
+void free_bits(const HingeSums& call, int64_t b, int64_t first_row, uint32_t* words) {
+    for (int64_t w = 0; w < kTileWords; ++w) {
+        words[w] = 0;
+        for (int64_t bit = 0; bit < 32; ++bit) {
+            const int64_t t = first_row + 32 * w + bit;
+            const bool used = t < call.states.length && call.inverse[b * call.states.length + t] > 0.0f;
+            words[w] |= static_cast<uint32_t>(!used) << bit;
+        }
+    }
+}
+
+void run_tile(const HingeSums& call, const Packed& left, const Packed& right, Partials& partials, int64_t b, int64_t i,
+              int64_t j) {
+    const int64_t length = call.states.length, width = call.states.width, sequence = b - left.first_sequence;
+    const int64_t words = partials.tiles * kTileWords;
+    const Buffer scratch = allocate(kTile * kTile);
+    uint32_t free_rows[kTileWords], free_columns[kTileWords];
+    free_bits(call, b, i * kTile, free_rows);
+    free_bits(call, b, j * kTile, free_columns);
+    HingeTile tile{};
+    tile.left = left.tile(b, i * kTile, width);
+    tile.right = right.tile(b, j * kTile, width);
+    tile.width = width;
+    tile.rows = std::min(kTile, length - i * kTile);
+    tile.columns = std::min(kTile, length - j * kTile);
+    tile.diagonal = i == j;
+    tile.threshold = call.threshold;
+    tile.free_rows = free_rows;
+    tile.free_columns = free_columns;
+    tile.scratch = scratch.get();
+    tile.row_sums = partials.sums.data() + partials.at(sequence, i, j);
+    tile.column_sums = partials.sums.data() + partials.at(sequence, j, i);
+    tile.keep = call.bits != nullptr;
+    if (tile.keep) {
+        tile.row_counts = partials.counts.data() + partials.at(sequence, i, j);
+        tile.column_counts = partials.counts.data() + partials.at(sequence, j, i);
+        uint32_t* bits = call.bits + b * partials.tiles * kTile * words;
+        tile.bits = bits + i * kTile * words + j * kTileWords;
+        tile.mirror_bits = bits + j * kTile * words + i * kTileWords;
+        tile.bits_stride = words;
+    }
+    const uint8_t flag = kernels().hinge_tile(tile);
+    if (tile.keep) {
+        uint8_t* flags = call.flags + b * partials.tiles * partials.tiles;
+        flags[i * partials.tiles + j] = flags[j * partials.tiles + i] = flag;
+    }
+}
+
+// All tiles of the two sets of rows; the tiles above the diagonal where they are the same set.
+void run_tiles(const HingeSums& call, const Packed& left, const Packed& right, Partials& partials, int num_threads) {
+    const int64_t first_i = left.begin / kTile, first_j = right.begin / kTile;
+    const int64_t rows = tiles_of(left.count), columns = tiles_of(right.count);
+    const bool same = first_i == first_j;
+    const int64_t tiles = same ? rows * (rows + 1) / 2 : rows * columns;
+    parallel_for(left.sequences * tiles, num_threads, [&](int64_t task) {
+        const int64_t b = left.first_sequence + task / tiles;
+        int64_t i = 0, j = task % tiles;
+        if (same) {
+            for (; j >= rows - i; ++i) j -= rows - i;
+            j += i;
+        } else {
+            i = j / columns;
+            j %= columns;
+        }
+        run_tile(call, left, right, partials, b, first_i + i, first_j + j);
+    });
+}
+
+void add_up(const HingeSums& call, const Partials& partials, int64_t first_sequence, int64_t sequences) {
+    const int64_t length = call.states.length;
+    for (int64_t s = 0; s < sequences; ++s) {
+        const int64_t start = (first_sequence + s) * length;
+        bool finite = true;
+        for (int64_t t = 0; t < length; ++t) {
+            float hinge = 0.0f, count = 0.0f;
+            for (int64_t j = 0; j < partials.tiles; ++j) {
+                const auto at = static_cast<size_t>(partials.at(s, t / kTile, j) + t % kTile);
+                hinge += partials.sums[at];
+                if (call.bits) count += partials.counts[at];
+            }
+            const float inverse = call.inverse[start + t];
+            finite = finite && !std::isnan(inverse);
+            call.hinge[start + t] = hinge;
+            if (call.bits) call.radial[start + t] = hinge + call.threshold * count;
+        }
+        if (finite) continue;
+        call.hinge[start] = std::numeric_limits<float>::quiet_NaN();
+        if (call.bits) std::fill_n(call.radial + start, length, std::numeric_limits<float>::quiet_NaN());
+    }
+}
+
+}  // namespace
+
+void contrastive_hinge(const HingeSums& call, int num_threads) {
+    check(call.states);
+    const int64_t batch = call.states.batch, length = call.states.length;
+    if (batch == 0 || length == 0) return;
+    const int64_t row_bytes = std::max<int64_t>(1, call.states.width) * static_cast<int64_t>(sizeof(float));
+    const int64_t tiles = tiles_of(length), sequence_bytes = tiles * kTile * row_bytes;
+    const bool keep = call.bits != nullptr;
+    if (sequence_bytes <= 2 * kPackedBytes) {  // whole sequences, several at a time
+        const int64_t group = std::max<int64_t>(1, std::min(batch, kPackedBytes / sequence_bytes));
+        for (int64_t b = 0; b < batch; b += group) {
+            Packed packed{b, std::min(group, batch - b), 0, length, nullptr, 0};
+            pack(call, packed, num_threads);
+            Partials partials(packed.sequences, tiles, keep);
+            run_tiles(call, packed, packed, partials, num_threads);
+            add_up(call, partials, b, packed.sequences);
+        }
+        return;
+    }
+    const int64_t step = std::max<int64_t>(1, kPackedBytes / (kTile * row_bytes)) * kTile;
+    for (int64_t b = 0; b < batch; ++b) {
+        Partials partials(1, tiles, keep);
+        for (int64_t i = 0; i < length; i += step) {
+            Packed left{b, 1, i, std::min(step, length - i), nullptr, 0};
+            pack(call, left, num_threads);
+            run_tiles(call, left, left, partials, num_threads);
+            for (int64_t j = i + step; j < length; j += step) {
+                Packed right{b, 1, j, std::min(step, length - j), nullptr, 0};
+                pack(call, right, num_threads);
+                run_tiles(call, left, right, partials, num_threads);
+            }
+        }
+        add_up(call, partials, b, 1);
+    }
+}
+
+void contrastive_gradient(const HingeGradient& call, int num_threads) {
+    check(call.states);
+    const int64_t batch = call.states.batch, length = call.states.length, width = call.states.width;
+    if (batch == 0 || length == 0 || width == 0) return;
+    const LossKernels& k = kernels();
+    const int64_t columns = k.gradient_columns, slices = (width + columns - 1) / columns;
+    const int64_t chunks = (length + kGradientRows - 1) / kGradientRows;
+    parallel_for(batch * slices * chunks, num_threads, [&](int64_t index) {
+        const int64_t first_row = index / slices % chunks * kGradientRows;
+        const int64_t end_row = std::min(length, first_row + kGradientRows), tiles = tiles_of(end_row - first_row);
+        const int64_t sums = tiles * kTile * columns, full = tiles * columns, table = 8 * 16 * columns;
+        const Buffer buffer = allocate(sums + full + table + 32 * columns);
+        GradientTask task{};
+        task.call = &call;
+        task.b = index / (slices * chunks);
+        task.first_column = index % slices * columns;
+        task.first_row = first_row;
+        task.end_row = end_row;
+        task.sums = buffer.get();
+        task.full = task.sums + sums;
+        task.table = task.full + full;
+        task.vectors = task.table + table;
+        k.gradient(task);
+    });
+}
+
+}  // namespace simctg
