@@ -23,9 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: part of the full set only (`make test-full`), not of `make test`")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped without one")
     config.addinivalue_line("markers", "xdist_group(name): kept on one worker; known here for runs without xdist")
-    # Two xdist workers with every core each would fight for the machine.
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
+    # Tiny tensors gain nothing from threads, and waiting at barriers on a busy machine costs them a factor of ten.
+    # Tests of threading ask for their own.
+    torch.set_num_threads(1)
     _poison_uninitialised_memory()
 
 
