@@ -42,8 +42,8 @@ class Architecture:
         kind: what it reads: `text`, `text-to-text`, `speech` or `image-text`.
         std: standard deviation of the weights, and by part of a parameter's name where another serves better.
         cache_implementation: passed to `generate`, for the caches that are not the default one.
-        own_head: gives the model an output matrix of its own, where transformers 5 ties it whatever the configuration says
-            (a checkpoint that holds both, as mT5's do, is loaded untied).
+        own_head: gives the model an output matrix of its own, where transformers 5 ties it whatever the configuration
+            says (a checkpoint that holds both, as mT5's do, is loaded untied).
     """
 
     name: str
@@ -191,7 +191,7 @@ _ENTRIES = (
         head_dim=16,
         attention_bias=True,
         sliding_window=WINDOW,
-        query_pre_attn_scalar=16,
+        query_pre_attn_scalar=40,
         attn_logit_softcapping=1.5,
         final_logit_softcapping=8.0,
     ),
@@ -204,7 +204,7 @@ _ENTRIES = (
         head_dim=16,
         attention_bias=True,
         sliding_window=WINDOW,
-        query_pre_attn_scalar=16,
+        query_pre_attn_scalar=40,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
     _causal(
@@ -347,19 +347,20 @@ _ENTRIES = (
 ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in _ENTRIES}
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> torch.nn.Module:
     """The model of that name with the weights of that seed, in evaluation mode and with eager attention.
 
     Args:
         name: a key of `ARCHITECTURES`.
         seed: any integer; weights of different seeds have nothing in common.
         dtype: weights are drawn in float32 and then converted, so that float64 holds the very same numbers.
+        overrides: arguments of the configuration to use instead of the zoo's; weights stay as they are.
     """
     import transformers
 
     entry = ARCHITECTURES[name]
     config_class, arguments = entry.config
-    config = getattr(transformers, config_class)(**arguments)
+    config = getattr(transformers, config_class)(**arguments | overrides)
     # Mixture-of-experts layers otherwise pick a fused kernel, which has no float64.
     options = {"experts_implementation": "eager"} if hasattr(config, "num_local_experts") else {}
     model_class = getattr(transformers, entry.model)

@@ -1,4 +1,4 @@
-"""The environment of the oracle: transformers 4.55.4, the last release with contrastive search, on the torch of this one."""
+"""The oracle's environment: transformers 4.55.4, the last release with contrastive search, on the torch of this one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATHS = "running-environment.pth"
 
 
 def oracle_python(report=print) -> str:
-    """An interpreter with transformers 4.55.4: the one `SIMCTG_FAST_ORACLE_PYTHON` names, or `.venv-oracle`, made if missing.
+    """An interpreter with transformers 4.55.4: that of `SIMCTG_FAST_ORACLE_PYTHON`, or `.venv-oracle`, made if missing.
 
     Raises:
         RuntimeError: the environment cannot be made, or holds other versions than it has to.
@@ -30,7 +30,15 @@ def oracle_python(report=print) -> str:
         return str(python)
     report(f"{FOLDER.name}: installing transformers {VERSION} (once, about a minute)")
     venv.create(FOLDER, with_pip=True, clear=True)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"transformers=={VERSION}"]
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        f"transformers=={VERSION}",
+    ]
     if subprocess.run(install).returncode:
         raise RuntimeError(f"transformers=={VERSION} could not be installed into {FOLDER}")
     # torch is the running one, byte for byte: its packages come after the environment's own on the path. A second copy
@@ -58,9 +66,8 @@ def _expected() -> list[str]:
 
 def _versions(python: str) -> list[str] | str:
     """Versions of transformers and torch under that interpreter, or what went wrong."""
-    script = (
-        "import json, transformers, torch; print(json.dumps([transformers.__version__, torch.__version__.partition('+')[0]]))"
-    )
+    versions = "[transformers.__version__, torch.__version__.partition('+')[0]]"
+    script = f"import json, transformers, torch; print(json.dumps({versions}))"
     # Not from a folder whose modules could be taken for packages.
     run = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=Path(sys.prefix))
     return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else run.stderr.strip()
@@ -70,5 +77,5 @@ def _check(python: str, name: str) -> None:
     found, expected = _versions(python), _expected()
     if found != expected:
         raise RuntimeError(
-            f"{name} must hold transformers {expected[0]} and torch {expected[1]}, as this environment does; found {found}"
+            f"{name} must hold transformers {expected[0]} and, as this environment, torch {expected[1]}; found {found}"
         )

@@ -1,10 +1,11 @@
-"""Runs jobs with the contrastive search of transformers 4.55.4. A script for another interpreter: imports nothing of ours.
+"""Runs jobs with the contrastive search of transformers 4.55.4. A script for another interpreter: imports nothing of
+ours.
 
     python oracle.py FOLDER   # from any interpreter that has torch and transformers 4.55.4
 
-reads `FOLDER/jobs.json`, a list of models, each with the runs wanted from it, and writes one line of JSON to standard output
-for each run, and one for each model before its runs: logits on a probe, which show whether both versions of transformers
-see the same model.
+reads `FOLDER/jobs.json`, a list of models, each with the runs wanted from it, and writes one line of JSON to standard
+output for each run, and one for each model before its runs: logits on a probe, which show whether both versions of
+transformers see the same model.
 """
 
 import json

@@ -27,13 +27,13 @@ def fill(model: torch.nn.Module, seed: int, std: float = 0.35, stds: dict[str, f
     Args:
         model: a freshly initialised model (norm weights at their neutral value, decay rates at theirs).
         seed: with the parameter's name, decides the values.
-        std: standard deviation of matrices, embeddings and biases. Fixed, not scaled by width: attention gets sharp, and an
-            error in any mask or bias is large.
+        std: standard deviation of matrices, embeddings and biases. Fixed, not scaled by width: attention gets sharp,
+            and an error in any mask or bias is large.
         stds: other standard deviations, by a part of the parameter's name.
     """
     stds = {} if stds is None else stds
-    # Weights of matrices sum to zero over their inputs. Otherwise the positive mean of GELU and ReLU pushes every position
-    # the same way, hidden states become alike, and a model says one word for ever.
+    # Weights of matrices sum to zero over their inputs. Otherwise the positive mean of GELU and ReLU pushes every
+    # position the same way, hidden states become alike, and a model says one word for ever.
     inputs_first = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     inputs_last = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}

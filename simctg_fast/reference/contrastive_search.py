@@ -1,7 +1,7 @@
 """Contrastive search as the paper writes it: no cache, no packing, nothing kept from one step to the next.
 
-Every step runs the whole model over the whole text once per candidate. That is slow, and the reason to trust it: there is
-no cache to get out of step, no position to miscount and no attention function of ours in the way.
+Every step runs the whole model over the whole text once per candidate. That is slow, and the reason to trust it: there
+is no cache to get out of step, no position to miscount and no attention function of ours in the way.
 
 Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation" (arXiv 2202.06417), equation 5.
 """
@@ -52,10 +52,11 @@ def true_float64() -> Iterator[None]:
 class ReferenceStep:
     """What one step saw and chose, for B rows and k candidates.
 
-    `candidates`, `probabilities`, `penalties`, `scores` are `(B, k)`, most probable candidate first; `tokens` `(B,)` is what
-    was appended (the pad token for a finished row); `unfinished` `(B,)` says which rows really chose. The margins `(B,)` say
-    how far the choice was from another one: `score_margin` is best minus second-best score, `candidate_margin` the
-    difference of log-probability between the last candidate and the first token that is not one (`inf` where there is none).
+    `candidates`, `probabilities`, `penalties`, `scores` are `(B, k)`, most probable candidate first; `tokens` `(B,)` is
+    what was appended (the pad token for a finished row); `unfinished` `(B,)` says which rows really chose. The margins
+    `(B,)` say how far the choice was from another one: `score_margin` is best minus second-best score,
+    `candidate_margin` the difference of log-probability between the last candidate and the first token that is not one
+    (`inf` where there is none).
     """
 
     candidates: torch.Tensor
@@ -170,8 +171,8 @@ def contrastive_search(
     Args:
         model: a causal language model or an encoder-decoder of transformers, in any dtype; a float64 one is run in
             float64 throughout.
-        input_ids: `(B, L)`; the encoder's input for an encoder-decoder (any main input, such as `input_features`, may be
-            given instead, by name, with `input_ids=None`).
+        input_ids: `(B, L)`; the encoder's input for an encoder-decoder (any main input, such as `input_features`, may
+            be given instead, by name, with `input_ids=None`).
         attention_mask: `(B, L)`, 0 for padding (on the left for a causal model).
         penalty_alpha: weight α of the penalty, in [0, 1].
         top_k: number of candidates k, at least 1.
