@@ -115,13 +115,6 @@ class Worker:
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-def oracle_python() -> str | None:
-    """The interpreter of the environment that holds transformers 4.55.4; ``make parity`` builds it."""
-    default = ROOT / ".venv-oracle" / "bin" / "python"
-    found = os.environ.get("SIMCTG_FAST_ORACLE_PYTHON") or (str(default) if default.exists() else None)
-    return found
-
-
 def measure_case(case: str, options: argparse.Namespace, oracle: str | None) -> list[Row]:
     batch, prompt = map(int, case.split("x"))
     settings = {"batch": batch, "prompt": prompt, "top_k": options.top_k, "penalty_alpha": options.penalty_alpha}
@@ -189,15 +182,16 @@ def main() -> None:
     parser.add_argument("--penalty-alpha", type=float, default=0.6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--model", default="gpt2-small", choices=("gpt2-small", "tiny"))
+    parser.add_argument("--no-oracle", action="store_true", help="leave transformers 4.55.4 out")
     parser.add_argument("--csv", type=Path, default=RESULTS / "decode.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.model, options.threads)
         return
-    oracle = oracle_python()
-    if oracle is None:
-        print("transformers 4.55.4 is not at hand (make parity builds its environment): its rows are left out")
+    from parity_zoo.environment import oracle_python  # not at the top: the oracle's worker runs this file too
+
+    oracle = None if options.no_oracle else oracle_python()
     print(f"{processor()}, {options.threads} threads, float32, k = {options.top_k}, {options.new_tokens} new tokens")
     for case in options.cases.split(","):
         append_csv(options.csv, measure_case(case, options, oracle))
