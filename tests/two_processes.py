@@ -40,8 +40,7 @@ def run_two(folder: pathlib.Path, code: str, argument: Any = None, *, init: bool
     torch.save(argument, folder / "argument.pt")
     script = folder / "script.py"
     script.write_text(PROLOGUE.format(init=INIT if init else "") + textwrap.dedent(code) + EPILOGUE)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if not init:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         environment |= {"ACCELERATE_USE_CPU": "true"}

@@ -1,0 +1,88 @@
+"""What a training batch says about the decoder's tokens: which are real, and how many the likelihood counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+# Present where several sequences lie in one row; their hidden states must not be compared with each other.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def check_loss_settings(margin: float, reduction: str, contrastive_weight: float) -> None:
+    if not -1.0 <= margin <= 1.0:
+        raise ValueError(f"margin is {margin}, must lie in [-1, 1]")
+    if reduction not in ("pairs", "paper", "dense"):
+        raise ValueError(f"reduction is {reduction!r}, must be 'pairs', 'paper' or 'dense'")
+    if not contrastive_weight >= 0:
+        raise ValueError(f"contrastive_weight is {contrastive_weight}, must be at least 0")
+
+
+def real_tokens(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Tensor:
+    """``(B, T)``, non-zero at the decoder's real tokens.
+
+    A decoder's own ``attention_mask``, or all tokens where there is none; for an encoder-decoder the labels that are
+    not -100, without those that a ``decoder_attention_mask`` hides.
+    """
+    packed = [name for name in _PACKED if inputs.get(name) is not None]
+    if packed:
+        raise ValueError(
+            f"the batch has {packed[0]}: several sequences share a row, and the contrastive loss would compare their "
+            "tokens with each other; pad the sequences instead"
+        )
+    if is_encoder_decoder:
+        labels = inputs.get("labels")
+        if labels is None:
+            raise ValueError(f"the batch must have labels, got {', '.join(inputs)}")
+        mask, real = inputs.get("decoder_attention_mask"), labels.ne(IGNORE_INDEX)
+        return real if mask is None else real & mask.ne(0)
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        if inputs.get("position_ids") is not None:
+            raise ValueError(
+                "the batch has position_ids but no attention_mask, as a row of several sequences has; give an "
+                "attention_mask (all ones if nothing is padded)"
+            )
+        for name in ("input_ids", "inputs_embeds"):
+            if inputs.get(name) is not None:
+                tokens = inputs[name]
+                return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        raise ValueError(f"the batch must have attention_mask, input_ids or inputs_embeds, got {', '.join(inputs)}")
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, must be (batch, length)")
+    return mask
+
+
+def count_labels(inputs: Mapping[str, Any], shifted: bool) -> Tensor:
+    """How many labels the likelihood averages over, an int64 scalar; without the first of a row where the model
+    shifts them."""
+    labels = inputs.get("shift_labels")
+    if labels is None:
+        labels = inputs["labels"][..., 1:] if shifted else inputs["labels"]
+    return labels.ne(IGNORE_INDEX).sum()
+
+
+def check_lengths(hidden_states: Tensor, mask: Tensor) -> None:
+    if hidden_states.shape[:2] != mask.shape:
+        raise ValueError(
+            f"the model's last hidden states have shape {tuple(hidden_states.shape)}, the batch's tokens "
+            f"{tuple(mask.shape)}: a model that adds or drops positions (prefix or prompt tuning, images) needs a mask "
+            "of its own"
+        )
+
+
+@torch.no_grad()
+def isotropy_sums(hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over sequences of ``1 -`` the mean cosine of their pairs, and how many sequences have a pair; no sync."""
+    unit = torch.nn.functional.normalize(hidden_states.detach().float(), dim=-1)
+    unit = unit.masked_fill(mask.eq(0).unsqueeze(-1), 0.0)
+    count = mask.ne(0).sum(dim=1)
+    # The sum over all pairs is the squared length of the sum of the unit vectors, less the diagonal.
+    pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
+    has_pair = count >= 2
+    values = 1.0 - pairs / (count * (count - 1)).clamp_min(1)
+    return values.masked_fill(~has_pair, 0.0).sum(), has_pair.sum()
