@@ -13,6 +13,8 @@ from . import _backends
 from .crf_common import address, check_potentials, choose, inside, pick, transition, uniforms_stochastic
 from .crf_viterbi import pointer_dtype
 
+SCRATCH = 1 << 19  # candidates (source, target, sample) that the PyTorch path holds at a time; one sample at least
+
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _library.define(
     "crf_stochastic_viterbi(Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths, "
@@ -112,6 +114,7 @@ def _sample(scores, tokens, left, right, lengths, temperature, samples, seed, un
 def _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms):
     batch, length, size = scores.shape
     dtype = pointer_dtype(size)
+    chunk = max(1, SCRATCH // max(1, batch * size * size))
     score = scores[:, 0, :, None].expand(-1, -1, samples)
     score = score - score.amax(1, keepdim=True)
     empty = inside(lengths, 0)
@@ -128,12 +131,13 @@ def _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uni
             uniform = uniforms[:, t - 1]
         chosen = torch.empty_like(uniform, dtype=torch.int64)
         following = torch.empty_like(uniform)
-        for n in range(samples):  # a sample at a time: (B, K, K)
-            candidates = last[:, :, None, n] + step
+        for begin in range(0, samples, chunk):
+            part = slice(begin, begin + chunk)
+            candidates = last[:, :, None, part] + step[..., None]
             logits = candidates / temperature
             weights = (logits - logits.amax(1, keepdim=True)).exp()
-            chosen[..., n] = pick(weights, uniform[..., n], dim=1)
-            following[..., n] = candidates.gather(1, chosen[:, None, :, n])[:, 0]
+            chosen[..., part] = pick(weights, uniform[..., part], dim=1)
+            following[..., part] = candidates.gather(1, chosen[:, None, :, part])[:, 0]
         following = following + scores[:, t, :, None]
         following = following - following.amax(1, keepdim=True)
         here = inside(lengths, t)
