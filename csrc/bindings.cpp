@@ -11,7 +11,7 @@
 
 #include "cpu_features.h"
 #include "crf_bindings.h"
-#include "linear.h"
+#include "decoding_bindings.h"
 #include "loss_bindings.h"
 #include "parallel.h"
 #include "prefix_commit.h"
@@ -58,20 +58,6 @@ void prefix_commit(const std::vector<int64_t>& numbers, address winners, int64_t
     simctg::prefix_commit(items.data(), static_cast<int64_t>(items.size()), pointer<const int64_t>(winners), batch);
 }
 
-void linear(simctg::WeightLayout layout, address x, int64_t x_stride, address weight, int64_t weight_stride,
-            address bias, address y, int64_t y_stride, int64_t rows, int64_t in_features, int64_t out_features,
-            int num_threads) {
-    simctg::linear({pointer<const float>(x), x_stride, pointer<const float>(weight), weight_stride,
-                    pointer<const float>(bias), pointer<float>(y), y_stride, rows, in_features, out_features},
-                   layout, num_threads);
-}
-
-void pack_linear(address weight, int64_t weight_stride, simctg::WeightLayout from, int64_t in_features,
-                 int64_t out_features, address packed, int num_threads) {
-    simctg::pack_linear(pointer<const float>(weight), weight_stride, from, in_features, out_features,
-                        pointer<float>(packed), num_threads);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -81,16 +67,7 @@ PYBIND11_MODULE(_C, m) {
           release_gil());
     m.def("prefix_commit", &prefix_commit, py::arg("numbers"), py::arg("winners"), py::arg("batch"), release_gil());
 
-    py::enum_<simctg::WeightLayout>(m, "WeightLayout")
-        .value("rows_are_outputs", simctg::WeightLayout::rows_are_outputs)
-        .value("rows_are_inputs", simctg::WeightLayout::rows_are_inputs)
-        .value("panels", simctg::WeightLayout::panels);
-    m.def("linear", &linear, py::arg("layout"), py::arg("x"), py::arg("x_stride"), py::arg("weight"),
-          py::arg("weight_stride"), py::arg("bias"), py::arg("y"), py::arg("y_stride"), py::arg("rows"),
-          py::arg("in_features"), py::arg("out_features"), py::arg("num_threads"), release_gil());
-    m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
-    m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
-          py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
+    bind_decoding(m);
 
     bind_crf(m);
 

@@ -2,15 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "cpu_features.h"
 #include "linear_dispatch.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace simctg {
 namespace {
@@ -24,29 +23,6 @@ const LinearKernels& kernels() {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Aligned memory that a thread keeps between calls.
-class Scratch {
-  public:
-    float* get(int64_t floats) {
-        if (floats > capacity_) {
-            data_.reset();
-            capacity_ = 0;
-            const size_t bytes = static_cast<size_t>(ceil_div(floats, 1024) * 1024) * sizeof(float);
-            data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-            if (!data_) throw std::bad_alloc();
-            capacity_ = static_cast<int64_t>(bytes / sizeof(float));
-        }
-        return data_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(float* p) const { std::free(p); }
-    };
-    std::unique_ptr<float, Free> data_;
-    int64_t capacity_ = 0;
-};
 
 thread_local Scratch scratch;
 

@@ -19,6 +19,7 @@
 #endif
 
 #define SIMCTG_INLINE inline __attribute__((always_inline))
+#define SIMCTG_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace simctg {
 namespace {

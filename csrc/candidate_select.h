@@ -1,0 +1,27 @@
+// The degeneration penalty of contrastive search: the largest cosine of a candidate with the states before it.
+#pragma once
+
+#include <cstdint>
+
+namespace simctg {
+
+// float32, strides in elements; the last dimension is contiguous.
+struct CandidateScan {
+    int64_t batch, candidates, dim;
+    const float* states;  // [batch, candidates, dim], of any length; scaled to length 1 (norms below 1e-12 count as that)
+    int64_t state_batch, state_candidate;
+    const float* history;  // [batch, length, dim], of length 1
+    int64_t history_batch, history_position;
+    int64_t length;
+    const uint8_t* mask;  // [batch, length], 0: not a real position; null: all are real
+    int64_t mask_batch;
+    float* penalty;     // [batch, candidates], contiguous
+    int64_t* position;  // the same shape: where the largest cosine is, the earliest of equals
+};
+
+// The history is read once for all candidates. NaN propagates, with the position of the first one; a row without a real
+// position gets −inf and position 0. The result depends neither on the number of candidates or sequences nor on the
+// number of threads. Throws std::invalid_argument on negative sizes.
+void candidate_scan(const CandidateScan& call, int num_threads);
+
+}  // namespace simctg

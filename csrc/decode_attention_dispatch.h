@@ -1,0 +1,32 @@
+// What one instruction set offers to decode_attention.cpp.
+//
+// The prefix is cut at multiples of kSplit positions whatever the sizes, so that the cuts never change a result. A cut
+// leaves for each query row its unnormalised output, largest score and sum of exponentials: a partial. Rows of a partial
+// are numbered c · groups + r.
+#pragma once
+
+#include "decode_attention.h"
+
+namespace simctg {
+
+constexpr int64_t kSplit = 512;
+
+// Floats to a row of a partial: the output, padded to whole vectors, then largest score and sum.
+static inline int64_t partial_stride(int64_t value_dim) { return (value_dim + 15) / 16 * 16 + 16; }
+
+struct AttentionKernels {
+    // The positions begin..end-1 for the query rows of sequence b and key/value head g.
+    // `queries` is scratch of candidates · groups · dim floats.
+    void (*attend)(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, float* queries,
+                   float* partial);
+    // Adds up partials [cuts, candidates · groups, stride], the new key and the sink, and writes `out`. Changes them.
+    void (*finish)(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, float* partials);
+};
+
+const AttentionKernels& attention_kernels_generic();
+#if defined(SIMCTG_FAST_X86_64)
+const AttentionKernels& attention_kernels_avx2();
+const AttentionKernels& attention_kernels_avx512();
+#endif
+
+}  // namespace simctg

@@ -1,0 +1,109 @@
+// Bindings of what a decoding step computes on the CPU; see bindings.cpp.
+#include "decoding_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "candidate_select.h"
+#include "decode_attention.h"
+#include "linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using address = std::uintptr_t;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+template <class T, class Number>
+T* pointer(Number value) {
+    return reinterpret_cast<T*>(static_cast<address>(value));
+}
+
+void linear(simctg::WeightLayout layout, address x, int64_t x_stride, address weight, int64_t weight_stride,
+            address bias, address y, int64_t y_stride, int64_t rows, int64_t in_features, int64_t out_features,
+            int num_threads) {
+    simctg::linear({pointer<const float>(x), x_stride, pointer<const float>(weight), weight_stride,
+                    pointer<const float>(bias), pointer<float>(y), y_stride, rows, in_features, out_features},
+                   layout, num_threads);
+}
+
+void pack_linear(address weight, int64_t weight_stride, simctg::WeightLayout from, int64_t in_features,
+                 int64_t out_features, address packed, int num_threads) {
+    simctg::pack_linear(pointer<const float>(weight), weight_stride, from, in_features, out_features,
+                        pointer<float>(packed), num_threads);
+}
+
+// An array: its address, then the strides that the kernel wants. Address 0: there is none.
+template <std::size_t Strides>
+using Array = std::array<int64_t, Strides + 1>;
+
+void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key, Array<3> value, int64_t length,
+                      address lengths, address starts, int64_t start, Array<2> new_key, Array<2> new_value,
+                      float scaling, float softcap, Array<3> mask, Array<3> bias, address sinks, address out,
+                      int num_threads) {
+    simctg::DecodeAttention call{};
+    call.batch = sizes[0], call.candidates = sizes[1], call.kv_heads = sizes[2];
+    call.groups = sizes[3], call.dim = sizes[4], call.value_dim = sizes[5];
+    call.query = pointer<const float>(query[0]);
+    call.query_row = query[1], call.query_head = query[2];
+    call.key = pointer<const float>(key[0]);
+    call.key_batch = key[1], call.key_head = key[2], call.key_position = key[3];
+    call.value = pointer<const float>(value[0]);
+    call.value_batch = value[1], call.value_head = value[2], call.value_position = value[3];
+    call.length = length;
+    call.lengths = pointer<const int64_t>(lengths);
+    call.starts = pointer<const int64_t>(starts);
+    call.start = start;
+    call.new_key = pointer<const float>(new_key[0]);
+    call.new_key_row = new_key[1], call.new_key_head = new_key[2];
+    call.new_value = pointer<const float>(new_value[0]);
+    call.new_value_row = new_value[1], call.new_value_head = new_value[2];
+    call.scaling = scaling;
+    call.softcap = softcap;
+    call.mask = pointer<const uint8_t>(mask[0]);
+    call.mask_batch = mask[1], call.mask_candidate = mask[2], call.mask_head = mask[3];
+    call.bias = pointer<const float>(bias[0]);
+    call.bias_batch = bias[1], call.bias_candidate = bias[2], call.bias_head = bias[3];
+    call.sinks = pointer<const float>(sinks);
+    call.out = pointer<float>(out);
+    simctg::decode_attention(call, num_threads);
+}
+
+void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, Array<1> mask, address penalty,
+                    address position, int num_threads) {
+    simctg::CandidateScan call{};
+    call.batch = sizes[0], call.candidates = sizes[1], call.dim = sizes[2], call.length = sizes[3];
+    call.states = pointer<const float>(states[0]);
+    call.state_batch = states[1], call.state_candidate = states[2];
+    call.history = pointer<const float>(history[0]);
+    call.history_batch = history[1], call.history_position = history[2];
+    call.mask = pointer<const uint8_t>(mask[0]);
+    call.mask_batch = mask[1];
+    call.penalty = pointer<float>(penalty);
+    call.position = pointer<int64_t>(position);
+    simctg::candidate_scan(call, num_threads);
+}
+
+}  // namespace
+
+void bind_decoding(py::module_& m) {
+    py::enum_<simctg::WeightLayout>(m, "WeightLayout")
+        .value("rows_are_outputs", simctg::WeightLayout::rows_are_outputs)
+        .value("rows_are_inputs", simctg::WeightLayout::rows_are_inputs)
+        .value("panels", simctg::WeightLayout::panels);
+    m.def("linear", &linear, py::arg("layout"), py::arg("x"), py::arg("x_stride"), py::arg("weight"),
+          py::arg("weight_stride"), py::arg("bias"), py::arg("y"), py::arg("y_stride"), py::arg("rows"),
+          py::arg("in_features"), py::arg("out_features"), py::arg("num_threads"), release_gil());
+    m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
+    m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
+          py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
+    m.def("decode_attention", &decode_attention, py::arg("sizes"), py::arg("query"), py::arg("key"), py::arg("value"),
+          py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
+          py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),
+          py::arg("sinks"), py::arg("out"), py::arg("num_threads"), release_gil());
+    m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("mask"),
+          py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+}
