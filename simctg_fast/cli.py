@@ -1,4 +1,4 @@
-"""The command line: `simctg-fast generate | demo | env`. Arguments in, text out; the floors below do the work.
+"""The command line: `simctg-fast generate | demo | train | env`. Arguments in, text out; the floors below do the work.
 
 Only typer and rich are imported here, so that help and usage errors come at once; each command imports what it needs.
 """
@@ -18,7 +18,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="simctg-fast",
-    help="Contrastive search for Hugging Face models.",
+    help="Contrastive search and contrastive training for Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -130,6 +130,84 @@ def demo(
     render(comparisons, console)
     console.print(verdict(comparisons), style="bold", markup=False, soft_wrap=True)
     console.print(next_steps(model), markup=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="Texts: .txt, one a line; or .jsonl with text, or source and target.")],
+    out: Annotated[str, typer.Option(help="Folder of the run; that of an unfinished run is continued.")],
+    validation: Annotated[str | None, typer.Option(help="Held-out texts, as --data.")] = None,
+    margin: Annotated[float, typer.Option(help="Of the contrastive loss, -1 to 1.")] = 0.5,
+    reduction: Annotated[str, typer.Option(help="Of the contrastive loss: pairs, paper or dense.")] = "pairs",
+    contrastive_weight: Annotated[
+        float, typer.Option(help="Factor of the contrastive loss; 0: likelihood alone.")
+    ] = 1.0,
+    max_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    pack: Annotated[bool, typer.Option("--pack", help="Join short texts into sequences of full length.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Sequences computed together.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches an optimizer step.")] = 1,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Highest; falls linearly to zero.")] = 5e-5,
+    warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    log_every: Annotated[int, typer.Option(help="Steps between log lines.")] = 10,
+    keep: Annotated[int, typer.Option(help="Checkpoints kept.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the order of the data and of dropout.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what the folder holds of a run.")] = False,
+) -> None:
+    """Fine-tune a model with likelihood and contrastive loss. A run that was killed goes on when started again."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    with _usage_errors():
+        from .training import TrainingOptions
+        from .training import train as run
+
+        options = TrainingOptions(
+            margin=margin,
+            reduction=reduction,
+            contrastive_weight=contrastive_weight,
+            max_length=max_length,
+            pack=pack,
+            batch_size=batch_size,
+            accumulation=accumulate,
+            epochs=epochs,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            seed=seed,
+            bf16=bf16,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        _quiet_transformers()
+        try:
+            summary = run(
+                model,
+                data,
+                out,
+                options,
+                validation=validation,
+                restart=restart,
+                device=device,
+                save_every=save_every,
+                log_every=log_every,
+                keep=keep,
+                on_note=lambda text: console.print(text, soft_wrap=True),
+            )
+        except ImportError as error:
+            raise typer.BadParameter(str(error)) from error
+    before, after = summary.isotropy_before, summary.isotropy_after
+    line = f"{summary.folder}: {summary.steps} steps, isotropy {before:.3f} before and {after:.3f} after"
+    if "eval_loss" in summary.validation:
+        line += f", validation loss {summary.validation['eval_loss']:.4f}"
+    Console(highlight=False, markup=False).print(line, soft_wrap=True)
 
 
 @app.command()

@@ -217,6 +217,7 @@ for name, (settings, columns, cut) in argument.items():
 """
 
 
+@pytest.mark.full
 def test_gather_across_devices(tmp_path):
     """What data-parallel training makes of two processes, the average of their gradients, is the gradient of one."""
     cases = {

@@ -205,6 +205,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.full
 def test_two_processes_equal_one_big_batch(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
