@@ -188,3 +188,9 @@ def test_impossible_candidate_scores_minus_infinity():
 def test_scores_are_float32():
     scores = contrastive_scores(torch.rand(2, 3), torch.rand(2, 3), 0.6)
     assert scores.dtype == torch.float32
+
+
+def test_named_impl_that_cannot_run_raises():
+    hidden_states, history = (x.to("meta") for x in operands(1, 2, 3, 4))
+    with pytest.raises((RuntimeError, ValueError), match="cpu"):
+        candidate_scan(hidden_states, history, 3, impl="cpu")

@@ -235,3 +235,10 @@ def test_arguments_are_not_written_to():
 def test_unknown_impl():
     with pytest.raises(ValueError, match=r"impl must be one of .*got 'flash'"):
         shared_prefix_attention(**arguments_of(Case()), impl="flash")
+
+
+def test_named_impl_that_cannot_run_raises():
+    arguments = arguments_of(Case(), torch.float16)
+    assert not _cpu.decode_attention_supported(*positional(arguments))
+    with pytest.raises((RuntimeError, ValueError), match="cpu"):
+        shared_prefix_attention(**arguments, impl="cpu")
