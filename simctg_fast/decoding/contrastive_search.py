@@ -374,7 +374,7 @@ class _Run:
         self.routes = [(name, head) for name in names for head in (True, False)]
         if use_known and not known.head:
             self.routes = [route for route in self.routes if route != (known.path, True)]
-        if not self.tap.available:
+        if not self.tap.has_head:
             self.routes = [route for route in self.routes if not route[1]]
         self.trusted = (known.path, known.head) if use_known else None
         return self._open_next(self.input_ids)

@@ -26,7 +26,7 @@ from transformers.generation import utils as generation_utils
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from .hidden_states import HiddenStatesTap, last_position, unchanged
+from .hidden_states import Heard, HiddenStatesTap, last_position
 from .prefix_cache import PrefixCache, self_attention_cache
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 
@@ -87,37 +87,32 @@ class Path:
 
     # ---- what the paths share -------------------------------------------------------------------------------------
 
-    def hidden_states_of(self, outputs):
-        return getattr(outputs, "decoder_hidden_states" if self.is_encoder_decoder else "hidden_states", None)
+    def last_layer(self, outputs: Any, heard: Heard) -> list[torch.Tensor]:
+        """Last-layer states ``(rows, T, D)`` of what was run while ``heard``, in order; empty where there are none."""
+        if heard.last_layer:
+            return heard.last_layer
+        self.tap.decoder = None  # if it is not called, the model has to be asked
+        layers = getattr(outputs, "decoder_hidden_states" if self.is_encoder_decoder else "hidden_states", None)
+        return [layers[-1]] if layers else []
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Run the prompt. Returns the next token's logits ``(B, V)`` float32, the states of all positions
         ``(B, L, D)``, and the model's output."""
-        kwargs = self.kwargs | self.record
-        if not self.head:
-            kwargs["output_hidden_states"] = True
+        kwargs = self.kwargs | self.record | self.tap.arguments
+        if self.tap.arguments:
             self.generation_config.prefill_chunk_size = None  # the output of a chunk holds that chunk's states only
-        else:
-            self.tap.listen(last_position, all_positions=True)
+        self.tap.listen(last_position if self.head else None, all_positions=self.head)
         try:
             outputs = self.model._prefill(input_ids, self.generation_config, kwargs)
         finally:
             heard = self.tap.mute()
-        if self.head:
-            if not heard:
-                raise HeadUnsupportedError("the output embedding is not called as a module")
-            states = torch.cat(heard, dim=1) if len(heard) > 1 else heard[0]
-            if states.ndim != 3 or states.shape[1] < input_ids.shape[1]:
-                raise HeadUnsupportedError(
-                    f"of the prompt, states of shape {tuple(states.shape)} reach the output embedding"
-                )
-        else:
-            layers = self.hidden_states_of(outputs)
-            if not layers:
-                raise PathUnsupportedError(f"{type(self.model).__name__} does not return hidden states")
-            states = layers[-1]
-            if not isinstance(states, torch.Tensor) or states.shape[1] < input_ids.shape[1]:
-                raise PathUnsupportedError(f"{type(self.model).__name__} has no hidden state for every position")
+        parts = heard.head if self.head else self.last_layer(outputs, heard)
+        shapes = [tuple(part.shape) for part in parts if isinstance(part, torch.Tensor)]
+        if sum(shape[1] for shape in shapes if len(shape) == 3) < max(1, input_ids.shape[1]):
+            if self.head:
+                raise HeadUnsupportedError(f"of the prompt, {shapes or 'nothing'} reaches the output embedding")
+            raise PathUnsupportedError(f"{type(self.model).__name__} has no hidden state for every position")
+        states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         self._after_prefill(outputs)
         return logits, states, outputs
@@ -150,12 +145,16 @@ class Path:
                 outputs = self.model(**model_inputs, return_dict=True)
             finally:
                 heard = self.tap.mute()
-            if len(heard) != 1:
-                raise HeadUnsupportedError(f"the output embedding ran {len(heard)} times in one forward")
+            if len(heard.head) != 1:
+                raise HeadUnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward")
             logits = outputs.logits[:, -1].float()
         else:
-            outputs = self.model(**model_inputs | {"output_hidden_states": True}, return_dict=True)
-            select(self.hidden_states_of(outputs)[-1])
+            self.tap.listen()
+            try:
+                outputs = self.model(**model_inputs | self.tap.arguments, return_dict=True)
+            finally:
+                heard = self.tap.mute()
+            select(self.last_layer(outputs, heard)[-1])
             logits = outputs.logits[:, -1].float().index_select(0, chosen["rows"])
         return StepResult(chosen["selected"], chosen["hidden_states"], logits, outputs, chosen["rows"])
 
@@ -314,13 +313,10 @@ class SharedPrefixPath(Path):
         inputs = self.model.prepare_inputs_for_generation(
             tokens, next_sequence_length=1, is_first_iteration=False, **self.kwargs
         )
-        self.tap.listen(unchanged)
         try:
-            outputs = self.model(**inputs, return_dict=True, output_hidden_states=True)
+            return checked_forward(self, inputs)
         finally:
-            heard = self.tap.mute()
             self.cache.rewind(length)
-        return last_states_checked(self, outputs, heard)
 
     def result_cache(self, input_ids, surplus):
         dynamic = self.cache.to_dynamic(self.text_config, self.cache.length - 1 - surplus)
@@ -431,28 +427,29 @@ def whole_sequence_states(path: Path, kwargs: dict[str, Any], input_ids: torch.T
     those of its first ``prompt`` tokens. Checks on the way that the tap hears the last hidden state."""
     kwargs = grow_kwargs(path.model, without_cache(kwargs), input_ids[:, prompt:])
     inputs = path.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+    return checked_forward(path, inputs)
+
+
+def checked_forward(path: Path, inputs: dict[str, Any]) -> torch.Tensor:
+    """Run ``inputs``. Returns the states ``(B, D)`` at the last position that ``path`` ranks by. What the tap hears at
+    the head must be the last hidden state up to a factor; cosines are all that is made of it."""
     path.tap.listen(last_position)
     try:
-        outputs = path.model(**inputs | {"output_hidden_states": True}, return_dict=True)
+        outputs = path.model(**inputs | path.tap.arguments, return_dict=True)
     finally:
         heard = path.tap.mute()
-    return last_states_checked(path, outputs, heard)
-
-
-def last_states_checked(path: Path, outputs: Any, heard: list[torch.Tensor]) -> torch.Tensor:
-    """Of a forward with ``output_hidden_states=True``: the states ``(B, D)`` at the last position that ``path`` will
-    rank by. What the tap heard must be the last hidden state up to a factor; cosines are all that is made of it."""
-    layers = path.hidden_states_of(outputs)
+    layers = path.last_layer(outputs, heard)
+    if not layers:
+        raise HeadUnsupportedError("the last hidden state cannot be read beside the output embedding's input")
+    last = layers[-1][:, -1]
     if not path.head:
-        return layers[-1][:, -1]
-    if len(heard) != 1:
-        raise HeadUnsupportedError(f"the output embedding ran {len(heard)} times in one forward")
-    state = heard[0][:, -1]
-    if layers:
-        last = layers[-1][:, -1]
-        cosine = torch.cosine_similarity(state.float(), last.float(), dim=-1) if state.shape == last.shape else None
-        if cosine is None or bool((cosine < 1 - 1e-3).any()):
-            raise HeadUnsupportedError("the output embedding's input is not the last hidden state")
+        return last
+    if len(heard.head) != 1:
+        raise HeadUnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward")
+    state = heard.head[0][:, -1]
+    cosine = torch.cosine_similarity(state.float(), last.float(), dim=-1) if state.shape == last.shape else None
+    if cosine is None or bool((cosine < 1 - 1e-3).any()):
+        raise HeadUnsupportedError("the output embedding's input is not the last hidden state")
     return state
 
 
