@@ -115,7 +115,7 @@ def _keep(
     height, width = (-(-(s.stop - s.start) // TILE) * TILE for s in (rows, columns))
     block = active.new_zeros((active.shape[0], height, width))
     block[:, : active.shape[1], : active.shape[2]] = active
-    # Pairs with a vector that is zero or padding are free: they add zeros, or their sum is not used. So is the diagonal.
+    # Pairs with a zero vector or padding are free: they add zeros, or their sum is not used. So is the diagonal.
     free = inverse.new_zeros((2, active.shape[0], max(height, width)), dtype=torch.bool).fill_(True)
     free[0, :, : active.shape[1]] = inverse[group, rows] == 0
     free[1, :, : active.shape[2]] = inverse[group, columns] == 0
