@@ -30,14 +30,17 @@ void scan(const CandidateScan& call, int64_t b, int64_t begin, int64_t end, cons
         position[c] = 0;
     }
     const float* history = call.history + b * call.history_batch;
+    const int64_t stride = call.history_position;
     const uint8_t* mask = call.mask ? call.mask + b * call.mask_batch : nullptr;
     float cosines[kDotTileRows * kPositions];
     for (int64_t first = begin; first < end; first += kPositions) {
         const int64_t count = smaller(kPositions, end - first);
         for (int64_t c = 0; c < call.candidates; c += kDotTileRows) {
             const int rows = static_cast<int>(smaller<int64_t>(kDotTileRows, call.candidates - c));
-            dot_block(rows, unit + c * call.dim, call.dim, history + first * call.history_position,
-                      call.history_position, count, call.dim, cosines, kPositions);
+            const float* block = history + first * stride;
+            const bool more = c == 0 && first + 2 * kPositions <= end;
+            dot_block(rows, unit + c * call.dim, call.dim, block, stride, count, call.dim, cosines, kPositions,
+                      {more ? block + kPositions * stride : nullptr, stride});
             for (int r = 0; r < rows; ++r) {
                 for (int64_t j = 0; j < count; ++j) {
                     if (mask && !mask[first + j]) continue;

@@ -23,7 +23,7 @@ const AttentionKernels& kernels() {
     return attention_kernels_generic();
 }
 
-thread_local Scratch query_scratch, partial_scratch;
+thread_local Scratch work_scratch, partial_scratch;
 
 constexpr int64_t kSmallWork = 1 << 16;  // floats of keys and values below which waking a thread costs more than it saves
 
@@ -69,7 +69,7 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
     const auto run_cut = [&](int64_t b, int64_t g, const Range& range, int64_t cut, float* partial) {
         const int64_t begin = std::max(range.begin, (range.first_cut + cut) * kSplit);
         const int64_t end = std::min(range.end, (range.first_cut + cut + 1) * kSplit);
-        k.attend(call, b, g, begin, end, query_scratch.get(rows * call.dim), partial);
+        k.attend(call, b, g, begin, end, work_scratch.get(attention_scratch(rows, call.dim)), partial);
     };
     const int64_t most_cuts = (call.length + kSplit - 1) / kSplit;
     if (most_cuts <= 1 || heads >= 4 * int64_t{num_threads} || num_threads == 1) {

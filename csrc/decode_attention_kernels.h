@@ -1,7 +1,8 @@
 // The kernels behind decode_attention.h, compiled once for each instruction set.
 //
-// Blocks of kBlock positions pass through the caches once; all query rows that share the key/value head, in tiles of
-// kDotTileRows, take their scores, their softmax (online: largest score and sum so far) and their share of the values.
+// A cut of the prefix is taken in three sweeps: all scores (keys pass once, kBlock at a time, through every query row
+// that shares them), their softmax, all outputs (values pass once). While one sweep ends, the next one's memory is
+// asked for.
 #pragma once
 
 #include "decode_attention_dispatch.h"
@@ -12,6 +13,7 @@ namespace simctg {
 namespace {
 
 constexpr int64_t kBlock = 64;
+constexpr int64_t kLinePair = 32;  // floats in two cache lines
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr int kValueVectors = kLanes == 16 ? 4 : 2;  // vectors of the output in a register tile
 
@@ -44,7 +46,6 @@ SIMCTG_INLINE bool read_mask(const uint8_t* mask, int64_t count, float* closed) 
         closed[j] = mask[j] ? 0.0f : -1.0f;
         any |= mask[j];
     }
-    for (int64_t j = count; j < kBlock; ++j) closed[j] = 0.0f;
     return any != 0;
 }
 
@@ -57,46 +58,55 @@ SIMCTG_INLINE Vec final_score(const DecodeAttention& call, Vec score) {
     return score;
 }
 
-// Products with the keys become exp(score − largest so far); returns what the row's earlier output is to be scaled by.
-SIMCTG_INLINE float softmax_row(const DecodeAttention& call, float* scores, int64_t count, const float* bias,
-                                const float* closed, PartialRow row) {
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    for (int64_t j = count; j < padded; ++j) scores[j] = 0.0f;
+// Products with the keys become exp(score − largest). Room for whole vectors behind `scores` and `closed`.
+SIMCTG_INLINE void softmax_row(const DecodeAttention& call, float* scores, int64_t count, const float* bias,
+                               const float* closed, PartialRow row, const float* ahead) {
+    Vec best = broadcast(kMinusInfinity);
     for (int64_t j = 0; j < count; j += kLanes) {
-        Vec score = final_score(call, load(scores + j));
-        if (bias) score = add(score, load(bias + j, first_lanes(smaller<int64_t>(kLanes, count - j))));
-        if (closed) score = where_less(load(closed + j), zeros(), broadcast(kMinusInfinity), score);
+        const Mask mask = first_lanes(smaller<int64_t>(kLanes, count - j));
+        Vec score = final_score(call, load(scores + j, mask));
+        if (bias) score = add(score, load(bias + j, mask));
+        if (closed) score = where_less(load(closed + j, mask), zeros(), broadcast(kMinusInfinity), score);
         store(scores + j, score);
+        if (j + kLanes <= count) best = max(best, score);
     }
+    const int64_t whole = count / kLanes * kLanes, padded = (count + kLanes - 1) / kLanes * kLanes;
     for (int64_t j = count; j < padded; ++j) scores[j] = kMinusInfinity;
-    Vec best = broadcast(*row.largest);
-    for (int64_t j = 0; j < padded; j += kLanes) best = max(best, load(scores + j));
-    const float largest = highest(best), reference = reference_score(largest);
-    const float scale = exponential_of(*row.largest - reference);
+    if (whole < count) best = max(best, load(scores + whole));
+    const float largest = highest(best);
+    const Vec reference = broadcast(reference_score(largest));
     Vec total = zeros();
     for (int64_t j = 0; j < padded; j += kLanes) {
-        const Vec p = exponential(sub(load(scores + j), broadcast(reference)));
+        if (ahead) {
+            prefetch_l2(ahead);
+            prefetch_l2(ahead + kLinePair / 2);
+            ahead += kLinePair;
+        }
+        const Vec p = exponential(sub(load(scores + j), reference));
         store(scores + j, p);
         total = add(total, p);
     }
     *row.largest = largest;
-    *row.sum = *row.sum * scale + sum(total);
-    return scale;
+    *row.sum = sum(total);
 }
 
-// output = output · scale + Σ_j weights[j] · values[j], for Vectors vectors of it.
+// output += Σ_j weights[j] · values[j], for Vectors vectors of it.
 template <int Rows, int Vectors, bool Masked>
 SIMCTG_INLINE void add_values(const float* weights, const float* values, int64_t stride, int64_t count, Mask mask,
-                              const float* scale, float* output, int64_t output_stride) {
+                              float* output, int64_t output_stride, Ahead ahead) {
     Vec acc[Rows][Vectors];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) {
-            acc[r][v] = mul(load(output + r * output_stride + v * kLanes), broadcast(scale[r]));
-        }
+        for (int v = 0; v < Vectors; ++v) acc[r][v] = load(output + r * output_stride + v * kLanes);
     }
     for (int64_t j = 0; j < count; ++j) {
+        if (ahead.rows) {
+#pragma GCC unroll 4
+            for (int line = 0; line * 16 < Vectors * kLanes; ++line) {
+                prefetch_l2(ahead.rows + j * ahead.stride + line * 16);
+            }
+        }
         Vec b[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
@@ -105,7 +115,7 @@ SIMCTG_INLINE void add_values(const float* weights, const float* values, int64_t
         }
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
-            const Vec a = broadcast(weights[r * kBlock + j]);
+            const Vec a = broadcast(weights[r * kSplit + j]);
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) acc[r][v] = multiply_add(a, b[v], acc[r][v]);
         }
@@ -119,71 +129,94 @@ SIMCTG_INLINE void add_values(const float* weights, const float* values, int64_t
 
 template <int Rows>
 void add_values(const float* weights, const float* values, int64_t stride, int64_t count, int64_t value_dim,
-                const float* scale, float* output, int64_t output_stride) {
+                float* output, int64_t output_stride, Ahead ahead) {
     int64_t d = 0;
     for (; d + kValueVectors * kLanes <= value_dim; d += kValueVectors * kLanes) {
-        add_values<Rows, kValueVectors, false>(weights, values + d, stride, count, Mask(), scale, output + d,
-                                               output_stride);
+        add_values<Rows, kValueVectors, false>(weights, values + d, stride, count, Mask(), output + d, output_stride,
+                                               {ahead.rows ? ahead.rows + d : nullptr, ahead.stride});
     }
     for (; d < value_dim; d += kLanes) {
         const Mask mask = first_lanes(smaller<int64_t>(kLanes, value_dim - d));
-        add_values<Rows, 1, true>(weights, values + d, stride, count, mask, scale, output + d, output_stride);
+        add_values<Rows, 1, true>(weights, values + d, stride, count, mask, output + d, output_stride,
+                                  {ahead.rows ? ahead.rows + d : nullptr, ahead.stride});
     }
 }
 
 SIMCTG_INLINE void add_values(int rows, const float* weights, const float* values, int64_t stride, int64_t count,
-                              int64_t value_dim, const float* scale, float* output, int64_t output_stride) {
+                              int64_t value_dim, float* output, int64_t output_stride, Ahead ahead) {
     switch (rows) {
-        case 1: return add_values<1>(weights, values, stride, count, value_dim, scale, output, output_stride);
-        case 2: return add_values<2>(weights, values, stride, count, value_dim, scale, output, output_stride);
-        case 3: return add_values<3>(weights, values, stride, count, value_dim, scale, output, output_stride);
-        default: return add_values<4>(weights, values, stride, count, value_dim, scale, output, output_stride);
+        case 1: return add_values<1>(weights, values, stride, count, value_dim, output, output_stride, ahead);
+        case 2: return add_values<2>(weights, values, stride, count, value_dim, output, output_stride, ahead);
+        case 3: return add_values<3>(weights, values, stride, count, value_dim, output, output_stride, ahead);
+        default: return add_values<4>(weights, values, stride, count, value_dim, output, output_stride, ahead);
     }
 }
 
-void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, float* queries,
+void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, float* scratch,
             float* partial) {
-    const int64_t rows = call.candidates * call.groups, dim = call.dim, value_dim = call.value_dim;
-    const int64_t output_stride = partial_stride(value_dim);
+    const int64_t rows = call.candidates * call.groups, value_dim = call.value_dim, count = end - begin;
+    const int64_t query_stride = (call.dim + 15) / 16 * 16, output_stride = partial_stride(value_dim);
+    float *queries = scratch, *scores = queries + rows * query_stride, *closed = scores + rows * kSplit;
+    const float* keys = call.key + b * call.key_batch + g * call.key_head + begin * call.key_position;
+    const float* values = call.value + b * call.value_batch + g * call.value_head + begin * call.value_position;
+
+    const bool one_mask = call.mask && call.mask_candidate == 0 && (call.mask_head == 0 || call.groups == 1);
+    bool skip[kSplit / kBlock] = {};  // blocks that nobody may see (padding) are not even read
+    for (int64_t j = 0; one_mask && j < count; j += kBlock) {
+        const uint8_t* mask = call.mask + b * call.mask_batch + g * call.groups * call.mask_head + begin + j;
+        skip[j / kBlock] = !read_mask(mask, smaller(kBlock, count - j), closed + j);
+    }
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = b * call.candidates + i / call.groups, head = g * call.groups + i % call.groups;
         const float* query = call.query + row * call.query_row + head * call.query_head;
-        for (int64_t d = 0; d < dim; ++d) queries[i * dim + d] = query[d];
+        for (int64_t d = 0; d < call.dim; ++d) queries[i * query_stride + d] = query[d];
         for (int64_t d = 0; d < output_stride; ++d) partial[i * output_stride + d] = 0.0f;
-        *PartialRow(partial, i, value_dim).largest = kMinusInfinity;
     }
-    const float* keys = call.key + b * call.key_batch + g * call.key_head;
-    const float* values = call.value + b * call.value_batch + g * call.value_head;
-    const bool one_mask = call.mask && call.mask_candidate == 0 && (call.mask_head == 0 || call.groups == 1);
-    alignas(64) float scores[kDotTileRows * kBlock];
-    alignas(64) float closed[kBlock];
-    for (int64_t position = begin; position < end; position += kBlock) {
-        const int64_t count = smaller(kBlock, end - position);
-        if (one_mask) {
-            const uint8_t* mask = call.mask + b * call.mask_batch + g * call.groups * call.mask_head + position;
-            if (!read_mask(mask, count, closed)) continue;  // padding: not even read
-        }
-        const float* block_keys = keys + position * call.key_position;
-        const float* block_values = values + position * call.value_position;
+
+    for (int64_t j = 0; j < count; j += kBlock) {
+        const int64_t width = smaller(kBlock, count - j);
         for (int64_t first = 0; first < rows; first += kDotTileRows) {
-            const int tile = static_cast<int>(smaller<int64_t>(kDotTileRows, rows - first));
-            float scale[kDotTileRows];
-            dot_block(tile, queries + first * dim, dim, block_keys, call.key_position, count, dim, scores, kBlock);
-            for (int r = 0; r < tile; ++r) {
-                const int64_t i = first + r, c = i / call.groups, head = g * call.groups + i % call.groups;
-                if (call.mask && !one_mask) {
-                    read_mask(call.mask + b * call.mask_batch + c * call.mask_candidate + head * call.mask_head +
-                                  position,
-                              count, closed);
-                }
-                const float* bias = call.bias ? call.bias + b * call.bias_batch + c * call.bias_candidate +
-                                                    head * call.bias_head + position
-                                              : nullptr;
-                scale[r] = softmax_row(call, scores + r * kBlock, count, bias, call.mask ? closed : nullptr,
-                                       PartialRow(partial, i, value_dim));
+            float* tile = scores + first * kSplit + j;
+            const int height = static_cast<int>(smaller<int64_t>(kDotTileRows, rows - first));
+            if (skip[j / kBlock]) {
+                for (int64_t i = 0; i < height * width; ++i) tile[i / width * kSplit + i % width] = 0.0f;
+                continue;
             }
-            add_values(tile, scores, block_values, call.value_position, count, value_dim, scale,
-                       partial + first * output_stride, output_stride);
+            Ahead ahead{};
+            if (first == 0) {
+                const bool more = j + 2 * kBlock <= count;
+                ahead = more ? Ahead{keys + (j + kBlock) * call.key_position, call.key_position}
+                             : Ahead{values, call.value_position};
+            }
+            dot_block(height, queries + first * query_stride, query_stride, keys + j * call.key_position,
+                      call.key_position, width, call.dim, tile, kSplit, ahead);
+        }
+    }
+
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t c = i / call.groups, head = g * call.groups + i % call.groups;
+        if (call.mask && !one_mask) {
+            read_mask(call.mask + b * call.mask_batch + c * call.mask_candidate + head * call.mask_head + begin, count,
+                      closed);
+        }
+        const float* bias = call.bias ? call.bias + b * call.bias_batch + c * call.bias_candidate +
+                                            head * call.bias_head + begin
+                                      : nullptr;
+        // The first block of the values is on its way; each vector of scores asks for two lines more.
+        const int64_t asked = kBlock * value_dim + i * ((count + kLanes - 1) / kLanes) * kLinePair;
+        const bool fetch = call.value_position == value_dim && asked < count * value_dim;
+        softmax_row(call, scores + i * kSplit, count, bias, call.mask ? closed : nullptr,
+                    PartialRow(partial, i, value_dim), fetch ? values + asked : nullptr);
+    }
+
+    for (int64_t j = 0; j < count; j += kBlock) {
+        if (skip[j / kBlock]) continue;
+        for (int64_t first = 0; first < rows; first += kDotTileRows) {
+            const bool more = first == 0 && j + 2 * kBlock <= count;
+            add_values(static_cast<int>(smaller<int64_t>(kDotTileRows, rows - first)), scores + first * kSplit + j,
+                       values + j * call.value_position, call.value_position, smaller(kBlock, count - j), value_dim,
+                       partial + first * output_stride, output_stride,
+                       {more ? values + (j + kBlock) * call.value_position : nullptr, call.value_position});
         }
     }
 }
