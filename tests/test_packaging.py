@@ -316,7 +316,7 @@ class TestExtension:
         """A second library with the same C++ names in one process must not be linked with ours."""
         defined = run("nm", "-D", "-C", "--defined-only", _backends.extension().__file__)
         assert "PyInit__C" in defined
-        assert "simctg::" not in defined
+        assert [line for line in defined.splitlines() if re.match(r"[0-9a-f]* *\w simctg::", line)] == []
 
     @pytest.mark.skipif(not X86_64 or not shutil.which("nm"), reason="needs nm and x86-64")
     def test_wide_instructions_stay_where_they_belong(self, checkout):
@@ -324,7 +324,7 @@ class TestExtension:
         (folder,) = (checkout / "build").glob(f"ninja-*-{sys.implementation.cache_tag}")
         for source in sorted((checkout / "csrc").glob("*_avx*.cpp")):
             symbols = run("nm", "-C", "--defined-only", folder / f"{source.stem}.o").splitlines()
-            assert [line for line in symbols if re.match(r"[0-9a-f]* *[WVu] ", line)] == [], source.name
+            assert [line for line in symbols if re.match(r"[0-9a-f]* *W ", line)] == [], source.name
 
 
 # A stand-in for csrc/: compiles in a moment, and its files refuse the wrong flags.
