@@ -8,6 +8,7 @@
 
 #include "candidate_select.h"
 #include "decode_attention.h"
+#include "gelu.h"
 #include "linear.h"
 
 namespace py = pybind11;
@@ -72,6 +73,10 @@ void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key
     simctg::decode_attention(call, num_threads);
 }
 
+void gelu_tanh(address x, address y, int64_t count, int num_threads) {
+    simctg::gelu_tanh(pointer<const float>(x), pointer<float>(y), count, num_threads);
+}
+
 void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, Array<1> mask, address penalty,
                     address position, int num_threads) {
     simctg::CandidateScan call{};
@@ -106,4 +111,5 @@ void bind_decoding(py::module_& m) {
           py::arg("sinks"), py::arg("out"), py::arg("num_threads"), release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("mask"),
           py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("gelu_tanh", &gelu_tanh, py::arg("x"), py::arg("y"), py::arg("count"), py::arg("num_threads"), release_gil());
 }

@@ -1,10 +1,12 @@
-"""Linear layers that read their weights once per step, for the length of a ``with`` block.
+"""Linear layers that read their weights once per step, and two small modules without their waste, for a ``with`` block.
 
 A decoding step multiplies ``batch · top_k`` rows with every weight of the model; :mod:`simctg_fast.ops.linear` does
-that at the price of one row. :func:`fast_linears` gives the model's `torch.nn.Linear` and `Conv1D` modules a ``forward``
-of their own that uses it. Each call decides for itself: whatever the kernel does not take (many rows, gradients,
-autocast, another dtype, tracing) runs the module's own forward. Weights are looked up at each call, so an update, a LoRA
-merge or a replaced parameter counts at once. Only ``forward`` is put in place, not ``__call__``: hooks run as always.
+that at the price of one row. :func:`fast_linears` gives the model's `torch.nn.Linear` and `Conv1D` modules a
+``forward`` of their own that uses it. Each call decides for itself: whatever the kernel does not take (many rows,
+gradients, autocast, another dtype, tracing) runs the module's own forward. Weights are looked up at each call, so an
+update, a LoRA merge or a replaced parameter counts at once. Only ``forward`` is put in place, not ``__call__``: hooks
+run as always. GPT-2's `NewGELUActivation` (eight tensor operations) becomes one pass, `Dropout` outside of training
+nothing at all.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Dropout, Linear, Module, Parameter
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import _backends
+from ..ops.gelu import run_kernel as run_gelu
 from ..ops.linear import MAX_ROWS, run_kernel
 from ..ops.linear import pack as pack_weight
 
@@ -33,6 +37,8 @@ _MEMORY_SHARE = 0.25  # of the free memory, at most, goes into packed copies
 
 _LINEAR_FORWARD = Linear.forward
 _CONV1D_FORWARD = Conv1D.forward
+_NEW_GELU_FORWARD = NewGELUActivation.forward
+_DROPOUT_FORWARD = Dropout.forward
 
 _lock = threading.RLock()
 _patched: dict[int, _Patched] = {}  # by id(module)
@@ -134,10 +140,31 @@ def _conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
     return _CONV1D_FORWARD(self, x)
 
 
-_linear_forward.__name__ = _conv1d_forward.__name__ = "forward"
-_FORWARDS = {
+def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
+    if (
+        type(input) is Tensor
+        and input.dtype is torch.float32
+        and input.is_cpu
+        and input.is_contiguous()
+        and not (torch.is_grad_enabled() and input.requires_grad)
+        and _is_plain_eager()
+    ):
+        return run_gelu(input)
+    return _NEW_GELU_FORWARD(self, input)
+
+
+def _dropout_forward(self: Dropout, input: Tensor) -> Tensor:
+    return _DROPOUT_FORWARD(self, input) if self.training else input
+
+
+for _forward in (_linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward):
+    _forward.__name__ = "forward"
+# The class's forward, ours, and for linear layers whether the weight is [in, out].
+_FORWARDS: dict[type[Module], tuple[Any, Any, bool | None]] = {
     Linear: (_LINEAR_FORWARD, _linear_forward, False),
     Conv1D: (_CONV1D_FORWARD, _conv1d_forward, True),
+    NewGELUActivation: (_NEW_GELU_FORWARD, _new_gelu_forward, None),
+    Dropout: (_DROPOUT_FORWARD, _dropout_forward, None),
 }
 
 
@@ -146,6 +173,8 @@ def _is_eligible(module: Module) -> bool:
         return False
     if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:  # accelerate's, or somebody else's
         return False
+    if _FORWARDS[type(module)][2] is None:
+        return True
     weight = module._parameters.get("weight")
     return (
         type(weight) is Parameter
@@ -192,7 +221,8 @@ def _free_memory() -> int | None:
 
 
 def _pack_all(entries: list[_Patched]) -> None:
-    todo = [e for e in entries if e.packed is None and not e.module._parameters["weight"].is_inference()]
+    linear = [e for e in entries if _FORWARDS[type(e.module)][2] is not None]
+    todo = [e for e in linear if e.packed is None and not e.module._parameters["weight"].is_inference()]
     needed = sum(4 * e.module._parameters["weight"].numel() for e in todo)
     free = _free_memory()
     if free is None or needed > _MEMORY_SHARE * free:
@@ -213,7 +243,7 @@ def fast_linears(model: Module, rows_hint: int = 1, pack: bool | str = "auto") -
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
-    contiguous float32 weight on the CPU. Blocks may be nested, and other threads may use the model meanwhile. On the
+    contiguous float32 weight on the CPU, and `NewGELUActivation` and `Dropout`. Blocks may be nested, and other threads may use the model meanwhile. On the
     way out, also by an exception, every module is as it was found.
 
     Args:

@@ -175,6 +175,7 @@ def decode_attention_cpu(
     *,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Attention of ``B·k`` one-token queries over ``B`` shared prefixes, in C++: keys and values are read once.
 
@@ -192,6 +193,7 @@ def decode_attention_cpu(
         window_start: positions before it are not read.
         lengths: ``(B,)`` int64, positions in use in each row, each at most ``length``.
         starts: ``(B,)`` int64, a ``window_start`` of each row's own.
+        checked: :func:`decode_attention_supported` has just said yes.
 
     Returns:
         ``(B·k, 1, H, D_v)``, contiguous. A row that may see nothing is NaN, as softmax makes it.
@@ -200,7 +202,7 @@ def decode_attention_cpu(
         RuntimeError: no C++ extension. ValueError: arguments it does not take, with their values.
     """
     extension = _backends.require_extension()
-    problem = _attention_obstacle(query, key, value, new_key, new_value, mask, bias, sinks)
+    problem = None if checked else _attention_obstacle(query, key, value, new_key, new_value, mask, bias, sinks)
     rows, heads, queries, dim = query.shape
     batch, kv_heads, positions, key_dim = key.shape
     value_dim = value.shape[-1]

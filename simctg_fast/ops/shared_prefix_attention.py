@@ -52,7 +52,9 @@ def shared_prefix_attention(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
-    if impl == "cpu" or (impl == "auto" and _cpu.decode_attention_supported(*arguments)):
+    if impl == "auto" and _cpu.decode_attention_supported(*arguments):
+        return _cpu.decode_attention_cpu(*arguments, checked=True)
+    if impl == "cpu":
         return _cpu.decode_attention_cpu(*arguments)
     return _attention_torch(*arguments)
 

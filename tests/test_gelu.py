@@ -1,0 +1,43 @@
+"""GELU in one pass against float64."""
+
+import pytest
+import torch
+
+from simctg_fast.ops import _backends
+from simctg_fast.ops.gelu import gelu_tanh
+
+ISAS = ("generic", "avx2", "avx512")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    extension = _backends.extension()
+    try:
+        extension.set_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    extension.set_isa("auto")
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 33, 4099, 40_000])
+def test_matches_float64(isa, count):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count)) * 4
+    truth = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    plain = (torch.nn.functional.gelu(x, approximate="tanh").double() - truth).abs()
+    assert ((gelu_tanh(x).double() - truth).abs() <= 2 * plain + 1e-6 * truth.abs() + 1e-7).all()
+
+
+def test_special_values(isa):
+    x = torch.tensor([0.0, -0.0, 30.0, -30.0, float("inf"), float("nan"), 1e-30, 3e38])
+    y, want = gelu_tanh(x), torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(y, want, equal_nan=True)
+
+
+def test_other_layouts_dtypes_and_gradients():
+    x = torch.randn(6, 5).t()
+    torch.testing.assert_close(gelu_tanh(x), torch.nn.functional.gelu(x, approximate="tanh"))
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gelu_tanh, (x,))
+    torch.library.opcheck(torch.ops.simctg_fast.gelu_tanh.default, (torch.randn(4, 6, requires_grad=True),))
+    assert torch.equal(torch.compile(gelu_tanh, fullgraph=True, backend="aot_eager")(x), gelu_tanh(x))
