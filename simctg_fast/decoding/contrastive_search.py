@@ -28,7 +28,6 @@ logger = logging.getLogger("simctg_fast")
 DEFAULT_PENALTY_ALPHA = 0.6
 DEFAULT_TOP_K = 4
 _TRANSFORMERS_TOP_K = 50  # what generation configurations say when nobody chose
-_STOP_CHECK_INTERVAL = 8  # steps between two looks at the end-of-text flags on a GPU: each look waits for the device
 _SUPPORTED_CACHES = (None, "dynamic", "static")
 
 
@@ -275,7 +274,10 @@ class _Run:
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=device)
         steps_needed = torch.zeros((), dtype=torch.long, device=device)
         pad_token = self.config._pad_token_tensor
-        interval = _STOP_CHECK_INTERVAL if device.type == "cuda" and self.streamer is None else 1
+        interval = 1 if self.streamer is not None else stop_check_interval(device)
+        # Surplus steps must not leave a model's table of positions.
+        text_config = self.model.config.get_text_config(decoder=True)
+        closely = (getattr(text_config, "max_position_embeddings", None) or math.inf) - interval
         outputs, step, finished = self.prefill_outputs, 0, False
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
@@ -304,7 +306,8 @@ class _Run:
             steps_needed += unfinished.max()
             unfinished = unfinished & ~self.criteria(input_ids, tuple(self.scores) if self.scores is not None else None)
             step += 1
-            if step % interval == 0 or input_ids.shape[1] == self.criteria.max_length:
+            length = input_ids.shape[1]
+            if step % interval == 0 or length >= closely or length == self.criteria.max_length:
                 if interval > 1:
                     self._check_nan(bad, step - 1)
                 finished = not bool(unfinished.max())
@@ -492,6 +495,11 @@ class _Run:
             cross_attentions=collected(self.record["output_attentions"], self.cross_attentions),
             decoder_hidden_states=layers,
         )
+
+
+def stop_check_interval(device: torch.device) -> int:
+    """Steps between two looks at the end-of-text flags: on a GPU each look makes the host wait for the device."""
+    return 8 if device.type == "cuda" else 1
 
 
 def top_k_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

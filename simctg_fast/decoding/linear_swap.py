@@ -243,8 +243,8 @@ def fast_linears(model: Module, rows_hint: int = 1, pack: bool | str = "auto") -
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
-    contiguous float32 weight on the CPU, and `NewGELUActivation` and `Dropout`. Blocks may be nested, and other threads may use the model meanwhile. On the
-    way out, also by an exception, every module is as it was found.
+    contiguous float32 weight on the CPU, and `NewGELUActivation` and `Dropout`. Blocks may be nested, and other threads
+    may use the model meanwhile. On the way out, also by an exception, every module is as it was found.
 
     Args:
         model: any module.

@@ -83,12 +83,9 @@ def _wrap(original):
             extra.pop(name, None)
             given.pop(name, None)
         given.pop("streamer", None)
-        own_config = self.generation_config
-        try:
-            self.generation_config = _without_stop_strings(own_config)
-            return original(self, **given | extra | {"custom_generate": strategy})
-        finally:
-            self.generation_config = own_config
+        if self.generation_config.stop_strings is not None:
+            extra["stop_strings"] = None  # beats the model's own
+        return original(self, **given | extra | {"custom_generate": strategy})
 
     return generate
 
@@ -113,11 +110,17 @@ def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch |
             value = getattr(config, name, None)
         return getattr(model.generation_config, name, None) if value is None else value
 
-    if isinstance(asked, ContrastiveSearch):
-        return copy.copy(asked)
     typed_top_k = arguments.get("top_k", getattr(config, "top_k", None))
+    typed_alpha = arguments.get("penalty_alpha", getattr(config, "penalty_alpha", None))
+    if isinstance(asked, ContrastiveSearch):
+        settings = dict(vars(asked))
+        if asked.penalty_alpha is None:
+            settings["penalty_alpha"] = typed_alpha
+        if asked.top_k is None:
+            settings["top_k"] = typed_top_k
+        return ContrastiveSearch(**settings)
     if asked is contrastive_search:
-        return ContrastiveSearch(arguments.get("penalty_alpha"), typed_top_k)
+        return ContrastiveSearch(typed_alpha, typed_top_k)
     if asked is not None:
         return None
     penalty_alpha = setting("penalty_alpha")

@@ -131,11 +131,11 @@ def support(model, inputs: dict[str, torch.Tensor] | None = None, *, top_k: int 
         report.path,
         report.reason,
         report.head,
-        (*report.checks, _compare(runs["auto"], runs["uncached"])),
+        (*report.checks, _compare(runs["auto"], runs["uncached"], model.dtype)),
     )
 
 
-def _compare(ours, truth) -> Check:
+def _compare(ours, truth, dtype: torch.dtype) -> Check:
     name = "same as recomputing every sequence in full"
     if isinstance(truth, Exception):
         return Check(name, False, f"could not be tried: {truth}")
@@ -148,7 +148,7 @@ def _compare(ours, truth) -> Check:
         prompt = ours.sequences.shape[1] - len(ours.logits)
         if not torch.equal(ours.sequences[:, prompt + step], truth.sequences[:, prompt + step]):
             break
-    tolerance = 2e-2 if ours.logits[0].dtype != torch.float32 or scale > 1e4 else 2e-3
+    tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 2e-3)
     detail = f"largest difference of logits {worst:.2g} over {steps} steps (largest logit {scale:.3g})"
     return Check(name, worst <= tolerance * scale and steps == len(ours.logits), detail)
 
