@@ -80,7 +80,7 @@ def _fake(emissions, beam_size, lengths=None, forced=None, *, impl="auto"):
 
 def _select(emissions, beam_size, lengths=None, forced=None, *, impl="auto"):
     _check(emissions, beam_size, lengths, forced)
-    backend = choose(impl, emissions)
+    backend = choose(impl, emissions, beam=beam_size)
     if backend == "triton":
         from ..kernels import crf_beam
 

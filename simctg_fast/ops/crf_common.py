@@ -19,10 +19,11 @@ import torch
 from . import _backends
 
 IMPLS = ("auto", "triton", "cpu", "torch")
+TILE_LIMIT = 1024  # widest beam of the Triton kernels that hold one in a tile
 BEAM_LIMIT = 65536  # back-pointers are uint16 at most
 
 
-def choose(impl: str, scores: torch.Tensor, *, triton: bool = True) -> str:
+def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | None = None) -> str:
     """The backend that serves a call: ``"cpu"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -53,7 +54,13 @@ def choose(impl: str, scores: torch.Tensor, *, triton: bool = True) -> str:
     if impl == "auto" and single:
         if device == "cpu" and _backends.extension() is not None:
             return "cpu"
-        if device == "cuda" and triton and _backends.has_triton():
+        # A beam that does not fit the kernels' tiles is served by PyTorch.
+        if (
+            device == "cuda"
+            and triton
+            and (scores.shape[2] if beam is None else beam) <= TILE_LIMIT
+            and _backends.has_triton()
+        ):
             return "triton"
     return "torch"
 

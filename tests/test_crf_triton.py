@@ -1,0 +1,120 @@
+"""The CRF's Triton kernels in the interpreter, against the PyTorch path.
+
+The interpreter has to be chosen before triton is imported, so the checks run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {
+    "small": (2, 4, 20, 5, 3),  # beam, rank and vocabulary that are no power of two
+    "tiles": (2, 3, 200, 150, 20),  # several tiles a side
+    "one": (1, 1, 3, 1, 1),
+}
+
+
+def check_operators(batch, length, vocabulary, beam, rank) -> None:
+    from simctg_fast import LowRankCRF
+
+    torch.manual_seed(0)
+    emissions = torch.randn(batch, length, vocabulary)
+    emissions[0, length - 1, : vocabulary // 2] = float("-inf")
+    lengths = torch.tensor([length, length - 1])[:batch]
+    models = LowRankCRF(vocabulary, rank, beam, impl="triton"), LowRankCRF(vocabulary, rank, beam, impl="torch")
+    models[1].load_state_dict(models[0].state_dict())
+    results = []
+    for crf in models:
+        own = emissions.clone().requires_grad_()
+        generator = torch.Generator().manual_seed(4)
+        drawn = crf.sample(own, lengths, num_samples=5, generator=generator, temperature=0.8)
+        weights = torch.randn(batch, 5, generator=torch.Generator().manual_seed(1))
+        (drawn.log_prob * weights).sum().backward()
+        noisy = crf.sample(emissions, lengths, num_samples=3, mode="stochastic_viterbi", generator=generator)
+        given = crf.sample(
+            emissions, lengths, num_samples=2, uniforms=torch.rand(batch, length, 2, generator=generator)
+        )
+        exact = [drawn.beam_tokens, drawn.slots, crf.viterbi(emissions, lengths).slots, noisy.slots, given.slots]
+        near = [
+            drawn.log_prob.detach(), own.grad, crf.E1.weight.grad, crf.E2.weight.grad,
+            crf.log_partition(emissions, lengths).detach(), crf.marginals(emissions, lengths).probs,
+        ]  # fmt: skip
+        results.append((exact, near))
+    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_selection() -> None:
+    from simctg_fast.ops.crf_beam import crf_beam_select
+
+    ties, bans = torch.zeros(1, 2, 700), torch.randn(2, 2, 300)
+    ties[:, :, ::3] = 1
+    bans[:, :, 5:] = float("-inf")
+    signed = torch.zeros(1, 1, 900)
+    signed[:, :, 400:] = -0.0
+    for emissions, beam, lengths in (
+        (torch.randn(2, 3, 500), 7, None),
+        (torch.randn(1, 2, 40), 40, None),
+        (torch.randn(1, 2, 1000).bfloat16(), 50, None),
+        (torch.randn(1, 2, 1000).half(), 50, None),
+        (torch.randn(2, 3, 400).transpose(0, 1), 9, torch.tensor([2, 0, 1])),
+        (ties, 20, None),
+        (bans, 20, torch.tensor([2, 1])),
+        (signed, 100, None),
+    ):
+        ours, theirs = (crf_beam_select(emissions, beam, lengths, impl=impl) for impl in ("triton", "torch"))
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def run(code: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    source = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_crf_triton as t; {code}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", source], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_interpreted(name):
+    run(f"t.check_operators(*{CASES[name]!r})")
+
+
+def test_selection_interpreted():
+    run("t.check_selection()")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 12, 3000, 256, 32), (3, 5, 700, 300, 33)])
+def test_cuda_agrees_with_the_cpu(shape):
+    from simctg_fast import LowRankCRF
+
+    batch, length, vocabulary, beam, rank = shape
+    torch.manual_seed(0)
+    here = LowRankCRF(vocabulary, rank, beam).requires_grad_(False)
+    there = LowRankCRF(vocabulary, rank, beam).requires_grad_(False).cuda()
+    there.load_state_dict(here.state_dict())
+    emissions, lengths = torch.randn(batch, length, vocabulary), torch.randint(0, length + 1, (batch,))
+    for mode in ("ffbs", "stochastic_viterbi"):
+        ours = here.sample(emissions, lengths, num_samples=9, mode=mode, generator=torch.Generator().manual_seed(1))
+        theirs = there.sample(
+            emissions.cuda(), lengths.cuda(), num_samples=9, mode=mode, generator=torch.Generator().manual_seed(1)
+        )
+        same = (ours.tokens == theirs.tokens.cpu()).all(1)  # an edge between two slots may move by a rounding error
+        assert same.float().mean() > 0.9
+        torch.testing.assert_close(ours.log_prob[same], theirs.log_prob.cpu()[same], rtol=1e-4, atol=1e-3)
+    assert torch.equal(
+        here.viterbi(emissions, lengths).tokens, there.viterbi(emissions.cuda(), lengths.cuda()).tokens.cpu()
+    )
