@@ -121,14 +121,14 @@ def train(
     from .loading import context_length, load_model
 
     folder = Path(folder)
-    facts = {"model": os.fspath(model), "data": _digest(data), "options": asdict(options)}
+    facts: dict[str, Any] = {"model": os.fspath(model), "data": _digest(data), "options": asdict(options)}
     facts["validation"] = None if validation is None else _digest(validation)
-    record = _open_folder(folder, facts, restart)
-    if record.get("finished"):
+    record = _read_record(folder, facts, restart)
+    if record is not None and record.get("finished"):
         on_note(f"{folder} is finished; --restart trains again")
         return _summary(folder, record)
 
-    loaded, tokenizer = load_model(model, "cpu", dtype=torch.float32)
+    loaded, tokenizer = load_model(model, device, dtype=torch.float32)
     limit, two_sided = context_length(loaded), bool(loaded.config.is_encoder_decoder)
     if limit is not None and options.max_length > limit:
         raise ValueError(f"max_length is {options.max_length}, the model's context holds {limit}")
@@ -141,9 +141,9 @@ def train(
     on_note(f"{len(rows):,} sequences, {sum(len(row['labels']) for row in rows):,} tokens to learn")
 
     measured = (held_out or rows)[:MEASURED_SEQUENCES]
-    if "isotropy_before" not in record:
-        record["isotropy_before"] = _measure(loaded, measured, collate)
-        _write_json(folder / RECORD, record)
+    if record is None:
+        # Only now, when nothing the user gave can be wrong any more.
+        record = _new_record(folder, facts, isotropy_before=_measure(loaded, measured, collate))
 
     trainer = _make_trainer(loaded, rows, held_out, collate, options, folder, device, save_every, log_every, keep)
     checkpoint = last_checkpoint(folder)
@@ -192,8 +192,6 @@ def _make_trainer(
 
     from .integrations.trainer import SimCTGTrainer
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but this torch sees no GPU")
     fields = TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     use_cpu = device == "cpu" or not torch.cuda.is_available()
@@ -293,27 +291,34 @@ def _measure(model: Any, rows: list, collate: Collator) -> float:
     return total / count if count else float("nan")
 
 
-def _open_folder(folder: Path, facts: dict[str, Any], restart: bool) -> dict[str, Any]:
-    """The record of the run in the folder, written if the folder is new; raises where it is something else's."""
+def _read_record(folder: Path, facts: dict[str, Any], restart: bool) -> dict[str, Any] | None:
+    """The record of the run in the folder, None where a new one begins; raises where the folder is something else's."""
     record = _read_json(folder / RECORD)
     if record is None:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is a file; name a folder")
         if folder.is_dir() and any(path.name != RECORD for path in folder.iterdir()):
             raise ValueError(f"the folder {str(folder)!r} is not empty and holds no run of this command; name another")
-        folder.mkdir(parents=True, exist_ok=True)
-    elif restart:
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        (folder / LOG).unlink(missing_ok=True)
-    else:
-        different = _differences(record, facts)
-        if different:
-            raise ValueError(
-                f"the run in {str(folder)!r} was started with {'; '.join(different)}; name another folder, or restart"
-            )
-        return record
+        return None
+    if restart:
+        return None
+    different = _differences(record, facts)
+    if different:
+        raise ValueError(
+            f"the run in {str(folder)!r} was started with {'; '.join(different)}; name another folder, or restart"
+        )
+    return record
+
+
+def _new_record(folder: Path, facts: dict[str, Any], isotropy_before: float) -> dict[str, Any]:
+    """Writes it, and takes away what an earlier run has left."""
     from . import __version__
 
-    record = {"simctg_fast": __version__, **facts}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    (folder / LOG).unlink(missing_ok=True)
+    record = {"simctg_fast": __version__, **facts, "isotropy_before": isotropy_before}
     _write_json(folder / RECORD, record)
     return record
 

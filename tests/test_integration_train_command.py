@@ -199,6 +199,20 @@ class TestCommand:
         assert lines[-1]["loss"] < lines[0]["loss"]
         assert lines[0]["contrastive_loss"] > 0
 
+    def test_restart(self, place, tmp_path):
+        def steps(**changes):
+            options = TrainingOptions(steps=2, batch_size=4, max_length=32, **changes)
+            folder = tmp_path / "run"
+            train(
+                place / "gpt2", place / "texts.txt", folder, options, device="cpu", log_every=1, restart=bool(changes)
+            )
+            return [line["loss"] for line in log_lines(folder)]
+
+        first = steps()
+        second = steps(seed=1)
+        assert len(first) == len(second) == 2
+        assert first != second
+
     def test_contrastive_training_raises_isotropy(self, place, tmp_path):
         """Against the same run with the likelihood alone."""
         after = {}
@@ -226,6 +240,7 @@ class TestCommand:
         result = CliRunner(env={"COLUMNS": "400"}).invoke(app, command + arguments)
         assert result.exit_code == 2, result.output
         assert message in result.output
+        assert not (tmp_path / "run").exists(), "the same folder can be named again with the right value"
 
     def test_a_folder_of_something_else_is_left_alone(self, place, tmp_path):
         (tmp_path / "thesis.tex").write_text("mine")

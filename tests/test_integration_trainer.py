@@ -140,6 +140,44 @@ class TestExactness:
         )
         assert_same(change_of_weights(trainer, "gpt2"), true_gradient("gpt2", "pairs")[0])
 
+    @pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.full)])
+    def test_gradient_checkpointing(self, name, tmp_path):
+        model = tiny_model(name)
+        model.gradient_checkpointing_enable()
+        trainer = SimCTGTrainer(
+            model,
+            arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2),
+            train_dataset=dataset(name),
+            data_collator=collate,
+            margin=MARGIN,
+            contrastive_weight=WEIGHT,
+        )
+        assert_same(change_of_weights(trainer, name), true_gradient(name, "pairs")[0])
+
+    @pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.full)])
+    def test_label_smoothing(self, name, tmp_path):
+        """Trainer's own, which takes the labels out of the batch; for an encoder-decoder the collator then makes the
+        decoder's inputs."""
+        changes = []
+        for rows, steps in ((8, 1), (2, 4)):
+            trainer = SimCTGTrainer(
+                tiny_model(name),
+                arguments(
+                    tmp_path,
+                    per_device_train_batch_size=rows,
+                    gradient_accumulation_steps=steps,
+                    label_smoothing_factor=0.2,
+                ),
+                train_dataset=dataset(name),
+                data_collator=collate if name == "gpt2" else collate_for_compute_loss,
+                margin=MARGIN,
+                contrastive_weight=WEIGHT,
+            )
+            changes.append(change_of_weights(trainer, name))
+        assert_same(*changes)
+        plain = true_gradient(name, "pairs")[0]
+        assert any((changes[0][key] - value).abs().max() > 1e-4 for key, value in plain.items()), "nothing was smoothed"
+
     def test_dense_on_one_batch(self, tmp_path):
         lengths = (9,) * 4
         trainer = SimCTGTrainer(

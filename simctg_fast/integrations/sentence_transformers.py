@@ -96,7 +96,7 @@ class SimCSELoss(nn.Module):
         # Each process computes the terms of its own rows, and the average over processes is the mean over all rows.
         weight = world_size() / max(1, anchors.shape[0]) if self.gather_across_devices else 1 / max(1, own)
         keys = torch.cat([positives, *negatives]) if negatives else positives
-        options = {"targets": first, "reduction": "sum", "impl": self.impl}
+        options: dict[str, Any] = {"targets": first, "reduction": "sum", "impl": self.impl}
         loss = info_nce(anchors.narrow(0, first, own), keys, temperature, **options)
         if self.symmetric:
             loss = (loss + info_nce(positives.narrow(0, first, own), anchors, temperature, **options)) / 2

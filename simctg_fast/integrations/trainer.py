@@ -31,7 +31,7 @@ if _LAST_LAYER is not True:
     _LAST_LAYER = -1 if hasattr(output_capturing, "selected_hidden_states") else True
 
 if TYPE_CHECKING:
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
@@ -249,7 +249,7 @@ class SimCTGComputeLoss:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         margin: float = 0.5,
         reduction: str = "pairs",
