@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class ContrastiveSearch:
     Args:
         penalty_alpha: weight of the penalty in [0, 1]; 0 is greedy search. Default: what ``generate`` got, else 0.6.
         top_k: number of candidates, 1 … vocabulary; 1 is greedy search. Default: what ``generate`` got, else 4.
-            (A 50 found there is transformers' default, which nobody chose; to use 50, say so here.)
+            (Not a 50, which is transformers' default, nor a checkpoint's own value for sampling: say those here.)
         temperature: makes the choice random: candidate i with probability ∝ exp(score_i / temperature).
         generator: random numbers for ``temperature``; the global generator of the device if None.
         streamer: a ``transformers`` streamer; it gets the prompt, then every token, and is always ended.
@@ -129,12 +130,12 @@ def contrastive_search(model, input_ids, logits_processor, stopping_criteria, ge
 
 
 def _check_penalty_alpha(value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"penalty_alpha must be a number in [0, 1], got {value!r}")
 
 
 def _check_top_k(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"top_k must be an integer of at least 1, got {value!r}")
 
 
@@ -158,6 +159,17 @@ class _Run:
                 raise ValueError(
                     f"attention_mask has no real token in row {empty[0]} of the batch; allowed: at least 1"
                 )
+        self.positions = position_table(model)
+        if self.positions is not None:
+            embeds = None if self.is_encoder_decoder else self.model_kwargs.get("inputs_embeds")
+            width = input_ids.shape[1] if embeds is None else embeds.shape[1]
+            self.longest_prompt = width if prompt is None else int(prompt.sum(dim=-1).max())
+        if config.do_sample and strategy.temperature is None and (config.num_return_sequences or 1) > 1:
+            logger.warning(
+                "num_return_sequences=%d gives equal texts: contrastive search is deterministic unless "
+                "ContrastiveSearch(temperature=...) is given.",
+                config.num_return_sequences,
+            )
         wanted = bool(config.return_dict_in_generate)
         self.record = {
             "output_hidden_states": wanted and bool(config.output_hidden_states),
@@ -179,7 +191,11 @@ class _Run:
         _check_penalty_alpha(alpha)
         top_k = strategy.top_k
         if top_k is None:
-            top_k = DEFAULT_TOP_K if config.top_k in (None, _TRANSFORMERS_TOP_K) else config.top_k
+            # Neither transformers' own default nor a checkpoint's setting for sampling was typed for this.
+            untyped = {None, _TRANSFORMERS_TOP_K}
+            if model.generation_config.do_sample:
+                untyped.add(model.generation_config.top_k)
+            top_k = DEFAULT_TOP_K if config.top_k in untyped else config.top_k
         _check_top_k(top_k)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         if top_k > vocabulary:
@@ -191,7 +207,7 @@ class _Run:
                 f"cache_implementation must be one of {_SUPPORTED_CACHES} for contrastive search, "
                 f"got {config.cache_implementation!r}"
             )
-        return float(alpha), top_k
+        return float(alpha), int(top_k)
 
     def _checked_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {n: v for n, v in kwargs.items() if n not in ("output_hidden_states", "output_attentions")}
@@ -282,12 +298,15 @@ class _Run:
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
+            self._check_room(step)
             processed = self.processors(input_ids, logits)
             if self.raw_logits is not None:
                 self.raw_logits.append(logits)
             if self.scores is not None:
                 self.scores.append(processed)
             self._record(outputs)
+            if k > processed.shape[-1]:
+                raise ValueError(f"top_k must be at most the {processed.shape[-1]} logits of the model, got {k}")
             probs, candidates = top_k_probs(processed, k)
             without = probs.isnan().any(dim=-1) & unfinished.bool()
             bad |= without
@@ -317,6 +336,15 @@ class _Run:
         for recorded in (self.scores, self.raw_logits, self.layers, self.attentions, self.cross_attentions):
             if recorded:
                 del recorded[kept:]
+
+    def _check_room(self, step: int) -> None:
+        """The candidates of the last token are run as well, so a table of positions ends one token earlier than for
+        greedy search."""
+        if self.positions is not None and self.longest_prompt + step >= self.positions:
+            raise ValueError(
+                f"max_new_tokens is too large: with a prompt of {self.longest_prompt} tokens this model's table of "
+                f"{self.positions} positions ends after {self.positions - self.longest_prompt} new ones"
+            )
 
     @staticmethod
     def _check_nan(bad: torch.Tensor, step: int) -> None:
@@ -495,6 +523,19 @@ class _Run:
             cross_attentions=collected(self.record["output_attentions"], self.cross_attentions),
             decoder_hidden_states=layers,
         )
+
+
+def position_table(model: torch.nn.Module) -> int | None:
+    """Size of the decoder's table of positions; None for models that compute theirs."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        is_table = isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last)
+        if is_table and limit <= module.num_embeddings <= limit + 2:  # OPT and BART keep two rows for other uses
+            return limit
+    return None
 
 
 def stop_check_interval(device: torch.device) -> int:

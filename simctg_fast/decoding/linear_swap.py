@@ -84,7 +84,9 @@ def _is_plain_eager() -> bool:
 
 
 def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int) -> bool:
-    if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1] != in_features:
+    if type(x) is not Tensor or not _is_plain_eager():
+        return False
+    if x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1] != in_features:
         return False
     if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
         return False
@@ -98,11 +100,10 @@ def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int) 
         and bias.is_contiguous()
     ):
         return False
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return False
-    return _is_plain_eager()
+    return not (
+        torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    )
 
 
 def _current_packed(module: Module, weight: Tensor) -> Tensor | None:

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .hidden_states import Heard, HiddenStatesTap, last_position
 from .prefix_cache import PrefixCache, self_attention_cache
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
+from .support import autocast_dtype
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (B, k, D) -> index of the winner (B,)
 
@@ -170,7 +171,7 @@ class Path:
         error = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-12)
         # A state that is not finite (an overflow in float16) proves nothing, as long as both are.
         error = error.masked_fill(~expected.isfinite().all(dim=-1) & ~states.isfinite().all(dim=-1), 0.0)
-        allowed = _RELATIVE_ERROR.get(dtype, 1e-1)
+        allowed = _RELATIVE_ERROR.get(autocast_dtype(states.device) or dtype, 1e-1)
         if not bool((error <= allowed).all()):
             raise PathUnsupportedError(
                 f"its hidden states differ from {against} by {error.max().item():.2g} (allowed {allowed:g})"

@@ -45,6 +45,7 @@ class SharedPrefixStep:
         self.cache = cache
         self.candidates = candidates
         self.cross = {} if cross_cache is None else {layer.keys.data_ptr(): layer for layer in cross_cache.layers}
+        self.windows: dict[int, tuple[torch.Tensor, int]] = {}  # id(mask) -> the mask (kept alive), its window
         self.calls: dict[int, int] = {}  # id(layer) -> attention calls that read it
 
     def attend(
@@ -74,10 +75,10 @@ class SharedPrefixStep:
         self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
         shared = key.shape[2] - (new_key is not None)
         mask, bias = self._mask_and_bias(attention_mask, position_bias, key.shape[2])
-        # transformers puts the window into the mask (none while it covers everything); knowing it, we need not even
-        # read what lies before it. The window counts the candidate itself.
-        windowed = sliding_window and new_key is not None and attention_mask is not None
-        start = max(0, shared + 1 - sliding_window) if windowed else 0
+        # A window is a matter of the mask alone: some models name one to their attention that their masks do not have.
+        # Where the mask was made with it, what lies before need not even be read. It counts the candidate itself.
+        window = self.windows.get(id(attention_mask), (None, None))[1]
+        start = max(0, shared + 1 - window) if window is not None and new_key is not None else 0
         out = shared_prefix_attention(
             query,
             layer.keys,
@@ -166,8 +167,12 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def _mask(*args, **kwargs):
-    if getattr(_step, "value", None) is not None:
-        return sdpa_mask(*args, **kwargs)
+    step = getattr(_step, "value", None)
+    if step is not None:
+        mask = sdpa_mask(*args, **kwargs)
+        if mask is not None and kwargs.get("local_size") is not None:
+            step.windows[id(mask)] = (mask, kwargs["local_size"])
+        return mask
     name = _original_name(kwargs.get("config"))
     return AttentionMaskInterface._global_mapping.get(name, eager_mask)(*args, **kwargs)
 

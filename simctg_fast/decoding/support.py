@@ -43,7 +43,13 @@ _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, SupportReport]] = w
 def _key(model: torch.nn.Module) -> tuple:
     """What a report depends on beside the module itself."""
     text_config = model.config.get_text_config(decoder=True)
-    return (model.config._attn_implementation, text_config._attn_implementation, model.dtype, model.training)
+    attention = (model.config._attn_implementation, text_config._attn_implementation)
+    return (*attention, model.dtype, model.training, autocast_dtype(model.device))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on ``device``; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def recall(model: torch.nn.Module) -> SupportReport | None:
