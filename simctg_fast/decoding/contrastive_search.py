@@ -414,6 +414,7 @@ class _Run:
         model_kwargs = grow_kwargs(self.model, self.model_kwargs, input_ids[:, self.input_ids.shape[1] :])
         while self.routes:
             name, head = self.routes.pop(0)
+            asked = bool(self.tap.arguments)
             try:
                 self.opened: Path = PATHS[name](
                     self.model,
@@ -426,7 +427,10 @@ class _Run:
                 )
                 logits, states, self.prefill_outputs = self.opened.prefill(input_ids)
             except (PathUnsupportedError, HeadUnsupportedError) as error:
-                self._refuse(name, error)
+                if not head and not asked and self.tap.arguments:  # only now known: the model has to be asked
+                    self.routes.insert(0, (name, head))
+                else:
+                    self._refuse(name, error)
                 continue
             self.trials_left = 0 if self.trusted == (name, head) else self.opened.trial_steps
             mask = self._prompt_mask(model_kwargs)

@@ -109,7 +109,9 @@ class Path:
             heard = self.tap.mute()
         parts = heard.head if self.head else self.last_layer(outputs, heard)
         shapes = [tuple(part.shape) for part in parts if isinstance(part, torch.Tensor)]
-        if sum(shape[1] for shape in shapes if len(shape) == 3) < max(1, input_ids.shape[1]):
+        positions = sum(shape[1] for shape in shapes if len(shape) == 3)
+        chunked = self.generation_config.prefill_chunk_size is not None
+        if positions < max(1, input_ids.shape[1]) or (len(parts) > 1 and not chunked):
             if self.head:
                 raise HeadUnsupportedError(f"of the prompt, {shapes or 'nothing'} reaches the output embedding")
             raise PathUnsupportedError(f"{type(self.model).__name__} has no hidden state for every position")
@@ -293,14 +295,15 @@ class SharedPrefixPath(Path):
 
     def verified_step(self, input_ids, candidates, choose):
         """Run the last candidate of every sequence through the model's own attention first, and compare."""
-        expected = self._plain_forward(candidates[:, -1:])
         spy = _Spy(choose)
+        self.last_step: SharedPrefixStep | None = None
         try:
+            expected = self._plain_forward(candidates[:, -1:])
             result = self.step(input_ids, candidates, spy)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            if not self.last_step.calls:
+            if self.last_step is not None and not self.last_step.calls:
                 raise PathUnsupportedError("it does not use the attention interface") from error
             raise PathUnsupportedError(
                 f"a step over one copy of the prefix fails ({type(error).__name__}: {error})"
@@ -367,14 +370,14 @@ class ReorderPath(Path):
     def verified_step(self, input_ids, candidates, choose):
         """Compare the last candidate of every sequence with running its whole sequence without a cache."""
         spy = _Spy(choose)
+        whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
         try:
             result = self.step(input_ids, candidates, spy)
+            expected = whole_sequence_states(self, self.initial, whole, self.prompt_ids)
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise PathUnsupportedError(f"a step after reorder_cache fails ({type(error).__name__}: {error})") from error
-        whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
-        expected = whole_sequence_states(self, self.initial, whole, self.prompt_ids)
         self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "those of its whole sequence")
         return result
 
