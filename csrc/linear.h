@@ -26,7 +26,8 @@ enum class WeightLayout {
 
 // The result of a row depends on that row alone: neither on the other rows, nor on how many there are, nor on the number
 // of threads. It does depend on the layout, which decides the order of the sums (panels sum as rows_are_inputs does), and
-// on the instruction set. Throws std::invalid_argument on negative sizes and on strides shorter than a row.
+// on the instruction set. Throws std::invalid_argument on negative sizes and on a weight_stride or y_stride shorter than a
+// row.
 void linear(const Linear& call, WeightLayout layout, int num_threads);
 
 // Floats in the packed copy of a weight.
