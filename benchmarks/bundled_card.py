@@ -78,7 +78,7 @@ def write_card(
         {
             "steps": f"{progress.step:,}",
             "tokens seen": f"{progress.tokens:,} ({progress.tokens / train_tokens:.1f} epochs)",
-            "time": f"{progress.seconds / 60:.0f} minutes on a busy 2-core CPU, {rate:,.0f} tokens/s",
+            "time": f"{progress.seconds / 60:.0f} minutes with {torch.get_num_threads()} CPU threads, {rate:,.0f} tokens/s",
             "training loss": f"{progress.likelihood:.3f} nats per token",
             "contrastive loss": f"{progress.contrastive:.4f}",
             "validation loss": f"{progress.validation:.3f} nats per token at length {recipe.length}, "
@@ -116,8 +116,8 @@ of those of a few modules written in C. That text differs by Python version: the
 ## Training
 
 From a fixed seed, on the CPU, by one command:
-`python benchmarks/train_bundled.py --steps {recipe.steps}`. The loss is the likelihood plus
-{recipe.contrastive_weight:g} times the SimCTG contrastive loss with margin {recipe.margin:g} (Su et al. 2022, eq. 2). \
+`python benchmarks/train_bundled.py --steps {recipe.steps}`. The loss is the likelihood plus the SimCTG contrastive loss
+(weight {recipe.contrastive_weight:g}, margin {recipe.margin:g}; Su et al. 2022, eq. 2). \
 Muon moves the matrices inside the blocks, AdamW everything else.
 
 {training_table}

@@ -110,7 +110,7 @@ class TestGenerate:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
-        prompt = tokenizer.decode(tokenizer("one word " * 200)["input_ids"][:504])
+        prompt = tokenizer.decode(tokenizer("one word " * 300)["input_ids"][:504])
         room = 512 - len(tokenizer(prompt)["input_ids"])
         result = run("generate", "bundled", prompt, "-n", "900", "--json")
         assert 0 < lines(result)[0]["tokens"] <= room < 20
