@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -257,6 +258,32 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
             (folder / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_run_whose_last_checkpoint_was_cut_short(place, tmp_path):
+    """As if killed while the checkpoint of step 12 was written: it goes on from step 8, to the same weights and log."""
+    options = TrainingOptions(steps=14, batch_size=4, max_length=32, learning_rate=1e-3)
+    out = tmp_path / "run"
+
+    def run():
+        return train(place / "gpt2", place / "texts.txt", out, options, device="cpu", save_every=4, log_every=1, keep=9)
+
+    assert run().resumed_from == 0
+    weights = load_file(out / "model.safetensors")
+    curve = [(line["step"], line["loss"]) for line in log_lines(out)]
+    shutil.rmtree(out / "checkpoint-14")
+    (out / "checkpoint-12" / "trainer_state.json").unlink()
+    (out / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    (out / "model.safetensors").unlink()
+    with (out / "train_log.jsonl").open("a") as log:
+        log.write('{"step": 1')
+    record = json.loads((out / "simctg_training.json").read_text())
+    (out / "simctg_training.json").write_text(json.dumps({k: v for k, v in record.items() if k != "finished"}))
+
+    assert run().resumed_from == 8
+    again = load_file(out / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    assert [(line["step"], line["loss"]) for line in log_lines(out)] == curve
 
 
 @pytest.mark.full
