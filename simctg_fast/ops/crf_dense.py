@@ -23,6 +23,11 @@ for _name in ("dense_log_partition", "dense_viterbi"):
         f'{_name}(Tensor emissions, Tensor transitions, Tensor? lengths=None, *, str impl="auto") -> Tensor',
         tags=(torch.Tag.pt2_compliant_tag,),
     )
+_library.define(
+    "dense_log_partition_backward(Tensor emissions, Tensor transitions, Tensor? lengths, Tensor grad) "
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def dense_log_partition(emissions, transitions, lengths=None, *, impl: str = "auto") -> torch.Tensor:
@@ -120,10 +125,15 @@ def _forward(emissions, transitions, lengths):
     return alphas, messages, norms, factors
 
 
+def _fake_gradient(emissions, transitions, lengths, grad):
+    return emissions.new_empty(emissions.shape), transitions.new_empty(transitions.shape)
+
+
 def _gradient(emissions, transitions, lengths, grad):
     """One reverse sweep: d log Z / d emissions are the marginals, d / d transitions the expected counts."""
     alphas, messages, _, factors = _forward(emissions, transitions, lengths)
-    grad_emissions, grad_transitions = torch.zeros_like(emissions), torch.zeros_like(transitions)
+    grad_emissions = emissions.new_zeros(emissions.shape)
+    grad_transitions = transitions.new_zeros(transitions.shape)
     flow = alphas[-1].softmax(1) * grad[:, None]
     table = transitions.amax()
     for t in range(emissions.shape[1] - 1, -1, -1):
@@ -169,12 +179,14 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
 
 def _autograd(ctx, grad):
     emissions, transitions, lengths = ctx.saved_tensors
-    return *_gradient(emissions, transitions, lengths, grad), None
+    return *torch.ops.simctg_fast.dense_log_partition_backward(emissions, transitions, lengths, grad), None
 
 
 _library.impl("dense_log_partition", _partition, "CompositeExplicitAutograd")
+_library.impl("dense_log_partition_backward", _gradient, "CompositeExplicitAutograd")
 _library.impl("dense_viterbi", _viterbi, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::dense_log_partition", _fake_partition, lib=_library)
+torch.library.register_fake("simctg_fast::dense_log_partition_backward", _fake_gradient, lib=_library)
 torch.library.register_fake("simctg_fast::dense_viterbi", _fake_viterbi, lib=_library)
 torch.library.register_autograd(
     "simctg_fast::dense_log_partition", _autograd, setup_context=_setup_context, lib=_library

@@ -148,7 +148,7 @@ def _backward(grad, messages, norms, scores, tokens, left, right, lengths, scale
 
 def _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables):
     rank = left.shape[1]
-    grad_scores = torch.zeros_like(scores)
+    grad_scores = scores.new_zeros(scores.shape)
     grad_left, grad_right = (torch.zeros_like(x) if tables else x.new_zeros((0,)) for x in (left, right))
     flow = grad[:, -1]
     for t in range(scores.shape[1] - 2, -1, -1):
