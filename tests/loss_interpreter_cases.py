@@ -1,0 +1,115 @@
+"""Runs the losses' Triton kernels in Triton's interpreter, against float64.
+
+A script, as the interpreter is chosen at import.
+
+Prints one JSON line a case: the case and what it measured. `test_kernels_interpreter_losses.py` starts it and judges.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from simctg_fast.functional import contrastive_loss, cosine_similarity_matrix, simcse_sup_loss, simcse_unsup_loss
+from simctg_fast.reference import simcse as simcse_reference
+from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-12))
+
+
+def gradient_of(loss_function, tensor: torch.Tensor):
+    leaf = tensor.detach().requires_grad_()
+    loss = loss_function(leaf)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+def contrastive(shape, bias, dtype, reduction, precision, normalizer=None) -> dict[str, float]:
+    torch.set_float32_matmul_precision(precision)
+    batch, length, _ = shape
+    states = (torch.randn(shape) + bias * torch.randn(shape[2])).to(DTYPES[dtype])
+    mask = None
+    if reduction != "dense":
+        mask = torch.ones(batch, length, dtype=torch.bool if batch == 1 else torch.int64)
+        mask[0, : length // 5] = 0
+        mask[-1, length - length // 4 :] = 0
+    if length > 9:
+        states[0, length // 2] = 0.0
+    junk = states if mask is None else states.masked_fill(mask[..., None] == 0, float("nan"))
+    wide = states.double()
+    truth, gradient = gradient_of(lambda s: reference(s, mask, 0.5, reduction), wide)
+    if normalizer is not None:
+        count = float((mask.sum(1) * (mask.sum(1) - 1)).sum())
+        truth, gradient = truth * count / normalizer, gradient * count / normalizer
+    gradient = gradient.masked_fill((wide == 0).all(-1, keepdim=True), 0.0)
+    loss, got = gradient_of(
+        lambda s: contrastive_loss(s, 0.5, mask, reduction, normalizer=normalizer, impl="triton"), junk
+    )
+    # A permuted view, no gradient kept.
+    permuted = junk.transpose(0, 1).contiguous().transpose(0, 1)
+    again = contrastive_loss(permuted, 0.5, mask, reduction, normalizer=normalizer, impl="triton")
+    return {
+        "loss": float((loss - truth).abs() / truth.abs().clamp_min(1e-9)),
+        "gradient": relative(got, gradient),
+        "largest": float((got - gradient).abs().max() / gradient.abs().max().clamp_min(1e-12)),
+        "same": float(torch.equal(again, loss)),
+        "active": float(truth > 0),
+    }
+
+
+def edges() -> dict[str, float]:
+    loss, gradient = gradient_of(lambda s: contrastive_loss(s, impl="triton"), torch.randn(2, 1, 8))
+    bad = torch.randn(1, 5, 8)
+    bad[0, 2, 3] = float("inf")
+    empty, _ = gradient_of(lambda s: contrastive_loss(s, impl="triton"), torch.randn(0, 5, 8))
+    return {
+        "one_token": float(loss.abs() + gradient.abs().max()),
+        "not_finite": float(contrastive_loss(bad, impl="triton").isnan()),
+        "empty": float(empty),
+    }
+
+
+def simcse(rows, width, dtype, supervised, temperature) -> dict[str, float]:
+    embeddings = (torch.randn(rows, width) + 0.3).to(DTYPES[dtype])
+    mine = simcse_sup_loss if supervised else simcse_unsup_loss
+    theirs = simcse_reference.simcse_sup_loss if supervised else simcse_reference.simcse_unsup_loss
+    truth, gradient = gradient_of(lambda e: theirs(e, temperature), embeddings.double())
+    loss, got = gradient_of(lambda e: mine(e, temperature=temperature, impl="triton"), embeddings)
+    return {"loss": float((loss - truth).abs() / truth), "gradient": relative(got, gradient)}
+
+
+def cosine(shape, dtype) -> dict[str, float]:
+    states = torch.randn(shape).to(DTYPES[dtype])
+    states[0, 3] = 0.0
+    wide = states.double()
+    truth, gradient = gradient_of(lambda s: cosine_similarity_matrix(s, impl="torch").square().sum(), wide)
+    loss, got = gradient_of(lambda s: cosine_similarity_matrix(s, impl="triton").float().square().sum(), states)
+    matrix = cosine_similarity_matrix(states, impl="triton")
+    difference = (matrix - cosine_similarity_matrix(wide, impl="torch")).abs().max()
+    return {
+        "value": float(difference),
+        "gradient": relative(got, gradient),
+        "zero": float(matrix[0, 3].abs().max() + got[0, 3].abs().max()),
+        "loss": float((loss - truth).abs() / truth),
+    }
+
+
+def main() -> None:
+    for index, line in enumerate(sys.stdin):
+        torch.manual_seed(index)
+        case = json.loads(line)
+        result = globals()[case["function"]](**case["arguments"])
+        print(json.dumps({"case": case, "result": result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
