@@ -74,11 +74,12 @@ def write_card(
         }
     )
     rate = progress.tokens / max(progress.seconds, 1e-9)
+    threads = torch.get_num_threads()
     training_table = _table(
         {
             "steps": f"{progress.step:,}",
             "tokens seen": f"{progress.tokens:,} ({progress.tokens / train_tokens:.1f} epochs)",
-            "time": f"{progress.seconds / 60:.0f} minutes with {torch.get_num_threads()} CPU threads, {rate:,.0f} tokens/s",
+            "time": f"{progress.seconds / 60:.0f} minutes with {threads} CPU threads, {rate:,.0f} tokens/s",
             "training loss": f"{progress.likelihood:.3f} nats per token",
             "contrastive loss": f"{progress.contrastive:.4f}",
             "validation loss": f"{progress.validation:.3f} nats per token at length {recipe.length}, "

@@ -184,7 +184,7 @@ def _draw_plain(comparison: Comparison, console: Console) -> None:
     for text in comparison.continuations:
         console.print(f"  {text.method:12} {_figures(text)}", markup=False, highlight=False, soft_wrap=True)
         for paragraph in filter(str.strip, text.text.splitlines()):
-            body = textwrap.fill(paragraph, 100, initial_indent="      ", subsequent_indent="      ")
+            body = textwrap.fill(paragraph.strip(), 100, initial_indent="      ", subsequent_indent="      ")
             console.print(body, markup=False, highlight=False, soft_wrap=True)
     console.print()
 

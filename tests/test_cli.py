@@ -162,7 +162,7 @@ class TestGenerate:
 
 class TestDemo:
     def test_greedy_loops_and_contrastive_search_does_not(self) -> None:
-        result = run("demo")
+        result = run("demo", "--max-new-tokens", "64")
         assert result.exit_code == 0, result.output
         for prompt in demo.PROMPTS:
             assert f"{prompt} …" in result.stdout
@@ -279,8 +279,7 @@ def test_as_a_program_in_a_pipe() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.strip().split("\n\n", 1)
-    assert first.startswith("Return the name")
-    assert second.startswith("Grüße")
+    assert done.stdout.startswith("Return the name")
+    assert "\n\nGrüße" in done.stdout
     assert "\x1b" not in done.stdout
     assert done.stderr == ""
