@@ -174,7 +174,7 @@ def test_pipeline_by_the_old_spelling(patched):
         (ContrastiveSearch(0.9, 3), {"penalty_alpha": 0.3, "top_k": 7}, (0.9, 3)),
         (contrastive_search, {"penalty_alpha": 0.0, "top_k": 4}, (0.0, 4)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # an address would differ between workers
 )
 def test_settings_are_those_of_the_unpatched_call(strategy, given, expected):
     inputs = left_padded(9, 7)
