@@ -177,6 +177,7 @@ class _Run:
         }
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
         self.raw_logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
+        self.prefill_outputs: Any = None
         self.layers: list[tuple[torch.Tensor, ...]] = []  # hidden states, one entry a step
         self.attentions: list[tuple[torch.Tensor, ...]] = []
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
@@ -529,7 +530,7 @@ class _Run:
         )
 
 
-def position_table(model: torch.nn.Module) -> int | None:
+def position_table(model) -> int | None:
     """Size of the decoder's table of positions; None for models that compute theirs."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is None:

@@ -30,7 +30,7 @@ class HiddenStatesTap:
     ``output_hidden_states`` instead would make transformers hook every layer of the caller's model, for good.)
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model):
         self.model, self.head = model, model.get_output_embeddings()
         self.decoder = _decoder_of(model)
         self._hooks: list[RemovableHandle] = []

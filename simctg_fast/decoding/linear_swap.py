@@ -223,8 +223,9 @@ def _free_memory() -> int | None:
 
 def _pack_all(entries: list[_Patched]) -> None:
     linear = [e for e in entries if _FORWARDS[type(e.module)][2] is not None]
-    todo = [e for e in linear if e.packed is None and not e.module._parameters["weight"].is_inference()]
-    needed = sum(4 * e.module._parameters["weight"].numel() for e in todo)
+    weights = [(e, e.module._parameters["weight"]) for e in linear if e.packed is None]
+    todo = [(e, weight) for e, weight in weights if weight is not None and not weight.is_inference()]
+    needed = sum(4 * weight.numel() for _, weight in todo)
     free = _free_memory()
     if free is None or needed > _MEMORY_SHARE * free:
         known = "unknown" if free is None else f"{free / 2**20:.0f} MiB"
@@ -235,8 +236,8 @@ def _pack_all(entries: list[_Patched]) -> None:
             known,
         )
         return
-    for entry in todo:
-        entry.packed = _Packed(entry.module._parameters["weight"], _FORWARDS[type(entry.module)][2])
+    for entry, weight in todo:
+        entry.packed = _Packed(weight, bool(_FORWARDS[type(entry.module)][2]))
 
 
 @contextmanager

@@ -253,6 +253,7 @@ class SharedPrefixPath(Path):
         else:
             self.kwargs["past_key_values"] = self.cache
         self.switch = AttentionSwitch(self.model)
+        self.last_step: SharedPrefixStep | None = None
         self.expanded: dict[str, Any] | None = None
 
     def prefill(self, input_ids):
@@ -296,7 +297,7 @@ class SharedPrefixPath(Path):
     def verified_step(self, input_ids, candidates, choose):
         """Run the last candidate of every sequence through the model's own attention first, and compare."""
         spy = _Spy(choose)
-        self.last_step: SharedPrefixStep | None = None
+        self.last_step = None
         try:
             expected = self._plain_forward(candidates[:, -1:])
             result = self.step(input_ids, candidates, spy)

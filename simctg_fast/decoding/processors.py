@@ -32,8 +32,8 @@ def without_sampling_warpers(processors: LogitsProcessorList, config: Generation
         return processors
     kept, dropped = LogitsProcessorList(), []
     for processor in processors:
-        attribute, field = _SAMPLING_WARPERS.get(type(processor).__name__, (None, None))
-        ours = attribute is not None and type(processor).__module__ == logits_process.__name__
+        attribute, field = _SAMPLING_WARPERS.get(type(processor).__name__, ("", ""))
+        ours = bool(attribute) and type(processor).__module__ == logits_process.__name__
         if ours and _same(getattr(processor, attribute, None), getattr(config, field, None)):
             dropped.append(f"{field}={getattr(config, field)}")
         else:

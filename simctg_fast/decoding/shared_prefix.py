@@ -203,7 +203,7 @@ class AttentionSwitch:
             for config in self.configs:
                 entry = _switched.get(id(config))
                 if entry is None:
-                    entry = _switched[id(config)] = _Switched(config, config._attn_implementation_internal)
+                    entry = _switched[id(config)] = _Switched(config, str(config._attn_implementation_internal))
                     config._attn_implementation_internal = NAME
                 entry.users += 1
         outer, _step.value = getattr(_step, "value", None), step

@@ -40,7 +40,7 @@ class SupportReport:
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, SupportReport]] = weakref.WeakKeyDictionary()
 
 
-def _key(model: torch.nn.Module) -> tuple:
+def _key(model) -> tuple:
     """What a report depends on beside the module itself."""
     text_config = model.config.get_text_config(decoder=True)
     attention = (model.config._attn_implementation, text_config._attn_implementation)

@@ -192,7 +192,8 @@ def contrastive_search(
         ids, mask = decoder_input_ids, decoder_attention_mask
         if ids is None:
             rows = next(iter(model_inputs.values()))
-            ids = torch.full((rows.shape[0], 1), model.config.decoder_start_token_id, device=rows.device)
+            start = int(model.config.decoder_start_token_id)
+            ids = torch.full((rows.shape[0], 1), start, device=rows.device)
     else:
         ids, mask = input_ids, attention_mask
     ends = torch.tensor([] if eos_token_id is None else eos_token_id, device=ids.device, dtype=ids.dtype).reshape(-1)

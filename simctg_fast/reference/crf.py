@@ -160,7 +160,7 @@ def fairseq_nll(emissions, left, right, targets, beam, unbind=False):
     steps = transitions.unbind(1) if unbind else None
     score = values[:, 0]
     for t in range(1, values.shape[1]):
-        step = steps[t - 1] if unbind else transitions[:, t - 1]
+        step = transitions[:, t - 1] if steps is None else steps[t - 1]
         score = torch.logsumexp(score[:, :, None] + step, 1) + values[:, t]
     return torch.logsumexp(score, 1) - numerator
 
