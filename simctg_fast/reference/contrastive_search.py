@@ -12,6 +12,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -192,7 +193,7 @@ def contrastive_search(
         ids, mask = decoder_input_ids, decoder_attention_mask
         if ids is None:
             rows = next(iter(model_inputs.values()))
-            start = int(model.config.decoder_start_token_id)
+            start: Any = model.config.decoder_start_token_id
             ids = torch.full((rows.shape[0], 1), start, device=rows.device)
     else:
         ids, mask = input_ids, attention_mask
