@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,12 +36,15 @@ from rich.console import Console
 from rich.table import Table
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "oracle_tokens.json"
-GOLDEN_CASES = "single,padded,eos,min_length,processors_eos,alpha_0.1,alpha_0.9,k=1,k=2,k=8,decoder_prompt"
+GOLDEN_CASES = "single,padded,eos,min_length,processors_eos,alpha_0.1,alpha_0.9,k=1,k=8,decoder_prompt,long"
 CLOSE = 2e-6
 # Golden tokens have to hold on any machine, with any kernel: their choices are clearer by far.
 CLEAR = 5e-5
 DISTINCT = 15
 ALTERNATIVE_SEEDS = 8
+
+# (architecture, seed) -> the cases to run on that model
+Wanted = dict[tuple[str, int], list[zoo.Case]]
 
 ORACLE = f"against transformers {VERSION}"
 REFERENCE = "against the float64 reference"
@@ -104,48 +107,45 @@ def lists(inputs: dict[str, torch.Tensor]) -> dict[str, list]:
     return {name: value.tolist() for name, value in inputs.items()}
 
 
-def write_jobs(folder: Path, names: list[str], cases: list[zoo.Case], seeds: list[int]) -> None:
+def write_jobs(folder: Path, wanted: Wanted) -> None:
     """Weights and runs for the oracle. transformers 5 saves weights in the layout of the hub, which version 4 reads."""
     jobs = []
-    for name in names:
-        entry = zoo.ARCHITECTURES[name]
-        for seed in seeds:
-            model = zoo.build(name, seed)
-            model.save_pretrained(folder / f"{name}-{seed}")
-            runs = [
-                {
-                    "case": case.name,
-                    "inputs": lists(zoo.prompt_for(entry, case, seed)),
-                    "prompt_length": zoo.prompt_length(name, case),
-                    "arguments": zoo.options_for(entry, case)
-                    | {"penalty_alpha": case.penalty_alpha, "top_k": case.top_k, "do_sample": False},
-                }
-                for case in cases
-                if case.suits(entry)
-            ]
-            special = ("pad_token_id", "bos_token_id", "decoder_start_token_id")
-            jobs.append(
-                {
-                    "name": name,
-                    "seed": seed,
-                    "folder": f"{name}-{seed}",
-                    "config_class": entry.config[0],
-                    "config": entry.config[1],
-                    "model_class": entry.model,
-                    "generation_config": {key: getattr(model.generation_config, key) for key in special},
-                    "probe": lists(probe_inputs(entry, seed)),
-                    "runs": runs,
-                }
-            )
+    for (name, seed), cases in wanted.items():
+        entry, model = zoo.ARCHITECTURES[name], zoo.build(name, seed)
+        model.save_pretrained(folder / f"{name}-{seed}")
+        search = {case.name: {"penalty_alpha": case.penalty_alpha, "top_k": case.top_k} for case in cases}
+        runs = [
+            {
+                "case": case.name,
+                "inputs": lists(zoo.prompt_for(entry, case, seed)),
+                "prompt_length": zoo.prompt_length(name, case),
+                "arguments": {"do_sample": False} | search[case.name] | zoo.options_for(entry, case),
+            }
+            for case in cases
+        ]
+        special = ("pad_token_id", "bos_token_id", "decoder_start_token_id")
+        jobs.append(
+            {
+                "name": name,
+                "seed": seed,
+                "folder": f"{name}-{seed}",
+                "config_class": entry.config[0],
+                "config": entry.config[1],
+                "model_class": entry.model,
+                "generation_config": {key: getattr(model.generation_config, key) for key in special},
+                "probe": lists(probe_inputs(entry, seed)),
+                "runs": runs,
+            }
+        )
     (folder / "jobs.json").write_text(json.dumps(jobs))
 
 
-def oracle_lines(names: list[str], cases: list[zoo.Case], seeds: list[int]) -> Iterator[dict]:
+def oracle_lines(wanted: Wanted) -> Iterator[dict]:
     """What the oracle reports, run by run, while it goes on with the next ones."""
     python = oracle_python()
     script = Path(zoo.__file__).with_name("oracle.py")
     with tempfile.TemporaryDirectory(prefix="parity-") as folder, tempfile.TemporaryFile("w+") as errors:
-        write_jobs(Path(folder), names, cases, seeds)
+        write_jobs(Path(folder), wanted)
         command = [python, str(script), folder]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder) as process:
             for line in process.stdout:
@@ -168,9 +168,9 @@ def same_model(line: dict, model: torch.nn.Module) -> None:
         )
 
 
-def against_oracle(names: list[str], cases: list[zoo.Case], seeds: list[int], say) -> Iterator[Result]:
+def against_oracle(wanted: Wanted, say: Callable[[str], None]) -> Iterator[Result]:
     model = None
-    for line in oracle_lines(names, cases, seeds):
+    for line in oracle_lines(wanted):
         name, seed = line["model"], line["seed"]
         if "logits" in line:
             say(f"{name}, seed {seed}")
@@ -180,17 +180,15 @@ def against_oracle(names: list[str], cases: list[zoo.Case], seeds: list[int], sa
             yield judge(ORACLE, name, zoo.CASES[line["case"]], seed, line["tokens"], model)
 
 
-def against_reference(names: list[str], cases: list[zoo.Case], seeds: list[int], say) -> Iterator[Result]:
-    for name in names:
-        for seed in seeds:
-            say(f"{name}, seed {seed}")
-            model, exact = zoo.build(name, seed), zoo.build(name, seed, torch.float64)
-            for case in cases:
-                if case.suits(zoo.ARCHITECTURES[name]):
-                    truth = zoo.reference(exact, name, case, seed)
-                    margin = min(truth.score_margin, truth.candidate_margin)
-                    tokens = truth.new_tokens().tolist()
-                    yield judge(REFERENCE, name, case, seed, tokens, model, lambda margin=margin: margin)
+def against_reference(wanted: Wanted, say: Callable[[str], None]) -> Iterator[Result]:
+    for (name, seed), cases in wanted.items():
+        say(f"{name}, seed {seed}")
+        model, exact = zoo.build(name, seed), zoo.build(name, seed, torch.float64)
+        for case in cases:
+            truth = zoo.reference(exact, name, case, seed)
+            margin = min(truth.score_margin, truth.candidate_margin)
+            tokens = truth.new_tokens().tolist()
+            yield judge(REFERENCE, name, case, seed, tokens, model, lambda margin=margin: margin)
 
 
 # ---- what is printed -----------------------------------------------------------------------------------------------
@@ -253,30 +251,29 @@ def summary(console: Console, results: list[Result], seconds: float) -> bool:
 # ---- golden tokens and support -------------------------------------------------------------------------------------
 
 
-def golden_seeds(names: list[str], cases: list[zoo.Case]) -> dict[tuple[str, str], int]:
+def golden_runs(names: list[str], cases: list[zoo.Case]) -> Wanted:
     """For each architecture and case the first seed whose choices are all clear and whose tokens are many."""
-    chosen = {}
+    wanted: Wanted = {}
     for name in names:
         for case in (case for case in cases if case.suits(zoo.ARCHITECTURES[name])):
             for seed in range(ALTERNATIVE_SEEDS):
                 truth = zoo.reference(zoo.build(name, seed, torch.float64), name, case, seed)
                 distinct = len(set(truth.new_tokens().flatten().tolist()))
                 if min(truth.score_margin, truth.candidate_margin) > CLEAR and distinct >= DISTINCT:
-                    chosen[name, case.name] = seed
+                    wanted.setdefault((name, seed), []).append(case)
                     break
             else:
                 raise RuntimeError(f"{name} {case.name}: no seed below {ALTERNATIVE_SEEDS} makes a clear case")
-    return chosen
+    return wanted
 
 
 def write_golden(console: Console, names: list[str], cases: list[zoo.Case]) -> None:
     """Tokens of the oracle, two hexadecimal digits each, one string a row."""
-    chosen = golden_seeds(names, cases)
     tokens: dict[str, dict[str, dict]] = {name: {} for name in names}
-    for line in oracle_lines(names, cases, sorted(set(chosen.values()))):
+    for line in oracle_lines(golden_runs(names, cases)):
         if "logits" in line:
             same_model(line, zoo.build(line["model"], line["seed"]))
-        elif chosen.get((line["model"], line["case"])) == line["seed"]:
+        else:
             rows = [bytes(row).hex() for row in line["tokens"]]
             tokens[line["model"]][line["case"]] = {"seed": line["seed"], "rows": rows}
     GOLDEN.parent.mkdir(exist_ok=True)
@@ -340,15 +337,25 @@ def main() -> int:
         return 0
 
     cases = [zoo.CASES[case] for case in chosen(options.cases, zoo.CASES, "--cases")]
-    seeds = list(range(options.seeds))
     rest = [name for name in names if name not in with_oracle]
     results: list[Result] = []
     start = time.monotonic()
     with console.status("") as status:
-        for table, wanted, runs in ((ORACLE, with_oracle, against_oracle), (REFERENCE, rest, against_reference)):
-            say = lambda text, table=table: status.update(f"{table}: {text}")  # noqa: E731
+        for table, members, compare in ((ORACLE, with_oracle, against_oracle), (REFERENCE, rest, against_reference)):
+            wanted = {
+                (name, seed): [case for case in cases if case.suits(zoo.ARCHITECTURES[name])]
+                for name in members
+                for seed in range(options.seeds)
+            }
+
+            def say(text: str, table: str = table) -> None:
+                if terminal:
+                    status.update(f"{table}: {text}")
+                else:
+                    print(f"{table}: {text}", file=sys.stderr, flush=True)
+
             if wanted:
-                results += runs(wanted, cases, seeds, say)
+                results += compare(wanted, say)
     for table in dict.fromkeys(result.table for result in results):
         title = f"{table}: seeds identical; ~ seeds discarded; ✗ seeds different"
         print_table(console, title, [result for result in results if result.table == table], cases)

@@ -14,10 +14,19 @@ _DRAWN_BUFFERS = ("final_logits_bias",)
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Standard normal float32 values for one parameter. `RandomState` is frozen: its stream never changes."""
+    """Standard normal float32 values for one parameter."""
+    return torch.from_numpy(_generator(name, seed).standard_normal(shape).astype(np.float32))
+
+
+def draw_integers(name: str, shape: tuple[int, ...], seed: int, low: int, high: int) -> torch.Tensor:
+    """Uniform int64 values in [low, high)."""
+    return torch.from_numpy(_generator(name, seed).randint(low, high, shape, dtype=np.int64))
+
+
+def _generator(name: str, seed: int) -> np.random.RandomState:
+    """The old generator, because it is frozen: its streams never change."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = np.random.RandomState(np.frombuffer(digest, dtype=np.uint32))
-    return torch.from_numpy(generator.standard_normal(shape).astype(np.float32))
+    return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
 @torch.no_grad()
