@@ -294,7 +294,7 @@ def print_support(console: Console, names: list[str]) -> None:
             inputs = zoo.prompt_for(entry, case, 0)
             if entry.kind == "image-text":
                 inputs["suppress_tokens"] = zoo.options_for(entry, case)["suppress_tokens"]
-        console.print(f"{name:16}", support(zoo.build(name), inputs), highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: {support(zoo.build(name), inputs)}", highlight=False, markup=False, soft_wrap=True)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
