@@ -1,0 +1,315 @@
+"""The contrastive losses against what people run today: forward, backward, both, and peak memory.
+
+    python benchmarks/losses.py                              # the CPU table: 8x256, 8x1024, 2x4096, fp32, width 768
+    python benchmarks/losses.py --device cuda --dtype bf16   # the table of an H200
+    python benchmarks/losses.py --simcse 1024,4096           # SimCSE instead
+    python benchmarks/losses.py --crossover                  # the length from which ours is faster than eager
+    python benchmarks/losses.py --shapes 2x128x64 --repeats 2 --kinds mixed
+
+Peers of the contrastive loss: `eager` (vectorised), `compile` (torch.compile of it), `published` (the package's class,
+whose mask is built pair by pair on the host) and `tutorial` (the T5 tutorial's two functions, its own mean over all
+entries). Of SimCSE: `matmul` (normalise, one product, cross-entropy), `broadcast` (the usual code, (N, 1, d) against
+(1, N, d)), and sentence-transformers' loss where it is installed.
+
+Four kinds of hidden states: `isotropic` (no hinge active), `biased` by 1.5 (every hinge active, as at the start of
+training), `mixed`, biased by 1.0 (about 60 % active, every tile mixed: the hard case), and `trained` (of the bundled
+model, in its own width). Values and gradients are compared with float64 first: where ours is off nothing is reported.
+Variants run in turn; ratios are of the minima over the rounds. Memory is the peak over a forward and backward pass
+above what was held before; the gradient itself is in it, for all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import RESULTS, Row, append_csv, device_name, interleaved, quantiles, reset_peak_memory, resident_megabytes
+from common import versions as module_versions
+
+from simctg_fast import contrastive_loss, simcse_unsup_loss
+from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
+from simctg_fast.reference.simcse import simcse_unsup_loss as simcse_reference
+
+CPU_SHAPES, CUDA_SHAPES = "8x256x768,8x1024x768,2x4096x768", "32x256x768,16x1024x768,4x4096x768,1x16384x4096"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BIAS = {"isotropic": 0.0, "mixed": 1.0, "biased": 1.5}
+MODES = ("forward", "backward", "both")
+MARGIN = 0.5
+Loss = Callable[[Tensor], Tensor]
+
+
+# ---- providers -------------------------------------------------------------------------------------------------------
+
+
+def eager(states: Tensor) -> Tensor:
+    """Vectorised, with nothing computed that the value does not need."""
+    unit = F.normalize(states, dim=-1)
+    hinge = torch.relu(unit @ unit.mT - (1.0 - MARGIN))
+    length = states.shape[1]
+    own = torch.eye(length, dtype=torch.bool, device=states.device)
+    return hinge.masked_fill(own, 0.0).sum() / (states.shape[0] * length * (length - 1))
+
+
+def published(states: Tensor) -> Tensor:
+    """The published package's steps: unit vectors, scores, and a mask built sequence by sequence on the host."""
+    batch, length, _ = states.shape
+    unit = states / states.norm(dim=2, keepdim=True)
+    scores = torch.matmul(unit, unit.transpose(1, 2))
+    own = torch.diagonal(scores, offset=0, dim1=-1, dim2=-2)
+    loss_matrix = torch.relu(MARGIN - (own.unsqueeze(-1) - scores))
+    mask = torch.ones(batch, length, length)
+    lengths = torch.full((batch,), length, device=states.device).tolist()  # a synchronisation, as there
+    for b, valid in enumerate(lengths):
+        mask[b] = 1.0 - torch.eye(length)
+        mask[b, valid:] = 0.0
+        mask[b, :, valid:] = 0.0
+    mask = mask.to(device=states.device, dtype=states.dtype)
+    return (loss_matrix * mask).sum() / mask.sum()
+
+
+def tutorial(states: Tensor) -> Tensor:
+    unit = states / states.norm(dim=2, keepdim=True)
+    scores = torch.matmul(unit, unit.transpose(1, 2))
+    own = torch.diagonal(scores, offset=0, dim1=-1, dim2=-2)
+    return torch.relu(MARGIN - (own.unsqueeze(-1) - scores)).mean()
+
+
+def contrastive_providers(names: list[str], impl: str) -> dict[str, Loss]:
+    providers: dict[str, Loss] = {"ours": lambda states: contrastive_loss(states, MARGIN, impl=impl), "eager": eager}
+    if "compile" in names:
+        providers["compile"] = torch.compile(eager)
+    providers |= {"published": published, "tutorial": tutorial}
+    return {name: providers[name] for name in names if name in providers}
+
+
+def broadcast(embeddings: Tensor) -> Tensor:
+    """The circulating SimCSE code: (N, 1, d) against (1, N, d), and eye * 1e12 off the diagonal."""
+    rows = torch.arange(embeddings.shape[0], device=embeddings.device)
+    targets = rows + 1 - rows % 2 * 2
+    similarity = F.cosine_similarity(embeddings.unsqueeze(1), embeddings.unsqueeze(0), dim=-1)
+    similarity = similarity - torch.eye(len(rows), device=embeddings.device) * 1e12
+    return F.cross_entropy(similarity / 0.05, targets)
+
+
+def simcse_providers(rows: int, device: str) -> dict[str, Loss]:
+    providers: dict[str, Loss] = {"ours": simcse_unsup_loss, "matmul": simcse_reference}
+    if rows <= (1024 if device == "cpu" else 2048):
+        providers["broadcast"] = broadcast
+    try:
+        from sentence_transformers import losses
+    except ImportError:
+        return providers
+    peer = losses.MultipleNegativesRankingLoss(model=None)
+    # Its rows are anchors against positives only: half of the pairs that ours compares.
+    providers["sentence-transformers"] = lambda e: peer.calculate_loss([e[0::2], e[1::2]])
+    return providers
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def stopwatch(device: str, clock: str) -> Callable[[], float]:
+    if device == "cuda":
+
+        def now() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return now
+    return time.process_time if clock == "cpu" else time.perf_counter
+
+
+def timed(loss: Loss, data: Tensor, now: Callable[[], float], split: dict[str, list[float]]) -> float:
+    leaf = data.detach().requires_grad_()
+    start = now()
+    value = loss(leaf)
+    middle = now()
+    value.backward()
+    end = now()
+    for mode, seconds in zip(MODES, (middle - start, end - middle, end - start), strict=True):
+        split[mode].append(seconds)
+    return end - start
+
+
+def peak_megabytes(loss: Loss, data: Tensor) -> float:
+    leaf = data.detach().requires_grad_()
+    if data.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss(leaf).backward()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    loss(data.detach().requires_grad_()).backward()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what is freed: hand it back first
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak_memory()
+    before = resident_megabytes()[0]
+    loss(leaf).backward()
+    return resident_megabytes()[1] - before
+
+
+def gradient_of(loss: Loss, data: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = data.detach().requires_grad_()
+    value = loss(leaf)
+    value.backward()
+    return value.detach().double(), leaf.grad.double()
+
+
+def agrees(ours: Loss, plain: Loss, truth: Loss, data: Tensor) -> bool:
+    """Ours against float64, allowed three times what plain torch errs in the same dtype."""
+    value, gradient = gradient_of(truth, data.double())
+    (got, got_gradient), (other, other_gradient) = gradient_of(ours, data), gradient_of(plain, data)
+    allowed = 3 * (other_gradient - gradient).norm() + 1e-5 * gradient.norm()
+    return bool((got - value).abs() <= 3 * (other - value).abs() + 1e-5 * value.abs()) and bool(
+        (got_gradient - gradient).norm() <= allowed
+    )
+
+
+def compare(kernel: str, label: str, providers: dict[str, Loss], data: Tensor, args: argparse.Namespace) -> None:
+    """Measures all providers, prints a table, appends the CSV."""
+    now = stopwatch(args.device, args.clock)
+    splits: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in providers}
+    for loss in providers.values():
+        timed(loss, data, now, {mode: [] for mode in MODES})  # compiles, warms up
+    interleaved(
+        {name: lambda loss=loss, name=name: timed(loss, data, now, splits[name]) for name, loss in providers.items()},
+        args.repeats,
+    )
+    memory = {name: peak_megabytes(loss, data) for name, loss in providers.items()}
+    config = json.dumps({"dtype": args.dtype, "threads": torch.get_num_threads(), "clock": args.clock})
+    versions, rows = module_versions("triton"), []
+    print(f"\n{label}")
+    for name in providers:
+        cells = []
+        for mode in MODES:
+            best, ours = min(splits[name][mode]), min(splits["ours"][mode])
+            cells.append(f"{mode} {best * 1e3:9.2f} ms" + ("" if name == "ours" else f" ({best / ours:5.2f}x)"))
+            p20, p50, p80 = (1e3 * q for q in quantiles(splits[name][mode]))
+            rows.append(Row(kernel, name, mode, "ms", "case", label, p20, p50, p80, config, device_name(), versions))
+        rows.append(
+            Row(kernel, name, "both", "peak_mb", "case", label, *[memory[name]] * 3, config, device_name(), versions)
+        )
+        print(f"  {name:22s} {'  '.join(cells)}  peak {memory[name]:8.1f} MB", flush=True)
+    append_csv(Path(args.csv), rows)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+def trained_states(batch: int) -> Tensor:
+    """Last hidden states of the bundled model on text it has written itself, as long as its positions allow."""
+    from transformers import AutoModelForCausalLM
+
+    from simctg_fast import bundled_model_path
+
+    model = AutoModelForCausalLM.from_pretrained(bundled_model_path()).eval()
+    length = min(512, model.config.max_position_embeddings)
+    start = torch.full((batch, 1), model.config.bos_token_id or 0)
+    with torch.inference_mode():
+        tokens = model.generate(start, do_sample=True, min_new_tokens=length - 1, max_new_tokens=length - 1)
+        states = model(tokens, output_hidden_states=True).hidden_states[-1]
+    return states.clone()
+
+
+def contrastive_cases(args: argparse.Namespace):
+    for shape in args.shapes.split(","):
+        size = tuple(int(n) for n in shape.split("x"))
+        for kind in args.kinds.split(","):
+            if kind != "trained":
+                torch.manual_seed(0)
+                yield shape, kind, torch.randn(size) + BIAS[kind] * torch.randn(size[2])
+    if "trained" in args.kinds.split(","):
+        torch.manual_seed(0)
+        states = trained_states(8)
+        yield "x".join(map(str, states.shape)), "trained", states
+
+
+def run_contrastive(args: argparse.Namespace) -> bool:
+    passed = True
+    for shape, kind, states in contrastive_cases(args):
+        data = states.to(args.device, DTYPES[args.dtype])
+        providers = contrastive_providers(args.peers.split(","), args.impl)
+        truth = lambda s: reference(s, None, MARGIN)  # noqa: E731
+        if data.shape[1] <= 4096 and not agrees(providers["ours"], eager, truth, data[:1]):
+            print(f"\n{shape} {kind}: WRONG, not measured", flush=True)
+            passed = False
+            continue
+        compare("contrastive_loss", f"{shape} {args.dtype} {kind}", providers, data, args)
+    return passed
+
+
+def run_simcse(args: argparse.Namespace) -> bool:
+    passed = True
+    for rows in map(int, args.simcse.split(",")):
+        torch.manual_seed(0)
+        data = (torch.randn(rows, 768) + 0.5).to(args.device, DTYPES[args.dtype])
+        providers = simcse_providers(rows, args.device)
+        small = data[: min(rows, 2050)]
+        if not agrees(providers["ours"], simcse_reference, simcse_reference, small):
+            print(f"\nsimcse {rows}: WRONG, not measured", flush=True)
+            passed = False
+            continue
+        compare("simcse", f"simcse {rows}x768 {args.dtype}", providers, data, args)
+    return passed
+
+
+def run_crossover(args: argparse.Namespace) -> bool:
+    now = stopwatch(args.device, args.clock)
+    print("forward + backward, eager / ours, batch 8, width 768, mixed")
+    for length in (4, 8, 16, 32, 64, 128, 256):
+        torch.manual_seed(0)
+        data = (torch.randn(8, length, 768) + torch.randn(768)).to(args.device, DTYPES[args.dtype])
+        ours = lambda states: contrastive_loss(states, MARGIN, impl=args.impl)  # noqa: E731
+        sink: dict[str, list[float]] = {mode: [] for mode in MODES}
+        figures = interleaved(
+            {
+                "eager": lambda data=data, sink=sink: timed(eager, data, now, sink),
+                "ours": lambda data=data, sink=sink, ours=ours: timed(ours, data, now, sink),
+            },
+            max(10, args.repeats),
+        )
+        best = {name: min(values) * 1e3 for name, values in figures.items()}
+        print(f"  T={length:4d}  eager {best['eager']:7.3f} ms  ours {best['ours']:7.3f} ms  "
+              f"{best['eager'] / best['ours']:5.2f}x", flush=True)  # fmt: skip
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
+    parser.add_argument("--shapes", help=f"batch x length x width, ...; default {CPU_SHAPES}, cuda {CUDA_SHAPES}")
+    parser.add_argument("--kinds", default="mixed,biased,isotropic,trained")
+    parser.add_argument("--peers", default="ours,eager,compile,published,tutorial")
+    parser.add_argument("--impl", default="auto")
+    parser.add_argument("--simcse", help="numbers of rows: measure SimCSE instead")
+    parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor seconds")
+    parser.add_argument("--precision", default="highest", choices=["highest", "high"], help="of float32 products")
+    parser.add_argument("--csv", default=str(RESULTS / "losses.csv"))
+    args = parser.parse_args(arguments)
+    args.shapes = args.shapes or (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch finds no CUDA device")
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.precision)
+    print(f"{device_name()}, {args.threads} threads, {module_versions('triton')}")
+    run = run_crossover if args.crossover else run_simcse if args.simcse else run_contrastive
+    return 0 if run(args) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
