@@ -82,6 +82,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrain
         pad_token=PADDING,
         padding_side="left",
         model_max_length=context,
+        model_input_names=["input_ids", "attention_mask"],  # GPT-2 would add an embedding for token_type_ids
         clean_up_tokenization_spaces=False,
     )
 

@@ -38,10 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh_state() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test may draw from the global generator
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # training scripts that a test ran in this process switch it on
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,7 @@ def test_shape_of_the_model(model, tokenizer) -> None:
     assert config.vocab_size == len(tokenizer) == model.get_output_embeddings().weight.shape[0]
     assert config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id == config.pad_token_id
     assert tokenizer.padding_side == "left"
+    assert set(tokenizer("text")) == {"input_ids", "attention_mask"}
 
 
 def test_tokenizer_gives_any_text_back(tokenizer) -> None:
