@@ -153,7 +153,16 @@ def measure_case(case: str, options: argparse.Namespace, oracle: str | None) -> 
         best[name] = min(milliseconds)
         version = json.dumps(workers[name].ready)
         common = {"kernel": "decode", "provider": name, "mode": "decode", "x_name": "batch x prompt", "x_value": case}
-        common |= {"config": json.dumps(vars(options), default=str), "gpu": processor(), "version": version}
+        common |= {
+            "config": json.dumps(
+                {
+                    n: getattr(options, n)
+                    for n in ("model", "top_k", "penalty_alpha", "new_tokens", "threads", "repeats")
+                }
+            ),
+            "gpu": processor(),
+            "version": version,
+        }
         rows.append(Row(metric="ms_per_token", p20=0, p50=0, p80=0, **common))
         rows[-1].p20, rows[-1].p50, rows[-1].p80 = quantiles(milliseconds)
         rows.append(Row(metric="peak_mb", p20=peaks[name], p50=peaks[name], p80=peaks[name], **common))
