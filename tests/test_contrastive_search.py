@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from simctg_fast import ContrastiveSearch
 from simctg_fast.decoding import prefix_cache
@@ -303,7 +307,6 @@ def test_same_seed_same_text_on_a_model_that_changes_paths():
 
 def _bypass_the_attention_interface(model) -> None:
     """Have the last layer of a llama compute its attention itself."""
-    from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
     class OwnAttention(LlamaAttention):
         def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
@@ -337,8 +340,6 @@ def test_attention_that_bypasses_the_interface_is_noticed():
 @pytest.mark.parametrize("path", ["auto", *PATHS])
 def test_head_that_reads_something_else(path):
     """The penalty is made of hidden states, not of what a model makes of them before its output embedding."""
-    from transformers import LlamaForCausalLM
-    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     class SquaredHead(LlamaForCausalLM):
         def forward(self, input_ids=None, logits_to_keep=0, **kwargs):
@@ -352,6 +353,42 @@ def test_head_that_reads_something_else(path):
     model.__class__ = SquaredHead
     truth = by_definition(model, ids, penalty_alpha=0.6, top_k=4, max_new_tokens=12)
     assert torch.equal(decode(model, {"input_ids": ids}, path=path), truth.sequences)
+
+
+def test_decoder_that_is_not_called_as_a_module():
+    """Neither the decoder's nor the head's hooks run: the model has to be asked for its hidden states."""
+
+    class Direct(LlamaForCausalLM):
+        def forward(self, input_ids=None, logits_to_keep=0, **kwargs):
+            out = self.model.forward(input_ids=input_ids, **kwargs)
+            logits = torch.nn.functional.linear(out.last_hidden_state, self.lm_head.weight)
+            return CausalLMOutputWithPast(
+                logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            )
+
+    model, inputs = build("llama"), left_padded(9, 7)
+    model.__class__ = Direct
+    for path in ("auto", *PATHS):
+        assert torch.equal(decode(model, inputs, path=path), decode(shared("llama"), inputs)), path
+    assert recall(model).path == "shared_prefix"
+    assert not recall(model).head
+
+
+def test_model_that_cannot_use_our_cache_falls_back():
+    class Picky(LlamaAttention):
+        def forward(self, *args, past_key_values=None, **kwargs):
+            if past_key_values is not None and past_key_values.get_seq_length():
+                past_key_values.layers[self.layer_idx].cumulative  # noqa: B018 - what no cache layer of ours has
+            return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+    model, inputs = build("llama"), left_padded(9, 7)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Picky
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DynamicLayer, "cumulative", 1, raising=False)
+        assert torch.equal(decode(model, inputs), decode(shared("llama"), inputs))
+    assert recall(model).path == "reorder"
+    assert "cumulative" in recall(model).reason
 
 
 # ---- precision and modes -------------------------------------------------------------------------------------------
@@ -533,3 +570,35 @@ def test_quantized_cache_is_refused():
     pattern = r"cache_implementation must be .*got 'quantized'|quanto"
     with pytest.raises((ValueError, ImportError), match=pattern):
         decode(shared("llama"), {"input_ids": prompt(1)}, cache_implementation="quantized")
+
+
+def test_top_k_beyond_the_logits():
+    model = build("llama")
+    model.lm_head = torch.nn.Linear(32, 60, bias=False)
+    with pytest.raises(ValueError, match="top_k must be at most the 60 logits of the model, got 61"):
+        decode(model, {"input_ids": prompt(1)}, top_k=61)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_end_of_the_table_of_positions(name):
+    """Candidates for the last token are run as well: the table ends one token earlier than for greedy search."""
+    model = build(name, **({"n_positions": 16} if name == "gpt2" else {"max_position_embeddings": 16}))
+    inputs, room = {"input_ids": prompt(1)}, 16 - (9 if name == "gpt2" else 1)
+    assert decode(model, inputs, new_tokens=room).shape[1] == 16
+    with pytest.raises(
+        ValueError, match=f"max_new_tokens is too large: .* table of 16 positions ends after {room} new"
+    ):
+        decode(model, inputs, new_tokens=room + 1)
+
+
+def test_position_table_counts_real_tokens():
+    model, inputs = build("gpt2", n_positions=16), left_padded(4, 3)
+    inputs = {key: torch.nn.functional.pad(value, (5, 0)) for key, value in inputs.items()}
+    out = decode(model, inputs, new_tokens=12)
+    assert torch.equal(out, decode(model, inputs, path="uncached", new_tokens=12))
+
+
+def test_numbers_of_numpy():
+    strategy = ContrastiveSearch(np.float32(0.5), np.int64(3))
+    out = shared("llama").generate(prompt(1), custom_generate=strategy, max_new_tokens=12)
+    assert torch.equal(out, decode(shared("llama"), {"input_ids": prompt(1)}, penalty_alpha=0.5, top_k=3))

@@ -71,6 +71,14 @@ def test_settings_of_the_models_generation_config():
     assert torch.equal(generate(model, inputs), truth(model, inputs, 0.3, 7))
 
 
+def test_a_checkpoints_top_k_for_sampling_was_not_typed_for_this():
+    model, inputs = build("llama"), left_padded(9, 7)
+    model.generation_config.update(do_sample=True, top_k=20, temperature=0.7)
+    assert torch.equal(generate(model, inputs), truth(model, inputs, 0.6, 4))
+    assert torch.equal(generate(model, inputs, top_k=7), truth(model, inputs, 0.6, 7))
+    assert torch.equal(generate(model, inputs, ContrastiveSearch(top_k=20)), truth(model, inputs, 0.6, 20))
+
+
 def test_function_and_class_agree():
     model, inputs = shared("llama"), left_padded(9, 7)
     assert torch.equal(generate(model, inputs), generate(model, inputs, ContrastiveSearch()))
@@ -141,6 +149,18 @@ def test_warpers_of_the_callers_own_stay():
     assert torch.equal(out, narrowed)
     assert not torch.equal(out, decode(model, inputs))
     assert ours.shape == narrowed.shape
+
+
+def test_equal_texts_are_announced(caplog):
+    model, inputs = shared("llama"), {"input_ids": prompt(1)}
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        out = generate(model, inputs, do_sample=True, num_return_sequences=3)
+    assert warnings_of(caplog, "num_return_sequences=3 gives equal texts")
+    assert torch.equal(out, decode(model, inputs).expand(3, -1))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        generate(model, inputs, ContrastiveSearch(temperature=0.3), do_sample=True, num_return_sequences=3)
+    assert not warnings_of(caplog, "equal texts")
 
 
 # ---- pipelines -----------------------------------------------------------------------------------------------------

@@ -224,3 +224,37 @@ def test_keys_that_are_not_the_caches_are_refused():
     assert recall(model).path == "reorder"
     assert "other than those its cache returned" in recall(model).reason
     assert not torch.equal(out, decode(shared("llama"), inputs))
+
+
+def test_window_that_the_mask_does_not_have():
+    """Some models hand a window to every attention but use it with flash attention alone. What the mask says counts."""
+    config = transformers.OlmoeConfig(
+        vocab_size=98,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=None,
+        pad_token_id=0,
+        sliding_window=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.OlmoeForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    decode(model, {"input_ids": prompt(1, 3)}, new_tokens=1)  # found fit where the window covers everything
+    inputs = left_padded(9, 7)
+    assert torch.equal(decode(model, inputs), decode(model, inputs, path="uncached"))
+
+
+def test_autocast():
+    model, inputs = build("llama"), left_padded(9, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decode(model, inputs)
+        assert recall(model).path == "shared_prefix"
+    assert torch.equal(decode(model, inputs), decode(shared("llama"), inputs))
+    assert recall(model).path == "shared_prefix"
