@@ -1,0 +1,116 @@
+"""What a step must not do: copy the prefix, run the head for losers, run anything twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simctg_fast.decoding import prefix_cache, shared_prefix
+
+from .decoding_models import build, decode, inputs_for, left_padded, prompt, shared
+
+NEW, TOP_K = 6, 5
+
+
+@pytest.fixture
+def counted():
+    """``counted(module)``: the shapes of the first input of every call of a module."""
+    hooks = []
+
+    def count(module):
+        shapes = []
+        hook = module.register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(tuple((args or tuple(kwargs.values()))[0].shape)),
+            with_kwargs=True,
+        )
+        hooks.append(hook)
+        return shapes
+
+    yield count
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mamba", "t5"])
+def test_head_runs_for_the_winners_alone(name):
+    model, logits = build(name), []
+    inputs = inputs_for(model, 2)
+    decode(model, inputs)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: logits.append(tuple(out.shape)))
+    decode(model, inputs, new_tokens=NEW, top_k=TOP_K)
+    assert logits == [(2, 1, 98)] * (1 + NEW)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mamba"])
+def test_a_prompt_and_a_forward_a_token(name, counted):
+    model, inputs = build(name), left_padded(9, 7)
+    decode(model, inputs)
+    rows = counted(model)
+    decode(model, inputs, new_tokens=NEW, top_k=TOP_K)
+    assert rows == [(2, 9)] + [(2 * TOP_K, 1)] * NEW
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_encoder_and_cross_keys_are_computed_once(name, counted):
+    model = build(name)
+    inputs = inputs_for(model, 2)
+    decode(model, inputs)
+    encoder = counted(model.get_encoder())
+    cross = model.decoder.block[1].layer[1].EncDecAttention.k if name == "t5" else None
+    keys = counted(cross or model.model.decoder.layers[1].encoder_attn.k_proj)
+    decode(model, inputs, new_tokens=NEW, top_k=TOP_K)
+    assert len(encoder) == 1
+    assert [shape[0] for shape in keys] == [2]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_keys_and_values_exist_once_a_sequence(name, monkeypatch):
+    """Neither the caches nor what attention reads ever have a row a candidate."""
+    model = shared(name)
+    inputs = inputs_for(model, 2)
+    decode(model, inputs)
+    seen = set()
+    original = shared_prefix.shared_prefix_attention
+
+    def attention(query, key, value, *args, **kwargs):
+        seen.add((query.shape[0], key.shape[0], value.shape[0]))
+        return original(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", attention)
+    decode(model, inputs, new_tokens=NEW, top_k=TOP_K)
+    assert seen == {(2 * TOP_K, 2, 2)}
+
+
+def test_cache_is_allocated_once_a_block(monkeypatch):
+    model, inputs = shared("llama"), {"input_ids": prompt(1)}
+    decode(model, inputs)
+    reserved = []
+    original = prefix_cache.PrefixCacheLayer._reserve
+
+    def reserve(self, needed):
+        before = self.keys.data_ptr()
+        original(self, needed)
+        if self.keys.data_ptr() != before:
+            reserved.append(tuple(self.keys.shape))
+
+    monkeypatch.setattr(prefix_cache.PrefixCacheLayer, "_reserve", reserve)
+    decode(model, inputs, new_tokens=30)
+    assert reserved == [(1, 2, 39, 8)] * 2  # two layers, prompt and new tokens
+
+
+def test_no_cache_or_history_is_concatenated(monkeypatch):
+    """Growing by ``torch.cat`` is a copy of everything a token. Ids and masks are small."""
+    model, inputs = shared("llama"), left_padded(9, 7)
+    decode(model, inputs)
+    sizes = []
+    original = torch.cat
+
+    def cat(tensors, *args, **kwargs):
+        out = original(tensors, *args, **kwargs)
+        if out.is_floating_point() and out.shape[-2:].numel() >= 9 * 32:
+            sizes.append(tuple(out.shape))
+        return out
+
+    monkeypatch.setattr(torch, "cat", cat)
+    decode(model, inputs, new_tokens=NEW)
+    assert sizes == []
