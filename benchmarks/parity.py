@@ -211,7 +211,7 @@ def print_table(console: Console, title: str, results: list[Result], cases: list
     table = Table(title=title, title_justify="left", show_lines=False, pad_edge=False)
     table.add_column("architecture", no_wrap=True)
     for column in columns:
-        table.add_column(column.replace("_", "\n"), justify="center")
+        table.add_column(column.replace("processors", "proc.").replace("_", "\n"), justify="center")
     for name in names:
         cells = {
             case: [result for result in results if (result.architecture, result.case) == (name, case)]

@@ -187,7 +187,7 @@ _ENTRIES = (
         "gemma2",
         "Gemma2",
         oracle=False,
-        **_GROUPED | {"tie_word_embeddings": True},
+        **_GROUPED,
         head_dim=16,
         attention_bias=True,
         sliding_window=WINDOW,

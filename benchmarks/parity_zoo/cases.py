@@ -138,8 +138,11 @@ def _add_images(entry: Architecture, inputs: dict[str, torch.Tensor], name: str,
 
 
 def options_for(entry: Architecture, case: Case) -> dict[str, Any]:
-    """Arguments of `generate` for one architecture and case (an image token must not be generated)."""
+    """Arguments of `generate` for one architecture and case."""
     options = case.generate_arguments()
+    if entry.kind == "speech":
+        # Whisper's own `generate` cuts as many tokens off the end as there are pad tokens anywhere in a row.
+        options["suppress_tokens"] = [PAD]
     if entry.kind == "image-text":
         options["suppress_tokens"] = list(_SPECIAL)
     if entry.cache_implementation is not None:
