@@ -87,13 +87,15 @@ def compare(
 ) -> list[Comparison]:
     """Continues every prompt by every method, one at a time, so that the times are those of a single text.
 
+    All methods run on the same number of threads (see `fitting_threads`).
+
     Args:
         on_progress: called after each of the ``len(prompts) * len(METHODS)`` continuations.
     """
     import torch
 
     from . import ContrastiveSearch
-    from .loading import tokenize
+    from .loading import fitting_threads, tokenize
 
     def options(method: str) -> dict[str, Any]:
         if method == "nucleus":
@@ -106,7 +108,7 @@ def compare(
     def run(method: str, inputs: dict[str, torch.Tensor], count: int) -> tuple[list[int], float]:
         torch.manual_seed(seed)
         started = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), fitting_threads(model):
             output = model.generate(**inputs, **options(method), max_new_tokens=count)
         seconds = time.perf_counter() - started
         return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds

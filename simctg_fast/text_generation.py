@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .loading import context_length, load_model, tokenize
+from .loading import context_length, fitting_threads, load_model, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ class TextGenerator:
         # A decoder continues the prompt; an encoder-decoder's output begins with its own start token.
         start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         search = ContrastiveSearch(**self._search, streamer=streamer)
-        with torch.inference_mode():
+        with torch.inference_mode(), fitting_threads(self.model):
             output = self.model.generate(
                 **inputs,
                 custom_generate=search,

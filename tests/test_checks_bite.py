@@ -89,7 +89,7 @@ def alibi(name: str) -> torch.Tensor:
     import transformers.models.mpt.modeling_mpt as mpt
 
     module, function = {
-        "bloom": (bloom, "_get_alibi_slopes"),
+        "bloom": (bloom, "build_alibi_tensor"),
         "falcon_alibi": (falcon, "build_alibi_tensor"),
         "mpt": (mpt, "build_mpt_alibi_tensor"),
     }[name]

@@ -19,6 +19,7 @@ from simctg_fast import demo
 from simctg_fast.assets import bundled_model_path
 from simctg_fast.cli import app
 from simctg_fast.demo import Comparison, Continuation
+from simctg_fast.loading import fitting_threads
 from simctg_fast.ops import backend_info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,6 +225,24 @@ def continuation(method: str, tokens: list[int], seconds: float = 1.0) -> Contin
 def comparison(greedy: list[int], contrastive: list[int]) -> Comparison:
     texts = {"greedy": greedy, "nucleus": list(range(50, 60)), "contrastive": contrastive}
     return Comparison("A prompt", tuple(continuation(method, texts[method]) for method in demo.METHODS))
+
+
+def test_a_small_model_runs_on_one_thread_and_the_setting_returns(monkeypatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(bundled_model_path())
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), fitting_threads(model):
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(model, "num_parameters", lambda: 10**8)
+        with fitting_threads(model):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 class TestEnv:
