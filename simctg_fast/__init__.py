@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .losses import SimCSELoss as SimCSELoss
     from .losses import SimCTGLoss as SimCTGLoss
     from .ops import backend_info as backend_info
+    from .plain import generate as generate
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _EXPORTS = {
     "contrastive_loss": "simctg_fast.functional",
     "contrastive_search": "simctg_fast.decoding",
     "cosine_similarity_matrix": "simctg_fast.functional",
+    "generate": "simctg_fast.plain",
     "patch_transformers": "simctg_fast.decoding",
     "simcse_sup_loss": "simctg_fast.functional",
     "simcse_unsup_loss": "simctg_fast.functional",
@@ -55,7 +57,7 @@ _EXPORTS = {
     "unpatch_transformers": "simctg_fast.decoding",
     "viterbi_backtrace": "simctg_fast.functional",
 }
-_SUBMODULES = ("assets", "crf", "decoding", "functional", "losses", "ops")
+_SUBMODULES = ("assets", "crf", "decoding", "functional", "losses", "ops", "plain")
 
 __all__ = ["__version__", *_EXPORTS]
 

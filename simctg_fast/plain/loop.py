@@ -1,0 +1,296 @@
+"""``generate`` for a plain model: the loop of transformers' own over any step that returns logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..decoding.contrastive_search import DEFAULT_TOP_K, stop_check_interval, top_k_probs
+from ..decoding.hidden_states import HiddenStatesHistory
+from ..ops.candidate_select import contrastive_scores
+from .protocols import PROTOCOLS, Select, StepOutput, Stepper, detect_protocol
+from .settings import make_config, make_criteria, make_processors
+
+
+@torch.no_grad()
+def generate(
+    step: Callable,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int | None = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    penalty_alpha: float | None = None,
+    attention_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    streamer: Any = None,
+    protocol: str = "auto",
+    select: Select | None = None,
+    prefix_allowed_tokens_fn: Callable | None = None,
+    tokenizer: Any = None,
+    generation_config: GenerationConfig | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Prompt and continuation from any model that returns logits, with Hugging Face's processors and criteria.
+
+    Settings are named and defaulted as in transformers' ``GenerationConfig``, all of whose fields may be given
+    (``min_p``, ``bad_words_ids``, ``suppress_tokens``, ``max_time``, ``num_return_sequences``, …); processors are
+    applied in the order of ``model.generate``, and the same model gives the same tokens as there, under the same seed.
+
+    Args:
+        step: a callable or ``nn.Module`` in one of three protocols; logits are ``(B, T, V)`` or ``(B, V)``.
+            ``"stateless"``: ``(ids) -> logits``, called with all tokens so far.
+            ``"positional"``: ``(ids, input_pos) -> logits``, with a cache of its own; called with the prompt and
+            ``arange(L)``, then with one token ``(B, 1)`` and its position ``(1,)``.
+            ``"stateful"``: ``(ids, state) -> logits, state[, hidden]``; called with the prompt and None, then with one
+            token and the state it returned.
+        input_ids: the prompt, ``(B, L)`` or ``(L,)`` integers; the result has as many dimensions.
+        attention_mask: ``(B, L)``, zero at padding, which must be on the left. Handed on, one column longer each step,
+            as the keyword ``attention_mask``; a step that does not take it cannot have padding. Without one, leading
+            ``pad_token_id`` count as padding if that is not an end of sequence as well.
+        logits_processor, stopping_criteria: one or a list of transformers' objects, or of callables like them.
+        generator: random numbers of ``do_sample``; the device's global stream if None, as in transformers.
+        streamer: gets the prompt, then each token, and is always ended.
+        protocol: ``"auto"`` reads the names of the step's parameters: one alone is stateless, a second one called
+            ``input_pos`` or ``state`` says the others. A step of any other shape has to be told.
+        penalty_alpha: above 0, contrastive search over ``top_k`` candidates (4 unless given), for a step that returns
+            ``hidden``, ``(B, T, D)`` for the prompt and ``(B, 1, D)`` or ``(B, D)`` after it.
+        select: ``select(state, index) -> state``, rows ``index (N,)`` of a state, in memory of their own; contrastive
+            search branches with it. (A stateless step needs none, and returns ``logits, hidden``.)
+        prefix_allowed_tokens_fn, tokenizer, generation_config: as in ``model.generate``.
+
+    Returns:
+        ``(B, L + n)`` int64, ``n`` at most ``max_new_tokens`` (20 unless given); rows that ended early are filled with
+        ``pad_token_id``. ``(L + n,)`` for a 1-D prompt and one returned sequence.
+
+    Raises:
+        ValueError: an argument outside the above, a step that returns another shape, NaN logits, or every token banned.
+        TypeError: a setting that ``GenerationConfig`` does not know.
+    """
+    values = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "penalty_alpha": penalty_alpha,
+    }
+    if not callable(step):
+        raise ValueError(f"step must be callable, got {type(step).__name__}")
+    if protocol != "auto" and protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be 'auto' or one of {PROTOCOLS}, got {protocol!r}")
+    protocol = detect_protocol(step) if protocol == "auto" else protocol
+    prompt = _checked_prompt(input_ids)
+    config = make_config(generation_config, prompt, values | settings)
+    mask = _checked_mask(attention_mask, prompt, config)
+    contrastive = bool(config.penalty_alpha)
+    if contrastive:
+        default_top_k = top_k is None and (generation_config is None or generation_config.top_k is None)
+        _check_contrastive(config, protocol, select, default_top_k)
+    if generator is not None and generator.device.type != prompt.device.type:
+        raise ValueError(f"generator must be on {prompt.device.type}, as input_ids are, got {generator.device.type}")
+    stepper = Stepper(step, protocol, select)
+    if mask is not None and not stepper.takes_mask:
+        raise ValueError(
+            "attention_mask marks padding, but step takes no attention_mask; allowed: prompts of equal length, or a "
+            "step with a parameter of that name"
+        )
+    copies = config.num_return_sequences or 1
+    if copies > 1:
+        prompt = prompt.repeat_interleave(copies, dim=0)
+        mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
+    run = _Run(stepper, config, prompt, mask, generator, streamer)
+    try:
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+        output = run.first()
+        vocabulary = output.logits.shape[-1]
+        processors = make_processors(config, prompt, mask, vocabulary, logits_processor, prefix_allowed_tokens_fn)
+        criteria = make_criteria(config, vocabulary, stopping_criteria, tokenizer)
+        # A look at the flags makes a GPU wait; criteria of the caller's may count their calls.
+        interval = 1 if streamer is not None or stopping_criteria is not None else stop_check_interval(prompt.device)
+        ids = run(output, processors, criteria, interval)
+    finally:
+        if streamer is not None:
+            streamer.end()
+    return ids[0] if input_ids.ndim == 1 and copies == 1 else ids
+
+
+class _Run:
+    """One call: the tokens so far and how the next ones are chosen."""
+
+    def __init__(self, stepper: Stepper, config, prompt: Tensor, mask: Tensor | None, generator, streamer):
+        self.stepper, self.config, self.generator, self.streamer = stepper, config, generator, streamer
+        self.ids, self.mask = prompt, mask
+        self.history: HiddenStatesHistory | None = None
+
+    def first(self) -> StepOutput:
+        output = self.stepper(self.ids, self.mask, first=True)
+        if self.config.penalty_alpha:
+            hidden = self._hidden(output, *self.ids.shape)
+            self.history = HiddenStatesHistory(hidden, self.mask, self.config.max_length)
+        return output
+
+    def __call__(self, output: StepOutput, processors, criteria, interval: int) -> Tensor:
+        device, pad = self.ids.device, self.config._pad_token_tensor
+        has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        unfinished = torch.ones(len(self.ids), dtype=torch.long, device=device)
+        needed = torch.zeros((), dtype=torch.long, device=device)  # steps until every row had ended
+        bad = torch.zeros(len(self.ids), dtype=torch.bool, device=device)
+        done, finished = 0, False
+        while True:
+            # A copy: the logits may be a buffer of the step's, and processors may write.
+            logits = output.logits.to(device=device, dtype=torch.float32, copy=True)
+            scores = processors(self.ids, logits)
+            ahead = None
+            if self.history is not None:
+                tokens, ahead, wrong = self._contrastive(scores)
+            else:
+                tokens, wrong = self._draw(scores) if self.config.do_sample else _best(scores)
+            bad |= wrong & unfinished.bool()
+            if interval == 1:
+                _check_bad(bad, done)
+            if has_eos and pad is not None:
+                tokens = tokens * unfinished + pad * (1 - unfinished)
+            self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
+            if self.mask is not None:
+                self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=-1)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            needed += unfinished.max()
+            unfinished = unfinished & ~criteria(self.ids, None)
+            done += 1
+            if done % interval == 0 or self.ids.shape[1] == self.config.max_length:
+                _check_bad(bad, done - 1)
+                finished = not bool(unfinished.max())
+            if finished:
+                return self.ids[:, : self.ids.shape[1] - (done - int(needed))]
+            output = self.stepper(self.ids, self.mask) if ahead is None else ahead
+
+    def _draw(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        probs = torch.nn.functional.softmax(scores, dim=-1)
+        bad = probs[:, 0].isnan()  # one NaN, or nothing but −inf, makes the whole row NaN
+        if probs.is_cuda:
+            probs.nan_to_num_(1.0)  # torch.multinomial would end the process's use of the device
+        else:
+            _check_bad(bad, self.ids.shape[1])
+        return torch.multinomial(probs, num_samples=1, generator=self.generator).squeeze(1), bad
+
+    def _contrastive(self, scores: Tensor) -> tuple[Tensor, StepOutput, Tensor]:
+        """Try the candidates, keep the winners: their tokens, and what the step returned for them."""
+        assert self.history is not None
+        (rows, vocabulary), k = scores.shape, self.config.top_k
+        if k > vocabulary:
+            raise ValueError(f"top_k must be at most the {vocabulary} logits of the step, got {k}")
+        probs, candidates = top_k_probs(scores, k)
+        every = torch.arange(rows, device=scores.device)
+        repeated = every.repeat_interleave(k)
+        self.stepper.branch(repeated)
+        ids = torch.cat([self.ids[repeated], candidates.reshape(-1, 1)], dim=-1)
+        mask = None
+        if self.mask is not None:
+            mask = torch.cat([self.mask[repeated], self.mask.new_ones(rows * k, 1)], dim=-1)
+        output = self.stepper(ids, mask)
+        hidden = self._hidden(output, rows * k, 1).unflatten(0, (rows, k)).squeeze(2)
+        penalty, _ = self.history.penalty(hidden)
+        ranked = contrastive_scores(probs.to(penalty.device), penalty, self.config.penalty_alpha)
+        choice = ranked.nan_to_num_(nan=float("-inf"), neginf=float("-inf")).argmax(dim=-1)
+        winners = (every * k).to(choice.device) + choice
+        self.stepper.branch(winners)
+        self.history.append(hidden.reshape(rows * k, -1)[winners])
+        tokens = candidates.reshape(-1)[winners.to(candidates.device)]
+        return tokens, StepOutput(output.logits[winners.to(output.logits.device)], None), probs.isnan().any(dim=-1)
+
+    def _hidden(self, output: StepOutput, rows: int, length: int) -> Tensor:
+        hidden = output.hidden
+        if hidden is None:
+            wanted = "(logits, hidden)" if self.stepper.protocol == "stateless" else "(logits, state, hidden)"
+            raise ValueError(f"penalty_alpha={self.config.penalty_alpha} needs a step that returns {wanted}")
+        if length == 1 and hidden.ndim == 3:
+            hidden = hidden[:, -1:]  # a stateless step returns those of all positions
+        if length == 1 and hidden.ndim == 2:
+            hidden = hidden[:, None]
+        if hidden.ndim != 3 or hidden.shape[:2] != (rows, length) or not hidden.is_floating_point():
+            raise ValueError(
+                f"step returned hidden states of shape {tuple(output.hidden.shape)}, must be ({rows}, {length}, D)"  # type: ignore[union-attr]
+            )
+        return hidden
+
+
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = scores.argmax(dim=-1)  # NaN counts as the largest
+    best = scores.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, ~(best > float("-inf"))
+
+
+def _check_bad(bad: Tensor, step: int) -> None:
+    if bool(bad.any()):
+        raise ValueError(
+            f"the logits of row {int(bad.nonzero()[0])} left no probabilities at new token {step} or before (NaN, or "
+            "every token banned); allowed: finite numbers, and −inf for banned tokens while one token is left"
+        )
+
+
+def _checked_prompt(input_ids: Tensor) -> Tensor:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must be a tensor of int64 or int32, got {got}")
+    if input_ids.ndim not in (1, 2) or not input_ids.numel():
+        raise ValueError(
+            f"input_ids must be (B, L) or (L,) with at least one token, got shape {tuple(input_ids.shape)}"
+        )
+    return input_ids.long().reshape(-1, input_ids.shape[-1])
+
+
+def _checked_mask(mask: Tensor | None, prompt: Tensor, config: GenerationConfig) -> Tensor | None:
+    """The mask as int64 if it marks padding; None if all tokens are real."""
+    if mask is None:
+        pad, ends = config.pad_token_id, config._eos_token_tensor
+        if pad is None or (ends is not None and bool((ends == pad).any())):
+            return None
+        mask = (prompt != pad).cumsum(dim=1) > 0  # inside the text it is a token like any other
+    elif not isinstance(mask, Tensor) or mask.shape not in (prompt.shape, prompt.shape[1:]):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have the shape of input_ids {tuple(prompt.shape)}, got {got}")
+    mask = mask.reshape(prompt.shape).to(device=prompt.device, dtype=torch.long)
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError("attention_mask must be 0 at padding and 1 elsewhere")
+    if bool((mask[:, -1] == 0).any()):
+        row = int((mask[:, -1] == 0).nonzero()[0])
+        raise ValueError(f"attention_mask ends with padding in row {row}; prompts must be padded on the left")
+    return None if bool(mask.all()) else mask
+
+
+def _check_contrastive(config: GenerationConfig, protocol: str, select: Select | None, default_top_k: bool) -> None:
+    alpha = config.penalty_alpha
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"penalty_alpha must be a number in [0, 1], got {alpha!r}")
+    if config.do_sample:
+        raise ValueError(f"penalty_alpha={alpha} is contrastive search, which draws nothing; leave do_sample=True out")
+    if protocol == "positional":
+        raise ValueError(
+            f"penalty_alpha={alpha} needs a state that can be branched, and a positional step keeps its own cache; "
+            "allowed: a stateful step with select=, or a stateless one"
+        )
+    if protocol == "stateful" and select is None:
+        raise ValueError(f"penalty_alpha={alpha} tries several candidates: pass select=, (state, index) -> state")
+    if default_top_k:
+        config.top_k = DEFAULT_TOP_K
+    if config.top_k < 1:
+        raise ValueError(f"top_k must be at least 1 for contrastive search, got {config.top_k}")
