@@ -166,12 +166,15 @@ def test_streamers_see_no_token_too_many(interval):
     assert torch.equal(torch.cat(recorder.chunks[1:]), out[0, 9:])
 
 
-def test_table_of_positions_is_not_left(interval):
+@pytest.mark.parametrize("by", ["ids", "embeddings"])
+def test_table_of_positions_is_not_left(by, interval):
     """A text that ends just before the last position: the surplus steps have none left."""
     model, inputs = build("gpt2", n_positions=16), {"input_ids": prompt(1)}
     plain = decode(model, inputs, new_tokens=7)
+    if by == "embeddings":
+        inputs = {"inputs_embeds": model.get_input_embeddings()(prompt(1)).detach()}
     for position in (13, 14, 15):
         end = plain[0, position].item()
-        expected = decode(model, inputs, new_tokens=7, eos_token_id=end)
+        expected = decode(model, {"input_ids": prompt(1)}, new_tokens=7, eos_token_id=end)
         out = interval(lambda end=end: decode(model, inputs, new_tokens=40, eos_token_id=end))
-        assert torch.equal(out, expected)
+        assert torch.equal(out, expected if by == "ids" else expected[:, 9:])

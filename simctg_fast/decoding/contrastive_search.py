@@ -160,10 +160,9 @@ class _Run:
                     f"attention_mask has no real token in row {empty[0]} of the batch; allowed: at least 1"
                 )
         self.positions = position_table(model)
-        if self.positions is not None:
-            embeds = None if self.is_encoder_decoder else self.model_kwargs.get("inputs_embeds")
-            width = input_ids.shape[1] if embeds is None else embeds.shape[1]
-            self.longest_prompt = width if prompt is None else int(prompt.sum(dim=-1).max())
+        embeds = None if self.is_encoder_decoder else self.model_kwargs.get("inputs_embeds")
+        width = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        self.longest_prompt = width if prompt is None else int(prompt.sum(dim=-1).max())
         if config.do_sample and strategy.temperature is None and (config.num_return_sequences or 1) > 1:
             logger.warning(
                 "num_return_sequences=%d gives equal texts: contrastive search is deterministic unless "
@@ -292,9 +291,10 @@ class _Run:
         steps_needed = torch.zeros((), dtype=torch.long, device=device)
         pad_token = self.config._pad_token_tensor
         interval = 1 if self.streamer is not None else stop_check_interval(device)
-        # Surplus steps must not leave a model's table of positions.
+        # Surplus steps must not leave a model's table of positions: from here on every step looks for the end.
         text_config = self.model.config.get_text_config(decoder=True)
-        closely = (getattr(text_config, "max_position_embeddings", None) or math.inf) - interval
+        limit = self.positions or getattr(text_config, "max_position_embeddings", None) or math.inf
+        closely = limit - interval - self.longest_prompt
         outputs, step, finished = self.prefill_outputs, 0, False
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
@@ -326,8 +326,7 @@ class _Run:
             steps_needed += unfinished.max()
             unfinished = unfinished & ~self.criteria(input_ids, tuple(self.scores) if self.scores is not None else None)
             step += 1
-            length = input_ids.shape[1]
-            if step % interval == 0 or length >= closely or length == self.criteria.max_length:
+            if step % interval == 0 or step >= closely or input_ids.shape[1] == self.criteria.max_length:
                 if interval > 1:
                     self._check_nan(bad, step - 1)
                 finished = not bool(unfinished.max())
