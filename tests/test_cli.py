@@ -234,8 +234,10 @@ def test_a_small_model_runs_on_one_thread_and_the_setting_returns(monkeypatch) -
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(KeyError), fitting_threads(model):
+        with fitting_threads(model):
             assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), fitting_threads(model):
             raise KeyError
         assert torch.get_num_threads() == 2
         monkeypatch.setattr(model, "num_parameters", lambda: 10**8)

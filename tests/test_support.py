@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import parity_zoo as zoo
 
 from simctg_fast import SupportReport, support
 from simctg_fast.decoding import shared_prefix
@@ -98,6 +103,16 @@ def test_speech():
     report = support(transformers.WhisperForConditionalGeneration(config).eval())
     assert report.path == "shared_prefix"
     assert report.checks[-1].passed, report
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_images(name):
+    """Recomputing has to hand every candidate its own images, which these models find by the ids of the prompt."""
+    case = zoo.CASES["padded"]
+    suppressed = zoo.options_for(zoo.ARCHITECTURES[name], case)["suppress_tokens"]
+    report = support(zoo.build(name), {**zoo.prompt_for(name, case, 0), "suppress_tokens": suppressed})
+    assert report.path == "shared_prefix"
+    assert all(check.passed for check in report.checks), report
 
 
 def test_inputs_it_cannot_make_up_are_asked_for():

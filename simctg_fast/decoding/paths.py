@@ -185,13 +185,14 @@ class Path:
         return None
 
 
-def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, keep_all: bool = False) -> dict[str, Any]:
-    """``kwargs`` of B sequences for ``B·k`` candidate rows. Caches and, unless ``keep_all``, encoder outputs stay at B
-    rows; what only the prompt needs is dropped."""
+def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, prompt: torch.Tensor | None = None) -> dict[str, Any]:
+    """``kwargs`` of B sequences for ``B·k`` candidate rows. Caches and encoder outputs stay at B rows, and what only
+    the prompt needs is dropped; given the ``prompt``'s ids, everything but caches is expanded, images by their tokens."""
+    keep_all = prompt is not None
     aside = {n: v for n, v in kwargs.items() if isinstance(v, Cache) or (n == "encoder_outputs" and not keep_all)}
     rest = {n: v for n, v in kwargs.items() if n not in aside and (keep_all or n not in _PREFILL_ONLY)}
     _, expanded = model._expand_inputs_for_generation(
-        input_ids=None, expand_size=k, is_encoder_decoder="encoder_outputs" in rest, **rest
+        input_ids=prompt, expand_size=k, is_encoder_decoder="encoder_outputs" in rest, **rest
     )
     return expanded | aside
 
@@ -411,7 +412,7 @@ class UncachedPath(Path):
     def step(self, input_ids, candidates, choose):
         k = candidates.shape[1]
         if self.expanded is None:
-            self.expanded = expand_kwargs(self.model, self.kwargs, k, keep_all=True)
+            self.expanded = expand_kwargs(self.model, self.kwargs, k, prompt=input_ids[:, : self.prompt_ids])
         rows = torch.cat([input_ids.repeat_interleave(k, dim=0), candidates.reshape(-1, 1)], dim=1)
         kwargs = grow_kwargs(self.model, self.expanded, rows[:, self.prompt_ids :])
         inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **kwargs)
