@@ -187,7 +187,7 @@ class Path:
 
 def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, prompt: torch.Tensor | None = None) -> dict[str, Any]:
     """``kwargs`` of B sequences for ``B·k`` candidate rows. Caches and encoder outputs stay at B rows, and what only
-    the prompt needs is dropped; given the ``prompt``'s ids, everything but caches is expanded, images by their tokens."""
+    the prompt needs is dropped; given the ``prompt``'s ids, all but caches is expanded, images by their tokens."""
     keep_all = prompt is not None
     aside = {n: v for n, v in kwargs.items() if isinstance(v, Cache) or (n == "encoder_outputs" and not keep_all)}
     rest = {n: v for n, v in kwargs.items() if n not in aside and (keep_all or n not in _PREFILL_ONLY)}
