@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from bundled_card import Progress, write_card  # noqa: E402
 from bundled_corpus import Corpus, build_corpus  # noqa: E402
 
-from simctg_fast.reference.contrastive_loss import contrastive_loss  # noqa: E402
+from simctg_fast import contrastive_loss  # noqa: E402
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 END_OF_TEXT_ID, PADDING_ID = 0, 1

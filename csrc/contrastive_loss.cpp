@@ -46,35 +46,67 @@ int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 // The rows of some sequences as panels of unit vectors: rows begin .. begin + count of each of `sequences` sequences.
 struct Packed {
     int64_t first_sequence, sequences, begin, count;
-    Buffer panels;
-    int64_t stride;  // floats from one sequence to the next
+    Buffer panels = nullptr, bounds = nullptr, sums = nullptr;
+    int64_t stride = 0;  // floats from one sequence to the next
 
+    int64_t tiles() const { return tiles_of(count); }
     const float* tile(int64_t sequence, int64_t row, int64_t width) const {
         return panels.get() + (sequence - first_sequence) * stride + (row - begin) * width;
+    }
+    Bounds bounds_at(int64_t sequence, int64_t row, int64_t width) const {
+        const int64_t rows = tiles() * kTile, each = slices_of(width) * rows;
+        float* along = bounds.get() + (sequence - first_sequence) * 2 * each + (row - begin);
+        return {along, along + each, rows};
+    }
+    float* sum(int64_t sequence, int64_t tile, int64_t width) const {
+        return sums.get() + ((sequence - first_sequence) * tiles() + tile) * width;
     }
 };
 
 void pack(const HingeSums& call, Packed& packed, int num_threads) {
     const LossKernels& k = kernels();
-    const int64_t width = call.states.width, panels = (packed.count + k.panel_width - 1) / k.panel_width;
-    packed.stride = tiles_of(packed.count) * kTile * width;
-    if (!packed.panels) packed.panels = allocate(packed.stride * packed.sequences + 1);
+    const int64_t width = call.states.width, slices = slices_of(width);
+    const int64_t panels = packed.tiles() * kTile / k.panel_width;
+    packed.stride = packed.tiles() * kTile * width;
+    packed.panels = allocate(packed.stride * packed.sequences + 1);
+    packed.bounds = allocate(2 * slices * packed.tiles() * kTile * packed.sequences + 1);
+    const Buffer directions = allocate((width + slices) * packed.sequences + 1);
+    const auto direction_of = [&](int64_t sequence) {
+        float* at = directions.get() + sequence * (width + slices);
+        return Direction{at, at + width};
+    };
+    parallel_for(packed.sequences, num_threads, [&](int64_t sequence) {
+        const Buffer row = allocate(width + 1);
+        k.direction(call.states, call.real, packed.first_sequence + sequence, row.get(), direction_of(sequence));
+    });
     parallel_for(packed.sequences * panels, num_threads, [&](int64_t task) {
-        const int64_t b = packed.first_sequence + task / panels, offset = task % panels * k.panel_width;
+        const int64_t sequence = task / panels, b = packed.first_sequence + sequence;
+        const int64_t offset = task % panels * k.panel_width, first = packed.begin + offset;
+        const int64_t count = std::max<int64_t>(0, std::min(k.panel_width, packed.count - offset));
         const Buffer rows = allocate(k.panel_width * width + 1);
-        k.pack(call.states, call.real, b, packed.begin + offset, std::min(k.panel_width, packed.count - offset), rows.get(),
-               call.inverse + b * call.states.length + packed.begin + offset,
-               packed.panels.get() + (b - packed.first_sequence) * packed.stride + offset * width);
+        k.pack(call.states, call.real, b, first, count, rows.get(), call.inverse + b * call.states.length + first,
+               packed.panels.get() + sequence * packed.stride + offset * width, direction_of(sequence),
+               packed.bounds_at(b, first, width));
     });
 }
 
 // Sums and counts of a tile's rows, [batch of the group][tile of rows][tile of columns][kTile]; added up in order later.
+// The tiles that were proven full are zeros here; all of a row's are in `proven_sums` and `proven_counts` [batch][rows].
 struct Partials {
     int64_t tiles;
-    std::vector<float> sums, counts;
+    std::vector<float> sums, counts, proven_sums, proven_counts;
+    std::vector<uint8_t> proven;
     Partials(int64_t sequences, int64_t tiles_, bool keep)
-        : tiles(tiles_), sums(static_cast<size_t>(sequences * tiles * tiles * kTile)), counts(keep ? sums.size() : 0) {}
+        : tiles(tiles_),
+          sums(static_cast<size_t>(sequences * tiles * tiles * kTile)),
+          counts(keep ? sums.size() : 0),
+          proven_sums(static_cast<size_t>(sequences * tiles * kTile)),
+          proven_counts(proven_sums.size()),
+          proven(static_cast<size_t>(sequences * tiles * tiles)) {}
     int64_t at(int64_t sequence, int64_t i, int64_t j) const { return ((sequence * tiles + i) * tiles + j) * kTile; }
+    uint8_t& is_proven(int64_t sequence, int64_t i, int64_t j) {
+        return proven[static_cast<size_t>((sequence * tiles + i) * tiles + j)];
+    }
 };
 
 void free_bits(const HingeSums& call, int64_t b, int64_t first_row, uint32_t* words) {
@@ -104,6 +136,8 @@ void run_tile(const HingeSums& call, const Packed& left, const Packed& right, Pa
     tile.columns = std::min(kTile, length - j * kTile);
     tile.diagonal = i == j;
     tile.threshold = call.threshold;
+    tile.row_bounds = left.bounds_at(b, i * kTile, width);
+    tile.column_bounds = right.bounds_at(b, j * kTile, width);
     tile.free_rows = free_rows;
     tile.free_columns = free_columns;
     tile.scratch = scratch.get();
@@ -118,7 +152,11 @@ void run_tile(const HingeSums& call, const Packed& left, const Packed& right, Pa
         tile.mirror_bits = bits + j * kTile * words + i * kTileWords;
         tile.bits_stride = words;
     }
-    const uint8_t flag = kernels().hinge_tile(tile);
+    uint8_t flag = kernels().hinge_tile(tile);
+    if (flag == kProvenFull) {
+        partials.is_proven(sequence, i, j) = partials.is_proven(sequence, j, i) = 1;
+        flag = 1;
+    }
     if (tile.keep) {
         uint8_t* flags = call.flags + b * partials.tiles * partials.tiles;
         flags[i * partials.tiles + j] = flags[j * partials.tiles + i] = flag;
@@ -145,13 +183,64 @@ void run_tiles(const HingeSums& call, const Packed& left, const Packed& right, P
     });
 }
 
+// What the tiles of `columns` that were proven full add to the rows: one product with the sum of all their vectors.
+void add_proven(const HingeSums& call, const Packed& rows, const Packed& columns, Partials& partials, int num_threads) {
+    const LossKernels& k = kernels();
+    const int64_t length = call.states.length, width = call.states.width;
+    const int64_t first_i = rows.begin / kTile, first_j = columns.begin / kTile;
+    parallel_for(rows.sequences * rows.tiles(), num_threads, [&](int64_t task) {
+        const int64_t sequence = task / rows.tiles(), i = first_i + task % rows.tiles();
+        const int64_t b = rows.first_sequence + sequence, start = b * length;
+        const Buffer total = allocate(width + 1);
+        std::fill_n(total.get(), width, 0.0f);
+        float used = 0.0f;
+        for (int64_t j = first_j; j < first_j + columns.tiles(); ++j) {
+            if (!partials.is_proven(sequence, i, j)) continue;
+            const float* sum = columns.sum(b, j - first_j, width);
+            for (int64_t w = 0; w < width; ++w) total[w] += sum[w];
+            for (int64_t t = j * kTile; t < std::min(length, (j + 1) * kTile); ++t) used += call.inverse[start + t] > 0.0f;
+        }
+        const float own = first_i == first_j && partials.is_proven(sequence, i, i) ? 1.0f : 0.0f;  // s_ii
+        if (used - own <= 0.0f) return;
+        float dots[kTile];
+        k.tile_dots(rows.tile(b, i * kTile, width), width, total.get(), dots);
+        for (int64_t t = i * kTile; t < std::min(length, (i + 1) * kTile); ++t) {
+            if (!(call.inverse[start + t] > 0.0f)) continue;
+            const auto at = static_cast<size_t>(sequence * partials.tiles * kTile + t);
+            partials.proven_sums[at] += (dots[t - i * kTile] - own) - call.threshold * (used - own);
+            partials.proven_counts[at] += used - own;
+        }
+    });
+}
+
+void sum_tiles(const HingeSums& call, Packed& packed, int num_threads) {
+    const int64_t width = call.states.width;
+    packed.sums = allocate(packed.sequences * packed.tiles() * width + 1);
+    parallel_for(packed.sequences * packed.tiles(), num_threads, [&](int64_t task) {
+        const int64_t b = packed.first_sequence + task / packed.tiles(), tile = task % packed.tiles();
+        kernels().tile_sum(packed.tile(b, packed.begin + tile * kTile, width), width, packed.sum(b, tile, width));
+    });
+}
+
+// Both sets of rows against each other.
+void run(const HingeSums& call, Packed& left, Packed& right, Partials& partials, int num_threads) {
+    run_tiles(call, left, right, partials, num_threads);
+    if (std::find(partials.proven.begin(), partials.proven.end(), 1) == partials.proven.end()) return;
+    const bool same = left.begin == right.begin;
+    if (!left.sums) sum_tiles(call, left, num_threads);
+    if (!same) sum_tiles(call, right, num_threads);
+    add_proven(call, left, same ? left : right, partials, num_threads);
+    if (!same) add_proven(call, right, left, partials, num_threads);
+}
+
 void add_up(const HingeSums& call, const Partials& partials, int64_t first_sequence, int64_t sequences) {
     const int64_t length = call.states.length;
     for (int64_t s = 0; s < sequences; ++s) {
         const int64_t start = (first_sequence + s) * length;
         bool finite = true;
         for (int64_t t = 0; t < length; ++t) {
-            float hinge = 0.0f, count = 0.0f;
+            const auto own = static_cast<size_t>(s * partials.tiles * kTile + t);
+            float hinge = partials.proven_sums[own], count = partials.proven_counts[own];
             for (int64_t j = 0; j < partials.tiles; ++j) {
                 const auto at = static_cast<size_t>(partials.at(s, t / kTile, j) + t % kTile);
                 hinge += partials.sums[at];
@@ -180,10 +269,10 @@ void contrastive_hinge(const HingeSums& call, int num_threads) {
     if (sequence_bytes <= 2 * kPackedBytes) {  // whole sequences, several at a time
         const int64_t group = std::max<int64_t>(1, std::min(batch, kPackedBytes / sequence_bytes));
         for (int64_t b = 0; b < batch; b += group) {
-            Packed packed{b, std::min(group, batch - b), 0, length, nullptr, 0};
+            Packed packed{b, std::min(group, batch - b), 0, length};
             pack(call, packed, num_threads);
             Partials partials(packed.sequences, tiles, keep);
-            run_tiles(call, packed, packed, partials, num_threads);
+            run(call, packed, packed, partials, num_threads);
             add_up(call, partials, b, packed.sequences);
         }
         return;
@@ -192,13 +281,13 @@ void contrastive_hinge(const HingeSums& call, int num_threads) {
     for (int64_t b = 0; b < batch; ++b) {
         Partials partials(1, tiles, keep);
         for (int64_t i = 0; i < length; i += step) {
-            Packed left{b, 1, i, std::min(step, length - i), nullptr, 0};
+            Packed left{b, 1, i, std::min(step, length - i)};
             pack(call, left, num_threads);
-            run_tiles(call, left, left, partials, num_threads);
+            run(call, left, left, partials, num_threads);
             for (int64_t j = i + step; j < length; j += step) {
-                Packed right{b, 1, j, std::min(step, length - j), nullptr, 0};
+                Packed right{b, 1, j, std::min(step, length - j)};
                 pack(call, right, num_threads);
-                run_tiles(call, left, right, partials, num_threads);
+                run(call, left, right, partials, num_threads);
             }
         }
         add_up(call, partials, b, 1);

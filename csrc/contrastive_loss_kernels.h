@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kPanel = 2 * kLanes;
 constexpr int kPanels = static_cast<int>(kTile) / kPanel;
-constexpr int64_t kDepth = 128;  // k's in a pass: two panels of that depth leave room in the first-level cache
 constexpr int kColumnVectors = 4;
 constexpr int64_t kColumns = kColumnVectors * kLanes;  // columns in a gradient task
 constexpr int kGroups = 8;                             // of four vectors: one word of the bits
@@ -168,8 +167,51 @@ SIMCTG_INLINE void transpose(Vec* v) {
 #endif
 }
 
+void direction(const States& states, const uint8_t* real, int64_t b, float* row, const Direction& out) {
+    constexpr int64_t kSamples = 32;
+    const int64_t width = states.width, samples = smaller(kSamples, states.length);
+    for (int64_t k = 0; k < width; ++k) out.vector[k] = 0.0f;
+    for (int64_t n = 0; n < samples; ++n) {
+        const int64_t t = n * states.length / samples;
+        if (real != nullptr && !real[b * states.length + t]) continue;
+        load_floats(states, b * states.batch_stride + t * states.row_stride, width, row);
+        const float scale = inverse_norm(row, width);
+        if (!(scale > 0.0f)) continue;
+        for (int64_t k = 0; k < width; ++k) out.vector[k] += row[k] * scale;
+    }
+    float squares = 0.0f;
+    for (int64_t slice = slices_of(width) - 1; slice >= 0; --slice) {
+        const int64_t begin = slice * kSlice;
+        squares += sum_of_squares(out.vector + begin, smaller(kSlice, width - begin), 1.0f);
+        out.inverse_tail[slice] = squares > 1e-12f ? 1.0f / __builtin_sqrtf(squares) : 0.0f;
+    }
+}
+
+void measure(const float* row, float scale, int64_t width, const Direction& direction, float* along, float* across,
+             int64_t stride) {
+    const Vec f = broadcast(scale);
+    float squares = 0.0f, product = 0.0f;
+    for (int64_t slice = slices_of(width) - 1; slice >= 0; --slice) {
+        const int64_t end = smaller(width, (slice + 1) * kSlice);
+        Vec square_sums = zeros(), product_sums = zeros();
+        for (int64_t k = slice * kSlice; k < end; k += kLanes) {
+            const bool whole = end - k >= kLanes;
+            const Vec v = mul(whole ? load(row + k) : load(row + k, first_lanes(end - k)), f);
+            const Vec d = whole ? load(direction.vector + k) : load(direction.vector + k, first_lanes(end - k));
+            square_sums = multiply_add(v, v, square_sums);
+            product_sums = multiply_add(v, d, product_sums);
+        }
+        squares += sum(square_sums);
+        product += sum(product_sums);
+        const float part = product * direction.inverse_tail[slice];
+        const float rest = squares - part * part;
+        along[slice * stride] = part;
+        across[slice * stride] = __builtin_sqrtf((rest > 0.0f ? rest : 0.0f) + 1e-6f);  // more than rounding took away
+    }
+}
+
 void pack(const States& states, const uint8_t* real, int64_t b, int64_t first_row, int64_t count, float* rows,
-          float* inverse, float* panel) {
+          float* inverse, float* panel, const Direction& direction, const Bounds& bounds) {
     const int64_t width = states.width;
     float scale[kPanel];
     for (int r = 0; r < kPanel; ++r) {
@@ -187,6 +229,7 @@ void pack(const States& states, const uint8_t* real, int64_t b, int64_t first_ro
             for (int64_t k = 0; k < width; ++k) row[k] = 0.0f;
             scale[r] = 0.0f;
         }
+        measure(row, scale[r], width, direction, bounds.along + r, bounds.across + r, bounds.stride);
     }
     int64_t k = 0;
     for (; k + kLanes <= width; k += kLanes) {
@@ -249,11 +292,116 @@ SIMCTG_INLINE void multiply_panels(const float* a, const float* b, int64_t count
     }
 }
 
-void multiply_tile(const HingeTile& tile) {
+// What is known of a tile before its product is complete, from the slices done and the bounds of the rest.
+enum class Verdict { open, none, full };
+
+struct Range {
+    float low, high;
+};
+
+SIMCTG_INLINE bool is_free(const uint32_t* bits, int64_t i) { return bits[i / 32] >> (i % 32) & 1u; }
+
+bool all_free(const uint32_t* bits) {
+    uint32_t used = 0;
+    for (int w = 0; w < kTileWords; ++w) used |= ~bits[w];
+    return used == 0;
+}
+
+Range used_range(const float* values, const uint32_t* free) {
+    Range range{4.0f, -4.0f};
+    for (int64_t i = 0; i < kTile; ++i) {
+        if (is_free(free, i)) continue;
+        range.low = smaller(range.low, values[i]);
+        range.high = larger(range.high, values[i]);
+    }
+    return range;
+}
+
+// Before the first slice: the extremes of along_i along_j, the pairs i = i included.
+Range first_range(const HingeTile& tile) {
+    const Range a = used_range(tile.row_bounds.along, tile.free_rows);
+    const Range b = used_range(tile.column_bounds.along, tile.free_columns);
+    const float products[4] = {a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high};
+    Range range{products[0], products[0]};
+    for (const float product : products) {
+        range.low = smaller(range.low, product);
+        range.high = larger(range.high, product);
+    }
+    return range;
+}
+
+// After some slices: the extremes of s_ij so far + along_i along_j over the pairs that count.
+Range range_after(const HingeTile& tile, int64_t slice) {
+    const int vectors = static_cast<int>((tile.columns + kPanel - 1) / kPanel * kPanel) / kLanes;
+    const float* along = tile.row_bounds.along + slice * tile.row_bounds.stride;
+    const float* columns = tile.column_bounds.along + slice * tile.column_bounds.stride;
+    float aside[kTile];  // takes the columns that do not count out of both extremes
+    for (int64_t j = 0; j < kTile; ++j) aside[j] = is_free(tile.free_columns, j) ? 8.0f : 0.0f;
+    Vec low = broadcast(4.0f), high = broadcast(-4.0f);
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        if (is_free(tile.free_rows, i)) continue;
+        const Vec own = broadcast(along[i]);
+        // On the diagonal the panels to the left are not computed, and the pair i = i does not count.
+        for (int v = tile.diagonal ? static_cast<int>(i / kPanel * kPanel) / kLanes : 0; v < vectors; ++v) {
+            const Vec estimate = multiply_add(own, load(columns + v * kLanes), load(tile.scratch + i * kTile + v * kLanes));
+            const Vec shift = load(aside + v * kLanes);
+            Vec below = add(estimate, shift), above = sub(estimate, shift);
+            if (tile.diagonal && v == i / kLanes) {
+                float lanes[2][kLanes];
+                store(lanes[0], below);
+                store(lanes[1], above);
+                lanes[0][i % kLanes] = 4.0f;
+                lanes[1][i % kLanes] = -4.0f;
+                below = load(lanes[0]);
+                above = load(lanes[1]);
+            }
+            low = min(below, low);
+            high = max(above, high);
+        }
+    }
+    float lows[kLanes], highs[kLanes];
+    store(lows, low);
+    store(highs, high);
+    Range range{lows[0], highs[0]};
+    for (int i = 1; i < kLanes; ++i) {
+        range.low = smaller(range.low, lows[i]);
+        range.high = larger(range.high, highs[i]);
+    }
+    return range;
+}
+
+// The verdict, and the next slice that is worth asking at: where the bounds of the rest have fallen below the distance
+// from the threshold. A tile with estimates on both sides is not asked about again.
+Verdict judge(const HingeTile& tile, const Range& range, int64_t slice, int64_t* next) {
+    constexpr float kRounding = 1e-5f;
+    const float full = range.low - tile.threshold, none = tile.threshold - range.high;
+    const float distance = larger(full, none) - kRounding;
+    const int64_t slices = slices_of(tile.width);
+    *next = slices;
+    if (!(distance > 0.0f)) return Verdict::open;
+    for (int64_t s = slice; s < slices; ++s) {
+        const Range rows = used_range(tile.row_bounds.across + s * tile.row_bounds.stride, tile.free_rows);
+        const Range columns = used_range(tile.column_bounds.across + s * tile.column_bounds.stride, tile.free_columns);
+        if (rows.high * columns.high >= distance) continue;
+        if (s == slice) return full > none ? Verdict::full : Verdict::none;
+        *next = s;
+        break;
+    }
+    return Verdict::open;
+}
+
+Verdict multiply_tile(const HingeTile& tile) {
+    if (all_free(tile.free_rows) || all_free(tile.free_columns)) return Verdict::none;
     const int row_panels = static_cast<int>((tile.rows + kPanel - 1) / kPanel);
     const int column_panels = static_cast<int>((tile.columns + kPanel - 1) / kPanel);
-    for (int64_t k = 0; k < tile.width; k += kDepth) {
-        const int64_t count = smaller(kDepth, tile.width - k);
+    const int64_t slices = slices_of(tile.width);
+    int64_t next = 0;
+    for (int64_t slice = 0; slice < slices; ++slice) {
+        if (slice == next) {
+            const Verdict verdict = judge(tile, slice ? range_after(tile, slice) : first_range(tile), slice, &next);
+            if (verdict != Verdict::open) return verdict;
+        }
+        const int64_t k = slice * kSlice, count = smaller(kSlice, tile.width - k);
         for (int j = 0; j < column_panels; ++j) {
             const float* b = tile.right + (j * tile.width + k) * kPanel;
             for (int i = 0; i < (tile.diagonal ? j + 1 : row_panels); ++i) {
@@ -262,10 +410,36 @@ void multiply_tile(const HingeTile& tile) {
             }
         }
     }
-    if (!tile.diagonal) return;
+    if (!tile.diagonal) return Verdict::open;
     for (int64_t i = 0; i < tile.rows; ++i) {
         for (int64_t j = 0; j < i / kPanel * kPanel; ++j) tile.scratch[i * kTile + j] = tile.scratch[j * kTile + i];
         tile.scratch[i * kTile + i] = -1.0f;  // below every threshold
+    }
+    return Verdict::open;
+}
+
+void tile_sum(const float* panels, int64_t width, float* out) {
+    for (int64_t k = 0; k < width; ++k) {
+        Vec total = zeros();
+        for (int p = 0; p < kPanels; ++p) {
+            const float* panel = panels + (p * width + k) * kPanel;
+            total = add(total, add(load(panel), load(panel + kLanes)));
+        }
+        out[k] = sum(total);
+    }
+}
+
+void tile_dots(const float* panels, int64_t width, const float* vector, float* dots) {
+    for (int p = 0; p < kPanels; ++p) {
+        Vec acc[2][2] = {{zeros(), zeros()}, {zeros(), zeros()}};
+        for (int64_t k = 0; k < width; ++k) {
+            const float* panel = panels + (p * width + k) * kPanel;
+            const Vec v = broadcast(vector[k]);
+            acc[k & 1][0] = multiply_add(v, load(panel), acc[k & 1][0]);
+            acc[k & 1][1] = multiply_add(v, load(panel + kLanes), acc[k & 1][1]);
+        }
+        store(dots + p * kPanel, add(acc[0][0], acc[1][0]));
+        store(dots + p * kPanel + kLanes, add(acc[0][1], acc[1][1]));
     }
 }
 
@@ -303,7 +477,11 @@ void transpose_bits(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_
 }
 
 uint8_t hinge_tile(const HingeTile& tile) {
-    multiply_tile(tile);
+    switch (multiply_tile(tile)) {
+        case Verdict::none: return 0;
+        case Verdict::full: return kProvenFull;
+        case Verdict::open: break;
+    }
     constexpr int kVectors = static_cast<int>(kTile) / kLanes;
     const Vec threshold = broadcast(tile.threshold);
     Vec column_sums[kVectors];
@@ -486,7 +664,7 @@ void gradient(const GradientTask& task) {
     }
 }
 
-constexpr LossKernels kLossKernels{kPanel, kColumns, pack, hinge_tile, gradient};
+constexpr LossKernels kLossKernels{kPanel, kColumns, direction, pack, hinge_tile, tile_sum, tile_dots, gradient};
 
 }  // namespace
 }  // namespace simctg

@@ -73,12 +73,16 @@ def lse_kernel(
     width,
     scale,
     tiles_each,
+    itself,
     SELF: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Log-sum-exp of a tile of rows over this program's share of the columns, (shares, rows)."""
+    """Log-sum-exp of a tile of rows over this program's share of the columns, (shares, rows).
+
+    With SELF the column ``itself`` places behind a row is the row itself, and does not count.
+    """
     share = tl.program_id(1).to(tl.int64)
     lanes = tl.arange(0, TILE)
     rows = tl.program_id(0) * TILE + lanes
@@ -91,7 +95,7 @@ def lse_kernel(
         )
         counted = (columns < count_k)[None, :]
         if SELF:
-            counted = counted & (rows[:, None] != columns[None, :])
+            counted = counted & (rows[:, None] + itself != columns[None, :])
         logits = tl.where(counted, logits, float("-inf"))
         new = tl.maximum(largest, tl.max(logits, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
@@ -120,6 +124,7 @@ def weights_kernel(
     count_k,
     width,
     scale,
+    itself,
     ROW_TERM: tl.constexpr,
     COLUMN_TERM: tl.constexpr,
     SELF: tl.constexpr,
@@ -146,7 +151,7 @@ def weights_kernel(
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         weights += tl.exp(logits - lse[None, :]) * grad[None, :]
     if SELF:
-        weights = tl.where(rows[:, None] != columns[None, :], weights, 0.0)
+        weights = tl.where(rows[:, None] + itself != columns[None, :], weights, 0.0)
     # A strip is small: 32-bit offsets reach everywhere, and leave the registers to the weights.
     at = out_ptr + (rows - first_row)[:, None] * count_k + columns[None, :]
     inside = (rows < end_row)[:, None] & (columns < count_k)[None, :]
@@ -162,7 +167,7 @@ def _precision(vectors: Tensor) -> str:
     return "ieee" if vectors.element_size() == 2 or precise() else "tf32x3"
 
 
-def _lse(queries: Tensor, keys: Tensor, scale: float, itself: bool) -> Tensor:
+def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Tensor:
     queries, keys = last_dimension_contiguous(queries), last_dimension_contiguous(keys)
     rows, columns = triton.cdiv(queries.shape[0], TILE), triton.cdiv(keys.shape[0], TILE)
     shares = max(1, min(columns, _PROGRAMS // rows))
@@ -182,7 +187,8 @@ def _lse(queries: Tensor, keys: Tensor, scale: float, itself: bool) -> Tensor:
             queries.shape[1],
             scale,
             each,
-            SELF=itself,
+            itself or 0,
+            SELF=itself is not None,
             PRECISION=_precision(queries),
             TILE=TILE,
             BLOCK_K=config.block_k,
@@ -200,7 +206,7 @@ def _gradient(
     row_grad: Tensor | None,
     column_lse: Tensor | None,
     column_grad: Tensor | None,
-    itself: bool,
+    itself: int | None,
 ) -> Tensor:
     """The gradient of `rows`, strip by strip."""
     rows, columns = last_dimension_contiguous(rows), last_dimension_contiguous(columns)
@@ -229,9 +235,10 @@ def _gradient(
                 others,
                 rows.shape[1],
                 scale,
+                itself or 0,
                 ROW_TERM=row_lse is not None,
                 COLUMN_TERM=column_lse is not None,
-                SELF=itself,
+                SELF=itself is not None,
                 PRECISION=_precision(rows),
                 TILE=tile,
                 BLOCK_K=config.block_k,
@@ -242,26 +249,29 @@ def _gradient(
     return result
 
 
-def pair_forward(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """``(N,)`` float32 log-sum-exp over the keys; no size 0."""
-    return _lse(queries, keys, scale, False)
+def pair_forward(queries: Tensor, keys: Tensor, scale: float, itself: int = -1) -> Tensor:
+    """``(N,)`` float32 log-sum-exp over the keys, without key ``itself + i`` where ``itself >= 0``; no size 0."""
+    return _lse(queries, keys, scale, itself if itself >= 0 else None)
 
 
 def self_forward(vectors: Tensor, scale: float) -> Tensor:
     """``(N,)`` float32 log-sum-exp over the other rows; no size 0."""
-    return _lse(vectors, vectors, scale, True)
+    return _lse(vectors, vectors, scale, 0)
 
 
-def pair_backward(grad: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def pair_backward(
+    grad: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, scale: float, itself: int = -1
+) -> tuple[Tensor, Tensor]:
     """Gradients of the queries and of the keys."""
     grad = grad.float().contiguous()
+    forth, back = (itself, -itself) if itself >= 0 else (None, None)
     return (
-        _gradient(queries, keys, scale, lse, grad, None, None, False),
-        _gradient(keys, queries, scale, None, None, lse, grad, False),
+        _gradient(queries, keys, scale, lse, grad, None, None, forth),
+        _gradient(keys, queries, scale, None, None, lse, grad, back),
     )
 
 
 def self_backward(grad: Tensor, vectors: Tensor, lse: Tensor, scale: float) -> Tensor:
     """Gradient of the vectors, from both of their roles."""
     grad = grad.float().contiguous()
-    return _gradient(vectors, vectors, scale, lse, grad, lse, grad, True)
+    return _gradient(vectors, vectors, scale, lse, grad, lse, grad, 0)

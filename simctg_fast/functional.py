@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import gather_rows, world_size
 from .ops.contrastive_loss import contrastive_loss as _contrastive_loss
 from .ops.cosine_similarity import cosine_similarity_matrix as _cosine_similarity_matrix
-from .ops.simcse import pair_logsumexp as _pair_logsumexp
-from .ops.simcse import self_logsumexp as _self_logsumexp
+from .ops.simcse import pair_loss as _pair_loss
+from .ops.simcse import self_loss as _self_loss
 from .ops.viterbi_backtrace import viterbi_backtrace as _viterbi_backtrace
 
 __all__ = [
@@ -170,33 +171,40 @@ def info_nce(
     _check_embeddings("keys", keys)
     temperature = _check_temperature("temperature", temperature)
     rows = queries.shape[0]
-    queries, keys = _normalize(queries), _normalize(keys)
     if isinstance(targets, Tensor):
         if targets.shape != (rows,):
             raise ValueError(f"targets has shape {tuple(targets.shape)}, must be ({rows},) as queries has rows")
-        positives = keys[targets]
     else:
         if not 0 <= targets <= keys.shape[0] - rows:
             raise ValueError(
                 f"targets is {targets}, must be in 0..{keys.shape[0] - rows}: {rows} queries, {keys.shape[0]} keys"
             )
-        positives = keys.narrow(0, targets, rows)
-    lse = _pair_logsumexp(queries, keys, 1.0 / temperature, impl)
-    return _reduce(lse - _row_dots(queries, positives) / temperature, reduction)
+        targets = torch.arange(targets, targets + rows, device=queries.device)
+    return _reduce(_pair_loss(queries, keys, targets, 1.0 / temperature, impl), reduction)
 
 
 def simcse_unsup_loss(
-    y_pred: Tensor, device: Any = None, temp: float = 0.05, *, temperature: float | None = None, impl: str = "auto"
+    y_pred: Tensor,
+    device: Any = None,
+    temp: float = 0.05,
+    *,
+    temperature: float | None = None,
+    gather_across_devices: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """Unsupervised SimCSE: rows 2i and 2i+1 are two views of one sentence, every other row is a negative.
 
     Cross-entropy to the partner, with cosine / temperature as logits and the row itself left out; mean over 2n rows.
 
     Args:
-        y_pred: `(2n, width)` embeddings, any floating dtype, not yet normalised.
+        y_pred: `(2n, width)` embeddings, any floating dtype, not yet normalised; a zero vector has similarity 0.
         device: accepted and ignored: the loss is computed where `y_pred` is.
         temp: the temperature, positive.
         temperature: the same under its usual name; goes before `temp`.
+        gather_across_devices: the rows of all processes of `torch.distributed` are negatives, with gradients. Processes
+            may hold different numbers of rows. Each returns the terms of its own rows times the number of processes,
+            over the rows of all: the average over the processes, which data-parallel training takes of the gradients,
+            is the loss of the whole batch. With one process nothing changes.
         impl: as in :func:`contrastive_loss`.
 
     Raises:
@@ -205,11 +213,13 @@ def simcse_unsup_loss(
     Source: Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings". Memory linear in n.
     """
     _check_embeddings("y_pred", y_pred, multiple=2)
-    temperature = _pick_temperature("temp", temp, temperature)
-    vectors = _normalize(y_pred)
-    partners = _row_dots(vectors[0::2], vectors[1::2]) / temperature  # (n,), the same from both ends
-    lse = _self_logsumexp(vectors, 1.0 / temperature, impl)
-    return _reduce(lse - partners.repeat_interleave(2), "mean")
+    scale = 1.0 / _pick_temperature("temp", temp, temperature)
+    if not gather_across_devices or world_size() == 1:
+        return _reduce(_self_loss(y_pred, scale, impl), "mean")
+    rows, first = gather_rows(y_pred)
+    partners = first + (torch.arange(y_pred.shape[0], device=y_pred.device) ^ 1)
+    losses = _pair_loss(y_pred, rows, partners, scale, impl, itself=first)
+    return losses.sum() * (world_size() / max(1, rows.shape[0]))
 
 
 def simcse_sup_loss(
@@ -219,6 +229,7 @@ def simcse_sup_loss(
     *,
     temperature: float | None = None,
     symmetric: bool = False,
+    gather_across_devices: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Supervised SimCSE: rows 3i, 3i+1, 3i+2 are an anchor, its positive and its hard negative.
@@ -226,11 +237,12 @@ def simcse_sup_loss(
     Each anchor against all positives and all hard negatives of the batch; mean over the anchors.
 
     Args:
-        y_pred: `(3n, width)` embeddings, any floating dtype, not yet normalised.
+        y_pred: `(3n, width)` embeddings, any floating dtype, not yet normalised; a zero vector has similarity 0.
         device: accepted and ignored.
         lamda: the temperature, positive.
         temperature: the same under its usual name; goes before `lamda`.
         symmetric: also each positive against all anchors, the two losses averaged.
+        gather_across_devices: as in :func:`simcse_unsup_loss`.
         impl: as in :func:`contrastive_loss`.
 
     Source: Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", eq. 5.
@@ -238,7 +250,11 @@ def simcse_sup_loss(
     _check_embeddings("y_pred", y_pred, multiple=3)
     temperature = _pick_temperature("lamda", lamda, temperature)
     return simcse_loss_from_embeddings(
-        y_pred[0::3], y_pred[1::3], y_pred[2::3], temperature=temperature, symmetric=symmetric, impl=impl
+        *(y_pred[i::3] for i in range(3)),
+        temperature=temperature,
+        symmetric=symmetric,
+        gather_across_devices=gather_across_devices,
+        impl=impl,
     )
 
 
@@ -250,6 +266,7 @@ def simcse_loss_from_embeddings(
     temperature: float = 0.05,
     symmetric: bool = False,
     in_view_negatives: bool = False,
+    gather_across_devices: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """SimCSE from embeddings that are held apart: what GradCache calls with its representations.
@@ -262,6 +279,7 @@ def simcse_loss_from_embeddings(
         symmetric: also each positive against all anchors, the two losses averaged.
         in_view_negatives: the loss of :func:`simcse_unsup_loss`, where anchors are negatives of anchors too and both
             views are rows; takes no `negatives`.
+        gather_across_devices: as in :func:`simcse_unsup_loss`.
         impl: as in :func:`contrastive_loss`.
 
     Returns:
@@ -277,24 +295,19 @@ def simcse_loss_from_embeddings(
         if negatives is not None:
             raise ValueError("in_view_negatives=True takes no negatives")
         views = torch.stack([anchors, positives], dim=1).flatten(0, 1)
-        return simcse_unsup_loss(views, temperature=temperature, impl=impl)
+        return simcse_unsup_loss(views, temperature=temperature, gather_across_devices=gather_across_devices, impl=impl)
+    options: dict[str, Any] = {"reduction": "sum", "impl": impl}
+    own_anchors, own_positives, processes = anchors, positives, 1
+    if gather_across_devices and world_size() > 1:
+        processes = world_size()
+        positives, options["targets"] = gather_rows(positives)
+        negatives = None if negatives is None else gather_rows(negatives)[0]
+        anchors = gather_rows(anchors)[0] if symmetric else anchors
     keys = positives if negatives is None else torch.cat([positives, negatives])
-    loss = info_nce(anchors, keys, temperature, impl=impl)
+    loss = info_nce(own_anchors, keys, temperature, **options)
     if symmetric:
-        loss = (loss + info_nce(positives, anchors, temperature, impl=impl)) / 2
-    return loss
-
-
-def _normalize(vectors: Tensor) -> Tensor:
-    """Unit vectors in the input's dtype, zeros (with a bounded derivative) at zero vectors."""
-    wide = vectors if vectors.dtype == torch.float64 else vectors.float()
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide / torch.where(norm > 0, norm, torch.ones_like(norm))).to(vectors.dtype)
-
-
-def _row_dots(left: Tensor, right: Tensor) -> Tensor:
-    wide = left.dtype if left.dtype == torch.float64 else torch.float32
-    return (left.to(wide) * right.to(wide)).sum(dim=-1)
+        loss = (loss + info_nce(own_positives, anchors, temperature, **options)) / 2
+    return loss * (processes / max(1, positives.shape[0]))
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -109,11 +111,19 @@ class SimCSELoss(nn.Module):
         temperature: positive.
         supervised: False takes `(2n, width)` interleaved pairs, True `(3n, width)` interleaved triples.
         symmetric: for triples, also each positive against all anchors. Pairs are symmetric as they are.
+        gather_across_devices: the rows of all processes are negatives, with gradients; see
+            :func:`simctg_fast.simcse_unsup_loss`.
         impl: as in :func:`simctg_fast.contrastive_loss`.
     """
 
     def __init__(
-        self, temperature: float = 0.05, *, supervised: bool = False, symmetric: bool = False, impl: str = "auto"
+        self,
+        temperature: float = 0.05,
+        *,
+        supervised: bool = False,
+        symmetric: bool = False,
+        gather_across_devices: bool = False,
+        impl: str = "auto",
     ):
         super().__init__()
         if not temperature > 0:
@@ -123,13 +133,18 @@ class SimCSELoss(nn.Module):
         self.temperature = temperature
         self.supervised = supervised
         self.symmetric = symmetric
+        self.gather_across_devices = gather_across_devices
         self.impl = impl
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """A scalar."""
+        options: dict[str, Any] = {"gather_across_devices": self.gather_across_devices, "impl": self.impl}
         if self.supervised:
-            return simcse_sup_loss(embeddings, temperature=self.temperature, symmetric=self.symmetric, impl=self.impl)
-        return simcse_unsup_loss(embeddings, temperature=self.temperature, impl=self.impl)
+            return simcse_sup_loss(embeddings, temperature=self.temperature, symmetric=self.symmetric, **options)
+        return simcse_unsup_loss(embeddings, temperature=self.temperature, **options)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, supervised={self.supervised}, symmetric={self.symmetric}"
+        return (
+            f"temperature={self.temperature}, supervised={self.supervised}, symmetric={self.symmetric}, "
+            f"gather_across_devices={self.gather_across_devices}"
+        )

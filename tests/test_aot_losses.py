@@ -46,11 +46,11 @@ TILE_SUMS = {
 COSINE = {"stride_xb": I, "stride_xt": I, "inverse_ptr": F, "length": I, "width": I}
 LSE = {
     "stride_q": I, "stride_k": I, "out_ptr": F, "count_q": I, "count_k": I, "width": I, "scale": "fp32",
-    "tiles_each": I,
+    "tiles_each": I, "itself": I,
 }  # fmt: skip
 WEIGHTS = {
     "stride_q": I, "stride_k": I, "row_lse_ptr": F, "row_grad_ptr": F, "column_lse_ptr": F, "column_grad_ptr": F,
-    "first_row": I, "end_row": I, "count_q": I, "count_k": I, "width": I, "scale": "fp32",
+    "first_row": I, "end_row": I, "count_q": I, "count_k": I, "width": I, "scale": "fp32", "itself": I,
 }  # fmt: skip
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 

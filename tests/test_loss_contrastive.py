@@ -117,6 +117,30 @@ def test_margins_and_tile_kinds(impl, margin):
         torch.testing.assert_close(got_gradient.double(), gradient, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.5, 8.0])
+@pytest.mark.parametrize("reduction", ["pairs", "dense"])
+def test_tiles_decided_before_their_product_is_complete(bias, reduction):
+    """Wide vectors with no hinge active or every one: bounds of what the last slices can add decide whole tiles.
+
+    At bias 8 all of them before the first slice, at the others after some.
+    """
+    states = make((2, 290, 640), bias)
+    mask = None
+    if reduction == "pairs":
+        states[0, 40] = 0.0
+        states[1, 130:135] = 0.0
+        mask = torch.ones(2, 290)
+        mask[0, :131] = 0  # a whole tile, and a little
+        mask[1, 257:] = 0  # the last tile has one token
+        states[mask == 0] = float("nan")
+    clean = states if mask is None else states.masked_fill(mask[..., None] == 0, 0.0)
+    loss, gradient = truth(clean, mask, 0.5, reduction)
+    got, got_gradient = ours(states, 0.5, mask, reduction, impl="cpu")
+    torch.testing.assert_close(got.double(), loss, rtol=2e-6, atol=1e-9)
+    atol = 2e-7 / 290 / float(states.nan_to_num().norm(dim=-1).mean())
+    torch.testing.assert_close(got_gradient.double(), gradient, rtol=1e-4, atol=atol)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties(impl):
     """Cosines that equal the threshold in exact arithmetic: those hinges may go either way, and nothing else."""
@@ -267,9 +291,11 @@ def test_instruction_sets(isa, dtype):
 
 
 def test_long_and_wide_sequences_are_packed_in_parts():
-    """More than 16 MB of unit vectors in a sequence."""
+    """More than 16 MB of unit vectors in a sequence; with every hinge active in some pairs of tiles."""
     states = make((1, 600, 8000), 1.0)
-    gradient, expected = (ours(states, 0.5, impl=impl)[1] for impl in IMPLS)
+    states[0, 100:500] += 2 * states[0, 0]
+    (loss, gradient), (expected_loss, expected) = (ours(states, 0.5, impl=impl) for impl in IMPLS)
+    torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=0)
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 

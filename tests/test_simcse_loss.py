@@ -11,6 +11,8 @@ from simctg_fast.functional import info_nce, simcse_loss_from_embeddings
 from simctg_fast.ops import simcse as ops
 from simctg_fast.reference import simcse as reference
 
+from .two_processes import run_two
+
 
 def gradient_of(loss_function, embeddings):
     leaf = embeddings.detach().requires_grad_()
@@ -128,24 +130,65 @@ def test_gradcheck_and_strided_upstream():
     embeddings = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(simcse_unsup_loss, (embeddings,))
     assert torch.autograd.gradcheck(lambda e: simcse_sup_loss(e, symmetric=True), (embeddings,))
-    queries, keys = embeddings[:5], embeddings[5:]
-    assert torch.autograd.gradcheck(lambda q, k: ops.pair_logsumexp(q, k, 3.0, "torch"), (queries, keys))
-    lse = ops.self_logsumexp(embeddings, 2.0, "torch")
-    expected = torch.autograd.grad((lse * torch.ones(12, dtype=torch.float64)).sum(), embeddings, retain_graph=True)[0]
-    assert torch.equal(torch.autograd.grad(lse.sum(), embeddings)[0], expected)
+    queries, keys, targets = embeddings[:5], embeddings[5:], torch.tensor([6, 0, 0, 3, 1])
+    for itself, temperature in ((-1, 1 / 3), (1, 1 / 3), (2, 0.01)):  # 0.01: logits that are not summed as they are
+        assert torch.autograd.gradcheck(
+            lambda q, k, i=itself, t=temperature: ops.pair_loss(q, k, targets, 1 / t, "torch", i), (queries, keys)
+        )
+    assert torch.autograd.gradcheck(lambda e: ops.self_loss(e, 100.0, "torch"), (embeddings,))
+    losses = ops.self_loss(embeddings, 2.0, "torch")
+    expected = torch.autograd.grad((losses * torch.ones(12, dtype=torch.float64)).sum(), embeddings, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(losses.sum(), embeddings)[0], expected[0])
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+def test_a_query_that_is_a_key_itself_is_left_out_there(temperature):
+    """Rows that reach over several blocks, anywhere among the keys."""
+    vectors = torch.randn(1100, 12)
+    targets = torch.arange(1100) ^ 1
+    whole, gradient = gradient_of(lambda v: ops.self_loss(v, 1 / temperature, "torch").sum(), vectors)
+
+    def in_parts(v):
+        parts = [slice(0, 2), slice(2, 700), slice(700, 1100)]
+        return sum(
+            ops.pair_loss(v[part], v, targets[part], 1 / temperature, "torch", part.start).sum() for part in parts
+        )
+
+    total, got = gradient_of(in_parts, vectors)
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_scale_does_not_matter(factor):
+    embeddings = torch.randn(10, 8)
+    loss, _ = gradient_of(simcse_unsup_loss, embeddings)
+    scaled, gradient = gradient_of(simcse_unsup_loss, embeddings * factor)
+    torch.testing.assert_close(scaled, loss)
+    assert gradient.isfinite().all()
+
+
+def test_an_embedding_that_is_not_finite_shows():
+    embeddings = torch.randn(10, 8)
+    embeddings[3, 2] = float("inf")
+    assert simcse_unsup_loss(embeddings).isnan()
 
 
 @pytest.mark.parametrize("layout", ["compact", "permuted"])
 def test_opcheck(layout):
-    vectors = torch.randn(7, 12) if layout == "compact" else torch.randn(12, 7).T
+    vectors = torch.randn(8, 12) if layout == "compact" else torch.randn(12, 8).T
     vectors.requires_grad_()
     library = torch.ops.simctg_fast
-    torch.library.opcheck(library.self_logsumexp.default, (vectors, 20.0, "auto"))
-    torch.library.opcheck(library.pair_logsumexp.default, (vectors, vectors.detach()[:4], 20.0, "auto"))
+    keys, targets = vectors.detach()[:5], torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    torch.library.opcheck(library.self_loss.default, (vectors, 20.0, "auto"))
+    torch.library.opcheck(library.pair_loss.default, (vectors, keys, targets, -1, 20.0, "auto"))
     vectors = vectors.detach()
-    lse = library.self_logsumexp(vectors, 20.0, "auto")
-    torch.library.opcheck(library.self_logsumexp_backward.default, (torch.ones(7), vectors, lse, 20.0, "auto"))
-    torch.library.opcheck(library.pair_logsumexp_backward.default, (torch.ones(7), vectors, vectors, lse, 20.0, "auto"))
+    saved = library.self_loss(vectors, 20.0, "auto")[1:]
+    torch.library.opcheck(library.self_loss_backward.default, (torch.ones(8), vectors, *saved, 20.0, "auto"))
+    saved = library.pair_loss(vectors, keys, targets, -1, 20.0, "auto")[1:]
+    torch.library.opcheck(
+        library.pair_loss_backward.default, (torch.ones(8), vectors, keys, targets, *saved, -1, 20.0, "auto")
+    )
 
 
 def test_compile():
@@ -196,10 +239,63 @@ def test_memory_is_linear():
                     largest = max(largest, value.numel())
             return result
 
-    vectors, ones = torch.randn(2048, 16), torch.ones(2048)
+    vectors, ones, targets = torch.randn(2048, 16), torch.ones(2048), torch.arange(2048) % 1000
     with Watch():
-        lse = ops._self_forward(vectors, 20.0, "torch")
-        ops._self_backward(ones, vectors, lse, 20.0, "torch")
-        lse = ops._pair_forward(vectors, vectors[:1000], 20.0, "torch")
-        ops._pair_backward(ones, vectors, vectors[:1000], lse, 20.0, "torch")
+        saved = ops._self_forward(vectors, 20.0, "torch")[1:]
+        ops._self_backward(ones, vectors, *saved, 20.0, "torch")
+        saved = ops._pair_forward(vectors, vectors[:1000], targets, -1, 20.0, "torch")[1:]
+        ops._pair_backward(ones, vectors, vectors[:1000], targets, *saved, -1, 20.0, "torch")
     assert 0 < largest <= 512 * 512
+
+
+GATHERED = """
+from simctg_fast import SimCSELoss
+from simctg_fast.functional import simcse_loss_from_embeddings
+result = {}
+for name, (settings, rows, cut) in argument.items():
+    own = (rows[:cut] if rank == 0 else rows[cut:]).clone().requires_grad_()
+    if name == "from embeddings":
+        loss = simcse_loss_from_embeddings(own[0::2], own[1::2], gather_across_devices=True, **settings)
+    else:
+        loss = SimCSELoss(gather_across_devices=True, **settings)(own)
+    loss.backward()
+    result[name] = loss.item(), own.grad
+"""
+
+
+def test_gather_across_devices(tmp_path):
+    """The average over two processes, of values and of gradients, is the loss of all rows in one process."""
+    cases = {
+        "pairs": ({}, 12, 6),
+        "uneven pairs": ({"temperature": 0.01}, 14, 4),
+        "a process without rows": ({}, 6, 0),
+        "triples": ({"supervised": True}, 15, 6),
+        "symmetric triples": ({"supervised": True, "symmetric": True}, 12, 3),
+        "from embeddings": ({"in_view_negatives": False, "symmetric": True}, 10, 4),
+    }
+    argument = {
+        name: (settings, torch.randn(rows, 8, dtype=torch.float64), cut)
+        for name, (settings, rows, cut) in cases.items()
+    }
+    results = run_two(tmp_path, GATHERED, argument)
+    for name, (settings, rows, _) in argument.items():
+        whole = rows.clone().requires_grad_()
+        if name == "from embeddings":
+            loss = simcse_loss_from_embeddings(whole[0::2], whole[1::2], **settings)
+        else:
+            loss = SimCSELoss(**settings)(whole)
+        loss.backward()
+        assert sum(result[name][0] for result in results) / 2 == pytest.approx(loss.item(), rel=1e-12), name
+        got = torch.cat([result[name][1] for result in results]) / 2
+        torch.testing.assert_close(got, whole.grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: name + text)
+
+
+def test_gather_across_devices_in_one_process():
+    embeddings = torch.randn(12, 8)
+    for supervised in (False, True):
+        plain, gathered = (
+            gradient_of(SimCSELoss(supervised=supervised, gather_across_devices=gather), embeddings)
+            for gather in (False, True)
+        )
+        assert torch.equal(gathered[0], plain[0])
+        assert torch.equal(gathered[1], plain[1])

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import gather_rows, world_size
-from ..functional import info_nce, simcse_unsup_loss
+from ..functional import simcse_loss_from_embeddings
 
 __all__ = ["SimCSELoss"]
 
@@ -33,8 +32,7 @@ class SimCSELoss(nn.Module):
         in_view_negatives: for one or two columns: both columns are rows, and each has all others of both columns as
             negatives; the loss of :func:`simctg_fast.simcse_unsup_loss`. Symmetric as it is.
         gather_across_devices: the negatives of all processes, with gradients. Processes may hold different numbers of
-            rows. With ``in_view_negatives`` each process computes the loss of the whole batch, otherwise that of its
-            own rows.
+            rows, and each computes the terms of its own; see :func:`simctg_fast.simcse_unsup_loss`.
         impl: as in :func:`simctg_fast.contrastive_loss`.
 
     Raises:
@@ -84,23 +82,17 @@ class SimCSELoss(nn.Module):
             raise ValueError(f"embeddings must hold anchors and positives at least, got {len(embeddings)} tensor(s)")
         if self.in_view_negatives and len(embeddings) > 2:
             raise ValueError(f"in_view_negatives=True takes one or two columns, got {len(embeddings)}")
-        own, temperature = embeddings[0].shape[0], 1.0 / self.scale
-        first = 0
-        if self.gather_across_devices:
-            gathered = [gather_rows(each) for each in embeddings]
-            embeddings, first = [rows for rows, _ in gathered], gathered[0][1]
         anchors, positives, *negatives = embeddings
-        if self.in_view_negatives:
-            views = torch.stack([anchors, positives], dim=1).flatten(0, 1)
-            return simcse_unsup_loss(views, temperature=temperature, impl=self.impl)
-        # Each process computes the terms of its own rows, and the average over processes is the mean over all rows.
-        weight = world_size() / max(1, anchors.shape[0]) if self.gather_across_devices else 1 / max(1, own)
-        keys = torch.cat([positives, *negatives]) if negatives else positives
-        options: dict[str, Any] = {"targets": first, "reduction": "sum", "impl": self.impl}
-        loss = info_nce(anchors.narrow(0, first, own), keys, temperature, **options)
-        if self.symmetric:
-            loss = (loss + info_nce(positives.narrow(0, first, own), anchors, temperature, **options)) / 2
-        return loss * weight
+        return simcse_loss_from_embeddings(
+            anchors,
+            positives,
+            torch.cat(negatives) if negatives else None,
+            temperature=1.0 / self.scale,
+            symmetric=self.symmetric,
+            in_view_negatives=self.in_view_negatives,
+            gather_across_devices=self.gather_across_devices,
+            impl=self.impl,
+        )
 
     @property
     def temperature(self) -> float:

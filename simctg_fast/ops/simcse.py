@@ -1,52 +1,88 @@
-"""Row-wise log-sum-exp of scaled dot products, tile by tile: the quadratic part of the SimCSE losses, in linear memory.
+"""Cross-entropy of cosines, tile by tile: the quadratic part of the SimCSE losses, in linear memory.
 
-* `simctg_fast::pair_logsumexp`: ``lse_i = log sum_j exp(scale * q_i . k_j)`` of two sets of vectors.
-* `simctg_fast::self_logsumexp`: the same of one set with itself, ``j = i`` left out. S is symmetric, so every pair of
-  rows is multiplied once forward, and the gradient needs one product with ``p_ij g_i + p_ji g_j`` instead of two.
+* `simctg_fast::pair_loss`: each query to its own key among all keys; a query that is itself one of the keys can be left
+  out there.
+* `simctg_fast::self_loss`: each row to its partner (row ``i ^ 1``) among all other rows. S is symmetric, so every pair
+  of rows is multiplied once forward, and the gradient needs one product with ``p_ij g_i + p_ji g_j`` instead of two.
 
-The probabilities are recomputed in the backward pass from the saved log-sum-exp.
+Both take vectors of any length and normalise them; a zero vector has similarity 0 to everything and gradient 0. What is
+kept for the backward pass is one log-sum-exp and one reciprocal norm a row: the probabilities are recomputed.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from . import _backends
 from ._contrastive_loss_torch import accumulator_dtype, full_precision
+from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
 from .contrastive_loss import FUSED_DTYPES, IMPLS, require_triton
 
 _BLOCK = 512  # rows and columns of a block of S: 1 MB of floats, which stays in the second-level cache
+# Up to this scale exp(scale * cosine) and a sum over all keys fit a float without a maximum taken out, and so does the
+# reciprocal of it times a gradient.
+_LARGEST_PLAIN_SCALE = 32.0
 _DELEGATE = 2048  # on CUDA, up to here torch's own kernels finish before ours would have been launched
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
-_library.define("pair_logsumexp(Tensor queries, Tensor keys, float scale, str impl) -> Tensor", tags=_tags)
 _library.define(
-    "pair_logsumexp_backward(Tensor grad, Tensor queries, Tensor keys, Tensor lse, float scale, str impl) "
-    "-> (Tensor, Tensor)",
+    "pair_loss(Tensor queries, Tensor keys, Tensor targets, int itself, float scale, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_tags,
 )
-_library.define("self_logsumexp(Tensor vectors, float scale, str impl) -> Tensor", tags=_tags)
 _library.define(
-    "self_logsumexp_backward(Tensor grad, Tensor vectors, Tensor lse, float scale, str impl) -> Tensor", tags=_tags
+    "pair_loss_backward(Tensor grad, Tensor queries, Tensor keys, Tensor targets, Tensor lse, Tensor query_inverse, "
+    "Tensor key_inverse, int itself, float scale, str impl) -> (Tensor, Tensor)",
+    tags=_tags,
+)
+_library.define("self_loss(Tensor vectors, float scale, str impl) -> (Tensor, Tensor, Tensor)", tags=_tags)
+_library.define(
+    "self_loss_backward(Tensor grad, Tensor vectors, Tensor lse, Tensor inverse, float scale, str impl) -> Tensor",
+    tags=_tags,
 )
 
 
-def pair_logsumexp(queries: Tensor, keys: Tensor, scale: float, impl: str) -> Tensor:
-    """``(N,)`` log-sum-exp over the M keys of ``scale * queries @ keys.T``; float32, or float64 for float64."""
-    result: Tensor = torch.ops.simctg_fast.pair_logsumexp(queries, keys, scale, impl)
+def pair_loss(queries: Tensor, keys: Tensor, targets: Tensor, scale: float, impl: str, itself: int = -1) -> Tensor:
+    """``(N,)`` cross-entropies of ``scale * cosine`` to the keys that ``targets (N,)`` names.
+
+    With ``itself >= 0`` query i is key ``itself + i``, and is left out there. float32, or float64 for float64.
+    """
+    if _delegates(impl, queries, keys.shape[0]):
+        return _dense_pair_loss(queries, keys, targets, scale, itself)
+    result: Tensor = torch.ops.simctg_fast.pair_loss(queries, keys, targets, itself, scale, impl)[0]
     return result
 
 
-def self_logsumexp(vectors: Tensor, scale: float, impl: str) -> Tensor:
-    """``(N,)`` log-sum-exp of ``scale * vectors @ vectors.T`` over the columns ``j != i``; -inf where there is none."""
-    result: Tensor = torch.ops.simctg_fast.self_logsumexp(vectors, scale, impl)
+def self_loss(vectors: Tensor, scale: float, impl: str) -> Tensor:
+    """``(N,)`` cross-entropies of ``scale * cosine`` of row i to row ``i ^ 1`` among the rows ``j != i``; N is even."""
+    if _delegates(impl, vectors, vectors.shape[0]):
+        targets = torch.arange(vectors.shape[0], device=vectors.device) ^ 1
+        return _dense_pair_loss(vectors, vectors, targets, scale, 0)
+    result: Tensor = torch.ops.simctg_fast.self_loss(vectors, scale, impl)[0]
     return result
 
 
-def resolve(impl: str, vectors: Tensor, columns: int) -> str:
-    """The implementation that serves a call: "triton", "dense" (torch, the whole matrix, small and on CUDA) or "torch".
+def _delegates(impl: str, queries: Tensor, columns: int) -> bool:
+    """Whether plain torch, the whole matrix, is the fastest: small problems on CUDA."""
+    small = queries.device.type == "cuda" and queries.shape[0] <= _DELEGATE and columns <= 2 * _DELEGATE
+    return impl == "auto" and small
+
+
+def _dense_pair_loss(queries: Tensor, keys: Tensor, targets: Tensor, scale: float, itself: int) -> Tensor:
+    left = torch.nn.functional.normalize(queries, dim=-1)
+    right = left if keys is queries else torch.nn.functional.normalize(keys, dim=-1)
+    logits = (left @ right.T).to(accumulator_dtype(queries.dtype)) * scale
+    if itself >= 0:
+        logits.diagonal(itself).fill_(-torch.inf)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def resolve(impl: str, vectors: Tensor) -> str:
+    """The implementation that serves a call: "triton" or "torch".
 
     ``"cpu"`` and ``"torch"`` are one implementation here: blocks that stay in the cache, multiplied by the BLAS.
     """
@@ -63,11 +99,8 @@ def resolve(impl: str, vectors: Tensor, columns: int) -> str:
             )
         require_triton(vectors)
         return impl
-    if impl == "auto" and device == "cuda":
-        if vectors.shape[0] <= _DELEGATE and columns <= 2 * _DELEGATE:
-            return "dense"
-        if fused and _backends.has_triton():
-            return "triton"
+    if impl == "auto" and device == "cuda" and fused and _backends.has_triton():
+        return "triton"
     return "torch"
 
 
@@ -81,7 +114,10 @@ def _check(vectors: Tensor, keys: Tensor | None, scale: float, impl: str) -> Non
             raise ValueError(f"{name} has shape {tuple(value.shape)}, must be (rows, width)")
         if not value.dtype.is_floating_point:
             raise ValueError(f"{name} has dtype {value.dtype}, must be a floating one")
-    if keys is not None:
+    if keys is None:
+        if vectors.shape[0] % 2:
+            raise ValueError(f"vectors has {vectors.shape[0]} rows, must have an even number")
+    else:
         if keys.shape[1] != vectors.shape[1]:
             raise ValueError(f"keys have width {keys.shape[1]}, must have {vectors.shape[1]} as queries have")
         if keys.dtype != vectors.dtype or keys.device != vectors.device:
@@ -92,150 +128,276 @@ def _check(vectors: Tensor, keys: Tensor | None, scale: float, impl: str) -> Non
         raise ValueError(f"scale is {scale}, must be positive")
 
 
+# ---- unit vectors ----------------------------------------------------------------------------------------------------
+
+
+def _inverse_norms(vectors: Tensor) -> Tensor:
+    """``(N,)``: 1 / norm, 0 for zero vectors, NaN where not finite."""
+    dtype = accumulator_dtype(vectors.dtype)
+    norms = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
+    if vectors.device.type == "cpu" and not bool(((norms > 1e-15) & (norms < 1e15)).all()):
+        return _scaled_inverse_norms(vectors.unsqueeze(0), None).squeeze(0)  # a square may have overflowed
+    return torch.where(norms > 0, norms.reciprocal(), norms)  # NaN stays NaN
+
+
+def _unit(vectors: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    return (vectors * inverse.unsqueeze(1)).to(dtype).contiguous()
+
+
+def _tangent(gradient: Tensor, unit: Tensor, inverse: Tensor, result: Tensor) -> Tensor:
+    """From the gradient of unit vectors to that of the vectors, block by block into `result`."""
+    for rows in _blocks(unit.shape[0]):
+        own, out = unit[rows].to(inverse.dtype), gradient[rows].to(inverse.dtype)
+        radial = (own * out).sum(dim=1, keepdim=True)
+        result[rows] = (out - own * radial).mul_(inverse[rows].unsqueeze(1))
+    return result
+
+
+# ---- log-sum-exp and its gradient, in blocks -------------------------------------------------------------------------
+
+
 def _blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + _BLOCK, rows)) for start in range(0, rows, _BLOCK)]
 
 
-class _RunningLogSumExp:
-    """Log-sum-exp of rows whose entries arrive block by block: the largest so far, and the sum relative to it."""
+class _Sums:
+    """Log-sum-exp of rows whose entries arrive block by block.
 
-    def __init__(self, rows: int, like: Tensor):
-        self.largest = like.new_full((rows,), -torch.inf)
+    Plain sums of exponentials for small scales; otherwise the largest so far, and the sum relative to it.
+    """
+
+    def __init__(self, rows: int, like: Tensor, scale: float):
+        self.plain = scale <= _LARGEST_PLAIN_SCALE
+        self.largest = like.new_full((0 if self.plain else rows,), -torch.inf)
         self.total = like.new_zeros((rows,))
 
-    def add(self, rows: slice, largest: Tensor, total: Tensor) -> None:
+    def add(self, block: Tensor, rows: slice, columns: slice | None = None) -> None:
+        """Adds a block of logits to its rows and, where given, transposed to its columns; may overwrite the block."""
+        if self.plain:
+            block.exp_()
+            self.total[rows] += block.sum(dim=1)
+            if columns is not None:
+                self.total[columns] += block.sum(dim=0)
+            return
+        self._add_relative(block, rows, 1)
+        if columns is not None:
+            self._add_relative(block, columns, 0)
+
+    def _add_relative(self, block: Tensor, rows: slice, dim: int) -> None:
         old = self.largest[rows]
-        new = torch.maximum(old, largest)
+        new = torch.maximum(old, block.amax(dim=dim))
         base = torch.where(new == -torch.inf, torch.zeros_like(new), new)  # no -inf minus -inf
-        self.total[rows] = self.total[rows] * (old - base).exp() + total * (largest - base).exp()
+        added = (block - base.unsqueeze(dim)).exp_().sum(dim=dim)
+        self.total[rows] = self.total[rows] * (old - base).exp() + added
         self.largest[rows] = new
 
     def finish(self) -> Tensor:
+        if self.plain:
+            return self.total.log()
         return torch.where(self.largest == -torch.inf, self.largest, self.largest + self.total.log())
 
 
-def _reduce_block(block: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    largest = block.amax(dim=dim)
-    base = torch.where(largest == -torch.inf, torch.zeros_like(largest), largest)
-    return largest, (block - base.unsqueeze(dim)).exp_().sum(dim=dim)
+class _Logits:
+    """Blocks of ``scale * left @ right.T`` in one buffer; a query that is itself a key gets `hole` there."""
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float, itself: int):
+        self.left, self.right, self.scale, self.itself = left, right, scale, itself
+        self.buffer = left.new_empty(min(_BLOCK, left.shape[0]) * min(_BLOCK, right.shape[0]))
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        out = self.buffer[: height * width].view(height, width)
+        left, right = self.left[rows], self.right[columns]
+        return torch.addmm(out, left, right.T, beta=0.0, alpha=self.scale, out=out)
+
+    def fill(self, block: Tensor, rows: slice, columns: slice, value: float) -> None:
+        offset = self.itself + rows.start - columns.start
+        if self.itself >= 0 and -block.shape[0] < offset < block.shape[1]:
+            block.diagonal(offset).fill_(value)
 
 
-def _pair_forward(queries: Tensor, keys: Tensor, scale: float, impl: str) -> Tensor:
-    _check(queries, keys, scale, impl)
-    impl = resolve(impl, queries, keys.shape[0])
-    if impl == "triton" and queries.numel() > 0 and keys.numel() > 0:
-        from simctg_fast.kernels import simcse as kernels
-
-        return kernels.pair_forward(queries, keys, scale)
-    dtype = accumulator_dtype(queries.dtype)
-    with full_precision(queries.device):
-        if impl == "dense":
-            return torch.logsumexp((queries @ keys.T).to(dtype) * scale, dim=1)
-        running = _RunningLogSumExp(queries.shape[0], queries.new_empty(0, dtype=dtype))
-        for rows in _blocks(queries.shape[0]):
-            scaled = queries[rows].to(dtype) * scale
-            for columns in _blocks(keys.shape[0]):
-                running.add(rows, *_reduce_block(scaled @ keys[columns].to(dtype).T, 1))
-        return running.finish()
+def _weights_of(lse: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What ``exp(logits - shift)`` is multiplied by in a gradient, and the shift: none where plain sums fit."""
+    if scale <= _LARGEST_PLAIN_SCALE:
+        return torch.where(lse == -torch.inf, 0.0, (-lse).exp()) * grad, torch.zeros_like(lse)
+    return grad, torch.where(lse == -torch.inf, torch.inf, lse)
 
 
-def _self_forward(vectors: Tensor, scale: float, impl: str) -> Tensor:
+def _self_lse(unit: Tensor, scale: float) -> Tensor:
+    sums = _Sums(unit.shape[0], unit, scale)
+    logits = _Logits(unit, unit, scale, 0)
+    blocks = _blocks(unit.shape[0])
+    for index, rows in enumerate(blocks):
+        for columns in blocks[index:]:
+            block = logits.block(rows, columns)
+            logits.fill(block, rows, columns, -torch.inf)
+            sums.add(block, rows, None if columns == rows else columns)
+    return sums.finish()
+
+
+def _self_gradient(grad: Tensor, unit: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Of the unit vectors, from the log-sum-exp alone."""
+    weight, shift = _weights_of(lse, grad * scale, scale)
+    plain = scale <= _LARGEST_PLAIN_SCALE
+    result = torch.zeros_like(unit)
+    logits = _Logits(unit, unit, scale, 0)
+    other = torch.empty_like(logits.buffer)
+    blocks = _blocks(unit.shape[0])
+    for index, rows in enumerate(blocks):
+        for columns in blocks[index:]:
+            block = logits.block(rows, columns)
+            factor = other[: block.numel()].view_as(block)
+            if plain:
+                torch.add(weight[rows].unsqueeze(1), weight[columns], out=factor)
+                block.exp_().mul_(factor)
+            else:
+                torch.sub(block, shift[columns], out=factor).exp_().mul_(weight[columns])
+                block.sub_(shift[rows].unsqueeze(1)).exp_().mul_(weight[rows].unsqueeze(1)).add_(factor)
+            logits.fill(block, rows, columns, 0.0)
+            result[rows].addmm_(block, unit[columns])
+            if columns != rows:
+                result[columns].addmm_(block.T, unit[rows])
+    return result
+
+
+def _pair_lse(left: Tensor, right: Tensor, scale: float, itself: int) -> Tensor:
+    sums = _Sums(left.shape[0], left, scale)
+    logits = _Logits(left, right, scale, itself)
+    for rows in _blocks(left.shape[0]):
+        for columns in _blocks(right.shape[0]):
+            block = logits.block(rows, columns)
+            logits.fill(block, rows, columns, -torch.inf)
+            sums.add(block, rows)
+    return sums.finish()
+
+
+def _pair_gradients(
+    grad: Tensor, left: Tensor, right: Tensor, lse: Tensor, scale: float, itself: int
+) -> tuple[Tensor, Tensor]:
+    weight, shift = _weights_of(lse, grad * scale, scale)
+    plain = scale <= _LARGEST_PLAIN_SCALE
+    left_result, right_result = torch.zeros_like(left), torch.zeros_like(right)
+    logits = _Logits(left, right, scale, itself)
+    for rows in _blocks(left.shape[0]):
+        for columns in _blocks(right.shape[0]):
+            block = logits.block(rows, columns)
+            if not plain:
+                block.sub_(shift[rows].unsqueeze(1))
+            block.exp_().mul_(weight[rows].unsqueeze(1))
+            logits.fill(block, rows, columns, 0.0)
+            left_result[rows].addmm_(block, right[columns])
+            right_result[columns].addmm_(block.T, left[rows])
+    return left_result, right_result
+
+
+# ---- the operators ---------------------------------------------------------------------------------------------------
+
+
+def _self_forward(vectors: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     _check(vectors, None, scale, impl)
-    impl = resolve(impl, vectors, vectors.shape[0])
-    if impl == "triton" and vectors.numel() > 0:
-        from simctg_fast.kernels import simcse as kernels
-
-        return kernels.self_forward(vectors, scale)
+    impl = resolve(impl, vectors)
     dtype = accumulator_dtype(vectors.dtype)
     with full_precision(vectors.device):
-        if impl == "dense":
-            logits = (vectors @ vectors.T).to(dtype) * scale
-            return torch.logsumexp(logits.fill_diagonal_(-torch.inf), dim=1)
-        running = _RunningLogSumExp(vectors.shape[0], vectors.new_empty(0, dtype=dtype))
-        blocks = _blocks(vectors.shape[0])
-        for index, rows in enumerate(blocks):
-            scaled = vectors[rows].to(dtype) * scale
-            for columns in blocks[index:]:
-                block = scaled @ vectors[columns].to(dtype).T
-                if columns == rows:
-                    block.fill_diagonal_(-torch.inf)
-                else:
-                    running.add(columns, *_reduce_block(block, 0))
-                running.add(rows, *_reduce_block(block, 1))
-        return running.finish()
+        inverse = _inverse_norms(vectors)
+        if impl == "triton" and vectors.numel() > 0:
+            from simctg_fast.kernels import simcse as kernels
+
+            unit = _unit(vectors, inverse, vectors.dtype)
+            lse = kernels.self_forward(unit, scale)
+        else:
+            unit = _unit(vectors, inverse, dtype)
+            lse = _self_lse(unit, scale)
+        partners = (unit[0::2].to(dtype) * unit[1::2]).sum(dim=1, dtype=dtype).repeat_interleave(2)
+        return lse - scale * partners, lse, inverse
 
 
-def _probabilities(block: Tensor, lse: Tensor) -> Tensor:
-    """In place; a row without columns (``lse`` -inf) gets zeros."""
-    return block.sub_(torch.where(lse == -torch.inf, torch.inf, lse).unsqueeze(1)).exp_()
+def _self_backward(grad: Tensor, vectors: Tensor, lse: Tensor, inverse: Tensor, scale: float, impl: str) -> Tensor:
+    impl = resolve(impl, vectors)
+    result = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+    with full_precision(vectors.device):
+        grad = grad.to(lse.dtype)
+        if impl == "triton" and vectors.numel() > 0:
+            from simctg_fast.kernels import simcse as kernels
+
+            unit = _unit(vectors, inverse, vectors.dtype)
+            gradient = kernels.self_backward(grad, unit, lse, scale)
+        else:
+            unit = _unit(vectors, inverse, lse.dtype)
+            gradient = _self_gradient(grad, unit, lse, scale)
+        both = (grad[0::2] + grad[1::2]).mul_(-scale).unsqueeze(1).to(gradient.dtype)
+        gradient[0::2].addcmul_(unit[1::2], both)
+        gradient[1::2].addcmul_(unit[0::2], both)
+        return _tangent(gradient, unit, inverse, gradient if gradient.dtype == result.dtype else result)
+
+
+def _pair_forward(
+    queries: Tensor, keys: Tensor, targets: Tensor, itself: int, scale: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(queries, keys, scale, impl)
+    impl = resolve(impl, queries)
+    dtype = accumulator_dtype(queries.dtype)
+    with full_precision(queries.device):
+        query_inverse, key_inverse = _inverse_norms(queries), _inverse_norms(keys)
+        if impl == "triton" and queries.numel() > 0 and keys.numel() > 0:
+            from simctg_fast.kernels import simcse as kernels
+
+            left, right = _unit(queries, query_inverse, queries.dtype), _unit(keys, key_inverse, keys.dtype)
+            lse = kernels.pair_forward(left, right, scale, itself)
+        else:
+            left, right = _unit(queries, query_inverse, dtype), _unit(keys, key_inverse, dtype)
+            lse = _pair_lse(left, right, scale, itself)
+        partners = (left.to(dtype) * right[targets]).sum(dim=1, dtype=dtype)
+        return lse - scale * partners, lse, query_inverse, key_inverse
 
 
 def _pair_backward(
-    grad: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, scale: float, impl: str
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    query_inverse: Tensor,
+    key_inverse: Tensor,
+    itself: int,
+    scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    impl = resolve(impl, queries, keys.shape[0])
-    if impl == "triton" and queries.numel() > 0 and keys.numel() > 0:
-        from simctg_fast.kernels import simcse as kernels
-
-        return kernels.pair_backward(grad, queries, keys, lse, scale)
-    dtype = lse.dtype
+    impl = resolve(impl, queries)
     with full_precision(queries.device):
-        grad = grad.to(dtype) * scale
-        if impl == "dense":
-            weights = _probabilities((queries @ keys.T).to(dtype) * scale, lse).mul_(grad.unsqueeze(1))
-            weights = weights.to(queries.dtype)
-            return weights @ keys, weights.T @ queries
-        grad_queries = queries.new_zeros(queries.shape, dtype=dtype)
-        grad_keys = keys.new_zeros(keys.shape, dtype=dtype)
-        for rows in _blocks(queries.shape[0]):
-            left = queries[rows].to(dtype)
-            for columns in _blocks(keys.shape[0]):
-                right = keys[columns].to(dtype)
-                block = _probabilities((left @ right.T).mul_(scale), lse[rows]).mul_(grad[rows].unsqueeze(1))
-                grad_queries[rows].addmm_(block, right)
-                grad_keys[columns].addmm_(block.T, left)
-        return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
+        grad = grad.to(lse.dtype)
+        if impl == "triton" and queries.numel() > 0 and keys.numel() > 0:
+            from simctg_fast.kernels import simcse as kernels
+
+            left, right = _unit(queries, query_inverse, queries.dtype), _unit(keys, key_inverse, keys.dtype)
+            gradients = kernels.pair_backward(grad, left, right, lse, scale, itself)
+        else:
+            left, right = _unit(queries, query_inverse, lse.dtype), _unit(keys, key_inverse, lse.dtype)
+            gradients = _pair_gradients(grad, left, right, lse, scale, itself)
+        own = (grad * -scale).unsqueeze(1).to(left.dtype)
+        gradients[0].addcmul_(right[targets], own)
+        gradients[1].index_add_(0, targets, left * own)
+        results = []
+        for gradient, unit, inverse, like in zip(
+            gradients, (left, right), (query_inverse, key_inverse), (queries, keys), strict=True
+        ):
+            out = gradient if gradient.dtype == like.dtype else _contiguous_like(like)
+            results.append(_tangent(gradient, unit, inverse, out))
+        return results[0], results[1]
 
 
-def _self_backward(grad: Tensor, vectors: Tensor, lse: Tensor, scale: float, impl: str) -> Tensor:
-    impl = resolve(impl, vectors, vectors.shape[0])
-    if impl == "triton" and vectors.numel() > 0:
-        from simctg_fast.kernels import simcse as kernels
-
-        return kernels.self_backward(grad, vectors, lse, scale)
-    dtype = lse.dtype
-    with full_precision(vectors.device):
-        grad = grad.to(dtype) * scale
-        if impl == "dense":
-            weights = _probabilities((vectors @ vectors.T).to(dtype) * scale, lse)
-            weights = weights.fill_diagonal_(0.0).mul_(grad.unsqueeze(1))
-            return (weights + weights.T).to(vectors.dtype) @ vectors
-        result = vectors.new_zeros(vectors.shape, dtype=dtype)
-        blocks = _blocks(vectors.shape[0])
-        for index, rows in enumerate(blocks):
-            left = vectors[rows].to(dtype)
-            for columns in blocks[index:]:
-                right = left if columns == rows else vectors[columns].to(dtype)
-                block = (left @ right.T).mul_(scale)
-                across = block - torch.where(lse[columns] == -torch.inf, torch.inf, lse[columns])
-                across.exp_().mul_(grad[columns])
-                _probabilities(block, lse[rows]).mul_(grad[rows].unsqueeze(1)).add_(across)
-                if columns == rows:
-                    block.fill_diagonal_(0.0)
-                else:
-                    result[columns].addmm_(block.T, left)
-                result[rows].addmm_(block, right)
-        return result.to(vectors.dtype)
-
-
-def _pair_fake(queries, keys, scale, impl):
+def _pair_fake(queries, keys, targets, itself, scale, impl):
     _check(queries, keys, scale, impl)
-    return queries.new_empty((queries.shape[0],), dtype=accumulator_dtype(queries.dtype))
+    dtype = accumulator_dtype(queries.dtype)
+    losses, lse, query_inverse = (queries.new_empty((queries.shape[0],), dtype=dtype) for _ in range(3))
+    return losses, lse, query_inverse, keys.new_empty((keys.shape[0],), dtype=dtype)
 
 
 def _self_fake(vectors, scale, impl):
     _check(vectors, None, scale, impl)
-    return vectors.new_empty((vectors.shape[0],), dtype=accumulator_dtype(vectors.dtype))
+    losses, lse, inverse = (
+        vectors.new_empty((vectors.shape[0],), dtype=accumulator_dtype(vectors.dtype)) for _ in range(3)
+    )
+    return losses, lse, inverse
 
 
 def _contiguous_like(tensor: Tensor) -> Tensor:
@@ -243,41 +405,45 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
 
 
 def _pair_setup(ctx, inputs, output) -> None:
-    queries, keys, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(queries, keys, output)
+    queries, keys, targets, ctx.itself, ctx.scale, ctx.impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(queries, keys, targets, *output[1:])
 
 
-def _pair_autograd(ctx, grad):
-    queries, keys, lse = ctx.saved_tensors
-    grads = torch.ops.simctg_fast.pair_logsumexp_backward(grad, queries, keys, lse, ctx.scale, ctx.impl)
-    return (*grads, None, None)
+def _pair_autograd(ctx, grad, *_unused):
+    if grad is None:
+        return (None,) * 6
+    backward = torch.ops.simctg_fast.pair_loss_backward
+    return (*backward(grad, *ctx.saved_tensors, ctx.itself, ctx.scale, ctx.impl), None, None, None, None)
 
 
 def _self_setup(ctx, inputs, output) -> None:
     vectors, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(vectors, output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(vectors, *output[1:])
 
 
-def _self_autograd(ctx, grad):
-    vectors, lse = ctx.saved_tensors
-    return torch.ops.simctg_fast.self_logsumexp_backward(grad, vectors, lse, ctx.scale, ctx.impl), None, None
+def _self_autograd(ctx, grad, *_unused):
+    if grad is None:
+        return None, None, None
+    return torch.ops.simctg_fast.self_loss_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None
 
 
-_library.impl("pair_logsumexp", _pair_forward, "CompositeExplicitAutograd")
-_library.impl("pair_logsumexp_backward", _pair_backward, "CompositeExplicitAutograd")
-_library.impl("self_logsumexp", _self_forward, "CompositeExplicitAutograd")
-_library.impl("self_logsumexp_backward", _self_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::pair_logsumexp", _pair_fake, lib=_library)
+_library.impl("pair_loss", _pair_forward, "CompositeExplicitAutograd")
+_library.impl("pair_loss_backward", _pair_backward, "CompositeExplicitAutograd")
+_library.impl("self_loss", _self_forward, "CompositeExplicitAutograd")
+_library.impl("self_loss_backward", _self_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("simctg_fast::pair_loss", _pair_fake, lib=_library)
 torch.library.register_fake(
-    "simctg_fast::pair_logsumexp_backward",
-    lambda grad, queries, keys, lse, scale, impl: (_contiguous_like(queries), _contiguous_like(keys)),
+    "simctg_fast::pair_loss_backward",
+    lambda grad, queries, keys, *_: (_contiguous_like(queries), _contiguous_like(keys)),
     lib=_library,
 )
-torch.library.register_fake("simctg_fast::self_logsumexp", _self_fake, lib=_library)
+torch.library.register_fake("simctg_fast::self_loss", _self_fake, lib=_library)
 torch.library.register_fake(
-    "simctg_fast::self_logsumexp_backward",
-    lambda grad, vectors, lse, scale, impl: _contiguous_like(vectors),
-    lib=_library,
+    "simctg_fast::self_loss_backward", lambda grad, vectors, *_: _contiguous_like(vectors), lib=_library
 )
-torch.library.register_autograd("simctg_fast::pair_logsumexp", _pair_autograd, setup_context=_pair_setup, lib=_library)
-torch.library.register_autograd("simctg_fast::self_logsumexp", _self_autograd, setup_context=_self_setup, lib=_library)
+torch.library.register_autograd("simctg_fast::pair_loss", _pair_autograd, setup_context=_pair_setup, lib=_library)
+torch.library.register_autograd("simctg_fast::self_loss", _self_autograd, setup_context=_self_setup, lib=_library)
