@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .assets import bundled_model_path as bundled_model_path
+    from .contrastive_generator import ContrastiveGenerator as ContrastiveGenerator
     from .crf import LinearChainCRF as LinearChainCRF
     from .crf import LowRankCRF as LowRankCRF
     from .crf import StochasticViterbiSample as StochasticViterbiSample
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _EXPORTS = {
+    "ContrastiveGenerator": "simctg_fast.contrastive_generator",
     "ContrastiveSearch": "simctg_fast.decoding",
     "LinearChainCRF": "simctg_fast.crf",
     "LowRankCRF": "simctg_fast.crf",

@@ -12,7 +12,7 @@ from .assets import resolve_model
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["context_length", "fitting_threads", "load_model", "tokenize"]
+__all__ = ["context_length", "fitting_threads", "load_model", "load_tokenizer", "tokenize"]
 
 # Below this many parameters a token is too little work to share. On the bundled model a second thread is worth 10 % on
 # an idle machine; on a busy one each of its many short waits costs a time slice, and it ran 50 times slower.
@@ -31,7 +31,7 @@ def load_model(
 
     Raises:
         FileNotFoundError, ValueError: see `resolve_model`.
-        ValueError: there is no such `device`.
+        ValueError: there is no such `device`, or see `load_tokenizer`.
         OSError: transformers cannot load it; its own text says why.
     """
     import transformers
@@ -39,13 +39,37 @@ def load_model(
     folder, target = resolve_model(name), _device(device)
     config = transformers.AutoConfig.from_pretrained(folder)
     loader = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     model = loader.from_pretrained(folder, dtype=dtype).eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # The continuation is written behind the prompt, so the padding of a decoder's prompt must stand before it.
     tokenizer.padding_side = "right" if config.is_encoder_decoder else "left"
     return model.to(target), tokenizer
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a local folder or hub name: sentencepiece, ``tokenizer.json`` or vocabulary files.
+
+    Raises:
+        ValueError: a folder without the files of its tokenizer (transformers would make an empty one), or with files
+            that cannot be read.
+    """
+    import transformers
+
+    folder = resolve_model(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: JSON, protobuf, the Rust tokenizers' own, advice to install tiktoken
+        raise ValueError(f"the tokenizer in {folder!r} cannot be read: {error}") from error
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if tokenizer.vocab_files_names and os.path.isdir(folder) and names.isdisjoint(os.listdir(folder)):
+        raise ValueError(
+            f"the folder {folder!r} holds no tokenizer: a {type(tokenizer).__name__} needs one of {sorted(names)}"
+        )
+    return tokenizer
 
 
 def _device(name: str | None) -> torch.device:
