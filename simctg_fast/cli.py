@@ -1,4 +1,6 @@
-"""The command line: `simctg-fast generate | demo | train | env`. Arguments in, text out; the floors below do the work.
+"""The command line: `simctg-fast generate | run | merge | demo | train | env`.
+
+Arguments in, text out; the floors below do the work.
 
 Only typer and rich are imported here, so that help and usage errors come at once; each command imports what it needs.
 """
@@ -208,6 +210,130 @@ def train(
     if "eval_loss" in summary.validation:
         line += f", validation loss {summary.validation['eval_loss']:.4f}"
     Console(highlight=False, markup=False).print(line, soft_wrap=True)
+
+
+@app.command()
+def run(
+    prompts: Annotated[
+        str | None, typer.Argument(metavar="[PROMPTS]", help="JSONL file: id and prompt, messages or source a line.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder, hub name, or `bundled`.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="JSONL file; one that is there is continued.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="YAML file with these options; the line wins.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="contrastive (default), greedy, sample or stochastic-contrastive.")
+    ] = None,
+    penalty_alpha: Annotated[float | None, typer.Option("--penalty-alpha", "-a", help="0 (greedy) to 1.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Candidates a step; of sample: tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Longest continuation.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the random strategies, above 0.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Of sample, 0 to 1.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Continuations of each prompt (n of a line).")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random strategies.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Sequences written at a time.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Instead: share of the free memory for caches, 0 to 1.")] = None,
+    batching: Annotated[str | None, typer.Option(help="auto (default), slots or static.")] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="module:factory that makes the logits processors of a request.")
+    ] = None,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Log-probabilities of the tokens.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="The candidates of every token, and why one won.")] = False,
+    num_shards: Annotated[int | None, typer.Option(help="Answer only every num_shards-th line …")] = None,
+    shard_id: Annotated[int | None, typer.Option(help="… beginning with this one, from 0.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread over a Ray cluster (pip install simctg_fast[ray]).")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster; by default one is started here.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Engines on the Ray cluster.")] = 1,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Progress as JSON lines on standard error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Answer the prompts of a file into a file. Killed, it goes on where it was when started again.
+
+    Exit code: 0 all answered, 1 some lines have error records, 2 refused to start, 3 the output could not be written,
+    130 or 143 stopped by SIGINT or SIGTERM.
+    """
+    given: dict[str, Any] = {
+        "input": prompts,
+        "model": model,
+        "output": output,
+        "strategy": strategy,
+        "penalty_alpha": penalty_alpha,
+        "top_k": top_k,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "n": samples,
+        "stop": stop or None,
+        "seed": seed,
+        "slots": slots,
+        "memory": memory,
+        "batching": batching,
+        "processor": processor,
+        "logprobs": logprobs or None,
+        "trace": trace or None,
+        "num_shards": num_shards,
+        "shard_id": shard_id,
+        "device": device,
+        "dtype": dtype,
+    }
+    _check(workers >= 1, "--workers", workers, "at least 1")
+    with _usage_errors(), _progress("loading the model"):
+        from .engine.job import Job, make_options, read_config
+        from .engine.journal import JournalError
+        from .engine.manifest import ManifestError
+
+        _quiet_transformers()
+        options = make_options(
+            (read_config(config) if config else {}) | {n: v for n, v in given.items() if v is not None}
+        )
+    try:
+        with _usage_errors():
+            if ray:
+                from .integrations.ray import run_on_ray
+
+                summary = run_on_ray(options, workers=workers, address=ray_address)
+            else:
+                summary = Job(options, log_json=log_json, quiet=quiet).run()
+    except (JournalError, ManifestError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if sys.stderr.isatty():
+        Console(stderr=True, highlight=False, markup=False).print(summary.as_text(), soft_wrap=True)
+    elif summary.stopped is not None:
+        print(f"{summary.stopped}; the same command goes on from here", file=sys.stderr)
+    if not sys.stdout.isatty():
+        print(json.dumps(summary.as_dict()), flush=True)
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def merge(
+    outputs: Annotated[list[str], typer.Argument(metavar="OUTPUT...", help="Files that the shards of a run wrote.")],
+    into: Annotated[str, typer.Option("--into", "-o", help="The new file.")],
+    order: Annotated[str | None, typer.Option(help="The input file, whose order to take; else sorted by id.")] = None,
+) -> None:
+    """Join the outputs of a run's shards into one file."""
+    with _usage_errors():
+        from .engine.merge import merge as join
+
+        try:
+            count = join(outputs, into, order)
+        except FileExistsError as error:
+            raise typer.BadParameter(f"--into {into} is there already") from error
+    Console(highlight=False, markup=False).print(f"{into}: {count} records", soft_wrap=True)
 
 
 @app.command()

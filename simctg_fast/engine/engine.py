@@ -1,0 +1,210 @@
+"""Requests in, results out: one model, many sequences at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from ..loading import fitting_threads, load_model
+from .parameters import CONTRASTIVE, NAMES, Parameters, defaults
+from .prepare import Factory, Preparer, load_factory
+from .requests import Request, RequestError, parse_request
+from .results import Result, error_result, from_choices, from_request_error
+from .sequence import Sequence
+from .strategies import make_strategy
+
+BATCHING = ("auto", "slots", "static")
+DEFAULT_SLOTS = 16
+
+
+class Engine:
+    """Continues requests with one model, many at a time.
+
+    Args:
+        model, tokenizer: as `simctg_fast.loading.load_model` returns them.
+        strategy: ``"contrastive"``, ``"greedy"``, ``"sample"`` or ``"stochastic-contrastive"``.
+        slots: sequences that are written at a time; default 16. With ``memory`` it is computed instead.
+        memory: share of the free memory, above 0 and at most 1, that the caches may take.
+        processor: ``factory(request: dict, tokenizer)``, or its ``module:factory`` spelling, that returns the logits
+            processors and stopping criteria of a request (one, a list, or None).
+        seed: of the random strategies, where a request has none of its own.
+        logprobs, trace: record them for every token.
+        batching: ``"slots"`` (rows of different lengths, replaced one by one), ``"static"`` (batches of similar
+            length), or ``"auto"``: slots where a trial on the model agrees with its own attention.
+        parameters: defaults of what requests may set (`Parameters`): ``max_new_tokens``, ``penalty_alpha``, ``top_k`` …
+
+    Raises:
+        ValueError: a value outside its range; ``batching="slots"`` for a model that cannot.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        strategy: str = "contrastive",
+        slots: int | None = None,
+        memory: float | None = None,
+        processor: str | Factory | None = None,
+        seed: int = 0,
+        logprobs: bool = False,
+        trace: bool = False,
+        batching: str = "auto",
+        **parameters: Any,
+    ):
+        self.parameters = check_options(strategy, slots, memory, seed, batching, parameters)
+        self.model, self.tokenizer, self.strategy_name = model, tokenizer, strategy
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        contrastive = strategy in CONTRASTIVE
+        if contrastive and (self.parameters.top_k or 1) > vocabulary:
+            raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {self.parameters.top_k}")
+        self.strategy = make_strategy(strategy, self.parameters)
+        factory = load_factory(processor) if isinstance(processor, str) else processor
+        self.prepare = Preparer(
+            model,
+            tokenizer,
+            seed=seed,
+            factory=factory,
+            max_candidates=self.parameters.top_k if contrastive else None,
+            logprobs=logprobs,
+            trace=trace,
+        )
+        self.backend = self._backend(batching, slots, memory)
+        self.prompt_tokens = 0
+        self.on_step: Callable[[], None] | None = None  # called after each step, for a display
+        self.backend.on_step = self._after_step
+
+    def _after_step(self) -> None:
+        if self.on_step is not None:
+            self.on_step()
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, device: str | None = None, dtype: Any = "auto", **options: Any
+    ) -> Engine:
+        """An engine for ``name``: a folder, a hub name or ``"bundled"``. ``device``, ``dtype``: see `load_model`."""
+        model, tokenizer = load_model(name, device, dtype)
+        return cls(model, tokenizer, **options)
+
+    def _backend(self, batching: str, slots: int | None, memory: float | None) -> Any:
+        from .scheduler import SlotScheduler, slots_for_memory
+        from .static import StaticBatches
+
+        if memory is not None:
+            slots = slots_for_memory(self.model, self.strategy, self.parameters, memory)
+        slots = DEFAULT_SLOTS if slots is None else slots
+        self.reason = "asked for"
+        if batching != "static":
+            with fitting_threads(self.model):
+                scheduler = SlotScheduler.open(self.model, self.strategy, slots, memory)
+            if isinstance(scheduler, SlotScheduler):
+                self.reason = "a trial step agrees with the model's own attention"
+                return scheduler
+            self.reason = scheduler
+            if batching == "slots":
+                raise ValueError(f"batching='slots' cannot serve {type(self.model).__name__}: {scheduler}")
+        return StaticBatches(self.model, self.tokenizer, self.strategy, slots)
+
+    # ---- generation -----------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Iterable[str | Mapping[str, Any] | Request]) -> Iterator[Result]:
+        """Results in the order of completion, errors included: nothing about one request is raised.
+
+        Args:
+            requests: dicts with the keys of the JSONL format, plain strings (prompts), or `Request` objects; read as
+                needed, some thousand ahead.
+        """
+        self.backend.stopping = False
+        ready: deque[Result] = deque()
+        waiting: dict[int, list[Sequence]] = {}  # by id(request), which the sequences keep alive
+
+        def sequences() -> Iterator[Sequence]:
+            for number, given in enumerate(requests, start=1):
+                try:
+                    request = given if isinstance(given, Request) else self.parse(given, number=number)
+                    prepared = self.prepare(request)
+                except RequestError as error:
+                    line = given.line if isinstance(given, Request) else None
+                    ready.append(from_request_error(error, line))
+                    continue
+                self.prompt_tokens += len(prepared[0].source_ids or prepared[0].prompt_ids)
+                yield from prepared
+
+        with fitting_threads(self.model):
+            for sequence in self.backend.run(sequences()):
+                while ready:
+                    yield ready.popleft()
+                siblings = waiting.setdefault(id(sequence.request), [])
+                siblings.append(sequence)
+                if len(siblings) == sequence.parameters.n:
+                    yield _finish(waiting.pop(id(sequence.request)))
+            yield from ready
+
+    def parse(self, given: str | Mapping[str, Any], *, line: int | None = None, number: int | None = None) -> Request:
+        """Check one request. Raises `RequestError`."""
+        if isinstance(given, str):
+            given = {"prompt": given}
+        if not isinstance(given, Mapping):
+            raise RequestError("not_an_object", f"a request must be a dict or a string, got {type(given).__name__}")
+        return parse_request(given, self.parameters, self.strategy_name, line=line, number=number)
+
+    def stop(self) -> None:
+        """Begin no further sequence; those in work are finished. What was not begun gets no result."""
+        self.backend.stopping = True
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was done so far: forwards, how full they were, and how often memory ran out."""
+        backend = self.backend
+        busy = backend.busy_row_steps / backend.row_steps if backend.row_steps else 0.0
+        return {
+            "batching": backend.kind,
+            "slots": backend.slots,
+            "active": backend.active,
+            "steps": backend.steps,
+            "slots_busy": round(busy, 4),
+            "near_ties": self.strategy.near_ties,
+            "out_of_memory": backend.halvings,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": backend.generated,
+        }
+
+
+def check_options(
+    strategy: str,
+    slots: int | None,
+    memory: float | None,
+    seed: int,
+    batching: str,
+    parameters: Mapping[str, Any],
+) -> Parameters:
+    """The defaults of a run's requests; ValueError for an option outside its range."""
+    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
+        raise ValueError(f"slots must be an integer of at least 1, got {slots!r}")
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= 1):
+        raise ValueError(f"memory must be a share above 0 and at most 1, got {memory!r}")
+    if slots is not None and memory is not None:
+        raise ValueError(f"slots={slots} and memory={memory} both say how many slots there are: give one of them")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+    if batching not in BATCHING:
+        raise ValueError(f"batching must be one of {', '.join(BATCHING)}, got {batching!r}")
+    unknown = [name for name in parameters if name not in NAMES]
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; parameters of requests: {', '.join(NAMES)}")
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return defaults(strategy).with_overrides(given, strategy)
+
+
+def _finish(siblings: list[Sequence]) -> Result:
+    siblings.sort(key=lambda s: s.index)
+    request = siblings[0].request
+    for sequence in siblings:
+        if sequence.failure is not None:
+            return error_result(*sequence.failure, request=request)
+    prompt = len(siblings[0].source_ids or siblings[0].prompt_ids)
+    seconds = time.monotonic() - min(s.started for s in siblings)
+    return from_choices(request, prompt, [s.choice() for s in siblings], seconds)

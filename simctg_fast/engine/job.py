@@ -1,0 +1,275 @@
+"""A job: prompts in a file, completions in a file, nothing lost. Start it again and it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..assets import resolve_model
+from .engine import Engine, check_options
+from .inputs import InputLines
+from .journal import Journal
+from .manifest import check_manifest, manifest_path, model_fingerprint, write_manifest
+from .parameters import NAMES
+from .progress import Progress
+from .requests import Request
+from .results import Result, from_request_error
+from .summary import Summary
+
+logger = logging.getLogger("simctg_fast")
+
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Everything a job can be told; the names are those of the command line and of a configuration file.
+
+    ``parameters`` are the defaults of the requests (`Parameters`).
+    """
+
+    input: str
+    output: str
+    model: str
+    strategy: str = "contrastive"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    slots: int | None = None
+    memory: float | None = None
+    batching: str = "auto"
+    processor: str | None = None
+    logprobs: bool = False
+    trace: bool = False
+    num_shards: int = 1
+    shard_id: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_options(self.strategy, self.slots, self.memory, self.seed, self.batching, self.parameters)
+        for name in ("num_shards", "shard_id"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        if self.num_shards < 1:
+            raise ValueError(f"num_shards must be at least 1, got {self.num_shards}")
+        if not 0 <= self.shard_id < self.num_shards:
+            raise ValueError(f"shard_id must be from 0 to {self.num_shards - 1} (num_shards - 1), got {self.shard_id}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+
+    def config(self) -> dict[str, Any]:
+        """What decides the output: kept in the manifest and compared when a run goes on."""
+        resolved = check_options(self.strategy, self.slots, self.memory, self.seed, self.batching, self.parameters)
+        config = asdict(self)
+        for name in ("input", "output", "model", "parameters"):
+            del config[name]
+        parameters = asdict(resolved) | {"stop": list(resolved.stop), "seed": self.seed}
+        device = self.device or _default_device()
+        return (
+            config
+            | parameters
+            | {"device": device.split(":")[0], "model_fingerprint": model_fingerprint(resolve_model(self.model))}
+        )
+
+
+OPTION_NAMES = tuple(f.name for f in fields(JobOptions) if f.name != "parameters") + tuple(
+    name for name in NAMES if name != "seed"
+)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        ValueError: no mapping, or a key that is no option.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the configuration {os.fspath(path)} is not YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ValueError(f"the configuration {os.fspath(path)} must map options to values")
+    options = {str(name).replace("-", "_"): value for name, value in loaded.items()}
+    unknown = sorted(set(options) - set(OPTION_NAMES))
+    if unknown:
+        raise ValueError(
+            f"the configuration {os.fspath(path)} has unknown keys {', '.join(unknown)}; allowed: "
+            + ", ".join(OPTION_NAMES)
+        )
+    return options
+
+
+def make_options(given: Mapping[str, Any]) -> JobOptions:
+    """`JobOptions` of a flat mapping, parameters of requests among the rest.
+
+    Raises:
+        ValueError: a value outside its range, or a missing one.
+    """
+    missing = [name for name in ("input", "output", "model") if not given.get(name)]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing: give it as an option or in the configuration")
+    parameters = {name: given[name] for name in NAMES if name != "seed" and given.get(name) is not None}
+    rest = {n: v for n, v in given.items() if n not in parameters and v is not None}
+    unknown = [name for name in rest if name not in OPTION_NAMES]
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; allowed: {', '.join(OPTION_NAMES)}")
+    return JobOptions(parameters=parameters, **rest)
+
+
+class Job:
+    """One run of `JobOptions`, from where the output ends.
+
+    Args:
+        options: what to do.
+        log_json: events as JSON lines on standard error in the place of a bar.
+        quiet: neither.
+
+    ``run`` returns a `Summary`, whose ``exit_code`` is 0 (all well), 1 (some requests have error records) or another
+    (the job ended before its input).
+
+    Raises, before anything is computed:
+        JournalError, ManifestError: the output is locked, unwritable, or of another configuration.
+        ValueError, OSError: the model, the processor or the input cannot be had.
+    """
+
+    def __init__(self, options: JobOptions, *, log_json: bool = False, quiet: bool = False):
+        self.options, self.log_json, self.quiet = options, log_json, quiet
+        self.signal: int | None = None
+        self.engine: Engine | None = None
+
+    def run(self) -> Summary:
+        with open(self.options.input, "rb"):
+            pass
+        config = self.options.config()
+        with Journal(self.options.output) as journal:
+            if journal.size:
+                check_manifest(self.options.output, config)
+            else:
+                write_manifest(self.options.output, config, _about(self.options))
+            self.engine = engine = self._load()
+            return self._answer(engine, journal)
+
+    def _load(self) -> Engine:
+        o = self.options
+        return Engine.from_pretrained(
+            o.model,
+            device=o.device,
+            dtype=o.dtype,
+            strategy=o.strategy,
+            slots=o.slots,
+            memory=o.memory,
+            processor=o.processor,
+            seed=o.seed,
+            logprobs=o.logprobs,
+            trace=o.trace,
+            batching=o.batching,
+            **o.parameters,
+        )
+
+    def _answer(self, engine: Engine, journal: Journal) -> Summary:
+        o = self.options
+        before = len(journal.done)
+        lines = InputLines(o.input, engine.parse, journal.done, o.num_shards, o.shard_id)
+        summary = Summary(resumed=before, errors_before=journal.errors)
+        progress = Progress(lines, engine, summary, os.path.getsize(o.input), log_json=self.log_json, quiet=self.quiet)
+
+        def record(result: Result) -> None:
+            journal.append(result.as_line())
+            summary.add(result)
+            progress.update()
+
+        def requests() -> Iterator[Request]:
+            for item in lines:
+                if isinstance(item, Request):
+                    yield item
+                else:
+                    error, number = item
+                    record(from_request_error(error, number))
+
+        started = time.monotonic()
+        with self._signals(), progress:
+            try:
+                for result in engine.generate(requests()):
+                    record(result)
+            except KeyboardInterrupt:
+                summary.stopped = "aborted"
+            except OSError as error:
+                summary.stopped = f"the output cannot be written: {error.strerror or error}"
+            if self.signal is not None and summary.stopped is None:
+                summary.stopped = f"stopped by {signal.Signals(self.signal).name}"
+            summary.signal = self.signal
+        summary.unfinished_line = lines.unfinished
+        summary.finish(time.monotonic() - started, lines, engine.stats, output=o.output)
+        return summary
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the job when what is in work is finished; a second SIGINT at once."""
+        before = {}
+
+        def handle(number: int, frame: Any) -> None:
+            if self.signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+            if self.engine is not None:
+                self.engine.stop()
+            logger.warning(
+                "%s: finishing what is in work%s",
+                signal.Signals(number).name,
+                " (again to stop at once)" if number == signal.SIGINT else "",
+            )
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, handle)
+        except ValueError:  # not the main thread: whoever runs us there minds the signals
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _about(options: JobOptions) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "model": os.fspath(options.model),
+        "input": os.fspath(options.input),
+        "simctg_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe_config(options: JobOptions) -> str:
+    """The resolved configuration as one line of JSON."""
+    return json.dumps(options.config(), sort_keys=True)
+
+
+__all__ = ["OPTION_NAMES", "Job", "JobOptions", "describe_config", "make_options", "manifest_path", "read_config"]

@@ -1,0 +1,195 @@
+"""Static batches: for models whose cache cannot hold rows of different lengths, or not one copy of the prefix.
+
+Rows of similar length go together, and a batch is over when its longest continuation is. Everything that
+:mod:`..decoding` knows about paths and their trial applies; only the choice of tokens is the engine's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..decoding.contrastive_search import ContrastiveSearch, _Run, position_table
+from ..ops.candidate_select import candidate_scan
+from .memory import is_out_of_memory, release
+from .observe import StepRecord
+from .prepare import apply_processors
+from .sequence import Sequence
+from .strategies import Strategy
+
+logger = logging.getLogger("simctg_fast")
+
+LOOKAHEAD = 8  # batches that are sorted by length together
+
+
+class StaticBatches:
+    """Runs sequences in batches of at most ``slots`` rows.
+
+    Attributes:
+        slots: rows a batch; halved when memory runs out.
+        steps, row_steps, busy_row_steps: forwards, rows in them, and rows that were still being written.
+        generated: tokens written; active: sequences in work; halvings: how often memory ran out.
+    """
+
+    kind = "static"
+
+    def __init__(self, model: Any, tokenizer: Any, strategy: Strategy, slots: int):
+        self.model, self.tokenizer, self.strategy, self.slots = model, tokenizer, strategy, slots
+        self.steps = self.row_steps = self.busy_row_steps = 0
+        self.halvings = self.active = self.generated = 0
+        self.on_step: Callable[[], None] = lambda: None
+        self.lookahead = LOOKAHEAD * slots
+        self.positions = position_table(model)
+        self.stopping = False
+
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
+        """Yields every sequence when it is finished or has failed."""
+        source = iter(sequences)
+        while True:
+            waiting = [sequence for sequence, _ in zip(source, range(self.lookahead), strict=False)]
+            if not waiting or self.stopping:
+                return
+            waiting.sort(key=lambda s: (len(s.source_ids or s.prompt_ids), s.parameters.max_new_tokens))
+            while waiting and not self.stopping:
+                size = self._fitting(waiting)
+                batch, waiting = waiting[:size], waiting[size:]
+                yield from self._run_batch(batch)
+
+    def _fitting(self, waiting: list[Sequence]) -> int:
+        """Rows for the next batch: rows that are done run on with it, and must not leave a table of positions."""
+        longest = steps = size = 0
+        for sequence in waiting[: self.slots]:
+            longest = max(longest, len(sequence.prompt_ids))
+            steps = max(steps, sequence.parameters.max_new_tokens)
+            if size and self.positions is not None and longest + steps > self.positions:
+                break
+            size += 1
+        return size
+
+    def _run_batch(self, batch: list[Sequence]) -> Iterator[Sequence]:
+        for sequence in batch:
+            sequence.started = time.monotonic()
+        self.active = len(batch)
+        try:
+            self._generate(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release()
+            if len(batch) == 1:
+                batch[0].fail("out_of_memory", f"one row alone does not fit into memory: {error}".splitlines()[0])
+                yield batch[0]
+                return
+            self.halvings += 1
+            self.slots = max(1, len(batch) // 2)
+            logger.warning("out of memory with %d rows: going on with %d", len(batch), self.slots)
+            for sequence in batch:
+                sequence.restart()
+            for start in range(0, len(batch), self.slots):
+                yield from self._run_batch(batch[start : start + self.slots])
+            return
+        finally:
+            self.active = 0
+        yield from batch
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[Sequence]) -> None:
+        device = self.model.device
+        is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
+        ids = [s.source_ids if s.source_ids is not None else s.prompt_ids for s in batch]
+        width = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id or 0
+        rows = torch.full((len(batch), width), pad)
+        mask = torch.zeros_like(rows)
+        for row, tokens in enumerate(ids):
+            place = slice(0, len(tokens)) if is_encoder_decoder else slice(width - len(tokens), width)
+            rows[row, place], mask[row, place] = torch.tensor(tokens), 1
+        extra = {}
+        if is_encoder_decoder:
+            extra["decoder_input_ids"] = torch.tensor([s.prompt_ids for s in batch], device=device)
+
+        def run(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            return _BatchRun(
+                self, batch, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+            )()
+
+        self.model.generate(
+            input_ids=rows.to(device),
+            attention_mask=mask.to(device),
+            custom_generate=run,
+            max_new_tokens=max(s.parameters.max_new_tokens for s in batch),
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            pad_token_id=pad,
+            **extra,
+        )
+
+
+class _BatchRun(_Run):
+    """The loop of contrastive search with the engine's strategies and sequences in the place of ``generate``'s."""
+
+    def __init__(self, owner: StaticBatches, batch: list[Sequence], model, input_ids, *rest):
+        search = ContrastiveSearch(penalty_alpha=0.5, top_k=owner.strategy.candidates)
+        super().__init__(search, model, input_ids, *rest)
+        self.owner, self.batch, self.chooser = owner, batch, owner.strategy
+
+    def _loop(self, logits: torch.Tensor, k: int) -> None:
+        batch, input_ids, chooser = self.batch, self.input_ids, self.chooser
+        self.prefill_outputs = None
+        padding = [input_ids.shape[1] - len(s.prompt_ids) for s in batch]
+        details = any(s.logprobs is not None or s.trace is not None for s in batch)
+        bound: list[Sequence | None] = []
+        while True:
+            rows = [None if s.finished else s for s in batch]
+            for index, sequence in enumerate(rows):
+                if sequence is not None and sequence.processors:
+                    logits[index] = apply_processors(sequence, logits[index : index + 1])[0]
+            rows = [None if s.finished else s for s in batch]
+            if not any(row is not None for row in rows):
+                break
+            if rows != bound:
+                chooser.bind(rows, logits.device)
+                bound = rows
+            proposal = chooser.propose(logits)
+            bad = proposal.probs.isnan().any(dim=-1).tolist()
+            for index, sequence in enumerate(rows):
+                if sequence is not None and bad[index]:
+                    sequence.fail("nan_logits", f"the logits left no probabilities at new token {len(sequence.tokens)}")
+            self.decision: tuple = ()
+            self.proposal = proposal
+            result = self._step(input_ids, proposal.tokens, proposal.probs)
+            record = StepRecord(proposal, *self.decision, details=details)
+            for index, sequence in enumerate(rows):
+                if sequence is not None and not sequence.finished:
+                    record.write(index, sequence, logits[index : index + 1], padding[index])
+            self.owner.steps += 1
+            self.owner.generated += sum(row is not None for row in rows)
+            self.owner.row_steps += len(batch)
+            self.owner.busy_row_steps += sum(row is not None for row in rows)
+            self.owner.active = sum(not s.finished for s in batch)
+            tokens = torch.tensor(record.tokens, device=input_ids.device)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            logits = result.logits.to(input_ids.device, copy=True)
+            self.owner.on_step()
+        self.surplus = 0
+
+    def _choose(self, probs: torch.Tensor):
+        if not self.chooser.needs_history or probs.shape[1] == 1:
+            return super()._choose(probs)
+
+        def choose(hidden_states: torch.Tensor) -> torch.Tensor:
+            history = self.history
+            penalty, position = candidate_scan(hidden_states, history.states, history.length, history.mask)
+            selected, scores = self.chooser.choose(self.proposal, penalty)
+            self.decision = (selected, scores, penalty, position)
+            return selected
+
+        return choose
+
+    def _result(self):
+        return self.input_ids
