@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .decoding.patch import unpatch_transformers as unpatch_transformers
     from .decoding.support import SupportReport as SupportReport
     from .decoding.support import support as support
+    from .features import extract_features as extract_features
     from .functional import contrastive_loss as contrastive_loss
     from .functional import cosine_similarity_matrix as cosine_similarity_matrix
     from .functional import simcse_sup_loss as simcse_sup_loss
@@ -51,6 +52,7 @@ _EXPORTS = {
     "contrastive_loss": "simctg_fast.functional",
     "contrastive_search": "simctg_fast.decoding",
     "cosine_similarity_matrix": "simctg_fast.functional",
+    "extract_features": "simctg_fast.features",
     "generate": "simctg_fast.plain",
     "patch_transformers": "simctg_fast.decoding",
     "simcse_sup_loss": "simctg_fast.functional",

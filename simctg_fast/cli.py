@@ -1,4 +1,4 @@
-"""The command line: `simctg-fast generate | run | merge | demo | train | env`.
+"""The command line: `simctg-fast generate | run | merge | features | demo | train | env`.
 
 Arguments in, text out; the floors below do the work.
 
@@ -334,6 +334,49 @@ def merge(
         except FileExistsError as error:
             raise typer.BadParameter(f"--into {into} is there already") from error
     Console(highlight=False, markup=False).print(f"{into}: {count} records", soft_wrap=True)
+
+
+@app.command()
+def features(
+    texts: Annotated[str, typer.Argument(metavar="IN", help="Texts: .jsonl with text, or .txt, one a line.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    model: Annotated[str, typer.Option(help="Local folder, hub name, or `bundled`.")] = "bundled",
+    layer: Annotated[int, typer.Option(help="0: embeddings, 1: first layer, …, -1: last.")] = -1,
+    pooling: Annotated[str, typer.Option(help="none (every token), mean, cls (first token) or last.")] = "none",
+    max_length: Annotated[int | None, typer.Option(help="Cut longer texts to so many tokens.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens computed together, padding included.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="Of the file: float32, float16 or bfloat16.")] = "float32",
+    device: Device = None,
+) -> None:
+    """Write hidden states of texts: `features` and `lengths` of a safetensors file."""
+    _check(dtype in ("float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16 or bfloat16")
+    with _usage_errors():
+        import torch
+
+        from .features import extract_features, load_backbone, read_texts
+
+        lines = read_texts(texts)
+        _quiet_transformers()
+        loaded, tokenizer = load_backbone(model, device)
+        with _progress("reading", total=len(lines)) as advance:
+            written = extract_features(
+                loaded,
+                tokenizer,
+                lines,
+                layer,
+                pooling,
+                max_length=max_length,
+                max_tokens=batch_tokens,
+                dtype=getattr(torch, dtype),
+                out=out,
+                metadata={"model": model},
+                on_progress=lambda count: [advance() for _ in range(count)],
+            )
+    shape = "x".join(map(str, written.values.shape))
+    line = f"{out}: {len(written)} texts, {int(written.lengths.sum())} tokens, features {shape} {dtype}"
+    if written.truncated:
+        line += f", {len(written.truncated)} texts cut to {max_length} tokens"
+    Console(highlight=False, markup=False).print(line, soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,347 @@
+"""Hidden states of texts: of every token, or one vector a text."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .feature_file import SafetensorsWriter
+from .loading import load_tokenizer
+
+__all__ = ["Features", "extract_features", "load_backbone", "load_features", "read_texts"]
+
+POOLINGS = ("none", "mean", "cls", "last")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+logger = logging.getLogger("simctg_fast")
+
+
+@dataclass
+class Features:
+    """Features of N texts, in their order.
+
+    Attributes:
+        values: ``(N, D)`` where they are pooled; else ``(sum of lengths, D)``, text after text, without padding.
+        lengths: ``(N,)`` int64, tokens of each text, special tokens included.
+        pooling: ``"none"``, ``"mean"``, ``"cls"`` or ``"last"``.
+        truncated: indices of the texts that ``max_length`` cut.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    pooling: str
+    truncated: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """``(D,)``, or ``(T, D)`` of one text."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index must be in [{-len(self)}, {len(self)}), got {index}")
+        if self.pooling != "none":
+            return self.values[index]
+        start = int(self.lengths[: index % len(self)].sum())
+        return self.values[start : start + int(self.lengths[index])]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """``(N, T, D)``, zero after each text's end, and its mask ``(N, T)`` bool.
+
+        Raises:
+            ValueError: the features are pooled.
+        """
+        if self.pooling != "none":
+            raise ValueError(f"padded() is for pooling='none', these features are pooled by {self.pooling!r}")
+        longest = int(self.lengths.max()) if len(self) else 0
+        mask = torch.arange(longest)[None] < self.lengths[:, None]
+        values = self.values.new_zeros(len(self), longest, self.values.shape[-1])
+        values[mask] = self.values
+        return values, mask
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """To ``.safetensors`` or ``.npz``: ``features`` and ``lengths`` (and ``pooling``).
+
+        Raises:
+            ValueError: another ending, or bfloat16 to ``.npz``.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            tensors = {"features": self.values, "lengths": self.lengths}
+            places = {name: (each.dtype, each.shape) for name, each in tensors.items()}
+            with SafetensorsWriter(path, places, {"pooling": self.pooling}) as writer:
+                for name, each in tensors.items():
+                    writer[name].copy_(each)
+        elif path.suffix == ".npz":
+            import numpy as np
+
+            if self.values.dtype == torch.bfloat16:
+                raise ValueError("numpy has no bfloat16: give dtype=torch.float32 or torch.float16, or .safetensors")
+            values, lengths = self.values.numpy(), self.lengths.numpy()
+            np.savez(path, features=values, lengths=lengths, pooling=np.array(self.pooling))
+        else:
+            raise ValueError(f"path must end in .safetensors or .npz, got {str(path)!r}")
+
+
+def load_features(path: str | os.PathLike[str]) -> Features:
+    """What `Features.save`, ``extract_features(out=)`` and `simctg-fast features` wrote."""
+    path = Path(path)
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path) as arrays:
+            values, lengths = (torch.from_numpy(arrays[name]) for name in ("features", "lengths"))
+            return Features(values, lengths, str(arrays["pooling"]))
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return Features(file.get_tensor("features"), file.get_tensor("lengths"), file.metadata()["pooling"])
+
+
+@torch.no_grad()
+def extract_features(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    layer: int = -1,
+    pooling: str = "none",
+    *,
+    max_length: int | None = None,
+    max_tokens: int = 4096,
+    dtype: torch.dtype = torch.float32,
+    out: str | os.PathLike[str] | None = None,
+    metadata: dict[str, str] | None = None,
+    on_progress: Any = None,
+) -> Features:
+    """Hidden states of texts from an encoder, a decoder, or the encoder of an encoder-decoder.
+
+    Texts of similar length run together, padding never reaches a result, and the order is that of ``texts``. Memory is
+    bounded by ``max_tokens`` beside the results, which ``out`` keeps on disk.
+
+    Args:
+        model: a transformers model, with or without a head; run in evaluation mode and left in the mode it was in.
+        tokenizer: its tokenizer, which needs no padding token.
+        texts: a list of strings.
+        layer: which of the model's ``hidden_states``: 0 the embeddings, 1 the first layer, …, -1 the last one (behind
+            the final norm, as in ``last_hidden_state``).
+        pooling: ``"none"``, every token; ``"mean"`` over the tokens (in float32), ``"cls"``, the first one, or
+            ``"last"``, the last one; special tokens are tokens.
+        max_length: longer texts are cut to so many tokens, with a warning. None cuts nothing.
+        max_tokens: tokens in a batch, padding included; a longer text runs alone.
+        dtype: float32, float16 or bfloat16, of the results.
+        out: a ``.safetensors`` file that the results go to as they come; the returned values then are read from it.
+        metadata: strings for the header of ``out``.
+        on_progress: called with the number of texts finished, after each batch.
+
+    Raises:
+        ValueError: an argument outside the above, a text without tokens, or one longer than the model's table of
+            positions (the text says which).
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if out is not None and Path(out).suffix != ".safetensors":
+        raise ValueError(f"out must end in .safetensors, got {str(out)!r}")
+    backbone = _backbone(model)
+    rows, truncated = _encode(tokenizer, texts, max_length, _room(backbone))
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    ends = lengths.cumsum(0)
+    values: Tensor | None = None
+    with ExitStack() as stack:
+        stack.enter_context(_evaluation_mode(backbone))
+        for batch in _batches(rows, max_tokens):
+            states = _run(backbone, _pad(rows, batch, tokenizer, backbone), layer)
+            if values is None:
+                count = len(rows) if pooling != "none" else int(ends[-1])
+                shape = (count, states.shape[-1])
+                if out is None:
+                    values = torch.empty(shape, dtype=dtype)
+                else:
+                    places = {"features": (dtype, shape), "lengths": (torch.int64, lengths.shape)}
+                    writer = stack.enter_context(
+                        SafetensorsWriter(out, places, {**(metadata or {}), "pooling": pooling, "layer": str(layer)})
+                    )
+                    values = writer["features"]
+                    writer["lengths"].copy_(lengths)
+            for row, index in enumerate(batch):
+                text = states[row, : len(rows[index])]
+                if pooling == "none":
+                    values[int(ends[index]) - len(text) : int(ends[index])].copy_(text)
+                else:
+                    values[index].copy_(_pool(text, pooling))
+            if on_progress is not None:
+                on_progress(len(batch))
+        values = None if out is not None else values
+    if out is not None:
+        features = load_features(out)
+        features.truncated = truncated
+        return features
+    assert values is not None
+    return Features(values, lengths, pooling, truncated)
+
+
+def _pool(states: Tensor, pooling: str) -> Tensor:
+    if pooling == "mean":
+        return states.float().mean(dim=0)
+    return states[0 if pooling == "cls" else -1]
+
+
+def _backbone(model: Any) -> Any:
+    """The part of the model that makes hidden states: no output layer, and of an encoder-decoder the encoder."""
+    if hasattr(model, "get_base_model"):  # PEFT: the model its adapters have been put into
+        model = model.get_base_model()
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()
+    return getattr(model, "base_model", model)
+
+
+def _room(backbone: Any) -> int | None:
+    """Tokens that the table of positions holds; None for models that compute their positions."""
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in backbone.named_modules():
+        last = name.rpartition(".")[2]
+        is_table = isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last)
+        if is_table and limit <= module.num_embeddings <= limit + 2:
+            # RoBERTa counts positions from behind its padding's.
+            lost = module.padding_idx + 1 if module.padding_idx is not None and module.num_embeddings == limit else 0
+            return limit - lost
+    return None
+
+
+def _encode(
+    tokenizer: Any, texts: Sequence[str], max_length: int | None, room: int | None
+) -> tuple[list[list[int]], tuple[int, ...]]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
+    if not len(texts):
+        raise ValueError("texts must hold at least one text, got none")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+    cut = tuple(index for index, row in enumerate(rows) if max_length is not None and len(row) > max_length)
+    for index in cut:
+        rows[index] = tokenizer(texts[index], truncation=True, max_length=max_length)["input_ids"]
+    if cut:
+        logger.warning("%d of %d texts were cut to max_length=%d tokens.", len(cut), len(rows), max_length)
+    for index, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"texts[{index}] must have at least one token, got {texts[index]!r}")
+        if room is not None and len(row) > room:
+            raise ValueError(
+                f"texts[{index}] has {len(row)} tokens, but the model's table of positions holds {room}; allowed: "
+                f"max_length of at most {room}, which cuts the text"
+            )
+    return rows, cut
+
+
+def _batches(rows: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length, longest first, as many as fit."""
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch
+
+
+def _pad(rows: list[list[int]], batch: list[int], tokenizer: Any, backbone: Any) -> dict[str, Tensor]:
+    """Padded on the right: positions of real tokens are then what they are without padding, in every model."""
+    longest = len(rows[batch[0]])
+    known = (tokenizer.pad_token_id, getattr(backbone.config, "pad_token_id", None), tokenizer.eos_token_id)
+    pad = next((token for token in known if token is not None), 0)
+    ids = torch.full((len(batch), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, index in enumerate(batch):
+        ids[number, : len(rows[index])] = torch.tensor(rows[index])
+        mask[number, : len(rows[index])] = 1
+    return {"input_ids": ids.to(backbone.device), "attention_mask": mask.to(backbone.device)}
+
+
+def _run(backbone: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
+    """``(B, T, D)``."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(backbone.forward).parameters else {}
+    if layer == -1:
+        return backbone(**inputs, **options).last_hidden_state
+    layers = backbone(**inputs, **options, output_hidden_states=True).hidden_states
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"layer must be in [{-len(layers)}, {len(layers)}) for this model, got {layer}")
+    return layers[layer]
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def load_backbone(name: str | os.PathLike[str], device: str | None = None, dtype: Any = "auto") -> tuple[Any, Any]:
+    """``(model, tokenizer)`` for `extract_features`: any architecture, without its output layer.
+
+    Args:
+        name, device, dtype: as in :func:`simctg_fast.loading.load_model`, which also says what is raised.
+    """
+    import transformers
+
+    from .assets import resolve_model
+    from .loading import _device
+
+    folder, target = resolve_model(name), _device(device)
+    tokenizer = load_tokenizer(folder)
+    return transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval().to(target), tokenizer
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The texts of a ``.txt`` file, one a line, or of a ``.jsonl`` file, the ``text`` of one object a line.
+
+    Row i of the features is the i-th line that is not blank.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another ending, a line that is not such an object (the text names it), or no text at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"the texts must be in a .txt or .jsonl file, got {str(path)!r}")
+    texts = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            text: Any = line.rstrip("\r\n")
+            if path.suffix == ".jsonl":
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{str(path)!r}, line {number}: not JSON ({error})") from error
+                text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"{str(path)!r}, line {number}: must be an object with a text, got {line.strip()[:60]!r}"
+                )
+            texts.append(text)
+    if not texts:
+        raise ValueError(f"{str(path)!r} holds no text")
+    return texts

@@ -1,0 +1,263 @@
+"""Hidden states of texts: those of the model alone on each text, whatever it was batched with."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from simctg_fast import bundled_model_path, extract_features
+from simctg_fast.features import Features, load_features, read_texts
+
+from .decoding_models import PAD, VOCABULARY, build, tokenizer
+
+TEXTS = ["Contrast", "x", "a longer text than the others", "ive search", "x y"]
+POOLED = ("mean", "cls", "last")
+
+
+def make(name):
+    if name not in ("bert", "roberta"):
+        return build(name)
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    options |= {"vocab_size": VOCABULARY, "pad_token_id": PAD, "max_position_embeddings": 40}
+    config, model = {"bert": ("BertConfig", "BertForMaskedLM"), "roberta": ("RobertaConfig", "RobertaModel")}[name]
+    torch.manual_seed(0)
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def by_hand(model, text, layer=-1):
+    """``(T, D)``: one text, no padding."""
+    inputs = tokenizer()(text, return_tensors="pt").input_ids
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    with torch.no_grad():
+        out = body(input_ids=inputs, output_hidden_states=True)
+    return out.last_hidden_state[0] if layer == -1 else out.hidden_states[layer][0]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "mamba", "bert", "roberta", "t5", "bart"])
+def model(request):
+    return make(request.param)
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 1, -2])
+def test_every_token(model, layer):
+    features = extract_features(model, tokenizer(), TEXTS, layer, max_tokens=40)
+    assert features.lengths.tolist() == [len(text) for text in TEXTS]
+    assert features.values.shape == (sum(map(len, TEXTS)), 32)
+    for index, text in enumerate(TEXTS):
+        torch.testing.assert_close(features[index], by_hand(model, text, layer), rtol=1e-4, atol=2e-5)
+    assert torch.equal(features[-1], features[len(TEXTS) - 1])
+
+
+def test_pooled(model):
+    states = [by_hand(model, text) for text in TEXTS]
+    truth = {
+        "mean": torch.stack([each.mean(0) for each in states]),
+        "cls": torch.stack([each[0] for each in states]),
+        "last": torch.stack([each[-1] for each in states]),
+    }
+    for pooling in POOLED:
+        features = extract_features(model, tokenizer(), TEXTS, pooling=pooling)
+        assert features.values.shape == (len(TEXTS), 32)
+        torch.testing.assert_close(features.values, truth[pooling], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(features[1], truth[pooling][1], rtol=1e-4, atol=2e-5)
+
+
+def test_padded():
+    features = extract_features(build("gpt2"), tokenizer(), TEXTS)
+    values, mask = features.padded()
+    assert values.shape == (5, 29, 32)
+    assert mask.sum(1).tolist() == features.lengths.tolist()
+    assert torch.equal(values[mask], features.values)
+    assert not values[~mask].any()
+    with pytest.raises(ValueError, match="pooled by 'mean'"):
+        extract_features(build("gpt2"), tokenizer(), TEXTS, pooling="mean").padded()
+
+
+def test_batches_are_bounded_and_sorted():
+    """No batch above the bound, similar lengths together, and a text above the bound alone."""
+    model, shapes = build("gpt2"), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    texts = ["a" * length for length in (3, 50, 8, 7, 3, 2, 8, 1)]
+    extract_features(model, tokenizer(), texts, pooling="mean", max_tokens=24)
+    assert shapes == [(1, 50), (3, 8), (4, 3)]
+
+
+def test_memory_does_not_grow_with_the_texts():
+    """What is alive while the model runs: the results of pooled features are small, all the rest is one batch."""
+    model, alive = build("gpt2"), []
+    model.base_model.register_forward_hook(lambda *args: alive.append(tensors_alive()))
+    extract_features(model, tokenizer(), ["abcdefgh"] * 200, pooling="mean", max_tokens=80)
+    assert len(alive) == 20
+    assert max(alive[10:]) <= max(alive[1:10])
+
+
+def tensors_alive():
+    import gc
+
+    return sum(each.numel() for each in gc.get_objects() if type(each) is torch.Tensor and each.ndim == 3)
+
+
+def test_the_model_is_left_as_it_was():
+    model = build("bart", dropout=0.5, attention_dropout=0.5, activation_dropout=0.5)
+    expected = extract_features(model, tokenizer(), TEXTS, pooling="mean").values
+    model.train()
+    model.model.shared.eval()
+    assert torch.equal(extract_features(model, tokenizer(), TEXTS, pooling="mean").values, expected)
+    assert model.training
+    assert not model.model.shared.training
+    assert tokenizer().padding_side == "left"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pooling", ["none", "mean"])
+def test_files(tmp_path, dtype, pooling):
+    model, path = build("gpt2"), tmp_path / "features.safetensors"
+    expected = extract_features(model, tokenizer(), TEXTS, pooling=pooling, dtype=dtype)
+    written = extract_features(model, tokenizer(), TEXTS, pooling=pooling, dtype=dtype, out=path, max_tokens=40)
+    assert written.values.dtype == dtype
+    torch.testing.assert_close(
+        written.values, expected.values, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=2e-2
+    )
+    assert [each.name for each in tmp_path.iterdir()] == ["features.safetensors"]
+    tensors = load_file(path)
+    assert torch.equal(tensors["features"], written.values)
+    assert torch.equal(tensors["lengths"], expected.lengths)
+    expected.save(path)
+    again = load_features(path)
+    assert torch.equal(again.values, expected.values)
+    assert (again.pooling, len(again)) == (pooling, len(TEXTS))
+
+
+def test_numpy(tmp_path):
+    features = extract_features(build("gpt2"), tokenizer(), TEXTS)
+    features.save(tmp_path / "features.npz")
+    with np.load(tmp_path / "features.npz") as arrays:
+        np.testing.assert_array_equal(arrays["features"], features.values.numpy())
+        assert arrays["lengths"].tolist() == features.lengths.tolist()
+    again = load_features(tmp_path / "features.npz")
+    assert again.pooling == "none"
+    assert torch.equal(again[2], features[2])
+    with pytest.raises(ValueError, match="numpy has no bfloat16"):
+        Features(features.values.bfloat16(), features.lengths, "none").save(tmp_path / "b.npz")
+    with pytest.raises(ValueError, match=r"must end in \.safetensors or \.npz"):
+        features.save(tmp_path / "b.csv")
+
+
+def test_a_failure_leaves_no_file(tmp_path):
+    model = build("gpt2")
+    calls = []
+
+    def fail_later(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+
+    model.base_model.register_forward_pre_hook(fail_later)
+    with pytest.raises(RuntimeError, match="broken"):
+        extract_features(model, tokenizer(), TEXTS, out=tmp_path / "f.safetensors", max_tokens=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_texts(caplog):
+    model = make("bert")
+    with pytest.raises(
+        ValueError, match=r"texts\[1\] has 41 tokens, but .* holds 40; allowed: max_length of at most 40"
+    ):
+        extract_features(model, tokenizer(), ["a", "b" * 41])
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        features = extract_features(model, tokenizer(), ["a", "b" * 41], max_length=40)
+    assert features.truncated == (1,)
+    assert "1 of 2 texts were cut" in caplog.text
+    assert features.lengths.tolist() == [1, 40]
+    with pytest.raises(ValueError, match="holds 39"):  # RoBERTa's first position is that behind its padding's
+        extract_features(make("roberta"), tokenizer(), ["b" * 40])
+    assert len(extract_features(make("roberta"), tokenizer(), ["b" * 39])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"pooling": "max"}, r"pooling must be one of .* got 'max'"),
+        ({"layer": 3}, r"layer must be in \[-3, 3\) for this model, got 3"),
+        ({"layer": -4}, r"layer must be in \[-3, 3\)"),
+        ({"texts": "one"}, r"texts must be a list of strings, got 'one'"),
+        ({"texts": []}, r"at least one text"),
+        ({"texts": ["a", ""]}, r"texts\[1\] must have at least one token, got ''"),
+        ({"max_length": 0}, r"max_length must be at least 1, got 0"),
+        ({"max_tokens": 0}, r"max_tokens must be at least 1, got 0"),
+        ({"dtype": torch.int8}, r"dtype must be one of .* torch\.int8"),
+        ({"out": "f.npz"}, r"out must end in \.safetensors, got 'f\.npz'"),
+    ],
+)
+def test_refused(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        extract_features(build("gpt2"), tokenizer(), **({"texts": TEXTS} | arguments))
+
+
+def test_index_out_of_range():
+    features = extract_features(build("gpt2"), tokenizer(), TEXTS)
+    with pytest.raises(IndexError, match=r"index must be in \[-5, 5\), got 5"):
+        features[5]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    from simctg_fast.cli import app
+
+    return CliRunner().invoke(app, ["features", *map(str, arguments)])
+
+
+def test_the_command(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.safetensors"
+    texts = ["The iterator protocol", "A dictionary", "Raises ValueError if the file is closed."]
+    source.write_text("\n".join(json.dumps({"text": text, "id": index}) for index, text in enumerate(texts)))
+    result = run(source, "-o", out, "--pooling", "mean", "--layer", 2)
+    assert result.exit_code == 0, result.output
+    assert "3 texts" in result.output
+    model = transformers.AutoModel.from_pretrained(bundled_model_path()).eval()
+    own = transformers.AutoTokenizer.from_pretrained(bundled_model_path())
+    tensors = load_file(out)
+    for index, text in enumerate(texts):
+        with torch.no_grad():
+            states = model(**own(text, return_tensors="pt"), output_hidden_states=True).hidden_states[2][0]
+        torch.testing.assert_close(tensors["features"][index], states.mean(0), rtol=1e-4, atol=1e-4)
+        assert tensors["lengths"][index] == len(states)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "text"),
+    [
+        ('{"text": "a"}\n{"txt": "b"}\n', (), "line 2: must be an object with a text"),
+        ('{"text": "a"}\n{"text": \n', (), "line 2: not JSON"),
+        ("\n\n", (), "holds no text"),
+        ('{"text": "a"}', ("--pooling", "max"), "pooling must be one of"),
+        ('{"text": "a"}', ("--dtype", "int8"), "--dtype must be"),
+        ('{"text": "a"}', ("--model", "./nowhere"), "no model folder"),
+    ],
+)
+def test_the_commands_errors(tmp_path, content, arguments, text):
+    source = tmp_path / "in.jsonl"
+    source.write_text(content)
+    result = run(source, "-o", tmp_path / "out.safetensors", *arguments)
+    assert result.exit_code == 2
+    assert text in " ".join(result.output.replace("│", " ").split())
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "in.txt").write_text("one\n\n two \n")
+    assert read_texts(tmp_path / "in.txt") == ["one", " two "]
+    with pytest.raises(ValueError, match=r"must be in a \.txt or \.jsonl file"):
+        read_texts(__file__)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_texts(tmp_path / "nothing.txt")
