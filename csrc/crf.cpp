@@ -124,7 +124,7 @@ void sort_keys(std::vector<uint64_t>& keys, std::vector<uint64_t>& spare, int64_
 
 struct Selection {
     std::vector<float> row, maxima;
-    std::vector<Candidate> candidates;
+    std::unique_ptr<Candidate[]> candidates;  // as many as the row is long; few are touched
     std::vector<uint64_t> keys, spare;
     std::vector<int64_t> forced;
 };
@@ -136,21 +136,24 @@ int64_t group_size(int64_t count, int64_t beam, int64_t lanes) {
     return group;
 }
 
-void select_row(const CrfKernels& k, const float* row, int64_t count, int64_t beam, Selection& s) {
+void select_row(const CrfKernels& k, const float* row, const float* next, int64_t count, int64_t beam, Selection& s) {
     const int64_t group = group_size(count, beam, k.lanes);
     s.maxima.resize(static_cast<size_t>((count / (group * k.lanes) + 1) * k.lanes));
     bool nan = false;
     const int64_t groups = k.group_maxima(row, count, group, s.maxima.data(), &nan);
-    s.candidates.resize(static_cast<size_t>(count));
+    if (s.candidates == nullptr) s.candidates.reset(new Candidate[static_cast<size_t>(count)]);
     s.keys.clear();
     // As many groups as the beam is wide hold an element that is not below the threshold: enough elements pass it.
     float threshold = -std::numeric_limits<float>::infinity();
     if (nan || groups < beam) {
         for (int64_t i = 0; i < count; ++i) s.keys.push_back(key_of({row[i], static_cast<uint32_t>(i)}));
     } else {
-        std::nth_element(s.maxima.begin(), s.maxima.begin() + beam - 1, s.maxima.begin() + groups, std::greater<float>());
-        threshold = s.maxima[static_cast<size_t>(beam - 1)];
-        const int64_t found = k.collect(row, count, threshold, s.candidates.data());
+        threshold = k.threshold(s.maxima.data(), groups, beam);
+        if (std::isnan(threshold)) {
+            std::nth_element(s.maxima.begin(), s.maxima.begin() + beam - 1, s.maxima.begin() + groups, std::greater<float>());
+            threshold = s.maxima[static_cast<size_t>(beam - 1)];
+        }
+        const int64_t found = k.collect(row, count, threshold, next, s.candidates.get());
         for (int64_t i = 0; i < found; ++i) s.keys.push_back(key_of(s.candidates[static_cast<size_t>(i)]));
     }
     sort_keys(s.keys, s.spare, beam);
@@ -177,6 +180,7 @@ void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, c
             }
             const int64_t offset = b * e.stride_batch + t * e.stride_length;
             const float* row = static_cast<const float*>(e.data) + offset;
+            const float* next = t + 1 < e.length ? row + e.stride_length : row;
             if (e.type != EmissionType::float32) {
                 const uint16_t* narrow = static_cast<const uint16_t*>(e.data) + offset;
                 s.row.resize(static_cast<size_t>(e.vocabulary));
@@ -185,9 +189,9 @@ void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, c
                 } else {
                     for (int64_t i = 0; i < e.vocabulary; ++i) s.row[static_cast<size_t>(i)] = from_float16(narrow[i]);
                 }
-                row = s.row.data();
+                row = next = s.row.data();
             }
-            select_row(k, row, e.vocabulary, beam, s);
+            select_row(k, row, next, e.vocabulary, beam, s);
             s.forced.clear();
             for (int64_t i = 0; i < forced_count; ++i) {
                 const int64_t token = forced[index * forced_count + i];
@@ -404,8 +408,6 @@ int64_t rows_together(const CrfKernels& k, int64_t batch, int num_threads) {
     return std::clamp<int64_t>((batch + num_threads - 1) / std::max(1, num_threads), 1, k.dense_rows);
 }
 
-float largest(const float* values, int64_t count) { return *std::max_element(values, values + count); }
-
 }  // namespace
 
 void dense_log_partition(const DenseCrf& crf, double* log_partition, int num_threads) {
@@ -434,19 +436,19 @@ void dense_log_partition(const DenseCrf& crf, double* log_partition, int num_thr
                 float* own = state.data() + r * stride;
                 const float* from = next.data() + r * stride;
                 if (exponential) {
-                    const float top = largest(emission, tags);
+                    const float top = k.largest(emission, tags);
                     std::copy(emission, emission + tags, padded.data());
                     k.exponentials(padded.data(), -top, stride, own);
                     if (t > 0) {
                         for (int64_t j = 0; j < tags; ++j) own[j] *= from[j];
                     }
-                    const float scale = largest(own, tags);
+                    const float scale = k.largest(own, tags);
                     for (int64_t j = 0; j < tags; ++j) own[j] /= scale;
                     offset[static_cast<size_t>(r)] +=
                         static_cast<double>(top) + std::log(static_cast<double>(scale)) + (t > 0 ? static_cast<double>(matrix.high) : 0.0);
                 } else {
                     for (int64_t j = 0; j < tags; ++j) own[j] = (t > 0 ? from[j] : 0.0f) + emission[j];
-                    const float top = largest(own, tags);
+                    const float top = k.largest(own, tags);
                     if (top > -std::numeric_limits<float>::infinity()) {
                         for (int64_t j = 0; j < tags; ++j) own[j] -= top;
                     }
@@ -486,7 +488,7 @@ void dense_viterbi(const DenseCrf& crf, int64_t* slots, int num_threads) {
                 float* own = here + r * stride;
                 const float* from = next.data() + r * stride;
                 for (int64_t j = 0; j < tags; ++j) own[j] = (t > 0 ? from[j] : 0.0f) + emission[j];
-                const float top = largest(own, tags);
+                const float top = k.largest(own, tags);
                 if (top > -std::numeric_limits<float>::infinity() && top < std::numeric_limits<float>::infinity()) {
                     for (int64_t j = 0; j < tags; ++j) own[j] -= top;
                 }

@@ -28,8 +28,10 @@ struct CrfKernels {
     // Largest values of ceil(count / (group · lanes)) · lanes groups of up to `group` floats; returns how many groups.
     // *nan becomes true where a NaN is among them.
     int64_t (*group_maxima)(const float* row, int64_t count, int64_t group, float* maxima, bool* nan);
-    // All elements >= threshold, in order; returns how many.
-    int64_t (*collect)(const float* row, int64_t count, float threshold, Candidate* out);
+    // A value that at least `wanted` of `values` (a multiple of lanes) reach and few more; NaN: not found quickly.
+    float (*threshold)(const float* values, int64_t count, int64_t wanted);
+    // All elements >= threshold, in order; returns how many. The row at `next` is fetched meanwhile.
+    int64_t (*collect)(const float* row, int64_t count, float threshold, const float* next, Candidate* out);
 
     void (*filter)(const CrfItem& item, float* messages, float* norms, float* scratch);
     // `into` [length, beam]: the gradient of the scores; tables null: left out.
@@ -52,6 +54,7 @@ struct CrfKernels {
     void (*dense_max)(const float* state, const float* matrix, int64_t tags, int64_t stride, int64_t rows, float* next);
     // next[r, j] = log sum_k exp(state[r, k] + matrix[k, j])
     void (*dense_lse)(const float* state, const float* matrix, int64_t tags, int64_t stride, int64_t rows, float* next);
+    float (*largest)(const float* values, int64_t count);  // -inf for none
     // out = exp(in + shift) for `count` values, a multiple of lanes.
     void (*exponentials)(const float* in, float shift, int64_t count, float* out);
     int64_t lanes;

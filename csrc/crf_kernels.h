@@ -807,11 +807,13 @@ int64_t group_maxima(const float* row, int64_t count, int64_t group, float* maxi
     Vec odd = zeros();
     int64_t groups = 0;
     const int64_t block = group * kLanes;
+    constexpr int64_t kAhead = 1024;  // the processor's own reading ahead stops at every page
     for (int64_t begin = 0; begin < count; begin += block, groups += kLanes) {
         Vec top = broadcast(-kInfinity);
         const int64_t end = smaller(count, begin + block);
         int64_t i = begin;
         for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+            for (int64_t line = 0; line < 4 * kLanes; line += 16) __builtin_prefetch(row + i + kAhead + line, 0, 3);
             const Vec a = load(row + i), b = load(row + i + kLanes);
             const Vec c = load(row + i + 2 * kLanes), d = load(row + i + 3 * kLanes);
             top = max(max(max(a, b), max(c, d)), top);
@@ -838,18 +840,67 @@ int64_t group_maxima(const float* row, int64_t count, int64_t group, float* maxi
     return groups;
 }
 
-int64_t collect(const float* row, int64_t count, float threshold, Candidate* out) {
+SIMCTG_INLINE int64_t count_reaching(const float* values, int64_t count, float limit) {
+    Vec below[2] = {zeros(), zeros()};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+        below[0] = add(below[0], not_above(broadcast(limit), load(values + i)));
+        below[1] = add(below[1], not_above(broadcast(limit), load(values + i + kLanes)));
+    }
+    for (; i < count; i += kLanes) below[0] = add(below[0], not_above(broadcast(limit), load(values + i)));
+    return static_cast<int64_t>(sum(add(below[0], below[1])));
+}
+
+float largest(const float* values, int64_t count) {
+    Vec top[4] = {broadcast(-kInfinity), broadcast(-kInfinity), broadcast(-kInfinity), broadcast(-kInfinity)};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) top[c] = max(load(values + i + c * kLanes), top[c]);
+    }
+    for (; i + kLanes <= count; i += kLanes) top[0] = max(load(values + i), top[0]);
+    float result = highest(max(max(top[0], top[1]), max(top[2], top[3])));
+    for (; i < count; ++i) result = values[i] > result ? values[i] : result;
+    return result;
+}
+
+// By bisection between the smallest and the largest: a selection in full would branch on every value.
+float threshold(const float* values, int64_t count, int64_t wanted) {
+    Vec least = broadcast(kInfinity);
+    for (int64_t i = 0; i < count; i += kLanes) least = min(load(values + i), least);
+    alignas(64) float lanes[kLanes];
+    store(lanes, least);
+    float low = lanes[0], high = largest(values, count);
+    for (int l = 1; l < kLanes; ++l) low = smaller(low, lanes[l]);
+    int64_t reaching = count;
+    for (int step = 0; step < 20 && reaching > wanted + wanted / 16; ++step) {
+        const float middle = low + (high - low) * 0.5f;
+        if (!(middle > low && middle < high)) break;  // no room, or infinite
+        const int64_t found = count_reaching(values, count, middle);
+        if (found >= wanted) {
+            low = middle, reaching = found;
+        } else {
+            high = middle;
+        }
+    }
+    return reaching <= wanted + wanted / 4 ? low : __builtin_nanf("");
+}
+
+int64_t collect(const float* row, int64_t count, float threshold, const float* next, Candidate* out) {
     int64_t found = 0, i = 0;
 #if defined(__AVX512F__)
     const Vec limit = broadcast(threshold);
     for (; i + kLanes <= count; i += kLanes) {
+        __builtin_prefetch(next + i, 0, 2);
         uint32_t mask = _mm512_cmp_ps_mask(load(row + i), limit, _CMP_GE_OQ);
 #elif defined(__AVX2__)
     const Vec limit = broadcast(threshold);
     for (; i + kLanes <= count; i += kLanes) {
+        if (i % 16 == 0) __builtin_prefetch(next + i, 0, 2);
         uint32_t mask = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(load(row + i), limit, _CMP_GE_OQ)));
 #else
     for (; i + kLanes <= count; i += kLanes) {
+        __builtin_prefetch(next + i, 0, 2);
         uint32_t mask = 0;
         for (int l = 0; l < kLanes; ++l) mask |= static_cast<uint32_t>(row[i + l] >= threshold) << l;
 #endif
@@ -936,9 +987,9 @@ void exponentials(const float* in, float shift, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i += kLanes) store(out + i, exponential(add(load(in + i), broadcast(shift))));
 }
 
-const CrfKernels kKernels = {scratch_size, group_maxima,     collect,          filter,    reverse,      max_filter,
+const CrfKernels kKernels = {scratch_size, group_maxima,     threshold,        collect,   filter,       reverse, max_filter,
                              into_slot,    ffbs,             stochastic,       dense_any<false>, dense_any<true>,
-                             dense_lse,    exponentials,     kLanes,           kDenseRows};
+                             dense_lse,    largest,          exponentials,     kLanes,           kDenseRows};
 
 }  // namespace
 }  // namespace simctg
