@@ -47,15 +47,16 @@ void viterbi_backtrace(const std::string& dtype, address backpointers, std::arra
 }
 
 // `numbers` holds the fields of one CommitItem after another.
-void prefix_commit(const std::vector<int64_t>& numbers, address winners, int64_t batch) {
-    constexpr std::size_t fields = 8;
-    if (numbers.size() % fields) throw std::invalid_argument("numbers must hold 8 entries an item");
+void prefix_commit(const std::vector<int64_t>& numbers, address winners, address positions, int64_t batch) {
+    constexpr std::size_t fields = 9;
+    if (numbers.size() % fields) throw std::invalid_argument("numbers must hold 9 entries an item");
     std::vector<simctg::CommitItem> items(numbers.size() / fields);
     for (std::size_t i = 0; i < items.size(); ++i) {
         const int64_t* n = numbers.data() + i * fields;
-        items[i] = {pointer<char>(n[0]), n[1], n[2], pointer<const char>(n[3]), n[4], n[5], n[6], n[7]};
+        items[i] = {pointer<char>(n[0]), n[1], n[2], n[3], pointer<const char>(n[4]), n[5], n[6], n[7], n[8]};
     }
-    simctg::prefix_commit(items.data(), static_cast<int64_t>(items.size()), pointer<const int64_t>(winners), batch);
+    simctg::prefix_commit(items.data(), static_cast<int64_t>(items.size()), pointer<const int64_t>(winners),
+                          pointer<const int64_t>(positions), batch);
 }
 
 }  // namespace
@@ -65,7 +66,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("viterbi_backtrace", &viterbi_backtrace, py::arg("dtype"), py::arg("backpointers"), py::arg("sizes"),
           py::arg("strides"), py::arg("last"), py::arg("lengths"), py::arg("path"), py::arg("num_threads"),
           release_gil());
-    m.def("prefix_commit", &prefix_commit, py::arg("numbers"), py::arg("winners"), py::arg("batch"), release_gil());
+    m.def("prefix_commit", &prefix_commit, py::arg("numbers"), py::arg("winners"), py::arg("positions"),
+          py::arg("batch"), release_gil());
 
     bind_decoding(m);
 

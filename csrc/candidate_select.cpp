@@ -38,6 +38,12 @@ void candidate_scan(const CandidateScan& call, int num_threads) {
                                       {"num_threads", num_threads - 1}}) {
         if (value < 0) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", too small");
     }
+    for (int64_t b = 0; call.lengths && b < call.batch; ++b) {
+        if (call.lengths[b] < 0 || call.lengths[b] > call.length) {
+            throw std::invalid_argument("lengths[" + std::to_string(b) + "] is " + std::to_string(call.lengths[b]) +
+                                        ", must be in 0.." + std::to_string(call.length));
+        }
+    }
     if (call.batch == 0 || call.candidates == 0) return;
     const CandidateKernels& k = kernels();
     if (call.batch * call.length * call.dim < kSmallWork) num_threads = 1;
@@ -49,7 +55,8 @@ void candidate_scan(const CandidateScan& call, int num_threads) {
     std::vector<int64_t> position(best.size());
     parallel_for(call.batch * cuts, num_threads, [&](int64_t task) {
         const int64_t b = task / cuts, begin = task % cuts * kCut;
-        k.scan(call, b, begin, std::min(call.length, begin + kCut), unit + b * floats,
+        const int64_t end = std::min(call.lengths ? call.lengths[b] : call.length, begin + kCut);
+        k.scan(call, b, begin, std::max(begin, end), unit + b * floats,
                best.data() + task * call.candidates, position.data() + task * call.candidates);
     });
     for (int64_t b = 0; b < call.batch; ++b) {

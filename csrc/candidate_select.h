@@ -12,7 +12,8 @@ struct CandidateScan {
     int64_t state_batch, state_candidate;
     const float* history;  // [batch, length, dim], of length 1
     int64_t history_batch, history_position;
-    int64_t length;
+    int64_t length;          // positions in use, at most
+    const int64_t* lengths;  // [batch], each in 0..length, or null: all `length`
     const uint8_t* mask;  // [batch, length], 0: not a real position; null: all are real
     int64_t mask_batch;
     float* penalty;     // [batch, candidates], contiguous
@@ -21,7 +22,8 @@ struct CandidateScan {
 
 // The history is read once for all candidates. NaN propagates, with the position of the first one; a row without a real
 // position gets −inf and position 0. The result depends neither on the number of candidates or sequences nor on the
-// number of threads. Throws std::invalid_argument on negative sizes.
+// number of threads. Throws std::invalid_argument on negative sizes and on
+// lengths outside 0..length.
 void candidate_scan(const CandidateScan& call, int num_threads);
 
 }  // namespace simctg

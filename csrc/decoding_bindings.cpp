@@ -77,14 +77,15 @@ void gelu_tanh(address x, address y, int64_t count, int num_threads) {
     simctg::gelu_tanh(pointer<const float>(x), pointer<float>(y), count, num_threads);
 }
 
-void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, Array<1> mask, address penalty,
-                    address position, int num_threads) {
+void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, address lengths, Array<1> mask,
+                    address penalty, address position, int num_threads) {
     simctg::CandidateScan call{};
     call.batch = sizes[0], call.candidates = sizes[1], call.dim = sizes[2], call.length = sizes[3];
     call.states = pointer<const float>(states[0]);
     call.state_batch = states[1], call.state_candidate = states[2];
     call.history = pointer<const float>(history[0]);
     call.history_batch = history[1], call.history_position = history[2];
+    call.lengths = pointer<const int64_t>(lengths);
     call.mask = pointer<const uint8_t>(mask[0]);
     call.mask_batch = mask[1];
     call.penalty = pointer<float>(penalty);
@@ -109,7 +110,7 @@ void bind_decoding(py::module_& m) {
           py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
           py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),
           py::arg("sinks"), py::arg("out"), py::arg("num_threads"), release_gil());
-    m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("mask"),
-          py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
+          py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
     m.def("gelu_tanh", &gelu_tanh, py::arg("x"), py::arg("y"), py::arg("count"), py::arg("num_threads"), release_gil());
 }

@@ -40,6 +40,12 @@ def _mask_obstacle(mask: Tensor | None) -> str | None:
     return f"mask is {mask.dtype} on {mask.device}, must be bool on the CPU"
 
 
+def _lengths_obstacle(name: str, lengths: Tensor, batch: int) -> str | None:
+    if lengths.dtype is torch.int64 and lengths.shape == (batch,) and lengths.is_cpu:
+        return None
+    return f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}, must be int64 of shape ({batch},)"
+
+
 def _has_kernels() -> bool:
     return _backends.extension() is not None
 
@@ -57,14 +63,19 @@ def candidate_scan_supported(hidden_states: Tensor, history: Tensor, mask: Tenso
 
 
 def candidate_scan_cpu(
-    hidden_states: Tensor, history: Tensor, length: int, mask: Tensor | None = None
+    hidden_states: Tensor,
+    history: Tensor,
+    length: int,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Largest cosine of every candidate with the history, and where it is: one pass over the history in C++.
 
     Args:
         hidden_states: ``(B, k, D)`` raw states, float32. Norms below 1e-12 count as 1e-12.
         history: ``(B, T_max, D)`` float32 states of unit length; the first ``length`` positions count.
-        length: positions in use.
+        length: positions in use, at most.
+        lengths: ``(B,)`` int64, positions in use in each row, each at most ``length``.
         mask: ``(B, >= length)`` bool, True for real positions.
 
     Returns:
@@ -81,8 +92,11 @@ def candidate_scan_cpu(
         problem = f"history has shape {tuple(history.shape)}, must be ({batch}, at least {length}, {dim})"
     if problem is None and mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
         problem = f"mask has shape {tuple(mask.shape)}, must be ({batch}, at least {length})"
+    if problem is None and lengths is not None:
+        problem = _lengths_obstacle("lengths", lengths, batch)
     if problem is not None:
         raise ValueError(f"impl='cpu' does not take this call: {problem}")
+    lengths = None if lengths is None else lengths.contiguous()
     if mask is not None and mask.stride(1) != 1:
         mask = mask.contiguous()
     penalty = hidden_states.new_empty((batch, candidates))
@@ -91,6 +105,7 @@ def candidate_scan_cpu(
         (batch, candidates, dim, length),
         (hidden_states.data_ptr(), hidden_states.stride(0), hidden_states.stride(1)),
         (history.data_ptr(), history.stride(0), history.stride(1)),
+        0 if lengths is None else lengths.data_ptr(),
         (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)),
         penalty.data_ptr(),
         position.data_ptr(),
@@ -222,8 +237,8 @@ def decode_attention_cpu(
         elif softcap is not None and not softcap > 0:
             problem = f"softcap is {softcap}, must be above 0"
     for name, tensor in (("lengths", lengths), ("starts", starts)):
-        if tensor is not None and (tensor.dtype is not torch.int64 or tensor.shape != (batch,) or not tensor.is_cpu):
-            problem = f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, must be int64 of shape ({batch},)"
+        if tensor is not None:
+            problem = problem or _lengths_obstacle(name, tensor, batch)
     if problem is not None:
         raise ValueError(f"impl='cpu' does not take this call: {problem}")
     candidates = rows // batch

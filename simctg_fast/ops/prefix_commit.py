@@ -11,36 +11,46 @@ from . import _backends
 Pair = tuple[torch.Tensor, torch.Tensor]  # buffer (B, H, T_max, D), candidates' rows (B·k, H, 1, D)
 
 
-def prefix_commit(pairs: Sequence[Pair], position: int, winners: torch.Tensor) -> None:
-    """``buffer[:, :, position] = rows[winners, :, 0]`` for every pair.
+def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: torch.Tensor) -> None:
+    """``buffer[b, :, position] = rows[winners[b], :, 0]`` for every pair and every b.
 
     Args:
         pairs: buffers ``(B, H, T_max, D)`` (written) and candidates' new entries ``(B·k, H, 1, D)``, of one dtype and
             device each; H and D may differ from pair to pair.
-        position: where to write, below every buffer's ``T_max``.
+        position: where to write, below every buffer's ``T_max``; ``(B,)`` int64 for a place of each row's own.
         winners: ``(B,)`` int64 rows, one a sequence.
     """
     extension = _backends.extension()
+    each = position if isinstance(position, torch.Tensor) else None
     if extension is None or winners.device.type != "cpu" or not all(_copyable(*pair) for pair in pairs):
         for buffer, rows in pairs:
-            buffer[:, :, position] = rows.squeeze(2).index_select(0, winners.to(rows.device))
+            chosen = rows.squeeze(2).index_select(0, winners.to(rows.device))
+            if each is None:
+                buffer[:, :, position] = chosen
+            else:
+                buffer[torch.arange(len(chosen), device=buffer.device), :, each.to(buffer.device)] = chosen
         return
+    if each is not None and not all(bool(((each >= 0) & (each < buffer.shape[2])).all()) for buffer, _ in pairs[:1]):
+        raise ValueError(f"position must be in 0..{pairs[0][0].shape[2] - 1}, got {each.tolist()}")
+    each = None if each is None else each.to(torch.int64).contiguous()
     numbers: list[int] = []
     for buffer, rows in pairs:
         size = buffer.element_size()
         batch_stride, head_stride, step, _ = buffer.stride()
         row_stride, row_head_stride, _, _ = rows.stride()
         numbers += (
-            buffer.data_ptr() + position * step * size,
+            buffer.data_ptr() + (0 if each is not None else int(position) * step * size),
             batch_stride * size,
             head_stride * size,
+            step * size,
             rows.data_ptr(),
             row_stride * size,
             row_head_stride * size,
             buffer.shape[1],
             buffer.shape[3] * size,
         )
-    extension.prefix_commit(numbers, winners.contiguous().data_ptr(), winners.shape[0])
+    winners = winners.contiguous()
+    extension.prefix_commit(numbers, winners.data_ptr(), 0 if each is None else each.data_ptr(), winners.shape[0])
 
 
 def _copyable(buffer: torch.Tensor, rows: torch.Tensor) -> bool:

@@ -28,6 +28,8 @@ def shared_prefix_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     window_start: int = 0,
+    lengths: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of ``B·k`` single-token queries over ``length`` shared keys, plus one key of their own.
@@ -44,6 +46,9 @@ def shared_prefix_attention(
         softcap: ``softcap · tanh(score / softcap)`` before mask and bias.
         sinks: ``(H,)`` logits that take part in the softmax and carry no value.
         window_start: shared keys before this position are not read.
+        lengths: ``(B,)`` int64, shared keys in use in each row, each at most ``length``; the buffer must be finite
+            beyond them. Entry ``length`` of ``mask`` and ``bias`` stays the new key's.
+        starts: ``(B,)`` int64, a ``window_start`` of each row's own.
         impl: ``"auto"``, ``"cpu"`` (C++, float32) or ``"torch"`` (any device and dtype).
 
     Returns:
@@ -53,10 +58,38 @@ def shared_prefix_attention(
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
     if impl == "auto" and _cpu.decode_attention_supported(*arguments):
-        return _cpu.decode_attention_cpu(*arguments, checked=True)
+        return _cpu.decode_attention_cpu(*arguments, lengths=lengths, starts=starts, checked=True)
     if impl == "cpu":
-        return _cpu.decode_attention_cpu(*arguments)
+        return _cpu.decode_attention_cpu(*arguments, lengths=lengths, starts=starts)
+    if lengths is not None or starts is not None:
+        seen = _seen(key.shape[0], length, new_key is not None, lengths, starts, key.device)
+        if mask is not None:
+            candidates = query.shape[0] // key.shape[0]
+            per_candidate = candidates > 1 and mask.shape[0] == query.shape[0]
+            seen = mask & (seen.repeat_interleave(candidates, dim=0) if per_candidate else seen)
+        mask = seen
+        arguments = (*arguments[:7], mask, *arguments[8:])
     return _attention_torch(*arguments)
+
+
+def _seen(
+    batch: int,
+    length: int,
+    has_new_key: bool,
+    lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """``(B, 1, 1, length (+ 1))``: True within each row's own range, and for the new key."""
+    positions = torch.arange(length, device=device)
+    seen = torch.ones(batch, length, dtype=torch.bool, device=device)
+    if lengths is not None:
+        seen &= positions < lengths[:, None]
+    if starts is not None:
+        seen &= positions >= starts[:, None]
+    if has_new_key:
+        seen = torch.nn.functional.pad(seen, (0, 1), value=True)
+    return seen[:, None, None]
 
 
 def _attention_torch(query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start):
