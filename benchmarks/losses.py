@@ -3,11 +3,11 @@
     python benchmarks/losses.py                              # the CPU table: 8x256, 8x1024, 2x4096, fp32, width 768
     python benchmarks/losses.py --device cuda --dtype bf16   # the table of an H200
     python benchmarks/losses.py --simcse 1024,4096           # SimCSE instead
-    python benchmarks/losses.py --crossover                  # the length from which ours is faster than eager
+    python benchmarks/losses.py --crossover                  # the length up to which eager is faster than ours
     python benchmarks/losses.py --shapes 2x128x64 --repeats 2 --kinds mixed
 
 Peers of the contrastive loss: `eager` (vectorised), `compile` (torch.compile of it), `published` (the package's class,
-whose mask is built pair by pair on the host) and `tutorial` (the T5 tutorial's two functions, its own mean over all
+whose mask is built row by row on the host) and `tutorial` (the T5 tutorial's two functions, its own mean over all
 entries). Of SimCSE: `matmul` (normalise, one product, cross-entropy), `broadcast` (the usual code, (N, 1, d) against
 (1, N, d)), and sentence-transformers' loss where it is installed.
 
@@ -33,9 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import RESULTS, Row, append_csv, device_name, interleaved, quantiles, reset_peak_memory, resident_megabytes
 from common import versions as module_versions
+from published_simctg_loss import SimCTGLoss
 
 from simctg_fast import contrastive_loss, simcse_unsup_loss
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
@@ -62,20 +64,10 @@ def eager(states: Tensor) -> Tensor:
 
 
 def published(states: Tensor) -> Tensor:
-    """The published package's steps: unit vectors, scores, and a mask built sequence by sequence on the host."""
+    """The contrastive term of the published class; logits over one word make its likelihood free."""
     batch, length, _ = states.shape
-    unit = states / states.norm(dim=2, keepdim=True)
-    scores = torch.matmul(unit, unit.transpose(1, 2))
-    own = torch.diagonal(scores, offset=0, dim1=-1, dim2=-2)
-    loss_matrix = torch.relu(MARGIN - (own.unsqueeze(-1) - scores))
-    mask = torch.ones(batch, length, length)
-    lengths = torch.full((batch,), length, device=states.device).tolist()  # a synchronisation, as there
-    for b, valid in enumerate(lengths):
-        mask[b] = 1.0 - torch.eye(length)
-        mask[b, valid:] = 0.0
-        mask[b, :, valid:] = 0.0
-    mask = mask.to(device=states.device, dtype=states.dtype)
-    return (loss_matrix * mask).sum() / mask.sum()
+    tokens = torch.ones(batch, length, dtype=torch.long, device=states.device)
+    return SimCTGLoss(MARGIN, 1, 0)(states, states.new_zeros(batch, length, 1), tokens, tokens - 1)[1]
 
 
 def tutorial(states: Tensor) -> Tensor:
@@ -88,7 +80,8 @@ def tutorial(states: Tensor) -> Tensor:
 def contrastive_providers(names: list[str], impl: str) -> dict[str, Loss]:
     providers: dict[str, Loss] = {"ours": lambda states: contrastive_loss(states, MARGIN, impl=impl), "eager": eager}
     if "compile" in names:
-        providers["compile"] = torch.compile(eager)
+        torch._dynamo.reset()  # each shape gets code of its own
+        providers["compile"] = torch.compile(eager, dynamic=False)
     providers |= {"published": published, "tutorial": tutorial}
     return {name: providers[name] for name in names if name in providers}
 
@@ -104,16 +97,26 @@ def broadcast(embeddings: Tensor) -> Tensor:
 
 def simcse_providers(rows: int, device: str) -> dict[str, Loss]:
     providers: dict[str, Loss] = {"ours": simcse_unsup_loss, "matmul": simcse_reference}
+    # Beyond that its (N, N, d) products take more than 4 GB, and several of them are alive at a time.
     if rows <= (1024 if device == "cpu" else 2048):
         providers["broadcast"] = broadcast
-    try:
-        from sentence_transformers import losses
-    except ImportError:
-        return providers
-    peer = losses.MultipleNegativesRankingLoss(model=None)
-    # Its rows are anchors against positives only: half of the pairs that ours compares.
-    providers["sentence-transformers"] = lambda e: peer.calculate_loss([e[0::2], e[1::2]])
+    peer = sentence_transformers_loss()
+    if peer is not None:
+        providers["sentence-transformers"] = peer
     return providers
+
+
+def sentence_transformers_loss() -> Loss | None:
+    try:
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    except ImportError:  # absent, or before version 6
+        try:
+            from sentence_transformers.losses import MultipleNegativesRankingLoss
+        except ImportError:
+            return None
+    peer = MultipleNegativesRankingLoss(torch.nn.Identity())
+    # Its rows are anchors against positives only: a quarter of the products that the other three have.
+    return lambda embeddings: peer.compute_loss_from_embeddings([embeddings[0::2], embeddings[1::2]], None)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -132,14 +135,20 @@ def stopwatch(device: str, clock: str) -> Callable[[], float]:
 
 def timed(loss: Loss, data: Tensor, now: Callable[[], float], split: dict[str, list[float]]) -> float:
     leaf = data.detach().requires_grad_()
-    start = now()
+    begin = now()
     value = loss(leaf)
     middle = now()
     value.backward()
     end = now()
-    for mode, seconds in zip(MODES, (middle - start, end - middle, end - start), strict=True):
+    both = end - begin
+    if data.device.type == "cuda":  # once more without the wait in between, as a training step does it
+        leaf.grad = None
+        start = now()
+        loss(leaf).backward()
+        both = now() - start
+    for mode, seconds in zip(MODES, (middle - begin, end - middle, both), strict=True):
         split[mode].append(seconds)
-    return end - start
+    return both
 
 
 def peak_megabytes(loss: Loss, data: Tensor) -> float:
@@ -176,6 +185,18 @@ def agrees(ours: Loss, plain: Loss, truth: Loss, data: Tensor) -> bool:
     )
 
 
+def configuration(args: argparse.Namespace) -> str:
+    return json.dumps(
+        {
+            "dtype": args.dtype,
+            "precision": args.precision,
+            "threads": torch.get_num_threads(),
+            "clock": args.clock,
+            "impl": args.impl,
+        }
+    )
+
+
 def compare(kernel: str, label: str, providers: dict[str, Loss], data: Tensor, args: argparse.Namespace) -> None:
     """Measures all providers, prints a table, appends the CSV."""
     now = stopwatch(args.device, args.clock)
@@ -183,11 +204,11 @@ def compare(kernel: str, label: str, providers: dict[str, Loss], data: Tensor, a
     for loss in providers.values():
         timed(loss, data, now, {mode: [] for mode in MODES})  # compiles, warms up
     interleaved(
-        {name: lambda loss=loss, name=name: timed(loss, data, now, splits[name]) for name, loss in providers.items()},
+        {name: lambda loss=loss, split=splits[name]: timed(loss, data, now, split) for name, loss in providers.items()},
         args.repeats,
     )
     memory = {name: peak_megabytes(loss, data) for name, loss in providers.items()}
-    config = json.dumps({"dtype": args.dtype, "threads": torch.get_num_threads(), "clock": args.clock})
+    config = configuration(args)
     versions, rows = module_versions("triton"), []
     print(f"\n{label}")
     for name in providers:
@@ -265,23 +286,35 @@ def run_simcse(args: argparse.Namespace) -> bool:
 
 
 def run_crossover(args: argparse.Namespace) -> bool:
-    now = stopwatch(args.device, args.clock)
-    print("forward + backward, eager / ours, batch 8, width 768, mixed")
-    for length in (4, 8, 16, 32, 64, 128, 256):
-        torch.manual_seed(0)
-        data = (torch.randn(8, length, 768) + torch.randn(768)).to(args.device, DTYPES[args.dtype])
-        ours = lambda states: contrastive_loss(states, MARGIN, impl=args.impl)  # noqa: E731
-        sink: dict[str, list[float]] = {mode: [] for mode in MODES}
-        figures = interleaved(
-            {
-                "eager": lambda data=data, sink=sink: timed(eager, data, now, sink),
-                "ours": lambda data=data, sink=sink, ours=ours: timed(ours, data, now, sink),
-            },
-            max(10, args.repeats),
-        )
-        best = {name: min(values) * 1e3 for name, values in figures.items()}
-        print(f"  T={length:4d}  eager {best['eager']:7.3f} ms  ours {best['ours']:7.3f} ms  "
-              f"{best['eager'] / best['ours']:5.2f}x", flush=True)  # fmt: skip
+    """Where eager stops being faster; rows of the CSV too."""
+    now, width = stopwatch(args.device, args.clock), 768
+    rows, versions = [], module_versions("triton")
+    for batch, kind in ((1, "mixed"), (8, "mixed"), (8, "biased")):
+        print(f"forward + backward, eager / ours, batch {batch}, width {width}, {kind}")
+        for length in (2, 4, 8, 16, 32, 64, 128, 256):
+            torch.manual_seed(0)
+            data = torch.randn(batch, length, width) + BIAS[kind] * torch.randn(width)
+            data = data.to(args.device, DTYPES[args.dtype])
+            sink: dict[str, list[float]] = {mode: [] for mode in MODES}
+            providers = contrastive_providers(["ours", "eager"], args.impl)
+            figures = interleaved(
+                {
+                    n: lambda data=data, sink=sink, loss=loss: timed(loss, data, now, sink)
+                    for n, loss in providers.items()
+                },
+                max(20, args.repeats),
+            )
+            best = {name: min(values[1:]) * 1e3 for name, values in figures.items()}
+            print(f"  T={length:4d}  eager {best['eager']:7.3f} ms  ours {best['ours']:7.3f} ms  "
+                  f"{best['eager'] / best['ours']:5.2f}x", flush=True)  # fmt: skip
+            for name, values in figures.items():
+                p20, p50, p80 = (1e3 * q for q in quantiles(values[1:]))
+                label = f"{batch}x{length}x{width} {args.dtype} {kind}"
+                rows.append(
+                    Row("contrastive_loss_crossover", name, "both", "ms", "case", label, p20, p50, p80,
+                        configuration(args), device_name(), versions)
+                )  # fmt: skip
+    append_csv(Path(args.csv), rows)
     return True
 
 
@@ -295,12 +328,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--simcse", help="numbers of rows: measure SimCSE instead")
     parser.add_argument("--crossover", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="rounds; default 5, cuda 20")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor seconds")
     parser.add_argument("--precision", default="highest", choices=["highest", "high"], help="of float32 products")
     parser.add_argument("--csv", default=str(RESULTS / "losses.csv"))
     args = parser.parse_args(arguments)
+    args.repeats = args.repeats or (20 if args.device == "cuda" else 5)
     args.shapes = args.shapes or (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch finds no CUDA device")

@@ -66,7 +66,7 @@ struct Packed {
 void pack(const HingeSums& call, Packed& packed, int num_threads) {
     const LossKernels& k = kernels();
     const int64_t width = call.states.width, slices = slices_of(width);
-    const int64_t panels = packed.tiles() * kTile / k.panel_width;
+    const int64_t panels = (packed.count + k.panel_width - 1) / k.panel_width;
     packed.stride = packed.tiles() * kTile * width;
     packed.panels = allocate(packed.stride * packed.sequences + 1);
     packed.bounds = allocate(2 * slices * packed.tiles() * kTile * packed.sequences + 1);
@@ -82,7 +82,7 @@ void pack(const HingeSums& call, Packed& packed, int num_threads) {
     parallel_for(packed.sequences * panels, num_threads, [&](int64_t task) {
         const int64_t sequence = task / panels, b = packed.first_sequence + sequence;
         const int64_t offset = task % panels * k.panel_width, first = packed.begin + offset;
-        const int64_t count = std::max<int64_t>(0, std::min(k.panel_width, packed.count - offset));
+        const int64_t count = std::min(k.panel_width, packed.count - offset);
         const Buffer rows = allocate(k.panel_width * width + 1);
         k.pack(call.states, call.real, b, first, count, rows.get(), call.inverse + b * call.states.length + first,
                packed.panels.get() + sequence * packed.stride + offset * width, direction_of(sequence),
@@ -203,7 +203,7 @@ void add_proven(const HingeSums& call, const Packed& rows, const Packed& columns
         const float own = first_i == first_j && partials.is_proven(sequence, i, i) ? 1.0f : 0.0f;  // s_ii
         if (used - own <= 0.0f) return;
         float dots[kTile];
-        k.tile_dots(rows.tile(b, i * kTile, width), width, total.get(), dots);
+        k.tile_dots(rows.tile(b, i * kTile, width), std::min(kTile, length - i * kTile), width, total.get(), dots);
         for (int64_t t = i * kTile; t < std::min(length, (i + 1) * kTile); ++t) {
             if (!(call.inverse[start + t] > 0.0f)) continue;
             const auto at = static_cast<size_t>(sequence * partials.tiles * kTile + t);
@@ -218,7 +218,8 @@ void sum_tiles(const HingeSums& call, Packed& packed, int num_threads) {
     packed.sums = allocate(packed.sequences * packed.tiles() * width + 1);
     parallel_for(packed.sequences * packed.tiles(), num_threads, [&](int64_t task) {
         const int64_t b = packed.first_sequence + task / packed.tiles(), tile = task % packed.tiles();
-        kernels().tile_sum(packed.tile(b, packed.begin + tile * kTile, width), width, packed.sum(b, tile, width));
+        const float* panels = packed.tile(b, packed.begin + tile * kTile, width);
+        kernels().tile_sum(panels, std::min(kTile, packed.count - tile * kTile), width, packed.sum(b, tile, width));
     });
 }
 
@@ -292,6 +293,40 @@ void contrastive_hinge(const HingeSums& call, int num_threads) {
         }
         add_up(call, partials, b, 1);
     }
+}
+
+void contrastive_reduce(const HingeReduction& call) {
+    if (call.batch < 0 || call.length < 0) throw std::invalid_argument("batch and length must not be negative");
+    const double own = std::max(0.0, call.margin), length = static_cast<double>(call.length);
+    double loss = 0.0, all_pairs = 0.0;
+    for (int64_t b = 0; b < call.batch; ++b) {
+        double sum = 0.0, tokens = 0.0, zeros = 0.0;
+        for (int64_t t = b * call.length; t < (b + 1) * call.length; ++t) {
+            if (call.real && !call.real[t]) continue;
+            tokens += 1.0;
+            zeros += call.inverse[t] == 0.0f;
+            sum += call.hinge[t] + 0.0f * call.inverse[t];  // NaN where a real vector is not finite
+        }
+        // A zero vector has similarity 0 to all others and to itself: its own hinges are max(0, margin).
+        sum += (tokens - 1.0) * zeros * own;
+        const double pairs = tokens * (tokens - 1.0);
+        double weight = 1.0;
+        if (call.reduction == Reduction::dense) {
+            sum += length * own;
+            weight = 1.0 / (length * length);
+        } else if (call.reduction == Reduction::paper) {
+            weight = pairs > 0.0 ? 1.0 / pairs : 0.0;
+        }
+        loss += tokens > 0.0 ? sum * weight : 0.0;
+        all_pairs += pairs;
+        call.weights[b] = static_cast<float>(pairs > 0.0 ? weight : 0.0);  // no pair: not even a rounding error's gradient
+    }
+    const double items = std::isnan(call.normalizer) ? std::max<double>(1.0, call.reduction == Reduction::pairs
+                                                                                 ? all_pairs
+                                                                                 : static_cast<double>(call.batch))
+                                                     : call.normalizer;
+    *call.loss = static_cast<float>(loss / items);
+    for (int64_t b = 0; b < call.batch; ++b) call.weights[b] = static_cast<float>(call.weights[b] / items);
 }
 
 void contrastive_gradient(const HingeGradient& call, int num_threads) {

@@ -36,6 +36,21 @@ struct HingeSums {
     uint8_t* flags;       // or null
 };
 
+enum class Reduction { pairs, paper, dense };
+
+// From the sums of the hinges to the loss, and its derivative with respect to each sequence's sum.
+struct HingeReduction {
+    const float* hinge;    // [batch][length]
+    const float* inverse;  // [batch][length]
+    const uint8_t* real;   // [batch][length] or null
+    int64_t batch, length;
+    double margin;
+    Reduction reduction;
+    double normalizer;  // NaN: what the reduction counts
+    float* loss;
+    float* weights;  // [batch]
+};
+
 struct HingeGradient {
     States states;
     const float* scale;  // [batch]
@@ -48,6 +63,7 @@ struct HingeGradient {
 
 // Throw std::invalid_argument on negative sizes.
 void contrastive_hinge(const HingeSums& call, int num_threads);
+void contrastive_reduce(const HingeReduction& call);
 void contrastive_gradient(const HingeGradient& call, int num_threads);
 
 }  // namespace simctg

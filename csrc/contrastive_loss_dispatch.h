@@ -69,8 +69,9 @@ struct LossKernels {
     void (*pack)(const States& states, const uint8_t* real, int64_t b, int64_t first_row, int64_t count, float* rows,
                  float* inverse, float* panel, const Direction& direction, const Bounds& bounds);
     uint8_t (*hinge_tile)(const HingeTile& tile);  // returns the flag, or kProvenFull and leaves the sums alone
-    void (*tile_sum)(const float* panels, int64_t width, float* sum);  // of a tile's unit vectors, [width]
-    void (*tile_dots)(const float* panels, int64_t width, const float* vector, float* dots);  // with each row, [kTile]
+    // Of a tile with `rows` rows: the sum of its unit vectors, [width], and their products with one, [kTile].
+    void (*tile_sum)(const float* panels, int64_t rows, int64_t width, float* sum);
+    void (*tile_dots)(const float* panels, int64_t rows, int64_t width, const float* vector, float* dots);
     void (*gradient)(const GradientTask& task);
 };
 

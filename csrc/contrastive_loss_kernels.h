@@ -11,7 +11,6 @@ namespace simctg {
 namespace {
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int kPanels = static_cast<int>(kTile) / kPanel;
 constexpr int kColumnVectors = 4;
 constexpr int64_t kColumns = kColumnVectors * kLanes;  // columns in a gradient task
 constexpr int kGroups = 8;                             // of four vectors: one word of the bits
@@ -418,10 +417,10 @@ Verdict multiply_tile(const HingeTile& tile) {
     return Verdict::open;
 }
 
-void tile_sum(const float* panels, int64_t width, float* out) {
+void tile_sum(const float* panels, int64_t rows, int64_t width, float* out) {
     for (int64_t k = 0; k < width; ++k) {
         Vec total = zeros();
-        for (int p = 0; p < kPanels; ++p) {
+        for (int64_t p = 0; p * kPanel < rows; ++p) {
             const float* panel = panels + (p * width + k) * kPanel;
             total = add(total, add(load(panel), load(panel + kLanes)));
         }
@@ -429,8 +428,8 @@ void tile_sum(const float* panels, int64_t width, float* out) {
     }
 }
 
-void tile_dots(const float* panels, int64_t width, const float* vector, float* dots) {
-    for (int p = 0; p < kPanels; ++p) {
+void tile_dots(const float* panels, int64_t rows, int64_t width, const float* vector, float* dots) {
+    for (int64_t p = 0; p * kPanel < rows; ++p) {
         Vec acc[2][2] = {{zeros(), zeros()}, {zeros(), zeros()}};
         for (int64_t k = 0; k < width; ++k) {
             const float* panel = panels + (p * width + k) * kPanel;
@@ -540,11 +539,11 @@ uint8_t hinge_tile(const HingeTile& tile) {
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
 
-// Unit vectors j .. j + 31 of the task's columns; zeros beyond the sequence and the width, and for padding.
-void load_vectors(const GradientTask& task, int64_t j, int64_t columns) {
+// Unit vectors j .. j + count - 1 of the task's columns; zeros beyond the sequence and the width, and for padding.
+void load_vectors(const GradientTask& task, int64_t j, int64_t count, int64_t columns) {
     const States& states = task.call->states;
     const float* inverse = task.call->inverse + task.b * states.length;
-    for (int64_t r = 0; r < 32; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
         float* out = task.vectors + r * kColumns;
         const float scale = j + r < states.length ? inverse[j + r] : 0.0f;
         int64_t filled = 0;
@@ -558,9 +557,12 @@ void load_vectors(const GradientTask& task, int64_t j, int64_t columns) {
     }
 }
 
-// table[g][n] = sum of the vectors 4g + (bits of n).
-void build_table(const float* vectors, float* table) {
-    for (int g = 0; g < kGroups; ++g) {
+// table[g][n] = sum of the vectors 4g + (bits of n). Groups from `groups` on have no vectors, and n = 0 only.
+void build_table(const float* vectors, float* table, int groups) {
+    for (int g = groups; g < kGroups; ++g) {
+        for (int64_t k = 0; k < kColumns; k += kLanes) store(table + 16 * g * kColumns + k, zeros());
+    }
+    for (int g = 0; g < groups; ++g) {
         const float* in = vectors + 4 * g * kColumns;
         float* out = table + 16 * g * kColumns;
         for (int64_t k = 0; k < kColumns; k += kLanes) {
@@ -605,7 +607,7 @@ void gradient(const GradientTask& task) {
     const int64_t first = task.first_row / kTile, end = (task.end_row + kTile - 1) / kTile;
     const uint32_t* bits = call.bits + task.b * tiles * kTile * words;
     const uint8_t* flags = call.flags + task.b * tiles * tiles;
-    for (int64_t i = 0; i < (end - first) * kTile * kColumns; ++i) task.sums[i] = 0.0f;
+    for (int64_t i = 0; i < (task.end_row - task.first_row) * kColumns; ++i) task.sums[i] = 0.0f;
     for (int64_t i = 0; i < (end - first) * kColumns; ++i) task.full[i] = 0.0f;
 
     for (int64_t j = 0; j < tiles; ++j) {
@@ -617,16 +619,17 @@ void gradient(const GradientTask& task) {
         if (!any_full && !any_mixed) continue;
         Vec total[kColumnVectors] = {zeros(), zeros(), zeros(), zeros()};
         for (int64_t w = 0; w < kTileWords && j * kTile + 32 * w < length; ++w) {
-            load_vectors(task, j * kTile + 32 * w, columns);
+            const int groups = static_cast<int>(smaller<int64_t>(kGroups, (length - j * kTile - 32 * w + 3) / 4));
+            load_vectors(task, j * kTile + 32 * w, 4 * groups, columns);
             if (any_full) {
-                for (int r = 0; r < 32; ++r) {
+                for (int r = 0; r < 4 * groups; ++r) {
                     for (int v = 0; v < kColumnVectors; ++v) {
                         total[v] = add(total[v], load(task.vectors + r * kColumns + v * kLanes));
                     }
                 }
             }
             if (!any_mixed) continue;
-            build_table(task.vectors, task.table);
+            build_table(task.vectors, task.table, groups);
             for (int64_t i = first; i < end; ++i) {
                 if (flags[i * tiles + j] != 2) continue;
                 add_selected(bits + i * kTile * words + j * kTileWords + w, words, task.table,

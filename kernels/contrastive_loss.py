@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, architecture, last_dimension_contiguous, on, precise
+from ._launch import Config, architecture, last_dimension_contiguous, launch, on, precise, size_class
 
 TILE = 128
 _PLANES_BYTES = 24 << 20  # of unit vectors in two planes that exist at one time
@@ -471,28 +471,32 @@ def forward(
         for group in _groups(states):
             operands = _Operands(states[group], None if mask is None else mask[group], None)
             inverse[group] = operands.inverse
-            config = HINGE_CONFIGS[operands.key]
-            hinge_kernel[(pairs_of_tiles, group.stop - group.start)](
-                operands.x,
-                operands.low,
-                *operands.strides,
-                operands.inverse,
-                totals[group],
-                partials[group],
-                bits[group].view(torch.int16),
-                flags[group],
-                length,
-                states.shape[2],
-                tiles,
-                1.0 - margin,
-                KEEP=keep,
-                SPLIT=operands.split,
-                PRECISION=operands.precision,
-                TILE=TILE,
-                BLOCK_K=config.block_k,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+
+            def run(config: Config, operands=operands, group=group) -> None:
+                hinge_kernel[(pairs_of_tiles, group.stop - group.start)](
+                    operands.x,
+                    operands.low,
+                    *operands.strides,
+                    operands.inverse,
+                    totals[group],
+                    partials[group],
+                    bits[group].view(torch.int16),
+                    flags[group],
+                    length,
+                    states.shape[2],
+                    tiles,
+                    1.0 - margin,
+                    KEEP=keep,
+                    SPLIT=operands.split,
+                    PRECISION=operands.precision,
+                    TILE=TILE,
+                    BLOCK_K=config.block_k,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+
+            kind = ("hinge", operands.key, keep, size_class(length), size_class(states.shape[2]))
+            launch(kind, HINGE_CONFIGS[operands.key], run, states.device)
         sums_kernel[(1 + (batch * tiles if keep else 0),)](
             inverse,
             inverse if mask is None else mask,
@@ -537,8 +541,6 @@ def backward(
         for group in _groups(states):
             size = group.stop - group.start
             operands = _Operands(states[group], inverse_norms[group], inverse_norms[group])
-            config = GRADIENT_CONFIGS[operands.key]
-            slices = triton.cdiv(width, config.block_k)
             sums = None
             if length > _IN_KERNEL_SUMS:
                 sums = states.new_empty((size, tiles, width), dtype=torch.float32)
@@ -556,27 +558,32 @@ def backward(
                     BLOCK_D=64,
                     num_warps=4,
                 )
-            gradient_kernel[(slices, tiles, size)](
-                operands.x,
-                operands.low,
-                *operands.strides,
-                operands.inverse,
-                radial[group],
-                bits[group],
-                flags[group],
-                operands.inverse if sums is None else sums,
-                weights[group],
-                grad,
-                result[group],
-                length,
-                width,
-                tiles,
-                HAS_SUMS=sums is not None,
-                SPLIT=operands.split,
-                PRECISION=operands.precision,
-                TILE=TILE,
-                BLOCK_D=config.block_k,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+
+            def run(config: Config, operands=operands, group=group, size=size, sums=sums) -> None:
+                gradient_kernel[(triton.cdiv(width, config.block_k), tiles, size)](
+                    operands.x,
+                    operands.low,
+                    *operands.strides,
+                    operands.inverse,
+                    radial[group],
+                    bits[group],
+                    flags[group],
+                    operands.inverse if sums is None else sums,
+                    weights[group],
+                    grad,
+                    result[group],
+                    length,
+                    width,
+                    tiles,
+                    HAS_SUMS=sums is not None,
+                    SPLIT=operands.split,
+                    PRECISION=operands.precision,
+                    TILE=TILE,
+                    BLOCK_D=config.block_k,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+
+            kind = ("gradient", operands.key, sums is not None, size_class(length), size_class(width))
+            launch(kind, GRADIENT_CONFIGS[operands.key], run, states.device)
     return result

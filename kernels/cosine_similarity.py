@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, architecture, last_dimension_contiguous, on, precise
+from ._launch import Config, architecture, last_dimension_contiguous, launch, on, precise, size_class
 
 TILE = 64
 # (architecture, bytes of an element)
@@ -19,6 +19,7 @@ CONFIGS = {
     (100, 2): Config(64, 4, 4),
     (100, 4): Config(32, 4, 3),
 }
+HIGHEST = Config(32, 8, 3)  # float32 products by FFMA: four warps would not hold their sums
 
 
 @triton.jit
@@ -72,8 +73,10 @@ def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     out = states.new_empty((batch, length, length))
     inverse = states.new_empty((batch, length), dtype=torch.float32)
     tiles = triton.cdiv(length, TILE)
-    config = CONFIGS[architecture(states.device), states.element_size()]
-    with on(states):
+    key = architecture(states.device), states.element_size()
+    highest = states.element_size() == 4 and precise()
+
+    def run(config: Config) -> None:
         cosine_kernel[(tiles, tiles, batch)](
             states,
             states.stride(0),
@@ -82,10 +85,14 @@ def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
             inverse,
             length,
             width,
-            PRECISION="ieee" if states.element_size() == 2 or precise() else "tf32x3",
+            PRECISION="tf32x3" if states.element_size() == 4 and not highest else "ieee",
             TILE=TILE,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+
+    kind = ("cosine", key, highest, size_class(length), size_class(width))
+    with on(states):
+        launch(kind, HIGHEST if highest else CONFIGS[key], run, states.device)
     return out, inverse

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, architecture, last_dimension_contiguous, on, precise
+from ._launch import Config, architecture, last_dimension_contiguous, launch, on, precise, size_class
 
 TILE = 128
 # Where the two exponentials of the weights do not fit the registers of a tile of 128: tiles of 64, four warps.
@@ -174,8 +174,9 @@ def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Ten
     each = triton.cdiv(columns, shares)
     shares = triton.cdiv(columns, each)
     partial = queries.new_empty((shares, queries.shape[0]), dtype=torch.float32)
-    config = CONFIGS[architecture(queries.device), queries.element_size()]
-    with on(queries):
+    key = architecture(queries.device), queries.element_size()
+
+    def run(config: Config) -> None:
         lse_kernel[(rows, shares)](
             queries,
             keys,
@@ -195,6 +196,10 @@ def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Ten
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+
+    kind = ("lse", key, _precision(queries), itself is None, *map(size_class, (*queries.shape, keys.shape[0])))
+    with on(queries):
+        launch(kind, CONFIGS[key], run, queries.device)
     return partial[0] if shares == 1 else torch.logsumexp(partial, dim=0)
 
 
@@ -215,36 +220,43 @@ def _gradient(
     result = torch.empty_like(rows, memory_format=torch.contiguous_format)
     weights = rows.new_empty((min(strip, count), others))
     key = architecture(rows.device), rows.element_size()
-    config, (tile, warps) = CONFIGS[key], weights_tile(key)
+    tile, warps = weights_tile(key)
+    frozen = Config(CONFIGS[key].block_k, warps, CONFIGS[key].num_stages)
+    kind = ("weights", key, _precision(rows), row_lse is None, column_lse is None, itself is None)
+    kind += tuple(map(size_class, (*rows.shape, others)))
     with on(rows):
         for first in range(0, count, strip):
             end = min(first + strip, count)
-            weights_kernel[(triton.cdiv(others, tile), triton.cdiv(end - first, tile))](
-                rows,
-                columns,
-                rows.stride(0),
-                columns.stride(0),
-                weights if row_lse is None else row_lse,
-                weights if row_grad is None else row_grad,
-                weights if column_lse is None else column_lse,
-                weights if column_grad is None else column_grad,
-                weights,
-                first,
-                end,
-                count,
-                others,
-                rows.shape[1],
-                scale,
-                itself or 0,
-                ROW_TERM=row_lse is not None,
-                COLUMN_TERM=column_lse is not None,
-                SELF=itself is not None,
-                PRECISION=_precision(rows),
-                TILE=tile,
-                BLOCK_K=config.block_k,
-                num_warps=warps,
-                num_stages=config.num_stages,
-            )
+
+            def run(config: Config, first=first, end=end) -> None:
+                weights_kernel[(triton.cdiv(others, tile), triton.cdiv(end - first, tile))](
+                    rows,
+                    columns,
+                    rows.stride(0),
+                    columns.stride(0),
+                    weights if row_lse is None else row_lse,
+                    weights if row_grad is None else row_grad,
+                    weights if column_lse is None else column_lse,
+                    weights if column_grad is None else column_grad,
+                    weights,
+                    first,
+                    end,
+                    count,
+                    others,
+                    rows.shape[1],
+                    scale,
+                    itself or 0,
+                    ROW_TERM=row_lse is not None,
+                    COLUMN_TERM=column_lse is not None,
+                    SELF=itself is not None,
+                    PRECISION=_precision(rows),
+                    TILE=tile,
+                    BLOCK_K=config.block_k,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+
+            launch(kind, frozen, run, rows.device)
             torch.mm(weights[: end - first], columns, out=result[first:end])
     return result
 

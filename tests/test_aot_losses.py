@@ -55,7 +55,7 @@ WEIGHTS = {
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-def case(name: str, kind: str, capability: int):
+def case(name: str, kind: str, capability: int, highest: bool = False):
     """Kernel, signature, constants and configuration as the launcher has them; kind: bf16, fp16, fp32 or planes."""
     split = kind == "planes"
     operand = "fp16" if split else kind
@@ -84,9 +84,9 @@ def case(name: str, kind: str, capability: int):
         constants = {"SPLIT": split, "TILE": 128, "BLOCK_D": 64}
         signature = {**TILE_SUMS, "x_ptr": x, "low_ptr": low}
         return contrastive_loss.tile_sums_kernel, signature, constants, contrastive_loss.Config(0, 4, 3)
-    precision = "tf32x3" if kind == "fp32" else "ieee"
+    precision = "tf32x3" if kind == "fp32" and not highest else "ieee"
     if name == "cosine":
-        config = cosine_similarity.CONFIGS[capability, size]
+        config = cosine_similarity.HIGHEST if highest else cosine_similarity.CONFIGS[capability, size]
         constants = {"PRECISION": precision, "TILE": 64, "BLOCK_K": config.block_k}
         return cosine_similarity.cosine_kernel, {**COSINE, "x_ptr": x, "out_ptr": out}, constants, config
     config = simcse.CONFIGS[capability, size]
@@ -99,10 +99,8 @@ def case(name: str, kind: str, capability: int):
     return simcse.weights_kernel, {**WEIGHTS, "q_ptr": x, "k_ptr": x, "out_ptr": out}, constants, config
 
 
-def build(name: str, kind: str, capability: int, precision: str | None = None):
-    kernel, signature, constants, config = case(name, kind, capability)
-    if precision is not None:
-        constants["PRECISION"] = precision
+def build(name: str, kind: str, capability: int, highest: bool = False):
+    kernel, signature, constants, config = case(name, kind, capability, highest)
     names = kernel.arg_names
     signature = {key: signature.get(key, "constexpr") for key in names}
     # What the launcher finds at run time: tensors, strides and widths are multiples of 16.
@@ -171,7 +169,7 @@ def test_aot_streaming_kernels(name, kind, capability, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", ["cosine", "lse", "weights"])
 def test_aot_highest_precision(name, capability, tmp_path):
-    compiled = build(name, "fp32", capability, precision="ieee")
+    compiled = build(name, "fp32", capability, highest=True)
     used, code = inspect(compiled.asm["cubin"], tmp_path)
     check_resources(used, compiled, capability)
     assert "FFMA" in code

@@ -201,6 +201,11 @@ def test_a_real_token_that_is_not_finite_shows(impl, value):
     states = make((2, 20, 8))
     states[1, 3, 2] = value
     assert contrastive_loss(states, impl=impl).isnan()
+    mask = torch.ones(2, 20)
+    mask[:, :3] = 0
+    assert contrastive_loss(states, 0.5, mask, impl=impl).isnan()
+    mask[1, 3] = 0
+    assert contrastive_loss(states, 0.5, mask, impl=impl).isfinite()
     alone = torch.stack([states[0], states[0]])
     assert not contrastive_loss(alone, impl=impl).isnan()
 

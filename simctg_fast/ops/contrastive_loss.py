@@ -14,6 +14,8 @@ backward pass multiplies that 0/1 matrix by the unit vectors. What passes betwee
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,7 +107,7 @@ def interpreted() -> bool:
 
 
 def _has_cpu_kernels() -> bool:
-    return hasattr(_backends.extension(), "contrastive_hinge")
+    return hasattr(_backends.extension(), "contrastive_reduce")
 
 
 def _padded(length: int) -> int:
@@ -176,16 +178,15 @@ def _forward(
 
         return kernels.forward(hidden_states, attention_mask, normalizer, margin, reduction, keep)
     real = None if attention_mask is None else attention_mask != 0
-    threshold = 1.0 - margin
     with full_precision(hidden_states.device):
         _, _, _, _, bits, flags = _outputs(hidden_states, keep)
         if impl == "cpu":
-            hinge, inverse, radial = _cpu_hinge(hidden_states, real, threshold, bits, flags)
-        else:
-            inverse = _tiled.inverse_norms(hidden_states, real)
-            hinge, radial = _tiled.hinge_sums(
-                hidden_states, inverse, threshold, bits if keep else None, flags if keep else None
-            )
+            results = _cpu_forward(hidden_states, real, normalizer, margin, reduction, bits, flags)
+            return (*results, bits, flags)
+        inverse = _tiled.inverse_norms(hidden_states, real)
+        hinge, radial = _tiled.hinge_sums(
+            hidden_states, inverse, 1.0 - margin, bits if keep else None, flags if keep else None
+        )
         loss, weights = _reduce(hinge, inverse, real, normalizer, margin, reduction)
     return loss, weights, inverse, radial, bits, flags
 
@@ -228,17 +229,26 @@ def _view(hidden_states: Tensor) -> tuple[str, int, tuple[int, ...], tuple[int, 
     return name, hidden_states.data_ptr(), tuple(hidden_states.shape), tuple(hidden_states.stride()[:2])
 
 
-def _cpu_hinge(
-    hidden_states: Tensor, real: Tensor | None, threshold: float, bits: Tensor, flags: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_forward(
+    hidden_states: Tensor,
+    real: Tensor | None,
+    normalizer: Tensor | None,
+    margin: float,
+    reduction: str,
+    bits: Tensor,
+    flags: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, weights, inverse norms and radial sums; fills bits and flags where they are not empty."""
     states = _rows_contiguous(hidden_states)
     real = None if real is None else real.contiguous()
     hinge, inverse, radial = (states.new_empty(states.shape[:2], dtype=torch.float32) for _ in range(3))
+    loss, weights = states.new_empty((), dtype=torch.float32), states.new_empty(states.shape[:1], dtype=torch.float32)
     keep = bits.numel() > 0
-    _backends.require_extension().contrastive_hinge(
+    extension = _backends.require_extension()
+    extension.contrastive_hinge(
         *_view(states),
         0 if real is None else real.data_ptr(),
-        max(0.0, threshold),
+        max(0.0, 1.0 - margin),
         hinge.data_ptr(),
         inverse.data_ptr(),
         radial.data_ptr(),
@@ -246,7 +256,18 @@ def _cpu_hinge(
         flags.data_ptr() if keep else 0,
         torch.get_num_threads(),
     )
-    return hinge, inverse, radial if keep else torch.zeros_like(radial)
+    extension.contrastive_reduce(
+        hinge.data_ptr(),
+        inverse.data_ptr(),
+        0 if real is None else real.data_ptr(),
+        tuple(states.shape[:2]),
+        margin,
+        reduction,
+        math.nan if normalizer is None else float(normalizer),
+        loss.data_ptr(),
+        weights.data_ptr(),
+    )
+    return loss, weights, inverse, radial if keep else radial.zero_()
 
 
 def _cpu_gradient(

@@ -11,8 +11,6 @@ kept for the backward pass is one log-sum-exp and one reciprocal norm a row: the
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,8 +71,9 @@ def _delegates(impl: str, queries: Tensor, columns: int) -> bool:
 
 
 def _dense_pair_loss(queries: Tensor, keys: Tensor, targets: Tensor, scale: float, itself: int) -> Tensor:
-    left = torch.nn.functional.normalize(queries, dim=-1)
-    right = left if keys is queries else torch.nn.functional.normalize(keys, dim=-1)
+    smallest = 1e-18 if queries.dtype != torch.float16 else 6e-8  # a norm below it counts as zero
+    left = torch.nn.functional.normalize(queries, dim=-1, eps=smallest)
+    right = left if keys is queries else torch.nn.functional.normalize(keys, dim=-1, eps=smallest)
     logits = (left @ right.T).to(accumulator_dtype(queries.dtype)) * scale
     if itself >= 0:
         logits.diagonal(itself).fill_(-torch.inf)
