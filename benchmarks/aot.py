@@ -1,0 +1,249 @@
+"""The Triton kernels of the decoding step compiled ahead of time, for GPUs that need not be there.
+
+    python benchmarks/aot.py [--arch 90] [--kernel attention] [--csv FILE]
+
+Prints what ptxas and the disassembly say of every shipped configuration: registers, spills, shared memory, the width of
+the loads, the matrix instructions, and the most blocks of it that fit a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from simctg_fast.kernels import candidate_select, prefix_commit, shared_prefix_attention, top_k
+
+BIN = Path(nvidia.__file__).parent / "bin"
+ARCHITECTURES = (80, 90, 100)
+# Of a multiprocessor: shared memory a block may have, all of it, registers, threads (a block loses 1 KiB to the system).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_TOTAL = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+I, L, F = "i32", "*i64", "*fp32"  # noqa: E741
+
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as its launcher starts it. ``variant`` names dtype, sizes and flags, as the functions below read them."""
+
+    kernel: str
+    variant: str
+    arch: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.variant}-sm{self.arch}"
+
+
+@dataclass(frozen=True)
+class Report:
+    kernel: str
+    variant: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    blocks: int  # that fit a multiprocessor
+    loads: str  # widths in bits of loads from global memory, and how many of each
+    matrix: str  # instructions of the matrix units, and how many of each
+
+
+VARIANTS = {
+    "scoring": [f"{kind}-k{k}-{width}" for kind in SIZES for k in (4, 64) for width in ("even", "ragged", "odd")]
+    + ["fp32high-k4-even", "mixed-k4-even"],
+    "attention": [
+        f"{kind}-d{dim}-m{rows}-{flags}"
+        for kind in SIZES
+        for dim in (64, 128, 256)
+        for rows in (16, 64)
+        for flags in ("plain", "all")
+    ]
+    + ["bf16-d80-m16-plain", "fp32high-d128-m16-plain"],
+    "commit": ["int64", "int16"],
+    "top_k": ["fp32-k4", "bf16-k64"],
+}
+
+
+def cases(kernels=tuple(VARIANTS), archs=ARCHITECTURES) -> Iterator[Case]:
+    for kernel in kernels:
+        for variant in VARIANTS[kernel]:
+            for arch in archs:
+                yield Case(kernel, variant, arch)
+
+
+def _scoring(variant: str, arch: int):
+    kind, k, width = variant.split("-")
+    operand = "fp32" if kind.startswith("fp32") or kind == "mixed" else kind
+    config = candidate_select.CONFIGS[arch, SIZES[operand]] if width != "odd" else candidate_select._UNALIGNED
+    states = "bf16" if kind == "mixed" else operand
+    signature = {
+        "states_ptr": f"*{states}", "stride_sb": I, "stride_sk": I, "history_ptr": f"*{operand}", "stride_hb": "i64",
+        "stride_ht": I, "mask_ptr": "*u8", "stride_mb": I, "lengths_ptr": L, "probs_ptr": F, "partial_ptr": L,
+        "counter_ptr": "*i32", "selected_ptr": L, "winner_ptr": f"*{states}", "penalty_ptr": F, "position_ptr": L,
+        "penalty_alpha": "fp32", "length": I, "splits": I, "k": I, "width": I, "capacity": I,
+    }  # fmt: skip
+    even = width == "even"
+    constants = {
+        "HAS_MASK": not even, "HAS_LENGTHS": True, "SELECT": True, "KEEP": not even, "WIDEN": kind == "mixed",
+        "EVEN": even, "PRECISION": "tf32x3" if kind in ("fp32high", "mixed") else "ieee", "SPLIT": True, "BLOCK_S": 128,
+        "BLOCK_K": max(16, int(k[1:])), "BLOCK_T": config.block_t, "BLOCK_D": config.block_d,
+    }  # fmt: skip
+    return candidate_select.candidate_select_kernel, signature, constants, config.num_warps, config.num_stages
+
+
+def _attention(variant: str, arch: int):
+    kind, dim, rows, flags = variant.split("-")
+    operand, dim, rows = kind.removesuffix("high"), int(dim[1:]), int(rows[1:])
+    padded = shared_prefix_attention.padded(dim)
+    config = shared_prefix_attention.CONFIGS[arch, SIZES[operand], max(64, padded)]
+    x = f"*{operand}"
+    signature = {name: I for name in shared_prefix_attention.shared_prefix_attention_kernel.arg_names}
+    signature |= {
+        "query_ptr": x, "key_ptr": x, "value_ptr": x, "new_key_ptr": x, "new_value_ptr": x, "mask_ptr": "*u8",
+        "bias_ptr": x, "sinks_ptr": x, "lengths_ptr": L, "starts_ptr": L, "partial_ptr": F, "maxima_ptr": F,
+        "counter_ptr": "*i32", "out_ptr": x, "scaling": "fp32", "softcap": "fp32", "stride_kb": "i64",
+        "stride_vb": "i64",
+    }  # fmt: skip
+    every = flags == "all"
+    constants = {
+        "CANDIDATES": 4, "GROUPS": rows // 4, "KV_HEADS": 8, "DIM": dim, "VALUE_DIM": dim, "HAS_OWN": True,
+        "HAS_MASK": every, "HAS_BIAS": every, "HAS_SOFTCAP": every, "HAS_SINKS": every, "HAS_LENGTHS": True,
+        "HAS_STARTS": True, "HAS_WINDOW": every, "SPLIT": True,
+        "PRECISION": "tf32x3" if kind.endswith("high") else "ieee", "BLOCK_M": rows, "BLOCK_N": config.block_n,
+        "BLOCK_D": padded, "BLOCK_V": padded,
+    }  # fmt: skip
+    kernel = shared_prefix_attention.shared_prefix_attention_kernel
+    return kernel, signature, constants, config.num_warps, config.num_stages
+
+
+def _commit(variant: str, arch: int):
+    signature = {"table_ptr": L, "winners_ptr": L, "positions_ptr": L, "position": I}
+    unit = prefix_commit._TRITON[getattr(torch, variant)]
+    constants = {"HAS_POSITIONS": True, "UNIT": unit, "COLUMNS": prefix_commit.COLUMNS, "BLOCK": 256}
+    return prefix_commit.prefix_commit_kernel, signature, constants, 4, 3
+
+
+def _top_k(variant: str, arch: int):
+    kind, k = variant.split("-")
+    signature = {
+        "logits_ptr": f"*{kind}", "stride_row": I, "entries_ptr": L, "sums_ptr": F, "counter_ptr": "*i32",
+        "probs_ptr": F, "tokens_ptr": L, "vocabulary": I, "k": I,
+    }  # fmt: skip
+    constants = {"SPLIT": True, "BLOCK_S": 32, "BLOCK_K": int(k[1:]), "BLOCK": top_k.BLOCK}
+    return top_k.top_k_kernel, signature, constants, top_k.NUM_WARPS, 3
+
+
+_MAKERS = {"scoring": _scoring, "attention": _attention, "commit": _commit, "top_k": _top_k}
+_ODD = {"scoring": {"width", "stride_sk", "stride_ht", "stride_sb", "stride_hb"}}  # where the variant says odd
+
+
+def build(case: Case):
+    """The compiled kernel; its launcher would find the same alignment at run time."""
+    kernel, signature, constants, warps, stages = _MAKERS[case.kernel](case.variant, case.arch)
+    names = kernel.arg_names
+    unaligned = _ODD.get(case.kernel, set()) if case.variant.endswith("odd") else set()
+    aligned = [
+        index
+        for index, name in enumerate(names)
+        if name not in constants
+        and name not in unaligned
+        and (signature[name][0] == "*" or name.startswith("stride") or name in ("width", "vocabulary"))
+        and name not in ("stride_mb", "stride_mc", "stride_mh", "stride_bb", "stride_bc", "stride_bh")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    """What cuobjdump says of resources, and the machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([BIN / "cuobjdump", flag, path], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}, code
+
+
+def _count(found: list[str]) -> str:
+    return " ".join(f"{name}×{found.count(name)}" for name in sorted(set(found)))
+
+
+def report(case: Case) -> Report:
+    *_, warps, stages = _MAKERS[case.kernel](case.variant, case.arch)
+    compiled = build(case)
+    used, code = disassemble(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    registers = max(used["REG"], 24)
+    blocks = min(
+        BLOCKS,
+        THREADS // (32 * warps),
+        REGISTERS // (-(-registers // 8) * 8 * 32 * warps),
+        SHARED_TOTAL[case.arch] // (shared + 1024),
+    )
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]+", code)
+    widths = [next((w for w in ("128", "64", "U8", "U16", "S16") if f".{w}" in load.replace("LTC128B", "")), "32")
+              for load in loads]  # fmt: skip
+    matrix = [name.split(".")[0] for name in re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|DMMA)[\w.]*", code)]
+    return Report(
+        case.kernel, case.variant, case.arch, warps, stages, used["REG"], used["LOCAL"] + used["STACK"], shared, blocks,
+        _count(widths), _count(matrix),
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="80, 90 or 100; all of them")
+    parser.add_argument("--kernel", choices=list(VARIANTS), action="append", help="all of them by default")
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    options = parser.parse_args()
+    print(f"triton {triton.__version__}")
+    print(
+        f"{'kernel':10}{'variant':24}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'blocks':>7}  loads; matrix"
+    )
+    reports = []
+    for case in cases(options.kernel or tuple(VARIANTS), options.arch or ARCHITECTURES):
+        r = report(case)
+        reports.append(r)
+        print(
+            f"{r.kernel:10}{r.variant:24}{r.arch:4}{r.warps:6}{r.registers:6}{r.spilled_bytes:6}{r.shared_bytes:8}"
+            f"{r.blocks:7}  {r.loads}; {r.matrix or '-'}",
+            flush=True,
+        )
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(reports[0])))
+            writer.writeheader()
+            writer.writerows(asdict(r) for r in reports)
+    bad = [r for r in reports if r.spilled_bytes or r.shared_bytes > SHARED_LIMIT[r.arch]]
+    print(f"{len(reports)} configurations, {len(bad)} spill or do not fit")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

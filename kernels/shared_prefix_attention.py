@@ -1,0 +1,315 @@
+"""Decode attention of k candidates a sequence over one copy of the sequence's keys and values.
+
+The query rows that read one key/value head, candidates times grouped heads, are the rows of one `tl.dot` tile. A
+program reads a share of the prefix; the first share also takes in what a row has for itself: the candidate's own key
+and value, and the sink. The program that arrives last merges the shares in their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._decode import counters, last_to_arrive, multiprocessors
+from ._launch import architecture, on, precise
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DIM_LIMIT = 256
+_ROWS = 64  # of a tile, at most
+_SPLIT_LIMIT = 64
+_SHARE = 256  # positions below which a share does not pay
+_WAVES = 4  # of programs, where there is that much to split
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Positions of a tile, warps, and stages of the pipeline."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (architecture, bytes of an element, padded head dimension)
+CONFIGS = {
+    (80, 2, 64): Config(64, 4, 4),
+    (80, 2, 128): Config(64, 4, 3),
+    (80, 2, 256): Config(32, 4, 3),
+    (80, 4, 64): Config(64, 4, 3),
+    (80, 4, 128): Config(32, 4, 3),
+    (80, 4, 256): Config(16, 4, 3),
+    (90, 2, 64): Config(64, 4, 4),
+    (90, 2, 128): Config(64, 4, 3),
+    (90, 2, 256): Config(32, 4, 3),
+    (90, 4, 64): Config(64, 4, 3),
+    (90, 4, 128): Config(32, 4, 3),
+    (90, 4, 256): Config(16, 4, 3),
+    (100, 2, 64): Config(64, 4, 4),
+    (100, 2, 128): Config(64, 4, 3),
+    (100, 2, 256): Config(32, 4, 3),
+    (100, 4, 64): Config(64, 4, 3),
+    (100, 4, 128): Config(32, 4, 3),
+    (100, 4, 256): Config(16, 4, 3),
+}
+
+
+@triton.jit
+def _logits(
+    product, n, seen, row_c, row_h, b, mask_ptr, stride_mb, stride_mc, stride_mh, bias_ptr, stride_bb, stride_bc,
+    stride_bh, scaling, softcap, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Scaled, capped, biased and masked scores in powers of two; product, n, seen, row_c and row_h broadcast."""
+    score = product * scaling
+    if HAS_SOFTCAP:
+        small = tl.exp2(tl.abs(score) * (-2.0 * _LOG2E / softcap))
+        score = tl.where(score < 0, -softcap, softcap) * ((1.0 - small) / (1.0 + small))
+    if HAS_BIAS:
+        at = bias_ptr + b * stride_bb + row_c * stride_bc + row_h * stride_bh + n
+        score += tl.load(at, mask=seen, other=0.0).to(tl.float32)
+    score *= _LOG2E
+    if HAS_MASK:
+        at = mask_ptr + b * stride_mb + row_c * stride_mc + row_h * stride_mh + n
+        seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+    return tl.where(seen, score, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["length", "start", "window", "splits"])
+def shared_prefix_attention_kernel(
+    query_ptr, stride_qr, stride_qh,  # [B·k, H, D]
+    key_ptr, stride_kb, stride_kh, stride_kt,  # [B, H_kv, T, D]
+    value_ptr, stride_vb, stride_vh, stride_vt,  # [B, H_kv, T, D_v]
+    new_key_ptr, stride_nr, stride_nh,  # [B·k, H_kv, D]
+    new_value_ptr, stride_wr, stride_wh,  # [B·k, H_kv, D_v]
+    mask_ptr, stride_mb, stride_mc, stride_mh,  # [B, k, H, length + 1]
+    bias_ptr, stride_bb, stride_bc, stride_bh,
+    sinks_ptr, lengths_ptr, starts_ptr,  # [H], [B], [B]
+    partial_ptr, maxima_ptr, counter_ptr, out_ptr,
+    scaling, softcap, length, start, window, splits, positions,
+    CANDIDATES: tl.constexpr, GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HAS_OWN: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Program: (sequence and key/value head, share of the prefix, tile of query rows). Partials are laid out
+    [programs but for the share, share, BLOCK_M (, BLOCK_V)]; `maxima_ptr` holds maxima, then sums."""
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    tile = tl.program_id(2)
+    b = pair // KV_HEADS
+    g = pair % KV_HEADS
+    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = r < CANDIDATES * GROUPS
+    r = tl.where(valid, r, 0)
+    c = r // GROUPS
+    h = g * GROUPS + r % GROUPS
+    row = b * CANDIDATES + c
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    if BLOCK_D == DIM:
+        query = tl.load(
+            query_ptr + row[:, None] * stride_qr + h[:, None] * stride_qh + d[None, :], mask=valid[:, None], other=0.0
+        )
+    else:
+        query = tl.load(
+            query_ptr + row[:, None] * stride_qr + h[:, None] * stride_qh + d[None, :],
+            mask=valid[:, None] & (d < DIM)[None, :], other=0.0,
+        )  # fmt: skip
+
+    end = length
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0), positions)
+    first = start
+    if HAS_STARTS:
+        first = tl.maximum(first, tl.load(starts_ptr + b).to(tl.int32))
+    if HAS_WINDOW:  # it counts the candidate itself
+        first = tl.maximum(first, end + 1 - window)
+    first = tl.minimum(first, end)
+    aligned = first // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(end - aligned, BLOCK_N), splits) * BLOCK_N
+    begin = aligned + split * share
+
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    if split == 0:
+        if HAS_OWN:
+            own_at = new_key_ptr + row[:, None] * stride_nr + g * stride_nh + d[None, :]
+            own = tl.load(own_at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+            top = _logits(
+                tl.sum(query.to(tl.float32) * own.to(tl.float32), axis=1), length, valid, c, h, b, mask_ptr, stride_mb,
+                stride_mc, stride_mh, bias_ptr, stride_bb, stride_bc, stride_bh, scaling, softcap, HAS_MASK, HAS_BIAS,
+                HAS_SOFTCAP,
+            )  # fmt: skip
+            own_at = new_value_ptr + row[:, None] * stride_wr + g * stride_wh + dv[None, :]
+            own = tl.load(own_at, mask=valid[:, None] & (dv < VALUE_DIM)[None, :], other=0.0)
+            total = tl.where(top == float("-inf"), 0.0, 1.0)
+            acc = tl.where(top[:, None] == float("-inf"), 0.0, own.to(tl.float32))
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + h, mask=valid, other=0.0).to(tl.float32) * _LOG2E
+            larger = tl.maximum(top, sink)
+            shrink = tl.exp2(top - larger)
+            total = total * shrink + tl.exp2(sink - larger)
+            acc = acc * shrink[:, None]
+            top = larger
+
+    key_at = key_ptr + b * stride_kb + g * stride_kh
+    value_at = value_ptr + b * stride_vb + g * stride_vh
+    for n0 in range(begin, tl.minimum(begin + share, end), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = (n >= first) & (n < end)
+        n_wide = n.to(tl.int64)
+        if BLOCK_D == DIM:
+            keys = tl.load(key_at + n_wide[:, None] * stride_kt + d[None, :], mask=inside[:, None], other=0.0)
+        else:
+            keys = tl.load(
+                key_at + n_wide[:, None] * stride_kt + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0
+            )
+        if BLOCK_V == VALUE_DIM:
+            values = tl.load(value_at + n_wide[:, None] * stride_vt + dv[None, :], mask=inside[:, None], other=0.0)
+        else:
+            values = tl.load(
+                value_at + n_wide[:, None] * stride_vt + dv[None, :],
+                mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0,
+            )  # fmt: skip
+        score = _logits(
+            tl.dot(query, tl.trans(keys), input_precision=PRECISION), n[None, :], inside[None, :] & valid[:, None],
+            c[:, None], h[:, None], b, mask_ptr, stride_mb, stride_mc, stride_mh, bias_ptr, stride_bb, stride_bc,
+            stride_bh, scaling, softcap, HAS_MASK, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        larger = tl.maximum(top, tl.max(score, axis=1))
+        base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen so far
+        shrink = tl.exp2(top - base)
+        weight = tl.exp2(score - base[:, None])
+        total = total * shrink + tl.sum(weight, axis=1)
+        acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        top = larger
+
+    out_at = out_ptr + (row * (KV_HEADS * GROUPS) + h)[:, None] * VALUE_DIM + dv[None, :]
+    wanted = valid[:, None] & (dv < VALUE_DIM)[None, :]
+    if SPLIT:
+        m = tl.arange(0, BLOCK_M)
+        programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(2)
+        place = pair * tl.num_programs(2) + tile
+        part = (place * splits + split) * BLOCK_M
+        sums_ptr = maxima_ptr + programs * splits * BLOCK_M
+        tl.store(maxima_ptr + part + m, top)
+        tl.store(sums_ptr + part + m, total)
+        tl.store(partial_ptr + (part + m)[:, None] * BLOCK_V + dv[None, :], acc)
+        if last_to_arrive(counter_ptr + place, splits):
+            part = place * splits * BLOCK_M
+            top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            for s in tl.range(0, splits, loop_unroll_factor=4):
+                top = tl.maximum(top, tl.load(maxima_ptr + part + s * BLOCK_M + m))
+            base = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+            for s in tl.range(0, splits, loop_unroll_factor=4):
+                at = part + s * BLOCK_M + m
+                factor = tl.exp2(tl.load(maxima_ptr + at) - base)
+                total += tl.load(sums_ptr + at) * factor
+                acc += tl.load(partial_ptr + at[:, None] * BLOCK_V + dv[None, :]) * factor[:, None]
+            tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=wanted)
+    else:
+        tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=wanted)
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of a tile for `rows` query rows a key/value head: the smallest `tl.dot` takes, 64 at most."""
+    return min(_ROWS, max(16, triton.next_power_of_2(rows)))
+
+
+def padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def config_of(device: torch.device, size: int, dim: int, value_dim: int) -> Config:
+    return CONFIGS[architecture(device), size, max(64, padded(dim), padded(value_dim))]
+
+
+def plan(device: torch.device, tiles: int, positions: int) -> int:
+    """Shares of each prefix. It follows sizes alone, so a row's result does not depend on what is beside it."""
+    wanted = _WAVES * 2 * multiprocessors(device) // max(1, tiles)
+    return max(1, min(wanted, triton.cdiv(positions, _SHARE), _SPLIT_LIMIT))
+
+
+def supports(query: Tensor, key: Tensor, value: Tensor, new_key: Tensor | None, new_value: Tensor | None) -> bool:
+    """Whether the kernel takes these operands (wherever they are): one dtype, heads of up to 256."""
+    tensors = [x for x in (query, key, value, new_key, new_value) if x is not None]
+    return (
+        query.dtype in DTYPES
+        and all(x.dtype == query.dtype and (x.stride(-1) == 1 or x.shape[-1] == 1) for x in tensors)
+        and query.shape[-1] <= DIM_LIMIT
+        and value.shape[-1] <= DIM_LIMIT
+    )
+
+
+def _strides(tensor: Tensor | None, batch: int, candidates: int) -> tuple[int, int, int]:
+    """Strides of ``(1 | B | B·k, 1 | H, 1, S)`` over sequences, candidates and heads."""
+    if tensor is None:
+        return 0, 0, 0
+    head = 0 if tensor.shape[1] == 1 else tensor.stride(1)
+    if tensor.shape[0] == 1:
+        return 0, 0, head
+    if tensor.shape[0] == batch:
+        return tensor.stride(0), 0, head
+    return tensor.stride(0) * candidates, tensor.stride(0), head
+
+
+def shared_prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, length: int, new_key: Tensor | None, new_value: Tensor | None,
+    scaling: float, mask: Tensor | None, bias: Tensor | None, softcap: float | None, sinks: Tensor | None,
+    window_start: int, lengths: Tensor | None, starts: Tensor | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    """``(B·k, 1, H, D_v)``; see `simctg_fast/ops/shared_prefix_attention.py`."""
+    rows, heads, _, dim = query.shape
+    batch, kv_heads, positions, _ = key.shape
+    value_dim = value.shape[-1]
+    out = query.new_empty((rows, 1, heads, value_dim))
+    if out.numel() == 0:
+        return out
+    candidates, groups = rows // batch, heads // kv_heads
+    block_m = tile_rows(candidates * groups)
+    block_v = padded(value_dim)
+    tiles = triton.cdiv(candidates * groups, block_m)
+    config = config_of(query.device, query.element_size(), dim, value_dim)
+    programs = batch * kv_heads * tiles
+    # Under a capture the lengths move while the launch stays, so the split follows the capacity.
+    splits = plan(query.device, programs, positions if lengths is not None else length - window_start)
+    split = splits > 1
+    partial = query.new_empty((programs * splits * block_m * block_v,) if split else (0,), dtype=torch.float32)
+    maxima = query.new_empty((2 * programs * splits * block_m,) if split else (0,), dtype=torch.float32)
+    counter = counters(query.device, programs) if split else partial
+    if mask is not None:
+        mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    own = new_key is not None
+    with on(query):
+        shared_prefix_attention_kernel[(batch * kv_heads, splits, tiles)](
+            query, query.stride(0), query.stride(1),
+            key, key.stride(0), key.stride(1), key.stride(2),
+            value, value.stride(0), value.stride(1), value.stride(2),
+            new_key if own else query, new_key.stride(0) if own else 0, new_key.stride(1) if own else 0,
+            new_value if own else query, new_value.stride(0) if own else 0, new_value.stride(1) if own else 0,
+            query if mask is None else mask, *_strides(mask, batch, candidates),
+            query if bias is None else bias, *_strides(bias, batch, candidates),
+            query if sinks is None else sinks.contiguous(),
+            query if lengths is None else lengths.contiguous(),
+            query if starts is None else starts.contiguous(),
+            partial, maxima, counter, out,
+            float(scaling), float(softcap or 0.0), length, window_start, window or 0, splits, positions,
+            CANDIDATES=candidates, GROUPS=groups, KV_HEADS=kv_heads, DIM=dim, VALUE_DIM=value_dim, HAS_OWN=own,
+            HAS_MASK=mask is not None, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+            HAS_SINKS=sinks is not None, HAS_LENGTHS=lengths is not None, HAS_STARTS=starts is not None,
+            HAS_WINDOW=window is not None and own, SPLIT=split,
+            PRECISION="ieee" if query.element_size() == 2 or precise() else "tf32x3",
+            BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded(dim), BLOCK_V=block_v,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out
