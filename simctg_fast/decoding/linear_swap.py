@@ -44,6 +44,13 @@ _lock = threading.RLock()
 _patched: dict[int, _Patched] = {}  # by id(module)
 
 
+class _Rows(threading.local):
+    limit = MAX_ROWS  # rows up to which this thread's products go to the kernel
+
+
+_rows = _Rows()
+
+
 class _Packed:
     """A packed copy, and what the weight was when it was made."""
 
@@ -90,7 +97,7 @@ def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int) 
         return False
     if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
         return False
-    if not 0 < x.numel() <= MAX_ROWS * in_features or out_features == 0:
+    if not 0 < x.numel() <= _rows.limit * in_features or out_features == 0:
         return False
     if bias is not None and not (
         type(bias) is Parameter
@@ -241,7 +248,9 @@ def _pack_all(entries: list[_Patched]) -> None:
 
 
 @contextmanager
-def fast_linears(model: Module, rows_hint: int = 1, pack: bool | str = "auto") -> Iterator[int]:
+def fast_linears(
+    model: Module, rows_hint: int = 1, pack: bool | str = "auto", max_rows: int = MAX_ROWS
+) -> Iterator[int]:
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
@@ -250,11 +259,15 @@ def fast_linears(model: Module, rows_hint: int = 1, pack: bool | str = "auto") -
 
     Args:
         model: any module.
-        rows_hint: rows the caller is going to multiply at a time. Above `MAX_ROWS` the block changes nothing.
+        rows_hint: rows the caller is going to multiply at a time. Above ``max_rows`` the block changes nothing.
         pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
             of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
             its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
             seen. ``"auto"`` does not pack: reading in place measured as fast (`benchmarks/linear.py`).
+
+        max_rows: products of more rows than this are left to the modules. A caller to whom it matters that a row's
+            result does not depend on the other rows may go above `MAX_ROWS`, where the kernel is no longer faster. It
+            holds for the calling thread.
 
     Yields:
         The number of modules that were routed: 0 without the C++ extension.
@@ -267,8 +280,10 @@ def fast_linears(model: Module, rows_hint: int = 1, pack: bool | str = "auto") -
     if rows_hint < 1:
         raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
     entries: list[_Patched] = []
+    before = _rows.limit
+    _rows.limit = max(before, max_rows)
     try:
-        if rows_hint <= MAX_ROWS and _backends.extension() is not None:
+        if rows_hint <= max_rows and _backends.extension() is not None:
             with _lock:
                 for module in model.modules():
                     entry = _add(module)
@@ -278,6 +293,7 @@ def fast_linears(model: Module, rows_hint: int = 1, pack: bool | str = "auto") -
                     _pack_all(entries)
         yield len(entries)
     finally:
+        _rows.limit = before
         with _lock:
             for entry in entries:
                 _remove(entry)

@@ -63,14 +63,7 @@ class SharedPrefixStep:
         position_bias: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORABLE)
-        if unknown or kwargs.get("output_attentions"):
-            raise SharedPrefixUnsupportedError(
-                f"{type(module).__name__} gives its attention arguments this path does not implement: "
-                f"{', '.join(unknown) or 'output_attentions'}"
-            )
-        if dropout:
-            raise SharedPrefixUnsupportedError(f"{type(module).__name__} asks for dropout={dropout} (training mode?)")
+        self._check_arguments(module, dropout, kwargs)
         layer, new_key, new_value = self._find(module, query, key, value)
         self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
         shared = key.shape[2] - (new_key is not None)
@@ -94,6 +87,24 @@ class SharedPrefixStep:
             window_start=start,
         )
         return out, None
+
+    @staticmethod
+    def _check_arguments(module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
+        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORABLE)
+        if unknown or kwargs.get("output_attentions"):
+            raise SharedPrefixUnsupportedError(
+                f"{type(module).__name__} gives its attention arguments this path does not implement: "
+                f"{', '.join(unknown) or 'output_attentions'}"
+            )
+        if dropout:
+            raise SharedPrefixUnsupportedError(f"{type(module).__name__} asks for dropout={dropout} (training mode?)")
+
+    def make_mask(self, *args, **kwargs) -> torch.Tensor | None:
+        """What the model's masks are made by while this step runs."""
+        mask = sdpa_mask(*args, **kwargs)
+        if mask is not None and kwargs.get("local_size") is not None:
+            self.windows[id(mask)] = (mask, kwargs["local_size"])
+        return mask
 
     def _find(self, module, query, key, value):
         pointer = key.data_ptr()
@@ -169,10 +180,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
 def _mask(*args, **kwargs):
     step = getattr(_step, "value", None)
     if step is not None:
-        mask = sdpa_mask(*args, **kwargs)
-        if mask is not None and kwargs.get("local_size") is not None:
-            step.windows[id(mask)] = (mask, kwargs["local_size"])
-        return mask
+        return step.make_mask(*args, **kwargs)
     name = _original_name(kwargs.get("config"))
     return AttentionMaskInterface._global_mapping.get(name, eager_mask)(*args, **kwargs)
 

@@ -17,7 +17,6 @@ from .sequence import Sequence
 from .strategies import make_strategy
 
 BATCHING = ("auto", "slots", "static")
-DEFAULT_SLOTS = 16
 
 
 class Engine:
@@ -90,23 +89,20 @@ class Engine:
         return cls(model, tokenizer, **options)
 
     def _backend(self, batching: str, slots: int | None, memory: float | None) -> Any:
-        from .scheduler import SlotScheduler, slots_for_memory
+        from .scheduler import DEFAULT_SLOTS, SlotScheduler
         from .static import StaticBatches
 
-        if memory is not None:
-            slots = slots_for_memory(self.model, self.strategy, self.parameters, memory)
-        slots = DEFAULT_SLOTS if slots is None else slots
         self.reason = "asked for"
         if batching != "static":
             with fitting_threads(self.model):
-                scheduler = SlotScheduler.open(self.model, self.strategy, slots, memory)
+                scheduler = SlotScheduler.open(self.model, self.strategy, slots, memory, self.parameters.max_new_tokens)
             if isinstance(scheduler, SlotScheduler):
                 self.reason = "a trial step agrees with the model's own attention"
                 return scheduler
             self.reason = scheduler
             if batching == "slots":
                 raise ValueError(f"batching='slots' cannot serve {type(self.model).__name__}: {scheduler}")
-        return StaticBatches(self.model, self.tokenizer, self.strategy, slots)
+        return StaticBatches(self.model, self.tokenizer, self.strategy, slots or DEFAULT_SLOTS)
 
     # ---- generation -----------------------------------------------------------------------------------------------
 

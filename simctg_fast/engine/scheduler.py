@@ -1,15 +1,393 @@
-"""Slots: rows of different lengths over one cache, each replaced as soon as it is finished."""
+"""Continuous batching: a finished row is replaced at once, prompts are run in chunks between decoding steps."""
 
 from __future__ import annotations
 
+import heapq
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 
-def slots_for_memory(model: Any, strategy: Any, parameters: Any, share: float) -> int:
-    return 16
+from ..decoding.linear_swap import fast_linears
+from ..decoding.slots import SlotDecoder, SlotsUnsupportedError
+from ..loading import context_length
+from .memory import free_bytes, is_out_of_memory, release
+from .observe import StepRecord
+from .prepare import apply_processors
+from .sequence import Sequence
+from .strategies import Proposal, Strategy
+
+logger = logging.getLogger("simctg_fast")
+
+DEFAULT_SLOTS = 16
+LOOKAHEAD = 4096  # sequences that are known, and put in order, before the first is begun
+CHUNK = 512  # prompt tokens a forward
+PREFILL_BUDGET = 2048  # prompt tokens between two steps
+KERNEL_ROWS = 1024  # rows up to which linear layers go to the kernel whose rows do not depend on each other
+SPARE_MEMORY = 0.9  # of what is free, at most, a larger cache may take
+MAX_SLOTS = 256
+TYPICAL_PROMPT = 1024  # tokens reckoned with where the number of slots is made from memory
 
 
 class SlotScheduler:
+    """Runs sequences over the slots of a :class:`SlotDecoder`.
+
+    Sequences that may become longest go first, so that the last ones to run are short and the slots stay full to the
+    end. When memory runs out the slots are halved and what was in work begins again.
+
+    Attributes:
+        slots: rows; steps, row_steps, busy_row_steps: decoding steps, slots in them, and slots that wrote a token.
+        generated: tokens written; active: sequences in work; halvings: how often memory ran out.
+        model_seconds: time inside forwards and the choice of tokens; seconds: of ``run`` as a whole.
+    """
+
+    kind = "slots"
+
+    def __init__(self, model: Any, strategy: Strategy, slots: int, budget: int | None = None):
+        self.model, self.strategy, self.slots, self.budget = model, strategy, slots, budget
+        self.steps = self.row_steps = self.busy_row_steps = 0
+        self.halvings = self.active = self.generated = 0
+        self.model_seconds = self.seconds = 0.0
+        self.stopping = False
+        self.on_step: Callable[[], None] = lambda: None
+        self.rows_independent = False
+        self.decoder: SlotDecoder | None = None
+        self.reserved: dict[int, Sequence] = {}  # slots that wait for a sibling's prompt
+
+    # ---- opening --------------------------------------------------------------------------------------------------
+
     @classmethod
-    def open(cls, model: Any, strategy: Any, slots: int, memory: float | None) -> SlotScheduler | str:
-        return "not built yet"
+    def open(
+        cls, model: Any, strategy: Strategy, slots: int | None, memory: float | None, max_new_tokens: int
+    ) -> SlotScheduler | str:
+        """A scheduler for ``model``, or why it cannot have one. The model is tried: see `SlotDecoder.verify`."""
+        if model.training:
+            return "the model is in training mode"
+        budget = None
+        try:
+            if slots is None and memory is not None:
+                per_position = cls._measure(model, strategy)
+                free = free_bytes(model.device) or 0
+                budget = int(memory * free)
+                positions = TYPICAL_PROMPT + max_new_tokens
+                limit = context_length(model)
+                positions = positions if limit is None else min(positions, limit)
+                slots = max(1, min(MAX_SLOTS, budget // max(1, per_position * positions)))
+            made = cls(model, strategy, slots or DEFAULT_SLOTS, budget)
+            with made._running():
+                made._try()
+        except SlotsUnsupportedError as error:
+            return str(error)
+        return made
+
+    @classmethod
+    def _measure(cls, model: Any, strategy: Strategy) -> int:
+        made = cls(model, strategy, 3)
+        with made._running() as decoder:
+            decoder.verify(context_length(model))
+            return made._bytes_per_position(decoder)
+
+    def _try(self) -> None:
+        decoder = self._decoder
+        decoder.verify(context_length(self.model))
+        on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
+        self.rows_independent = on_cpu and self.slots > 1 and decoder.rows_are_independent()
+
+    def _running(self) -> _Running:
+        return _Running(self)
+
+    @property
+    def _decoder(self) -> SlotDecoder:
+        assert self.decoder is not None
+        return self.decoder
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
+        """Yields every sequence when it is finished or has failed."""
+        began = time.perf_counter()
+        self.source, self.exhausted = iter(sequences), False
+        self.waiting: list[tuple[int, int, list[Sequence]]] = []  # a heap: longest first, siblings together
+        self.order = 0
+        self._empty_slots()
+        with self._running():
+            while True:
+                self._pull()
+                out_of_memory = None
+                try:
+                    self._admit()
+                    self._prefill()
+                    ended = self._step()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    out_of_memory = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if out_of_memory is not None:  # not in the handler: the error holds on to what has to be freed
+                    ended = self._halve(out_of_memory)
+                self.seconds += time.perf_counter() - began
+                self.on_step()
+                yield from ended
+                began = time.perf_counter()
+                if not self.active and (self.stopping or (self.exhausted and not self.waiting)):
+                    return
+
+    def _empty_slots(self) -> None:
+        self.rows: list[Sequence | None] = [None] * self.slots  # sequences that are being decoded
+        self.filling: deque[tuple[int, list[Sequence], int]] = deque()  # slot, siblings, positions that are there
+        self.taken: set[int] = set()
+        self.bound: list[Sequence | None] | None = None
+        self.active = 0
+
+    def _pull(self) -> None:
+        """Look ahead in the source, so that the longest can go first."""
+        while not self.exhausted and not self.stopping and len(self.waiting) < LOOKAHEAD:
+            sequence = next(self.source, None)
+            if sequence is None:
+                self.exhausted = True
+                return
+            siblings = [sequence]
+            while len(siblings) < sequence.parameters.n:
+                siblings.append(next(self.source))
+            self._wait(siblings)
+
+    def _wait(self, siblings: list[Sequence]) -> None:
+        first = siblings[0]
+        work = first.parameters.max_new_tokens + (len(first.prompt_ids) + len(first.source_ids or ())) // 16
+        heapq.heappush(self.waiting, (-work, self.order, siblings))
+        self.order += 1
+
+    def _admit(self) -> None:
+        while not self.stopping and self.waiting and len(self.taken) < self.slots:
+            siblings = self.waiting[0][2]
+            self._check_memory(siblings[0])
+            heapq.heappop(self.waiting)
+            free = [slot for slot in range(self.slots) if slot not in self.taken]
+            now, later = siblings[: len(free)], siblings[len(free) :]
+            if later:
+                self._wait(later)
+            self.taken.update(free[: len(now)])
+            for sequence in now:
+                sequence.started = time.monotonic()
+            # The prompt runs once, in the first of their slots.
+            self.filling.append((free[0], now, 0))
+            for slot, sequence in zip(free[1:], now[1:], strict=False):
+                self.reserved[slot] = sequence
+            self.active += len(now)
+
+    def _prefill(self) -> None:
+        decoder, budget = self._decoder, PREFILL_BUDGET
+        while self.filling and budget > 0:
+            slot, siblings, start = self.filling[0]
+            first = siblings[0]
+            began = time.perf_counter()
+            if start == 0 and first.source_ids is not None:
+                decoder.encode(first.source_ids)
+                budget -= len(first.source_ids)
+            ids = first.prompt_ids[start : start + CHUNK]
+            last = start + len(ids) == len(first.prompt_ids)
+            decoder.cache.reserve(first.total_length + 1)
+            decoder.prefill(slot, ids, start, last)
+            self.model_seconds += time.perf_counter() - began
+            budget -= len(ids)
+            if not last:
+                self.filling[0] = (slot, siblings, start + len(ids))
+                continue
+            self.filling.popleft()
+            self.rows[slot] = first
+            for sequence in siblings[1:]:
+                target = next(s for s, waiting in self.reserved.items() if waiting is sequence)
+                del self.reserved[target]
+                decoder.copy(slot, target)
+                self.rows[target] = sequence
+
+    def _step(self) -> list[Sequence]:
+        """One token for every row. Returns the sequences that ended."""
+        decoder, strategy = self._decoder, self.strategy
+        if not any(row is not None for row in self.rows):
+            return []
+        count = self._compact()
+        ended: list[Sequence] = []
+        logits = decoder.logits
+        assert logits is not None
+        for slot, sequence in enumerate(self.rows):
+            if sequence is not None and sequence.processors:
+                with torch.inference_mode():
+                    logits[slot] = apply_processors(sequence, logits[slot : slot + 1])[0]
+                if sequence.failure is not None:
+                    ended.append(self._release(slot))
+        if self.rows != self.bound:
+            strategy.bind(list(self.rows), logits.device)
+            self.bound = list(self.rows)
+            self.details = any(r is not None and (r.logprobs is not None or r.trace is not None) for r in self.rows)
+        began = time.perf_counter()
+        proposal = self._propose(logits)
+        self.model_seconds += time.perf_counter() - began
+        for slot, bad in enumerate(proposal.probs.isnan().any(dim=-1).tolist()):
+            row = self.rows[slot]
+            if bad and row is not None:
+                row.fail("nan_logits", f"the logits left no probabilities at new token {len(row.tokens)}")
+                ended.append(self._release(slot))
+        self.steps += 1
+        self.row_steps += self.slots
+        self.busy_row_steps += sum(row is not None for row in self.rows)
+        if strategy.candidates > 1 or strategy.needs_history:
+            record = self._look_ahead(proposal, logits, count)
+            ended += self._write(record, logits)
+        else:
+            ended += self._write(StepRecord(proposal, details=self.details), logits)
+            if any(row is not None for row in self.rows):
+                self._forward(proposal.tokens[:count], lambda states: None, count)
+        return ended
+
+    @torch.inference_mode()
+    def _propose(self, logits: torch.Tensor) -> Proposal:
+        return self.strategy.propose(logits)
+
+    def _forward(self, tokens: torch.Tensor, choose: Callable[[torch.Tensor], Any], count: int) -> None:
+        began = time.perf_counter()
+        self._decoder.step(tokens, choose, [row is not None for row in self.rows[:count]])
+        self.model_seconds += time.perf_counter() - began
+
+    def _look_ahead(self, proposal: Proposal, logits: torch.Tensor, count: int) -> StepRecord:
+        """Run all candidates, and let the strategy pick by what they lead to."""
+        history = self._decoder.history
+        assert history is not None
+        decided: dict[str, torch.Tensor] = {}
+        part = Proposal(
+            proposal.tokens[:count], proposal.probs[:count], None if proposal.noise is None else proposal.noise[:count]
+        )
+
+        def choose(states: torch.Tensor) -> torch.Tensor:
+            penalty, position = history.penalty(states)
+            selected, scores = self.strategy.choose(part, penalty)
+            decided.update(selected=selected, scores=scores, penalty=penalty, position=position)
+            return selected
+
+        self._forward(part.tokens, choose, count)
+        return StepRecord(part, **decided, details=self.details)
+
+    def _write(self, record: StepRecord, logits: torch.Tensor) -> list[Sequence]:
+        ended = []
+        for slot, sequence in enumerate(self.rows):
+            if sequence is not None:
+                record.write(slot, sequence, logits[slot : slot + 1])
+                self.generated += 1
+                if sequence.finished:
+                    ended.append(self._release(slot))
+        return ended
+
+    def _release(self, slot: int) -> Sequence:
+        sequence = self.rows[slot]
+        assert sequence is not None
+        self.rows[slot] = None
+        self.taken.discard(slot)
+        self._decoder.clear(slot)
+        self.active -= 1
+        return sequence
+
+    def _compact(self) -> int:
+        """Rows the next step computes. Where they do not depend on each other, those at the end are left out once there
+        is nothing to fill them with; elsewhere the shape stays what it is."""
+        if not self.rows_independent or not self.exhausted or self.waiting or self.filling:
+            return self.slots
+        used = [slot for slot, row in enumerate(self.rows) if row is not None]
+        for target in range(len(used)):
+            if self.rows[target] is None:
+                source = used.pop()
+                self._decoder.copy(source, target)
+                self._decoder.clear(source)
+                self.rows[target], self.rows[source] = self.rows[source], None
+                self.taken.discard(source)
+                self.taken.add(target)
+        return max(1, sum(row is not None for row in self.rows))
+
+    # ---- memory ---------------------------------------------------------------------------------------------------
+
+    def _bytes_per_position(self, decoder: SlotDecoder) -> int:
+        """Of one slot: keys, values and the history's state; the cross-attention's keys and values as well."""
+        size = sum(
+            buffer.shape[1] * buffer.shape[3] * buffer.element_size()
+            for layer in decoder.cache.layers
+            if layer.is_initialized
+            for buffer in (layer.keys, layer.values)
+        )
+        size *= 2 if decoder.cross is not None else 1
+        if decoder.history is not None and decoder.history.states is not None:
+            size += decoder.history.states.shape[2] * decoder.history.states.element_size()
+        return size
+
+    def _check_memory(self, sequence: Sequence) -> None:
+        """Raise MemoryError where the cache would have to grow beyond what there is. (A CPU's memory is handed out on
+        trust, and the system kills whom it then cannot serve.)"""
+        decoder = self._decoder
+        needed = sequence.total_length + 1
+        if needed <= decoder.cache.capacity:
+            return
+        per_position = self._bytes_per_position(decoder)
+        wanted = per_position * self.slots * needed
+        if self.budget is not None and wanted > self.budget and self.slots > 1:
+            raise MemoryError(f"{self.slots} slots of {needed} positions are more than the memory they may take")
+        free = free_bytes(self.model.device)
+        if free is not None and wanted - per_position * self.slots * decoder.cache.capacity > SPARE_MEMORY * free:
+            raise MemoryError(f"{self.slots} slots of {needed} positions do not fit into the free memory")
+
+    def _halve(self, reason: str) -> list[Sequence]:
+        """Half the slots; everything in work begins again. With one slot left, its sequence fails."""
+        failed: list[Sequence] = []
+        if self.slots == 1:
+            if self.filling:
+                victim = self.filling.popleft()[1][0]
+            elif self.rows[0] is not None:
+                victim = self.rows[0]
+            else:
+                victim = heapq.heappop(self.waiting)[2].pop(0)
+            victim.fail("out_of_memory", f"one slot alone does not fit into memory: {reason}")
+            failed = [victim]
+        before, self.slots = self.slots, max(1, self.slots // 2)
+        self.halvings += 1
+        logger.warning("out of memory with %d slots (%s): going on with %d", before, reason, self.slots)
+        work = [[row] for row in self.rows if row is not None]
+        work += [siblings for _, siblings, _ in self.filling]
+        for siblings in work:
+            kept = [s for s in siblings if s not in failed]
+            for sequence in kept:
+                sequence.restart()
+            if kept:
+                self._wait(kept)
+        self._empty_slots()
+        self.reserved.clear()
+        self._reopen()
+        return failed
+
+    def _reopen(self) -> None:
+        if self.decoder is not None:
+            self.decoder.__exit__(None, None, None)
+        self.decoder = None
+        release()
+        self.decoder = SlotDecoder(self.model, self.slots, self.strategy.candidates, self.strategy.needs_history)
+        self.decoder.__enter__()
+
+
+class _Running:
+    """The model's hooks and fast layers, for the length of a ``with`` block."""
+
+    def __init__(self, scheduler: SlotScheduler):
+        self.scheduler = scheduler
+
+    def __enter__(self) -> SlotDecoder:
+        s = self.scheduler
+        self.stack = ExitStack()
+        self.stack.enter_context(fast_linears(s.model, max_rows=KERNEL_ROWS))
+        s._reopen()
+        return s._decoder
+
+    def __exit__(self, *exc: object) -> None:
+        s = self.scheduler
+        if s.decoder is not None:
+            s.decoder.__exit__(None, None, None)
+        s.decoder = None
+        self.stack.close()

@@ -49,7 +49,8 @@ class Strategy:
         raise NotImplementedError
 
     def choose(self, proposal: Proposal, penalty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index of the winner ``(rows,)`` and the scores ``(rows, k)``, given the ``penalty (rows, k)``."""
+        """Index of the winner ``(rows,)`` and the scores ``(rows, k)``, given the ``penalty (rows, k)``; of the first
+        ``rows`` of those that are bound."""
         raise NotImplementedError
 
     def _count_near_ties(self, scores: torch.Tensor) -> None:
@@ -58,7 +59,7 @@ class Strategy:
         near = (best[:, 0] - best[:, 1]) < NEAR_TIE
         if bool(near.any()):
             self.near_ties += sum(
-                1 for row, hit in zip(self.rows, near.tolist(), strict=True) if hit and row is not None
+                1 for row, hit in zip(self.rows, near.tolist(), strict=False) if hit and row is not None
             )
 
     def _column(self, values: list[float]) -> torch.Tensor:
@@ -102,12 +103,12 @@ class Contrastive(Strategy):
         return Proposal(tokens, probs, self._noise(probs) if self.random else None)
 
     def choose(self, proposal: Proposal, penalty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = contrastive_scores(proposal.probs.to(penalty.device), penalty, self.alpha)
+        scores = contrastive_scores(proposal.probs.to(penalty.device), penalty, self.alpha[: len(penalty)])
         # NaN (a hidden state that overflowed) loses; of equal scores the more probable, which comes first, wins.
         scores = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
         ranked = scores
         if proposal.noise is not None:
-            ranked = scores / self.temperature + proposal.noise.to(scores.device)
+            ranked = scores / self.temperature[: len(scores)] + proposal.noise.to(scores.device)
         if self.candidates > 1:
             self._count_near_ties(ranked)
         return ranked.argmax(dim=-1), scores

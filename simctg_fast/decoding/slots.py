@@ -1,0 +1,478 @@
+"""Decoding with slots: every row has its own length, and can be replaced while the others go on.
+
+One forward serves ``rows × k`` candidates at as many different positions. Attention reads each slot's own prefix
+(:mod:`.slot_cache`); masks are made from the model's own mask functions, position by position; position ids go in by
+the model's argument for them, or at its position embedding; T5's relative bias, which the model makes for the longest
+row, is shifted for the others. None of this is believed: :meth:`SlotDecoder.verify` compares rows of different lengths
+with the model's own attention over whole sequences before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import causal_mask_function
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..ops.shared_prefix_attention import shared_prefix_attention
+from .hidden_states import HiddenStatesTap, last_position
+from .paths import _KEY_VALUE_LAYERS, _RELATIVE_ERROR
+from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
+from .slot_cache import CrossSlots, SlotCache, SlotHistory
+
+Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (rows, k, D) -> index of the winner (rows,)
+
+_TRIAL_LENGTHS = (3, 17, 60)
+
+
+class SlotsUnsupportedError(Exception):
+    """Rows of different lengths do not work on this model; the message says why."""
+
+
+class SlotStep(SharedPrefixStep):
+    """What the attention function must know during one forward over slots of different lengths."""
+
+    def __init__(self, cache: SlotCache, cross: DynamicCache | None, cross_lengths: torch.Tensor | None, k: int):
+        super().__init__(cache, cross, k)  # type: ignore[arg-type] # has the layers, which is all that is read
+        self.lengths = cache.lengths[: cache.rows]
+        self.width = cache.length
+        self.cross_lengths = cross_lengths
+        self.masks: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # id(mask) -> itself, first positions
+        self.biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id(model's bias) -> itself, each row's own
+
+    def make_mask(self, *args, **kwargs) -> torch.Tensor | None:
+        """None where a row sees all of its own positions; else ``(rows, 1, 1, width + 1)``, the last for the new."""
+        padding = kwargs.get("attention_mask")  # BART and its kin make one of ones
+        if padding is not None and not bool(padding.all()):
+            raise SharedPrefixUnsupportedError("it makes an attention mask of its own")
+        function = kwargs.get("mask_function", causal_mask_function)
+        if function is causal_mask_function or kwargs.get("q_length") != 1:
+            return None
+        if kwargs.get("allow_is_bidirectional_skip"):
+            return None
+        device = self.lengths.device
+        own = self.lengths[:, None, None, None]
+        positions = torch.arange(self.width + 1, device=device)[None, None, None]
+        # The last column is the candidate's own key, which stands at its row's length.
+        places = torch.where(positions == self.width, own, positions.clamp(max=max(0, self.width - 1)))
+        rows = torch.arange(len(self.lengths), device=device)[:, None, None, None]
+        mask = function(rows, torch.zeros_like(rows), own, places)
+        mask = mask.expand(len(self.lengths), 1, 1, self.width + 1) & ((positions < own) | (positions == self.width))
+        seen = mask[:, 0, 0, :-1]
+        starts = torch.where(seen.any(dim=-1), seen.int().argmax(dim=-1), self.lengths)
+        # One stretch up to the row's end, and the candidate itself: a first position says it all.
+        is_window = bool(((self.lengths - starts) == seen.sum(dim=-1)).all() & mask[..., -1].all())
+        self.masks[id(mask)] = (mask, starts if is_window else None)
+        return mask
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        self._check_arguments(module, dropout, kwargs)
+        layer, new_key, new_value = self._find(module, query, key, value)
+        self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
+        shared = key.shape[2] - (new_key is not None)
+        starts = None
+        if attention_mask is not None and (known := self.masks.get(id(attention_mask))) is not None:
+            starts = known[1]
+            attention_mask = attention_mask if starts is None else None
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            raise SharedPrefixUnsupportedError("it adds a mask of its own to the scores")
+        bias = position_bias
+        if bias is not None and new_key is not None:
+            bias = self._shifted(bias)
+        out = shared_prefix_attention(
+            query,
+            key[:, :, :shared],
+            value[:, :, :shared],
+            shared,
+            new_key,
+            new_value,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask=attention_mask,
+            bias=bias,
+            softcap=softcap,
+            sinks=s_aux,
+            lengths=self._on(query.device, self.lengths if new_key is not None else self.cross_lengths),
+            starts=self._on(query.device, starts),
+        )
+        return out, None
+
+    @staticmethod
+    def _on(device: torch.device, lengths: torch.Tensor | None) -> torch.Tensor | None:
+        return lengths if lengths is None or lengths.device == device else lengths.to(device)
+
+    def _shifted(self, bias: torch.Tensor) -> torch.Tensor:
+        """The model's bias ``(1, H, 1, width + 1)`` is that of a query at ``width``. A query at its row's length sees a
+        position at the same distance as that one sees the position further back by the difference."""
+        known = self.biases.get(id(bias))
+        if known is not None:
+            return known[1]
+        if bias.ndim != 4 or bias.shape[0] != 1 or bias.shape[2] != 1 or bias.shape[3] != self.width + 1:
+            raise SharedPrefixUnsupportedError(f"position bias of shape {tuple(bias.shape)}")
+        positions = torch.arange(self.width + 1, device=bias.device)
+        index = (positions + (self.width - self._on(bias.device, self.lengths)[:, None])).clamp_(max=self.width)
+        shifted = bias[0, :, 0][:, index].transpose(0, 1)[:, :, None].contiguous()  # (rows, H, 1, width + 1)
+        self.biases[id(bias)] = (bias, shifted)
+        return shifted
+
+
+class SlotDecoder:
+    """Slots over one model. A slot is filled by ``prefill``, and grows by one with each ``step``.
+
+    Args:
+        model: in evaluation mode.
+        slots: rows; candidates: tokens tried a step.
+        history: keep hidden states for the degeneration penalty.
+
+    Attributes:
+        logits: ``(slots, V)`` float32, for the next token of each slot.
+
+    Raises:
+        SlotsUnsupportedError: this model cannot; also from every method.
+    """
+
+    def __init__(self, model: Any, slots: int, candidates: int, history: bool):
+        self.model, self.slots, self.candidates = model, slots, candidates
+        self.device: torch.device = model.device
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        text_config = model.config.get_text_config(decoder=True)
+        layers = DynamicCache(config=text_config).layers
+        odd = sorted({type(layer).__name__ for layer in layers} - _KEY_VALUE_LAYERS)
+        if odd or not layers:
+            raise SlotsUnsupportedError(f"its cache has layers that are not plain keys and values: {', '.join(odd)}")
+        self.cache = SlotCache(slots, len(layers), self.device)
+        self.cross = CrossSlots(slots, len(layers), self.device) if self.is_encoder_decoder else None
+        self.history = SlotHistory(self.cache) if history else None
+        self.switch = AttentionSwitch(model)
+        self.tap = HiddenStatesTap(model)
+        if not self.tap.has_head:
+            raise SlotsUnsupportedError("it has no output embedding whose input could be read")
+        parameters = inspect.signature(model.forward).parameters
+        self.position_argument = next((n for n in ("decoder_position_ids", "position_ids") if n in parameters), None)
+        self.position_modules = [] if self.position_argument else _position_modules(model)
+        self.logits: torch.Tensor | None = None
+
+    def __enter__(self) -> SlotDecoder:
+        self.tap.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.tap.__exit__(*exc)
+
+    # ---- one slot -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: list[int], start: int, last: bool) -> None:
+        """Run ``ids``, which follow the ``start`` positions the slot holds already. ``last``: the prompt ends here, and
+        the slot's logits are wanted."""
+        self.cache.set_length(slot, start)
+        self.cache.reserve(start + len(ids) + 1)
+        tokens = torch.tensor([ids], device=self.device)
+        inputs: dict[str, Any] = {"past_key_values": self._slot_cache(), "use_cache": True, "return_dict": True}
+        if self.is_encoder_decoder:
+            inputs |= {"decoder_input_ids": tokens, "encoder_outputs": self.encoded}
+        else:
+            inputs["input_ids"] = tokens
+        if self.position_argument is not None:
+            inputs[self.position_argument] = torch.arange(start, start + len(ids), device=self.device)[None]
+        self.cache.slot = slot
+        self.tap.listen(last_position, all_positions=True)
+        try:
+            outputs = self.model(**inputs)
+        except SharedPrefixUnsupportedError as error:
+            raise SlotsUnsupportedError(str(error)) from error
+        finally:
+            heard = self.tap.mute().head
+            self.cache.slot = None
+        if len(heard) != 1 or heard[0].shape[:2] != tokens.shape:
+            shapes = [tuple(states.shape) for states in heard]
+            raise SlotsUnsupportedError(f"of {len(ids)} tokens, {shapes or 'nothing'} reaches the output embedding")
+        if self.cross is not None and start == 0:
+            self.cross.fill(slot, inputs["past_key_values"].cross_attention_cache)
+        if self.history is not None:
+            self.history.write(slot, start, heard[0][0])
+        self.cache.set_length(slot, start + len(ids))
+        if last:
+            self._set_logits(slot, outputs.logits[0, -1])
+
+    def _slot_cache(self) -> Any:
+        if self.cross is None:
+            return self.cache
+        return EncoderDecoderCache(self.cache, DynamicCache(config=self.model.config.get_text_config(decoder=True)))
+
+    @torch.inference_mode()
+    def encode(self, ids: list[int]) -> None:
+        """Run the encoder for the slot that is prefilled next."""
+        source = torch.tensor([ids], device=self.device)
+        encoder = self.model.get_encoder()
+        self.encoded = encoder(input_ids=source, attention_mask=torch.ones_like(source), return_dict=True)
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int) -> None:
+        """Make slot ``target`` hold what ``source`` holds: its prefix, its history and its logits."""
+        self.cache.copy(source, target)
+        if self.cross is not None:
+            self.cross.copy(source, target)
+        if self.history is not None:
+            self.history.copy(source, target)
+        assert self.logits is not None
+        self.logits[target] = self.logits[source]
+
+    def clear(self, slot: int) -> None:
+        """The slot is free: rows of length 0 cost the least."""
+        self.cache.set_length(slot, 0)
+
+    def _set_logits(self, slot: int, logits: torch.Tensor) -> None:
+        if self.logits is None:
+            self.logits = torch.zeros(self.slots, logits.shape[-1], device=self.device)
+        self.logits[slot] = logits.to(self.logits)
+
+    # ---- all slots ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor, choose: Choose, advance: list[bool]) -> None:
+        """Try candidates ``tokens (rows, k)`` and keep each row's winner, as ``choose`` picks them.
+
+        Args:
+            tokens: for the first ``rows`` slots; those behind must be free.
+            choose: called once, before the output embedding runs on the winners alone.
+            advance: which of the rows grow; the others' tokens are there for the shape only.
+        """
+        rows, k = tokens.shape
+        cache = self.cache
+        cache.rows = rows
+        cache.reserve(cache.length + 1)
+        lengths = cache.lengths[:rows]
+        positions = lengths.clone()
+        grows = torch.tensor(advance, device=self.device)
+        cross = cross_lengths = None
+        past: Any = cache
+        inputs: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if self.cross is not None:
+            cross, cross_lengths = self.cross.as_cache(rows), self.cross.lengths[:rows]
+            past = EncoderDecoderCache(cache, cross)
+            past.is_updated = dict.fromkeys(range(len(cache.layers)), True)
+            width = cross.layers[0].keys.shape[2]
+            inputs["encoder_outputs"] = BaseModelOutput(
+                last_hidden_state=self.encoded.last_hidden_state.new_zeros(()).expand(
+                    rows * k, width, self.encoded.last_hidden_state.shape[-1]
+                )
+            )
+            inputs["decoder_input_ids"] = tokens.reshape(-1, 1)
+        else:
+            inputs["input_ids"] = tokens.reshape(-1, 1)
+        inputs["past_key_values"] = past
+        each = positions.repeat_interleave(k)
+        if self.position_argument is not None:
+            inputs[self.position_argument] = each[:, None]
+        step = SlotStep(cache, cross, cross_lengths, k)
+        first_rows = torch.arange(rows, device=self.device) * k
+        chosen: dict[str, torch.Tensor] = {}
+
+        def select(hidden_states: torch.Tensor) -> torch.Tensor:
+            if k == 1:
+                chosen["rows"], chosen["states"] = first_rows, hidden_states[:, -1]
+                choose(hidden_states[:, -1:])
+                return hidden_states
+            last = hidden_states[:, -1]
+            selected = choose(last.view(rows, k, -1))
+            chosen["rows"] = first_rows + selected.to(first_rows.device)
+            chosen["states"] = last.index_select(0, chosen["rows"].to(last.device))
+            return chosen["states"][:, None]
+
+        self.tap.listen(select)
+        try:
+            with self.switch(step), self._positions(each):
+                outputs = self.model(**inputs)
+            heard = self.tap.mute()
+            if len(heard.head) != 1:
+                raise SlotsUnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward")
+            step.check_all_called()
+            cache.commit(chosen["rows"], grows, advance)
+        except SharedPrefixUnsupportedError as error:
+            raise SlotsUnsupportedError(str(error)) from error
+        finally:
+            self.tap.mute()
+            cache.drop_pending()
+        if self.history is not None:
+            self.history.append(chosen["states"], positions)
+        logits = outputs.logits[:, -1]
+        if rows == self.slots and logits.dtype == torch.float32 and logits.device == self.device:
+            self.logits = logits
+        else:
+            assert self.logits is not None
+            self.logits[:rows] = logits.to(self.logits)
+        cache.rows = self.slots
+
+    @contextmanager
+    def _positions(self, positions: torch.Tensor) -> Iterator[None]:
+        """Models that make positions of their cache's one length get each row's at their position embedding."""
+        if not self.position_modules:
+            yield
+            return
+        for module in self.position_modules:
+            module.__dict__["forward"] = _with_positions(module, positions)
+        try:
+            yield
+        finally:
+            for module in self.position_modules:
+                module.__dict__.pop("forward", None)
+
+    # ---- trial ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def verify(self, limit: int | None) -> None:
+        """Fill slots to different lengths, take two steps, and compare every candidate's hidden state and the winners'
+        logits with the model's own attention over the whole sequence. Leaves all slots free.
+
+        Raises:
+            SlotsUnsupportedError: they differ, or the model cannot be run so at all.
+        """
+        try:
+            self._verify(limit)
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise SlotsUnsupportedError(f"a trial step fails ({type(error).__name__}: {error})") from error
+        finally:
+            for slot in range(self.slots):
+                self.clear(slot)
+
+    def _verify(self, limit: int | None) -> None:
+        longest = max(4, (limit or 1024) - 4)
+        lengths = [min(length, longest) for length in _TRIAL_LENGTHS[-self.slots :]]
+        config = self.model.config.get_text_config(decoder=True)
+        vocabulary = max(4, min(config.vocab_size, 1000))
+        random = torch.Generator().manual_seed(0)
+        draw = lambda n: torch.randint(3, vocabulary, (n,), generator=random).tolist()  # noqa: E731
+        sources = [draw(length) for length in reversed(lengths)] if self.is_encoder_decoder else [None] * len(lengths)
+        prompts = [draw(length) for length in lengths]
+        for slot, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
+            if source is not None:
+                self.encode(source)
+            half = len(prompt) // 2  # in two chunks, as a long prompt is
+            self.prefill(slot, prompt[:half] or prompt[:1], 0, last=False)
+            self.prefill(slot, prompt[half or 1 :], half or 1, last=True)
+        k = self.candidates
+        for _ in range(2):
+            tokens = torch.tensor([draw(k) for _ in range(self.slots)], device=self.device)
+            seen: list[torch.Tensor] = []
+
+            def choose(states: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+                seen.append(states.clone())
+                return torch.full((len(states),), states.shape[1] - 1, device=states.device)
+
+            self.step(tokens, choose, [slot < len(prompts) for slot in range(self.slots)])
+            for slot, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
+                for column in sorted({0, k - 1}):
+                    state, logits = self._whole([*prompt, int(tokens[slot, column])], source)
+                    self._compare(seen[0][slot, column], state, "hidden states")
+                assert self.logits is not None
+                self._compare(self.logits[slot], logits, "logits")
+                prompt.append(int(tokens[slot, k - 1]))
+
+    @torch.inference_mode()
+    def rows_are_independent(self) -> bool:
+        """Whether a row's bits stay the same when fewer rows are computed with it, as far as a trial can tell."""
+        random = torch.Generator().manual_seed(0)
+        vocabulary = max(4, min(self.model.config.get_text_config(decoder=True).vocab_size, 1000))
+        tokens = torch.randint(3, vocabulary, (self.slots, self.candidates), generator=random)
+        seen: list[torch.Tensor] = []
+
+        def choose(states: torch.Tensor) -> torch.Tensor:
+            seen.append(states.clone())
+            return torch.zeros(len(states), dtype=torch.long)
+
+        logits = []
+        for rows in (self.slots, max(1, self.slots // 2), 1):
+            for slot in range(self.slots):
+                self.clear(slot)
+            self.step(tokens[:rows], choose, [True] * rows)
+            assert self.logits is not None
+            logits.append(self.logits[0].clone())
+        for slot in range(self.slots):
+            self.clear(slot)
+        return all(torch.equal(states[0], seen[0][0]) for states in seen) and all(
+            torch.equal(row, logits[0]) for row in logits
+        )
+
+    def _whole(self, ids: list[int], source: list[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's own state and logits at the end of ``ids``, without a cache."""
+        tokens = torch.tensor([ids], device=self.device)
+        inputs: dict[str, Any] = {"use_cache": False, "return_dict": True}
+        if source is None:
+            inputs["input_ids"] = tokens
+        else:
+            inputs |= {"input_ids": torch.tensor([source], device=self.device), "decoder_input_ids": tokens}
+        self.tap.listen(last_position, all_positions=True)
+        try:
+            outputs = self.model(**inputs, **self.tap.arguments)
+        finally:
+            heard = self.tap.mute()
+        state = heard.head[0][0, -1]
+        layers = heard.last_layer
+        if not layers:
+            name = "decoder_hidden_states" if self.is_encoder_decoder else "hidden_states"
+            layers = [getattr(outputs, name)[-1]]
+        last = layers[-1][0, -1]
+        if state.shape != last.shape or torch.cosine_similarity(state.float(), last.float(), dim=-1) < 1 - 1e-3:
+            raise SlotsUnsupportedError("the output embedding's input is not the last hidden state")
+        return state, outputs.logits[0, -1]
+
+    def _compare(self, ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+        a, b = ours.float(), expected.float().to(ours.device)
+        finite = torch.isfinite(a) & torch.isfinite(b)  # logits of banned tokens are −inf in some models
+        error = ((a - b)[finite].norm() / b[finite].norm().clamp_min(1e-12)).item()
+        allowed = _RELATIVE_ERROR.get(self.model.dtype, 1e-1)
+        if not error <= allowed or not bool((torch.isfinite(a) == torch.isfinite(b)).all()):
+            raise SlotsUnsupportedError(
+                f"{what} of rows of different lengths differ from its own attention's by {error:.2g} "
+                f"(allowed {allowed:g})"
+            )
+
+
+def _position_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Position embeddings of the decoder that can be told positions."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else model
+    return [
+        module
+        for name, module in decoder.named_modules()
+        if "position" in name.rpartition(".")[2] and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+
+
+def _with_positions(module: torch.nn.Module, positions: torch.Tensor) -> Callable[..., torch.Tensor]:
+    original = type(module).forward
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = original(module, *args, **(kwargs | {"position_ids": positions}))
+        return out.reshape(len(positions), 1, out.shape[-1])
+
+    return forward
