@@ -11,6 +11,8 @@ whose mask is built row by row on the host) and `tutorial` (the T5 tutorial's tw
 entries). Of SimCSE: `matmul` (normalise, one product, cross-entropy), `broadcast` (the usual code, (N, 1, d) against
 (1, N, d)), and sentence-transformers' loss where it is installed.
 
+Where a goal is set for a case it is printed beside what was reached.
+
 Four kinds of hidden states: `isotropic` (no hinge active), `biased` by 1.5 (every hinge active, as at the start of
 training), `mixed`, biased by 1.0 (about 60 % active, every tile mixed: the hard case), and `trained` (of the bundled
 model, in its own width). Values and gradients are compared with float64 first: where ours is off nothing is reported.
@@ -49,6 +51,32 @@ BIAS = {"isotropic": 0.0, "mixed": 1.0, "biased": 1.5}
 MODES = ("forward", "backward", "both")
 MARGIN = 0.5
 Loss = Callable[[Tensor], Tensor]
+
+# (device, dtype): shape: {peer: (on mixed tiles, on tiles that are all or none)}, forward and backward together.
+GOALS = {
+    ("cpu", "fp32"): {
+        "8x256x768": {"eager": (2.2, 4.0)},
+        "8x1024x768": {"eager": (3.0, 6.0)},
+        "2x4096x768": {"eager": (3.5, 8.0)},
+    },
+    ("cuda", "bf16"): {
+        "32x256x768": {"eager": (2.5, 2.5), "compile": (1.3, 1.3)},
+        "16x1024x768": {"eager": (3.3, 5.0), "compile": (1.7, 2.8)},
+        "4x4096x768": {"eager": (3.7, 9.0), "compile": (1.9, 5.0)},
+        "1x16384x4096": {"eager": (1.9, 6.0)},
+    },
+    ("cuda", "fp32"): {
+        "32x256x768": {"eager": (3.0, None), "compile": (2.0, None)},
+        "16x1024x768": {"eager": (7.0, None), "compile": (5.0, None)},
+        "4x4096x768": {"eager": (8.0, None), "compile": (7.0, None)},
+    },
+}
+HIGHEST_GOAL = 1.5  # at --precision highest, against eager
+SIMCSE_GOALS = {
+    ("cpu", "fp32"): {1024: {"broadcast": 5.0}, 4096: {"matmul": 1.2}},
+    ("cuda", "bf16"): {1024: {"matmul": 1.0}, 2048: {"matmul": 1.0}, 32768: {"matmul": 1.5}},
+    ("cuda", "fp32"): {1024: {"matmul": 1.0}, 2048: {"matmul": 1.0}, 32768: {"matmul": 3.5}},
+}
 
 
 # ---- providers -------------------------------------------------------------------------------------------------------
@@ -197,7 +225,24 @@ def configuration(args: argparse.Namespace) -> str:
     )
 
 
-def compare(kernel: str, label: str, providers: dict[str, Loss], data: Tensor, args: argparse.Namespace) -> None:
+def goals_of(shape: str, kind: str, args: argparse.Namespace) -> dict[str, float]:
+    goals = GOALS.get((args.device, args.dtype), {}).get(shape, {})
+    if kind not in BIAS:
+        return {}
+    if args.device == "cuda" and args.dtype == "fp32" and args.precision == "highest":
+        return {"eager": HIGHEST_GOAL} if goals else {}
+    found = {peer: pair[0 if kind == "mixed" else 1] for peer, pair in goals.items()}
+    return {peer: goal for peer, goal in found.items() if goal is not None}
+
+
+def compare(
+    kernel: str,
+    label: str,
+    providers: dict[str, Loss],
+    data: Tensor,
+    args: argparse.Namespace,
+    goals: dict[str, float],
+) -> None:
     """Measures all providers, prints a table, appends the CSV."""
     now = stopwatch(args.device, args.clock)
     splits: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in providers}
@@ -222,6 +267,10 @@ def compare(kernel: str, label: str, providers: dict[str, Loss], data: Tensor, a
             Row(kernel, name, "both", "peak_mb", "case", label, *[memory[name]] * 3, config, device_name(), versions)
         )
         print(f"  {name:22s} {'  '.join(cells)}  peak {memory[name]:8.1f} MB", flush=True)
+    for peer, goal in goals.items():
+        if peer in splits:
+            reached = min(splits[peer]["both"]) / min(splits["ours"]["both"])
+            print(f"  goal over {peer}: {goal}x, {'met' if reached >= goal else 'MISSED'} ({reached:.2f}x)", flush=True)
     append_csv(Path(args.csv), rows)
 
 
@@ -266,7 +315,7 @@ def run_contrastive(args: argparse.Namespace) -> bool:
             print(f"\n{shape} {kind}: WRONG, not measured", flush=True)
             passed = False
             continue
-        compare("contrastive_loss", f"{shape} {args.dtype} {kind}", providers, data, args)
+        compare("contrastive_loss", f"{shape} {args.dtype} {kind}", providers, data, args, goals_of(shape, kind, args))
     return passed
 
 
@@ -276,12 +325,15 @@ def run_simcse(args: argparse.Namespace) -> bool:
         torch.manual_seed(0)
         data = (torch.randn(rows, 768) + 0.5).to(args.device, DTYPES[args.dtype])
         providers = simcse_providers(rows, args.device)
+        if "broadcast" not in args.peers:
+            providers.pop("broadcast", None)
         small = data[: min(rows, 2050)]
         if not agrees(providers["ours"], simcse_reference, simcse_reference, small):
             print(f"\nsimcse {rows}: WRONG, not measured", flush=True)
             passed = False
             continue
-        compare("simcse", f"simcse {rows}x768 {args.dtype}", providers, data, args)
+        goals = SIMCSE_GOALS.get((args.device, args.dtype), {}).get(rows, {})
+        compare("simcse", f"simcse {rows}x768 {args.dtype}", providers, data, args, goals)
     return passed
 
 
@@ -324,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     parser.add_argument("--shapes", help=f"batch x length x width, ...; default {CPU_SHAPES}, cuda {CUDA_SHAPES}")
     parser.add_argument("--kinds", default="mixed,biased,isotropic,trained")
-    parser.add_argument("--peers", default="ours,eager,compile,published,tutorial")
+    parser.add_argument("--peers", default="ours,eager,compile,published,tutorial,broadcast")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--simcse", help="numbers of rows: measure SimCSE instead")
     parser.add_argument("--crossover", action="store_true")

@@ -41,10 +41,11 @@ def inverse_norms(hidden_states: Tensor, real: Tensor | None) -> Tensor:
     result = hidden_states.new_empty((batch, length), dtype=accumulator_dtype(hidden_states.dtype))
     for group, rows in _blocks(hidden_states):
         states = hidden_states[group, rows].to(result.dtype)
-        largest = states.abs().amax(dim=-1, keepdim=True)  # divided out first: no square overflows or vanishes
+        # The largest component is divided out first: no square overflows or vanishes.
+        largest = torch.linalg.vector_norm(states, torch.inf, dim=-1, keepdim=True)
         usable = largest > _SMALLEST_NORM
-        largest = torch.where(usable, largest, torch.ones_like(largest))
-        inverse = (states / largest).square().sum(dim=-1, keepdim=True).rsqrt() / largest
+        divisor = torch.where(usable, largest, torch.ones_like(largest))
+        inverse = torch.linalg.vector_norm(states / divisor, dim=-1, keepdim=True).reciprocal_().div_(divisor)
         inverse = torch.where(usable, inverse, torch.zeros_like(inverse))
         inverse = torch.where(states.sum(dim=-1, keepdim=True).isnan() | largest.isinf(), torch.nan, inverse)
         result[group, rows] = inverse.squeeze(-1)
