@@ -14,8 +14,13 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_crf import check_crf, check_crf_speed
+from gpu_losses import check_losses, measure_losses
 
 from simctg_fast import backend_info, viterbi_backtrace
 from simctg_fast.ops.candidate_select import candidate_scan
@@ -143,6 +148,10 @@ PARTS: dict[str, Callable[[str], Iterator[Case]]] = {
     "candidate_scan": check_candidate_scan,
     "shared_prefix_attention": check_shared_prefix_attention,
     "viterbi_backtrace": check_viterbi_backtrace,
+    "crf": lambda device: check_crf(device, within),
+    "crf_speed": check_crf_speed,
+    "losses": check_losses,
+    "losses_speed": measure_losses,
     "tests": check_tests,
 }
 
