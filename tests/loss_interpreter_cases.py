@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from simctg_fast.functional import contrastive_loss, cosine_similarity_matrix, simcse_sup_loss, simcse_unsup_loss
+from simctg_fast.ops.simcse import pair_loss
 from simctg_fast.reference import simcse as simcse_reference
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 
@@ -26,10 +27,11 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-12))
 
 
-def gradient_of(loss_function, tensor: torch.Tensor):
+def gradient_of(loss_function, tensor: torch.Tensor, factor: float = 1.0):
+    """The loss, and the gradient of ``factor * loss``."""
     leaf = tensor.detach().requires_grad_()
     loss = loss_function(leaf)
-    loss.backward()
+    (loss * factor).backward()
     return loss.detach(), leaf.grad
 
 
@@ -46,13 +48,14 @@ def contrastive(shape, bias, dtype, reduction, precision, normalizer=None) -> di
         states[0, length // 2] = 0.0
     junk = states if mask is None else states.masked_fill(mask[..., None] == 0, float("nan"))
     wide = states.double()
-    truth, gradient = gradient_of(lambda s: reference(s, mask, 0.5, reduction), wide)
+    factor = float(length**2)  # as a gradient scaler would: float16 has no room for what a pair adds to a mean
+    truth, gradient = gradient_of(lambda s: reference(s, mask, 0.5, reduction), wide, factor)
     if normalizer is not None:
         count = float((mask.sum(1) * (mask.sum(1) - 1)).sum())
         truth, gradient = truth * count / normalizer, gradient * count / normalizer
     gradient = gradient.masked_fill((wide == 0).all(-1, keepdim=True), 0.0)
     loss, got = gradient_of(
-        lambda s: contrastive_loss(s, 0.5, mask, reduction, normalizer=normalizer, impl="triton"), junk
+        lambda s: contrastive_loss(s, 0.5, mask, reduction, normalizer=normalizer, impl="triton"), junk, factor
     )
     # A permuted view, no gradient kept.
     permuted = junk.transpose(0, 1).contiguous().transpose(0, 1)
@@ -84,6 +87,20 @@ def simcse(rows, width, dtype, supervised, temperature) -> dict[str, float]:
     theirs = simcse_reference.simcse_sup_loss if supervised else simcse_reference.simcse_unsup_loss
     truth, gradient = gradient_of(lambda e: theirs(e, temperature), embeddings.double())
     loss, got = gradient_of(lambda e: mine(e, temperature=temperature, impl="triton"), embeddings)
+    return {"loss": float((loss - truth).abs() / truth), "gradient": relative(got, gradient)}
+
+
+def left_out(rows, width, dtype) -> dict[str, float]:
+    """Some rows against all, each left out where it is a key itself; the whole loss of one set in three parts."""
+    vectors = torch.randn(rows, width).to(DTYPES[dtype])
+    targets = torch.arange(rows) ^ 1
+    parts = [slice(0, 2), slice(2, rows // 2), slice(rows // 2, rows)]
+
+    def in_parts(v):
+        return sum(pair_loss(v[part], v, targets[part], 20.0, "triton", part.start).sum() for part in parts)
+
+    truth, gradient = gradient_of(lambda v: rows * simcse_reference.simcse_unsup_loss(v), vectors.double())
+    loss, got = gradient_of(in_parts, vectors)
     return {"loss": float((loss - truth).abs() / truth), "gradient": relative(got, gradient)}
 
 

@@ -173,3 +173,4 @@ def test_aot_highest_precision(name, capability, tmp_path):
     used, code = inspect(compiled.asm["cubin"], tmp_path)
     check_resources(used, compiled, capability)
     assert "FFMA" in code
+    assert not re.search(TENSOR_CORE[capability], code)
