@@ -29,7 +29,7 @@ from simctg_fast.kernels import candidate_select, prefix_commit, shared_prefix_a
 
 BIN = Path(nvidia.__file__).parent / "bin"
 ARCHITECTURES = (80, 90, 100)
-# Of a multiprocessor: shared memory a block may have, all of it, registers, threads (a block loses 1 KiB to the system).
+# Of a multiprocessor: shared memory of a block and in all (a block loses 1 KiB to the system), registers, threads.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_TOTAL = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
@@ -73,7 +73,7 @@ VARIANTS = {
         f"{kind}-d{dim}-m{rows}-{flags}"
         for kind in SIZES
         for dim in (64, 128, 256)
-        for rows in (16, 64)
+        for rows in (16, 64 if dim <= 128 else 32)
         for flags in ("plain", "all")
     ]
     + ["bf16-d80-m16-plain", "fp32high-d128-m16-plain"],
@@ -115,7 +115,7 @@ def _attention(variant: str, arch: int):
     padded = shared_prefix_attention.padded(dim)
     config = shared_prefix_attention.CONFIGS[arch, SIZES[operand], max(64, padded)]
     x = f"*{operand}"
-    signature = {name: I for name in shared_prefix_attention.shared_prefix_attention_kernel.arg_names}
+    signature = dict.fromkeys(shared_prefix_attention.shared_prefix_attention_kernel.arg_names, I)
     signature |= {
         "query_ptr": x, "key_ptr": x, "value_ptr": x, "new_key_ptr": x, "new_value_ptr": x, "mask_ptr": "*u8",
         "bias_ptr": x, "sinks_ptr": x, "lengths_ptr": L, "starts_ptr": L, "partial_ptr": F, "maxima_ptr": F,
@@ -131,7 +131,8 @@ def _attention(variant: str, arch: int):
         "BLOCK_D": padded, "BLOCK_V": padded,
     }  # fmt: skip
     kernel = shared_prefix_attention.shared_prefix_attention_kernel
-    return kernel, signature, constants, config.num_warps, config.num_stages
+    warps = shared_prefix_attention.warps_of(rows, config)
+    return kernel, signature, constants, warps, config.num_stages
 
 
 def _commit(variant: str, arch: int):
@@ -223,9 +224,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="write the table here as well")
     options = parser.parse_args()
     print(f"triton {triton.__version__}")
-    print(
-        f"{'kernel':10}{'variant':24}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'blocks':>7}  loads; matrix"
-    )
+    print(f"{'kernel':10}{'variant':24}  sm warps  regs spill  shared blocks  loads; matrix")
     reports = []
     for case in cases(options.kernel or tuple(VARIANTS), options.arch or ARCHITECTURES):
         r = report(case)

@@ -19,7 +19,6 @@ from ._launch import architecture, on, precise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIM_LIMIT = 256
-_ROWS = 64  # of a tile, at most
 _SPLIT_LIMIT = 64
 _SHARE = 256  # positions below which a share does not pay
 _WAVES = 4  # of programs, where there is that much to split
@@ -219,13 +218,20 @@ def shared_prefix_attention_kernel(
         tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=wanted)
 
 
-def tile_rows(rows: int) -> int:
-    """Rows of a tile for `rows` query rows a key/value head: the smallest `tl.dot` takes, 64 at most."""
-    return min(_ROWS, max(16, triton.next_power_of_2(rows)))
+def tile_rows(rows: int, dim: int, value_dim: int) -> int:
+    """Rows of a tile for `rows` query rows a key/value head: from the smallest that `tl.dot` takes to what the registers
+    hold."""
+    limit = 64 if max(padded(dim), padded(value_dim)) <= 128 else 32
+    return min(limit, max(16, triton.next_power_of_2(rows)))
 
 
 def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
+
+
+def warps_of(block_m: int, config: Config) -> int:
+    """Tall tiles with masks and biases need the registers of twice the warps."""
+    return config.num_warps if block_m <= 32 else 2 * config.num_warps
 
 
 def config_of(device: torch.device, size: int, dim: int, value_dim: int) -> Config:
@@ -274,7 +280,7 @@ def shared_prefix_attention(
     if out.numel() == 0:
         return out
     candidates, groups = rows // batch, heads // kv_heads
-    block_m = tile_rows(candidates * groups)
+    block_m = tile_rows(candidates * groups, dim, value_dim)
     block_v = padded(value_dim)
     tiles = triton.cdiv(candidates * groups, block_m)
     config = config_of(query.device, query.element_size(), dim, value_dim)
@@ -310,6 +316,6 @@ def shared_prefix_attention(
             HAS_WINDOW=window is not None and own, SPLIT=split,
             PRECISION="ieee" if query.element_size() == 2 or precise() else "tf32x3",
             BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded(dim), BLOCK_V=block_v,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=warps_of(block_m, config), num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from simctg_fast.ops import _cpu
-from simctg_fast.ops.candidate_select import IMPLS, candidate_scan, contrastive_scores
+from simctg_fast.ops.candidate_select import candidate_scan, candidate_select, contrastive_scores
+
+IMPLS = ("auto", "cpu", "torch")  # "triton" is tested in test_decode_triton.py
 
 
 def operands(batch, k, length, dim, dtype=torch.float32):
@@ -194,3 +196,79 @@ def test_named_impl_that_cannot_run_raises():
     hidden_states, history = (x.to("meta") for x in operands(1, 2, 3, 4))
     with pytest.raises((RuntimeError, ValueError), match="cpu"):
         candidate_scan(hidden_states, history, 3, impl="cpu")
+
+
+def select_operands(dtype=torch.float32):
+    hidden_states, history = operands(3, 4, 9, 24, dtype)
+    probs = torch.rand(3, 4).sort(dim=-1, descending=True).values
+    return hidden_states, probs, history, torch.tensor([9, 4, 14])  # the last row is full
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_select_chooses_and_appends(impl, padded):
+    hidden_states, probs, history, lengths = select_operands()
+    probs[1, 0] = 0  # banned
+    history = history.nan_to_num(nan=0.25)
+    mask = torch.rand(3, 14) > 0.3 if padded else None
+    skip_unless_supported(impl, hidden_states, history, mask)
+    before = history.clone()
+    seen = torch.arange(14) < lengths[:, None]
+    truth = in_float64(hidden_states, history, 14, seen if mask is None else seen & mask)
+    score = (0.4 * probs.double() - 0.6 * truth.values).masked_fill(probs == 0, -torch.inf)
+    selected, winner, penalty, position = candidate_select(
+        hidden_states, probs, history, lengths, 0.6, mask, with_penalty=True, impl=impl
+    )
+    assert torch.equal(selected, score.argmax(dim=-1))
+    assert torch.equal(winner, hidden_states[torch.arange(3), selected])
+    torch.testing.assert_close(penalty.double(), truth.values, atol=1e-6, rtol=0)
+    assert torch.equal(position, truth.indices)
+    for row in (0, 1):
+        before[row, lengths[row]] = torch.nn.functional.normalize(winner[row], dim=-1)
+    torch.testing.assert_close(history, before)
+
+
+def test_select_ties_nan_and_nothing_more_than_asked():
+    states = torch.tensor([[[1.0, 0], [1, 0], [1, 0], [float("nan"), 0]]]).expand(2, -1, -1).contiguous()
+    history = torch.tensor([[[1.0, 0], [5, 5]]]).repeat(2, 1, 1)
+    probs = torch.tensor([[0.25, 0.5, 0.5, 0.9], [0.25] * 4])
+    selected, _, penalty, position = candidate_select(states, probs, history, torch.tensor([1, 1]), 0.5)
+    assert selected.tolist() == [1, 0]  # the more probable, then the first; NaN never
+    assert penalty.numel() == position.numel() == 0
+    assert history[:, 1].tolist() == [[1, 0], [1, 0]]
+
+
+def test_select_names_what_does_not_fit():
+    hidden_states, probs, history, lengths = select_operands()
+    with pytest.raises(ValueError, match=r"probs has shape \(3, 3\).*must be \(3, 4\)"):
+        candidate_select(hidden_states, probs[:, :3], history, lengths, 0.6)
+    with pytest.raises(ValueError, match=r"lengths has shape \(2,\)"):
+        candidate_select(hidden_states, probs, history, lengths[:2], 0.6)
+    with pytest.raises(ValueError, match=r"impl must be one of .*got 'gpu'"):
+        candidate_select(hidden_states, probs, history, lengths, 0.6, impl="gpu")
+    with pytest.raises((RuntimeError, ValueError), match="triton"):
+        candidate_select(hidden_states, probs, history, lengths, 0.6, impl="triton")
+    with pytest.raises((RuntimeError, ValueError), match="triton"):
+        candidate_scan(hidden_states, history, 9, impl="triton")
+
+
+@pytest.mark.parametrize("with_penalty", [False, True])
+def test_select_operator(with_penalty):
+    hidden_states, probs, history, lengths = select_operands()
+    history = history.nan_to_num(nan=0.5)
+    mask = torch.ones(3, 14, dtype=torch.bool)
+    for states in (hidden_states, hidden_states.mT.contiguous().mT):
+        arguments = (states, probs, history, lengths, mask, 0.6, with_penalty)
+        torch.library.opcheck(torch.ops.simctg_fast.candidate_select, arguments)
+
+
+def test_select_compiles_as_one_graph():
+    def select(hidden_states, probs, history, lengths):
+        return candidate_select(hidden_states, probs, history, lengths, 0.6)[0]
+
+    hidden_states, probs, history, lengths = select_operands()
+    history = history.nan_to_num(nan=0.5)
+    twin = history.clone()
+    compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden_states, probs, twin, lengths), select(hidden_states, probs, history, lengths))
+    assert torch.equal(twin, history)

@@ -145,15 +145,40 @@ def check_strided_scan() -> None:
 
 
 SCANS = (
-    dict(batch=1, k=1, lengths=[1], capacity=1, width=1, dtype=torch.float32),
-    dict(batch=3, k=5, lengths=[33, 1, 140], capacity=150, width=200, dtype=torch.float32),
-    dict(batch=2, k=17, lengths=[70, 70], capacity=75, width=31, dtype=torch.float16),
-    dict(batch=1, k=4, lengths=[300], capacity=300, width=128, dtype=torch.float16),
-    dict(batch=2, k=3, lengths=[40, 65], capacity=70, width=40, dtype=torch.float16, history_dtype=torch.float32),
-    dict(batch=2, k=4, lengths=[90, 50], capacity=100, width=64, dtype=torch.float32, masked=True, precision="high"),
-)  # fmt: skip
+    {"batch": 1, "k": 1, "lengths": [1], "capacity": 1, "width": 1, "dtype": torch.float32},
+    {"batch": 3, "k": 5, "lengths": [33, 1, 140], "capacity": 150, "width": 200, "dtype": torch.float32},
+    {"batch": 2, "k": 17, "lengths": [70, 70], "capacity": 75, "width": 31, "dtype": torch.float16},
+    {"batch": 1, "k": 4, "lengths": [300], "capacity": 300, "width": 128, "dtype": torch.float16},
+    {
+        "batch": 2,
+        "k": 3,
+        "lengths": [40, 65],
+        "capacity": 70,
+        "width": 40,
+        "dtype": torch.float16,
+        "history_dtype": torch.float32,
+    },
+    {
+        "batch": 2,
+        "k": 4,
+        "lengths": [90, 50],
+        "capacity": 100,
+        "width": 64,
+        "dtype": torch.float32,
+        "masked": True,
+        "precision": "high",
+    },
+)
 MORE_SCANS = [
-    dict(batch=batch, k=k, lengths=lengths[:batch], capacity=300, width=width, dtype=dtype, masked=masked)
+    {
+        "batch": batch,
+        "k": k,
+        "lengths": lengths[:batch],
+        "capacity": 300,
+        "width": width,
+        "dtype": dtype,
+        "masked": masked,
+    }
     for batch, k, width in ((1, 64, 513), (5, 8, 1000))
     for lengths in ([257] * 5, [300, 0, 31, 32, 33])
     for dtype in ROUNDING
@@ -246,40 +271,51 @@ def check_attention(precision="highest", **case) -> None:
     torch.testing.assert_close(out.double(), attention_truth(arguments), atol=ROUNDING[case["dtype"]], rtol=0)
 
 
-PLAIN = dict(batch=2, k=4, heads=4, kv_heads=4, length=11, dim=16, value_dim=16, dtype=torch.float32)
+PLAIN = {
+    "batch": 2,
+    "k": 4,
+    "heads": 4,
+    "kv_heads": 4,
+    "length": 11,
+    "dim": 16,
+    "value_dim": 16,
+    "dtype": torch.float32,
+}
 ATTENTIONS = [
     PLAIN | changes
     for changes in (
         {},
-        dict(length=700, batch=1, kv_heads=1, dtype=torch.float16, dim=64),  # several shares
-        dict(length=600, batch=2, kv_heads=2, lengths=[590, 3], starts=[300, 1], dim=80, value_dim=24),
-        dict(lengths=[11, 0], k=1, heads=6, kv_heads=2, dim=96, value_dim=96, dtype=torch.float16),
-        dict(kv_heads=1, heads=20, k=5, mask=("rows", "heads"), bias=("1", "heads"), softcap=0.7),  # two tiles of rows
-        dict(own=False, mask=("batch", "1"), bias=("rows", "1"), sinks=True),
-        dict(window=5, lengths=[11, 3], sinks=True, kv_heads=2, softcap=1.5),
-        dict(window=1, starts=[2, 0], mask=("1", "1")),
-        dict(window_start=4, bias=("batch", "heads"), dtype=torch.float16, precision="high"),
-        dict(length=530, batch=1, window=300, sinks=True, precision="high", mask=("batch", "1")),
+        {"length": 700, "batch": 1, "kv_heads": 1, "dtype": torch.float16, "dim": 64},  # several shares
+        {"length": 600, "batch": 2, "kv_heads": 2, "lengths": [590, 3], "starts": [300, 1], "dim": 80, "value_dim": 24},
+        {"lengths": [11, 0], "k": 1, "heads": 6, "kv_heads": 2, "dim": 96, "value_dim": 96, "dtype": torch.float16},
+        {"kv_heads": 1, "heads": 20, "k": 5, "mask": ("rows", "heads"), "bias": ("1", "heads"), "softcap": 0.7},
+        {"own": False, "mask": ("batch", "1"), "bias": ("rows", "1"), "sinks": True},
+        {"window": 5, "lengths": [11, 3], "sinks": True, "kv_heads": 2, "softcap": 1.5},
+        {"window": 1, "starts": [2, 0], "mask": ("1", "1")},
+        {"window_start": 4, "bias": ("batch", "heads"), "dtype": torch.float16, "precision": "high"},
+        {"length": 530, "batch": 1, "window": 300, "sinks": True, "precision": "high", "mask": ("batch", "1")},
     )
-]  # fmt: skip
+]
 MORE_ATTENTIONS = [
-    PLAIN | dict(dtype=dtype, k=k, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim, length=300) | extra
+    PLAIN
+    | {"dtype": dtype, "k": k, "heads": heads, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim, "length": 300}
+    | extra
     for dtype in ROUNDING
     for k, heads, kv_heads, dim, value_dim in ((1, 8, 2, 32, 32), (8, 12, 12, 72, 72), (3, 4, 1, 256, 128))
     for extra in (
-        dict(lengths=[299, 257], starts=[256, 0]),
-        dict(window=100, softcap=2.0, sinks=True),
-        dict(mask=("rows", "heads"), bias=("rows", "heads")),
-        dict(own=False, bias=("1", "heads")),
+        {"lengths": [299, 257], "starts": [256, 0]},
+        {"window": 100, "softcap": 2.0, "sinks": True},
+        {"mask": ("rows", "heads"), "bias": ("rows", "heads")},
+        {"own": False, "bias": ("1", "heads")},
     )
-]  # fmt: skip
+]
 
 
 def check_attention_sees_nothing() -> None:
-    """A row that may see nothing is NaN, as softmax makes it; with a sink it is zero. Its neighbours are as they were."""
+    """A row that may see nothing is NaN, as softmax makes it; with a sink it is zero. The others stay."""
     from simctg_fast.kernels import shared_prefix_attention as kernels
 
-    arguments = attention_operands(**PLAIN | dict(own=False, mask=("batch", "1")))
+    arguments = attention_operands(**PLAIN | {"own": False, "mask": ("batch", "1")})
     arguments["mask"][0] = False
     arguments["mask"][1, ..., 3] = True
     out = kernels.shared_prefix_attention(**arguments)
@@ -293,7 +329,7 @@ def check_rows_are_their_own() -> None:
     """Bit for bit the same whatever stands in the other rows."""
     from simctg_fast.kernels import shared_prefix_attention as kernels
 
-    arguments = attention_operands(**PLAIN | dict(length=600, lengths=[600, 580]))
+    arguments = attention_operands(**PLAIN | {"length": 600, "lengths": [600, 580]})
     before = kernels.shared_prefix_attention(**arguments)
     arguments["key"][1] = torch.randn_like(arguments["key"][1])
     arguments["lengths"][1] = 5
@@ -356,6 +392,45 @@ def check_top_k_edges() -> None:
     torch.testing.assert_close(ours, strided.softmax(-1).topk(4).values)
 
 
+def check_operators() -> None:
+    """The same through the operators, by name."""
+    from simctg_fast.ops.candidate_select import candidate_scan, candidate_select
+    from simctg_fast.ops.prefix_commit import CommitPlan
+    from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
+    from simctg_fast.ops.top_k import top_k_probs
+
+    states, history = scan_operands(2, 4, [14, 14], 14, 24, torch.float32)
+    mask, lengths, probs = torch.rand(2, 14) > 0.3, torch.tensor([9, 5]), torch.rand(2, 4)
+    copies = {impl: history.clone() for impl in ("triton", "torch")}
+    results = [
+        (
+            *candidate_scan(states, history, 14, mask, impl, lengths),
+            *candidate_select(states, probs, copies[impl], lengths, 0.6, mask, with_penalty=True, impl=impl),
+            copies[impl],
+            *top_k_probs(probs, 3, impl),
+        )
+        for impl in copies
+    ]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+    arguments = attention_operands(**PLAIN | {"window": 4, "lengths": [11, 7], "kv_heads": 2})
+    for name in ("key", "value"):
+        arguments[name] = arguments[name].nan_to_num(nan=1.0)
+    triton, plain = (shared_prefix_attention(**arguments, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(triton, plain, atol=2e-6, rtol=0)
+    buffer, rows = torch.zeros(2, 3, 5, 4), torch.randn(6, 3, 1, 4)
+    CommitPlan().run([(buffer, rows)], torch.tensor([1, 4]), torch.tensor([2, 3]))
+    assert torch.equal(buffer[0, :, 1], rows[2, :, 0])
+    assert torch.equal(buffer[1, :, 4], rows[3, :, 0])
+    for call, message in (
+        (lambda: candidate_scan(states.double(), history, 14, impl="triton"), "float64"),
+        (lambda: top_k_probs(torch.randn(1, 90), 70, "triton"), "k=70"),
+        (lambda: shared_prefix_attention(**arguments | {"query": arguments["query"].half()}, impl="triton"), "float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def run(code: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     source = (
@@ -379,7 +454,10 @@ def test_shared_prefix_attention_interpreted():
 
 
 def test_prefix_commit_and_top_k_interpreted():
-    run("t.check_commit(); t.check_top_k_edges(); t.check_top_k(2, 9000, 4); t.check_top_k(1, 50, 17, torch.float16)")
+    run(
+        "t.check_operators(); t.check_commit(); t.check_top_k_edges()"
+        "\nt.check_top_k(2, 9000, 4); t.check_top_k(1, 50, 17, torch.float16)"
+    )
 
 
 @pytest.mark.full

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from simctg_fast.ops import _cpu
-from simctg_fast.ops.shared_prefix_attention import IMPLS, shared_prefix_attention
+from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
+
+IMPLS = ("auto", "cpu", "torch")  # "triton" is tested in test_decode_triton.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,3 +244,53 @@ def test_named_impl_that_cannot_run_raises():
     assert not _cpu.decode_attention_supported(*positional(arguments))
     with pytest.raises((RuntimeError, ValueError), match="cpu"):
         shared_prefix_attention(**arguments, impl="cpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_window(impl, ragged):
+    arguments = arguments_of(Case(kv_heads=2, length=11, batch=2, sinks=True))
+    skip_unless_supported(impl, arguments)
+    for name in ("key", "value"):
+        arguments[name] = arguments[name].nan_to_num(nan=3.0)
+    lengths = torch.tensor([11, 2]) if ragged else None
+    out = shared_prefix_attention(**arguments, lengths=lengths, window=4, impl=impl)
+    for row, length in enumerate([11, 2] if ragged else [11, 11]):
+        own = {
+            name: x[row * 4 : row * 4 + 4] if name.startswith(("query", "new")) else x[row : row + 1]
+            for name, x in arguments.items()
+            if name in ("query", "key", "value", "new_key", "new_value")
+        }
+        alone = cast(arguments | own | {"length": length, "window_start": max(0, length - 3)}, torch.float64)
+        torch.testing.assert_close(out[row * 4 : row * 4 + 4].double(), by_loops(**alone), atol=2e-6, rtol=0)
+
+
+def test_window_is_checked():
+    with pytest.raises(ValueError, match="window must be at least 1 and come with a new_key, got 0"):
+        shared_prefix_attention(**arguments_of(Case()), window=0)
+    with pytest.raises(ValueError, match="window"):
+        shared_prefix_attention(**arguments_of(Case(cross=True)), window=3)
+
+
+@pytest.mark.parametrize("case", [Case(kv_heads=2), Case(cross=True, mask=("batch", "1"), softcap=0.8)], ids=str)
+def test_operator(case):
+    arguments = arguments_of(case)
+    for name in ("key", "value"):
+        arguments[name] = arguments[name].nan_to_num(nan=0.5)
+    names = ("query", "key", "value", "length", "new_key", "new_value", "scaling", "mask", "bias", "softcap", "sinks")
+    call = (*(arguments.get(name) for name in names), 0, None, None, None)
+    torch.library.opcheck(torch.ops.simctg_fast.shared_prefix_attention, call)
+    lengths, starts = torch.tensor([9, 11]), torch.tensor([0, 3])
+    torch.library.opcheck(torch.ops.simctg_fast.shared_prefix_attention, (*call[:12], lengths, starts, None))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    arguments = arguments_of(Case(kv_heads=2, sinks=True))
+    compiled = torch.compile(shared_prefix_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    torch.testing.assert_close(compiled(**arguments), shared_prefix_attention(**arguments), atol=1e-6, rtol=0)
+
+
+def test_triton_on_a_cpu_says_so():
+    with pytest.raises((RuntimeError, ValueError), match="triton"):
+        shared_prefix_attention(**arguments_of(Case()), impl="triton")

@@ -56,6 +56,25 @@ def triton_error() -> ImportError | None:
     return _attempt("triton")[1]
 
 
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels can be launched on tensors of this device: CUDA, or the CPU in Triton's interpreter."""
+    triton = _attempt("triton")[0]
+    return triton is not None and (device.type == "cuda" or bool(triton.knobs.runtime.interpret))
+
+
+def require_triton(device: torch.device) -> None:
+    """For an ``impl="triton"`` that was asked for by name.
+
+    Raises:
+        RuntimeError: triton does not load. ValueError: the tensors are not on a CUDA device.
+    """
+    if not has_triton():
+        error = triton_error()
+        raise RuntimeError(f"impl='triton' needs triton, which does not load ({_describe(error)})") from error
+    if not triton_runs_on(device):
+        raise ValueError(f"impl='triton' needs tensors on a CUDA device, got {device}")
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

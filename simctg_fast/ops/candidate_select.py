@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import torch
 
-from . import _cpu
+from . import _backends, _cpu
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define(
     "candidate_scan(Tensor hidden_states, Tensor history, int length, Tensor? mask, "
     "Tensor? lengths=None) -> (Tensor, Tensor)",
 )
+_LIBRARY.define(
+    "candidate_select(Tensor hidden_states, Tensor probs, Tensor(a!) history, Tensor lengths, Tensor? mask, "
+    "float penalty_alpha, bool with_penalty) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
-IMPLS = ("auto", "cpu", "torch")
+IMPLS = ("auto", "cpu", "torch", "triton")
 
 
 def candidate_scan(
@@ -34,7 +38,7 @@ def candidate_scan(
         history: ``(B, T_max, D)`` states of earlier positions, already of unit length (a zero state stays zero).
         length: number of positions of ``history`` in use, at most.
         mask: ``(B, T_max)`` bool, True for real (unpadded) positions; ``None`` when all are real.
-        impl: ``"auto"``, ``"cpu"`` (C++) or ``"torch"``.
+        impl: ``"auto"``, ``"cpu"`` (C++), ``"triton"`` (CUDA) or ``"torch"``.
         lengths: ``(B,)`` int64, positions in use in each row, each at most ``length``; ``None``: ``length`` in all.
 
     Returns:
@@ -42,17 +46,111 @@ def candidate_scan(
         NaN propagates. A row with no real position has penalty −inf.
 
     Raises:
-        ValueError: an unknown ``impl``. RuntimeError: ``impl="cpu"`` that cannot run here.
+        ValueError: an unknown ``impl``, or one that does not take these operands. RuntimeError: an ``impl`` that this
+            installation lacks.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl != "torch" and torch.compiler.is_compiling():
         return torch.ops.simctg_fast.candidate_scan(hidden_states, history, length, mask, lengths)
+    if _takes_triton(hidden_states, history, impl):
+        from simctg_fast.kernels import candidate_select as kernels
+
+        return kernels.candidate_scan(hidden_states, history, length, mask, lengths)
     if impl == "auto" and not _cpu.candidate_scan_supported(hidden_states, history, mask):
         impl = "torch"
     if impl == "torch":
         return _scan_torch(hidden_states, history, length, mask, lengths)
     return _cpu.candidate_scan_cpu(hidden_states, history, length, mask, lengths)
+
+
+def _takes_triton(hidden_states: torch.Tensor, history: torch.Tensor, impl: str) -> bool:
+    """Whether the Triton kernel serves the call; raises where it was asked for by name and cannot."""
+    if impl == "triton":
+        _backends.require_triton(hidden_states.device)
+    elif impl != "auto" or hidden_states.device.type != "cuda" or not _backends.has_triton():
+        return False
+    from simctg_fast.kernels import candidate_select as kernels
+
+    taken = kernels.supports(hidden_states, history)
+    if impl == "triton" and not taken:
+        raise ValueError(
+            f"impl='triton' takes up to {kernels.CANDIDATE_LIMIT} candidates of width up to {kernels.WIDTH_LIMIT} in "
+            f"{', '.join(map(str, kernels.DTYPES))}, got hidden_states {tuple(hidden_states.shape)} of "
+            f"{hidden_states.dtype} and a history of {history.dtype}"
+        )
+    return taken
+
+
+def candidate_select(
+    hidden_states: torch.Tensor,
+    probs: torch.Tensor,
+    history: torch.Tensor,
+    lengths: torch.Tensor,
+    penalty_alpha: float,
+    mask: torch.Tensor | None = None,
+    *,
+    with_penalty: bool = False,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose each row's winner by equation 5, and append its normalised state to the row's history. One launch on CUDA;
+    nothing is read on the host, so it can be captured in a graph.
+
+    Args:
+        hidden_states: ``(B, k, D)`` raw last-layer states of the candidates.
+        probs: ``(B, k)`` float32 probabilities; 0 for candidates that must not be chosen.
+        history: ``(B, T_max, D)`` unit-length states; row b's winner goes to position ``lengths[b]``, or nowhere if
+            that is ``T_max``. All else stays.
+        lengths: ``(B,)`` int64 positions in use. They are not changed.
+        penalty_alpha: weight of the penalty, in [0, 1].
+        mask: ``(B, T_max)`` bool, True for real positions; ``None`` when all are real.
+        with_penalty: also return the penalties and where they come from.
+        impl: ``"auto"``, ``"cpu"`` (C++), ``"triton"`` (CUDA) or ``"torch"``.
+
+    Returns:
+        ``selected (B,)`` int64; ``winner (B, D)``, its raw state; ``penalty (B, k)`` and ``position (B, k)`` as
+        :func:`candidate_scan` gives them, empty unless ``with_penalty``. Of equal scores the more probable wins, then
+        the first; a NaN score loses.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown ``impl``, or one that does not take these operands.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    batch, k, _ = hidden_states.shape
+    for name, got, wanted in (
+        ("probs", tuple(probs.shape), (batch, k)),
+        ("lengths", tuple(lengths.shape), (batch,)),
+        ("history", (history.shape[0], history.shape[2]), (batch, hidden_states.shape[2])),
+    ):
+        if got != wanted:
+            raise ValueError(f"{name} has shape {got} (history: batch and width), must be {wanted}")
+    if impl == "auto":
+        arguments = (hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty)
+        return torch.ops.simctg_fast.candidate_select(*arguments)
+    return _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, impl)
+
+
+def _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, impl="auto"):
+    if _takes_triton(hidden_states, history, impl):
+        from simctg_fast.kernels import candidate_select as kernels
+
+        return kernels.candidate_select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty)
+    batch = hidden_states.shape[0]
+    penalty, position = candidate_scan(hidden_states, history, history.shape[1], mask, impl, lengths)
+    scores = contrastive_scores(probs.to(penalty.dtype), penalty, penalty_alpha)
+    scores = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf"), posinf=float("inf"))
+    best = scores == scores.amax(dim=-1, keepdim=True)
+    selected = probs.nan_to_num(nan=-1.0).masked_fill(~best, -2.0).argmax(dim=-1)
+    rows = torch.arange(batch, device=selected.device)
+    winner = hidden_states[rows, selected]
+    precise = winner.to(torch.promote_types(winner.dtype, torch.float32))
+    unit = torch.nn.functional.normalize(precise, dim=-1).to(history.dtype)
+    place = lengths.clamp(0, history.shape[1] - 1)
+    history[rows, place] = torch.where((lengths == place)[:, None], unit, history[rows, place])
+    if not with_penalty:
+        penalty, position = penalty.new_empty((0,)), position.new_empty((0,))
+    return selected, winner, penalty, position
 
 
 def _scan_torch(
@@ -85,6 +183,22 @@ torch.library.impl(_LIBRARY, "candidate_scan", "CompositeExplicitAutograd")(_sca
 def _(hidden_states, history, length, mask, lengths=None):
     shape, dtype = hidden_states.shape[:2], torch.promote_types(hidden_states.dtype, torch.float32)
     return hidden_states.new_empty(shape, dtype=dtype), hidden_states.new_empty(shape, dtype=torch.int64)
+
+
+torch.library.impl(_LIBRARY, "candidate_select", "CompositeExplicitAutograd")(_select)
+
+
+@torch.library.register_fake("simctg_fast::candidate_select")
+def _(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty):
+    batch, k, width = hidden_states.shape
+    shape = (batch, k) if with_penalty else (0,)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    return (
+        hidden_states.new_empty((batch,), dtype=torch.int64),
+        hidden_states.new_empty((batch, width)),
+        hidden_states.new_empty(shape, dtype=dtype),
+        hidden_states.new_empty(shape, dtype=torch.int64),
+    )
 
 
 def contrastive_scores(probs: torch.Tensor, penalty: torch.Tensor, penalty_alpha: float | torch.Tensor) -> torch.Tensor:

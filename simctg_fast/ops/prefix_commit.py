@@ -12,14 +12,19 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # buffer (B, H, T_max, D), candidates'
 
 
 def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: torch.Tensor) -> None:
-    """``buffer[b, :, position] = rows[winners[b], :, 0]`` for every pair and every b.
+    """``buffer[b, :, position] = rows[winners[b], :, 0]`` for every pair and every b, in one call or launch.
 
     Args:
         pairs: buffers ``(B, H, T_max, D)`` (written) and candidates' new entries ``(B·k, H, 1, D)``, of one dtype and
             device each; H and D may differ from pair to pair.
         position: where to write, below every buffer's ``T_max``; ``(B,)`` int64 for a place of each row's own.
         winners: ``(B,)`` int64 rows, one a sequence.
+
+    On CUDA a position outside its buffer writes nothing; elsewhere it raises.
     """
+    if winners.device.type == "cuda" and _backends.has_triton() and all(_same_device(winners, *p) for p in pairs):
+        CommitPlan().run(pairs, position, winners)
+        return
     extension = _backends.extension()
     each = position if isinstance(position, torch.Tensor) else None
     if extension is None or winners.device.type != "cpu" or not all(_copyable(*pair) for pair in pairs):
@@ -51,6 +56,43 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
         )
     winners = winners.contiguous()
     extension.prefix_commit(numbers, winners.data_ptr(), 0 if each is None else each.data_ptr(), winners.shape[0])
+
+
+class CommitPlan:
+    """Commits on CUDA by a table of addresses. In a graph the copies' addresses are those of the capture: a plan made
+    for it fills its table by :meth:`finish` once the capture has ended, before the first replay."""
+
+    def __init__(self) -> None:
+        self.table: torch.Tensor | None = None
+        self.numbers: list[int] = []
+        self.pairs: Sequence[Pair] = ()
+
+    def run(self, pairs: Sequence[Pair], position: int | torch.Tensor, winners: torch.Tensor) -> None:
+        from simctg_fast.kernels import prefix_commit as kernels
+
+        self.pairs = pairs  # a graph reads the tensors of its capture again
+        self.numbers, unit = kernels.table_of(pairs)
+        device = winners.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.table = torch.empty(len(self.numbers), dtype=torch.int64, device=device)
+        else:
+            host = torch.tensor(self.numbers, dtype=torch.int64)
+            self.table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        kernels.launch(self.table, unit, winners, position)
+
+    def finish(self) -> None:
+        """Fill the table that the captured launch reads."""
+        if self.table is not None:
+            self.table.copy_(torch.tensor(self.numbers, dtype=torch.int64))
+
+
+def _same_device(winners: torch.Tensor, buffer: torch.Tensor, rows: torch.Tensor) -> bool:
+    return (
+        buffer.device == rows.device == winners.device
+        and buffer.dtype == rows.dtype
+        and (buffer.stride(3) == 1 or buffer.shape[3] == 1)
+        and (rows.stride(3) == 1 or rows.shape[3] == 1)
+    )
 
 
 def _copyable(buffer: torch.Tensor, rows: torch.Tensor) -> bool:

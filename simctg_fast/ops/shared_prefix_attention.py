@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import torch
 
-from . import _cpu
+from . import _backends, _cpu
 
-IMPLS = ("auto", "cpu", "torch")
+_LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
+_LIBRARY.define(
+    "shared_prefix_attention(Tensor query, Tensor key, Tensor value, SymInt length, Tensor? new_key, "
+    "Tensor? new_value, float scaling, Tensor? mask, Tensor? bias, float? softcap, Tensor? sinks, SymInt window_start, "
+    "Tensor? lengths, Tensor? starts, int? window) -> Tensor"
+)
+
+IMPLS = ("auto", "cpu", "torch", "triton")
 
 
 def shared_prefix_attention(
@@ -30,6 +37,7 @@ def shared_prefix_attention(
     window_start: int = 0,
     lengths: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
+    window: int | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of ``B·k`` single-token queries over ``length`` shared keys, plus one key of their own.
@@ -49,14 +57,41 @@ def shared_prefix_attention(
         lengths: ``(B,)`` int64, shared keys in use in each row, each at most ``length``; the buffer must be finite
             beyond them. Entry ``length`` of ``mask`` and ``bias`` stays the new key's.
         starts: ``(B,)`` int64, a ``window_start`` of each row's own.
-        impl: ``"auto"``, ``"cpu"`` (C++, float32) or ``"torch"`` (any device and dtype).
+        window: each row sees itself and the ``window − 1`` keys before it; needs a ``new_key``.
+        impl: ``"auto"``, ``"cpu"`` (C++, float32), ``"triton"`` (CUDA) or ``"torch"`` (any device and dtype).
 
     Returns:
         ``(B·k, 1, H, D_v)`` in the query's dtype; the softmax is taken in float32 at least.
+
+    Raises:
+        ValueError: an unknown ``impl``, or one that does not take these operands. RuntimeError: an ``impl`` that this
+            installation lacks.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if window is not None and (window < 1 or new_key is None):
+        raise ValueError(f"window must be at least 1 and come with a new_key, got {window}")
     arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
+    if impl == "auto" and torch.compiler.is_compiling():
+        return torch.ops.simctg_fast.shared_prefix_attention(*arguments, lengths, starts, window)
+    return _attention(*arguments, lengths, starts, window, impl)
+
+
+def _attention(
+    query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start, lengths, starts,
+    window, impl="auto",
+):  # fmt: skip
+    arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
+    if _takes_triton(query, key, value, new_key, new_value, impl):
+        from simctg_fast.kernels import shared_prefix_attention as kernels
+
+        return kernels.shared_prefix_attention(*arguments, lengths, starts, window)
+    if window is not None and lengths is None:
+        window_start = max(window_start, length + 1 - window)
+        arguments = (*arguments[:-1], window_start)
+    elif window is not None:
+        first = lengths + (1 - window)
+        starts = first.clamp(min=0) if starts is None else torch.maximum(starts, first)
     if impl == "auto" and _cpu.decode_attention_supported(*arguments):
         return _cpu.decode_attention_cpu(*arguments, lengths=lengths, starts=starts, checked=True)
     if impl == "cpu":
@@ -70,6 +105,32 @@ def shared_prefix_attention(
         mask = seen
         arguments = (*arguments[:7], mask, *arguments[8:])
     return _attention_torch(*arguments)
+
+
+torch.library.impl(_LIBRARY, "shared_prefix_attention", "CompositeExplicitAutograd")(_attention)
+
+
+@torch.library.register_fake("simctg_fast::shared_prefix_attention")
+def _(query, key, value, *_):
+    return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1]))
+
+
+def _takes_triton(query, key, value, new_key, new_value, impl: str) -> bool:
+    """Whether the Triton kernel serves the call; raises where it was asked for by name and cannot."""
+    if impl == "triton":
+        _backends.require_triton(query.device)
+    elif impl != "auto" or query.device.type != "cuda" or not _backends.has_triton():
+        return False
+    from simctg_fast.kernels import shared_prefix_attention as kernels
+
+    taken = kernels.supports(query, key, value, new_key, new_value)
+    if impl == "triton" and not taken:
+        raise ValueError(
+            f"impl='triton' takes heads of up to {kernels.DIM_LIMIT} in one dtype of "
+            f"{', '.join(map(str, kernels.DTYPES))}, last dimension contiguous; got query {tuple(query.shape)} of "
+            f"{query.dtype}, key {tuple(key.shape)} of {key.dtype}, value {tuple(value.shape)} of {value.dtype}"
+        )
+    return taken
 
 
 def _seen(

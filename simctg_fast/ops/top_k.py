@@ -1,0 +1,70 @@
+"""The k most probable tokens and their probabilities, without the softmax over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _backends
+
+_LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
+_LIBRARY.define("top_k_probs(Tensor logits, int k) -> (Tensor, Tensor)")
+
+IMPLS = ("auto", "torch", "triton")
+
+
+def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest probabilities of ``softmax(logits)``, falling, and their tokens.
+
+    Args:
+        logits: ``(B, V)`` of any float dtype; −inf for banned tokens.
+        k: 1 … V.
+        impl: ``"auto"``, ``"torch"``, or ``"triton"`` (CUDA, k up to 64: one pass over the logits).
+
+    Returns:
+        ``probs (B, k)`` in float32 (float64 for float64), and ``tokens (B, k)`` int64. ``"triton"`` puts the lower of
+        equal tokens first. A row without probabilities (NaN, +inf, or every token banned) has NaN among its own.
+
+    Raises:
+        ValueError: an unknown ``impl``, k outside its range, or operands that ``"triton"`` does not take.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"k must be in 1..{logits.shape[-1]}, got {k}")
+    if impl == "auto":
+        if logits.device.type != "cuda" and not torch.compiler.is_compiling():
+            return _torch(logits, k)
+        return torch.ops.simctg_fast.top_k_probs(logits, k)
+    return _torch(logits, k) if impl == "torch" else _run(logits, k, impl)
+
+
+def _run(logits, k, impl="auto"):
+    if impl == "triton":
+        _backends.require_triton(logits.device)
+    elif logits.device.type != "cuda" or not _backends.has_triton():
+        return _torch(logits, k)
+    from simctg_fast.kernels import top_k as kernels
+
+    if kernels.supports(logits, k):
+        return kernels.top_k_probs(logits, k)
+    if impl == "triton":
+        raise ValueError(
+            f"impl='triton' takes k up to {kernels.K_LIMIT} and up to 2**20 logits in "
+            f"{', '.join(map(str, kernels.DTYPES))}, got k={k} and logits {tuple(logits.shape)} of {logits.dtype}"
+        )
+    return _torch(logits, k)
+
+
+def _torch(logits, k):
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top, tokens = torch.topk(wide, k, dim=-1)
+    return torch.exp(top - torch.logsumexp(wide, dim=-1, keepdim=True)), tokens
+
+
+torch.library.impl(_LIBRARY, "top_k_probs", "CompositeExplicitAutograd")(_run)
+
+
+@torch.library.register_fake("simctg_fast::top_k_probs")
+def _(logits, k):
+    shape, dtype = (logits.shape[0], k), torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
