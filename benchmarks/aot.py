@@ -41,7 +41,7 @@ warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as its launcher starts it. ``variant`` names dtype, sizes and flags, as the functions below read them."""
+    """A kernel as its launcher starts it. ``variant``: dtype, sizes and flags, as the functions below read them."""
 
     kernel: str
     variant: str

@@ -219,7 +219,7 @@ def shared_prefix_attention_kernel(
 
 
 def tile_rows(rows: int, dim: int, value_dim: int) -> int:
-    """Rows of a tile for `rows` query rows a key/value head: from the smallest that `tl.dot` takes to what the registers
+    """Rows of a tile for `rows` query rows of a key head: from the smallest that `tl.dot` takes to what the registers
     hold."""
     limit = 64 if max(padded(dim), padded(value_dim)) <= 128 else 32
     return min(limit, max(16, triton.next_power_of_2(rows)))

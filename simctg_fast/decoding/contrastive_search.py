@@ -17,6 +17,8 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..ops.candidate_select import contrastive_scores
+from ..ops.top_k import top_k_probs
+from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_step
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .linear_swap import fast_linears
 from .paths import PATHS, Choose, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, grow_kwargs
@@ -47,6 +49,8 @@ class ContrastiveSearch:
         generator: random numbers for ``temperature``; the global generator of the device if None.
         streamer: a ``transformers`` streamer; it gets the prompt, then every token, and is always ended.
         tokenizer, stop_strings: end a sequence at any of these strings (``generate`` keeps its own to itself).
+        decode_step: keep a step's buffers in place and, on CUDA, replay it as one graph: True, False, or ``"auto"`` (on
+            CUDA, where the call allows it). The tokens are the same.
         path: ``"auto"``, or ``"shared_prefix"``, ``"reorder"``, ``"uncached"`` (see ``support``) to insist on one.
         fast_linear: on the CPU, route the linear layers of a float32 model through our small-batch kernel meanwhile.
         pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if
@@ -66,6 +70,7 @@ class ContrastiveSearch:
         streamer: Any | None = None,
         tokenizer: Any | None = None,
         stop_strings: str | Sequence[str] | None = None,
+        decode_step: bool | str = "auto",
         path: str = "auto",
         fast_linear: bool = True,
         pack: bool | str = "auto",
@@ -82,7 +87,9 @@ class ContrastiveSearch:
             raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer=...")
         if path != "auto" and path not in PATHS:
             raise ValueError(f"path must be 'auto' or one of {tuple(PATHS)}, got {path!r}")
-        self.penalty_alpha, self.top_k = penalty_alpha, top_k
+        if decode_step not in (True, False, "auto"):
+            raise ValueError(f"decode_step must be True, False or 'auto', got {decode_step!r}")
+        self.penalty_alpha, self.top_k, self.decode_step = penalty_alpha, top_k, decode_step
         self.temperature, self.generator = temperature, generator
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
         self.path, self.fast_linear, self.pack = path, fast_linear, pack
@@ -298,6 +305,8 @@ class _Run:
         outputs, step, finished = self.prefill_outputs, 0, False
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
+        asked = self.strategy.decode_step
+        static = device.type == "cuda" if asked == "auto" else asked  # still to be tried
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
             self._check_room(step)
             processed = self.processors(input_ids, logits)
@@ -318,6 +327,10 @@ class _Run:
             if self.synced_gpus and finished:
                 continue
             tokens = candidates.gather(1, result.selected.to(device)[:, None]).squeeze(1)
+            decode = None
+            if static and not self.trials_left and not bool(bad.any()):
+                static = False
+                decode = self._decode_step(k, probs, candidates, result)
             if self.has_eos:
                 tokens = tokens * unfinished + pad_token.to(device) * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -330,12 +343,43 @@ class _Run:
                 if interval > 1:
                     self._check_nan(bad, step - 1)
                 finished = not bool(unfinished.max())
+            if decode is not None and not finished:
+                return self._loop_static(decode, input_ids, unfinished, int(steps_needed), step, interval, closely)
         kept = int(steps_needed)
         self.input_ids = input_ids[:, : input_ids.shape[1] - (step - kept)]
         self.surplus = step - kept
         for recorded in (self.scores, self.raw_logits, self.layers, self.attentions, self.cross_attentions):
             if recorded:
                 del recorded[kept:]
+
+    def _decode_step(self, k: int, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult):
+        """What takes over from the step that has just been made; None where it cannot, unless it was insisted on."""
+        try:
+            return open_decode_step(self, k, probs, candidates, result)
+        except StaticStepUnsupportedError as error:
+            if self.strategy.decode_step is True:
+                raise ValueError(f"decode_step=True, but {error}; allowed: False or 'auto'") from error
+            logger.info("%s is decoded without static buffers: %s", type(self.model).__name__, error)
+            return None
+
+    def _loop_static(self, decode: DecodeStep, input_ids, unfinished, needed, step, interval, closely) -> None:
+        """The rest of the loop, with the host looking at the device every ``interval`` steps only."""
+        decode.begin(input_ids, unfinished.bool())
+        first, bound, finished = step, self.criteria.max_length, False
+        while not finished:
+            self._check_room(step)
+            decode()
+            step += 1
+            if self.streamer is not None:
+                self.streamer.put(decode.input_ids[:, -1].cpu())
+            at_end = decode.input_ids.shape[1] == bound
+            if step % interval == 0 or step >= closely or at_end:
+                self._check_nan(decode.bad, step - 1)
+                finished = at_end or not bool(decode.unfinished.any())
+        kept = needed + int(decode.steps_needed)
+        self.input_ids = decode.input_ids[:, : decode.input_ids.shape[1] - (step - kept)].clone()
+        self.surplus = step - kept
+        self.not_captured, self.static_steps = decode.not_captured, step - first
 
     def _check_room(self, step: int) -> None:
         """The candidates of the last token are run as well, so a table of positions ends one token earlier than for
@@ -545,9 +589,3 @@ def position_table(model) -> int | None:
 def stop_check_interval(device: torch.device) -> int:
     """Steps between two looks at the end-of-text flags: on a GPU each look makes the host wait for the device."""
     return 8 if device.type == "cuda" else 1
-
-
-def top_k_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest probabilities of ``softmax(logits (B, V))``, descending, and their tokens, without the softmax."""
-    top, tokens = torch.topk(logits, k, dim=-1)
-    return torch.exp(top - torch.logsumexp(logits, dim=-1, keepdim=True)), tokens

@@ -1,0 +1,488 @@
+"""One step of contrastive search over buffers that stay where they are: a CUDA graph, where that is possible.
+
+A step reads and writes static buffers alone: logits, lengths, keys and values, hidden states, tokens, and who is
+unfinished. The host decides nothing on the way, so the same launches serve every step, and on CUDA they are replayed as
+one graph for each (slots, candidates, capacity). Elsewhere, and for models that cannot be captured (several devices,
+tensor parallelism, host decisions inside the model), the same step runs eagerly. It is adopted from a
+:class:`~.paths.SharedPrefixPath` that already serves the model, and has to reproduce one of its steps first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.generation.logits_process import (
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.masking_utils import causal_mask_function
+
+from ..ops.candidate_select import candidate_select
+from ..ops.prefix_commit import CommitPlan, prefix_commit
+from ..ops.shared_prefix_attention import shared_prefix_attention
+from ..ops.top_k import top_k_probs
+from .hidden_states import HiddenStatesHistory, HiddenStatesTap
+from .paths import _RELATIVE_ERROR, SharedPrefixPath, StepResult
+from .prefix_cache import PrefixCacheLayer, next_capacity
+from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
+from .support import autocast_dtype
+
+logger = logging.getLogger("simctg_fast")
+
+# Logits processors that neither look at the ids so far nor ask the host: they go into the graph.
+GRAPH_SAFE = (
+    InfNanRemoveLogitsProcessor, LogitNormalization, SuppressTokensLogitsProcessor, TemperatureLogitsWarper,
+)  # fmt: skip
+_KNOWN_KWARGS = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
+_WARM_UP = 2  # eager steps before a capture: kernels are compiled, libraries have their handles
+
+
+class StaticStepUnsupportedError(Exception):
+    """This call cannot be served by static buffers; the message says why."""
+
+
+class _StaticLayer(PrefixCacheLayer):
+    """The whole buffer of one layer; how much of a row counts is on the device."""
+
+    def __init__(self, layer: PrefixCacheLayer):
+        super().__init__()
+        self.keys, self.values = layer.keys, layer.values
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.pending = (key_states, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return int(self.keys.shape[2]) - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.keys.shape[2]), 0
+
+
+class _StaticStep(SharedPrefixStep):
+    """Attention over rows whose lengths are on the device; masks are windows, or made from the model's own function."""
+
+    def __init__(self, cache: Cache, k: int, lengths: torch.Tensor, starts: torch.Tensor | None, windows: dict):
+        super().__init__(cache, None, k)  # type: ignore[arg-type] # has the layers, which is all that is read
+        self.lengths, self.starts = lengths, starts
+        self.capacity = cache.layers[0].keys.shape[2]
+        self.known_windows: dict[int, bool] = windows  # local size -> whether masks of it are that window
+        self.masks: dict[int, tuple[torch.Tensor, int | None]] = {}  # id(mask) -> itself, its window
+
+    def make_mask(self, *args, **kwargs) -> torch.Tensor | None:
+        function = kwargs.get("mask_function", causal_mask_function)
+        if kwargs.get("attention_mask") is not None:
+            raise SharedPrefixUnsupportedError("it makes an attention mask of its own")
+        if function is causal_mask_function:
+            return None
+        device, size = self.lengths.device, kwargs.get("local_size")
+        if size is not None:
+            if size not in self.known_windows:
+                self.known_windows[size] = _is_window(function, size, device)
+            if self.known_windows[size]:
+                mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
+                self.masks[id(mask)] = (mask, size)
+                return mask
+        own = self.lengths[:, None, None, None]
+        place = torch.arange(self.capacity + 1, device=device)[None, None, None]
+        place = torch.where(place == self.capacity, own, place)  # the last column is the candidate itself
+        rows = torch.arange(len(self.lengths), device=device)[:, None, None, None]
+        offset = 0 if self.starts is None else self.starts[:, None, None, None]
+        mask = function(rows, torch.zeros_like(rows), own - offset, place - offset)
+        mask = mask.expand(len(self.lengths), 1, 1, self.capacity + 1).contiguous()
+        self.masks[id(mask)] = (mask, None)
+        return mask
+
+    def attend(
+        self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+        s_aux=None, position_bias=None, **kwargs,
+    ):  # fmt: skip
+        self._check_arguments(module, dropout, kwargs)
+        if position_bias is not None:
+            raise SharedPrefixUnsupportedError(f"{type(module).__name__} adds a position bias made for one length")
+        layer, new_key, new_value = self._find(module, query, key, value)
+        self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
+        mask = window = None
+        if attention_mask is not None:
+            mask, window = self.masks.get(id(attention_mask), (attention_mask, -1))
+            if window == -1:
+                raise SharedPrefixUnsupportedError(f"{type(module).__name__} changes its attention mask")
+            mask = mask if window is None else None
+        out = shared_prefix_attention(
+            query,
+            layer.keys,
+            layer.values,
+            self.capacity,
+            new_key,
+            new_value,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask=mask,
+            softcap=softcap,
+            sinks=s_aux,
+            lengths=_on(query.device, self.lengths),
+            starts=None if self.starts is None else _on(query.device, self.starts),
+            window=window,
+        )
+        return out, None
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.device == device else tensor.to(device)
+
+
+def _is_window(function: Callable, size: int, device: torch.device) -> bool:
+    """Whether a mask function lets a query see itself and the ``size − 1`` positions before it, wherever it stands."""
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    for query in (size - 1, size, size + 1, 2 * size - 1, 2 * size + 3, 3 * size):
+        place = torch.arange(query + 1, device=device)
+        seen = function(zero, zero, zero + query, place).expand(query + 1)
+        if not torch.equal(seen, place > query - size):
+            return False
+    return True
+
+
+class DecodeStep:
+    """Contrastive search (k = 1: greedy search) over static buffers, a token for every row with each call.
+
+    Args:
+        path: the open path whose cache is taken over; it must not be stepped any more.
+        history: its hidden states, taken over as well; None for greedy search.
+        input_ids: ``(B, L)`` so far. All rows grow together; what a row is padded with on the left is not read.
+        starts: ``(B,)`` positions of left padding in the cache, or None.
+        logits: ``(B, V)`` for the next token.
+        k: candidates; penalty_alpha: weight of the penalty.
+        processors: logits processors. Those in :data:`GRAPH_SAFE` become part of the step; if there are others, all
+            run before it, outside the graph, on the ids so far.
+        eos_token_id: ids ``(n,)`` that end a row, or None; pad_token_id: what follows them.
+        max_length: positions the sequences can reach, if that is known.
+        capture: use a CUDA graph where that is possible.
+
+    Attributes:
+        unfinished: ``(B,)`` bool; bad: ``(B,)`` rows whose logits left no probabilities while they were unfinished.
+        steps_needed: how many of the steps began with an unfinished row. logits: ``(B, V)`` float32.
+        not_captured: why the steps run eagerly, or None.
+    """
+
+    def __init__(
+        self,
+        path: SharedPrefixPath,
+        history: HiddenStatesHistory | None,
+        *,
+        input_ids: torch.Tensor,
+        logits: torch.Tensor,
+        k: int,
+        penalty_alpha: float,
+        starts: torch.Tensor | None = None,
+        processors: Sequence[Any] = (),
+        eos_token_id: torch.Tensor | None = None,
+        pad_token_id: torch.Tensor | int = 0,
+        max_length: int | None = None,
+        capture: bool = True,
+    ):
+        self.model, self.k, self.penalty_alpha, self.max_length = path.model, k, penalty_alpha, max_length
+        self.tap: HiddenStatesTap = path.tap
+        self.switch = AttentionSwitch(self.model)
+        self.cache = Cache(layers=[_StaticLayer(layer) for layer in path.cache.layers])
+        self.history = history
+        self.batch, self.width = input_ids.shape
+        device = self.device = input_ids.device
+        self.length = path.cache.length  # of every row, on the host
+        self.lengths = torch.full((self.batch,), self.length, dtype=torch.long, device=device)
+        self.starts = starts
+        self.logits = logits.to(torch.float32, copy=True)
+        self.scores = torch.empty_like(self.logits)
+        self.processors = LogitsProcessorList(processors)
+        self.outside = any(type(processor) not in GRAPH_SAFE for processor in self.processors)
+        self.first_rows = torch.arange(self.batch, device=device) * k
+        self.column = torch.full((1, 1), self.width, dtype=torch.long, device=device)
+        self.sequences = torch.nn.functional.pad(input_ids, (0, self.capacity - self.length + 2))
+        self.eos = eos_token_id
+        self.pad = torch.as_tensor(pad_token_id, dtype=torch.long, device=device).flatten()[:1]
+        self.unfinished = torch.ones(self.batch, dtype=torch.bool, device=device)
+        self.bad = torch.zeros(self.batch, dtype=torch.bool, device=device)
+        self.steps_needed = torch.zeros((), dtype=torch.long, device=device)
+        self.steps = 0
+        self.windows: dict[int, bool] = {}
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
+        self.not_captured = _obstacle(self.model, device) if capture else "capture=False"
+        self.plan: CommitPlan | None = None
+
+    @property
+    def capacity(self) -> int:
+        return int(self.cache.layers[0].keys.shape[2])
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """``(B, L + steps)``, the prompt included."""
+        return self.sequences[:, : self.width + self.steps]
+
+    def begin(self, input_ids: torch.Tensor, unfinished: torch.Tensor) -> None:
+        """The ids ``(B, L)`` to go on from, and which rows are unfinished ``(B,)``."""
+        self.width, self.steps = input_ids.shape[1], 0
+        self.sequences[:, : self.width] = input_ids
+        self.column.fill_(self.width)
+        self.unfinished.copy_(unfinished)
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """One token for every row."""
+        self._reserve()
+        if self.outside:
+            self.scores.copy_(self.processors(self.input_ids, self.logits))
+        if self.not_captured is None and self.graph is None and self.eager_steps >= _WARM_UP:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._run()
+            self.eager_steps += 1
+        self.steps += 1
+        self.length += 1
+
+    @torch.no_grad()
+    def reproduces(self, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult) -> bool:
+        """Run the path's last step, whose ``result`` is already in the cache, once more. Returns whether the winners
+        are the same and their logits agree; the buffers are left as that step left them."""
+        self.lengths -= 1
+        selected, logits = self._forward(probs, candidates)
+        self.lengths += 1
+        expected = result.logits.to(logits)
+        same = selected.to(result.selected) == result.selected
+        finite = torch.isfinite(expected) & torch.isfinite(logits)
+        difference = torch.where(finite, logits - expected, 0.0).norm(dim=-1)
+        size = torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)
+        dtype = autocast_dtype(self.device) or result.hidden_states.dtype
+        near = difference <= _RELATIVE_ERROR.get(dtype, 1e-1) * size
+        return bool((same.to(near.device) & near & (torch.isfinite(logits) == torch.isfinite(expected)).all(-1)).all())
+
+    def _run(self) -> None:
+        scores = self.scores
+        if not self.outside:
+            scores = self.processors(self.sequences[:, : self.width], self.logits) if self.processors else self.logits
+        probs, candidates = top_k_probs(scores, self.k)
+        self.bad |= probs.isnan().any(dim=-1) & self.unfinished
+        selected, logits = self._forward(probs, candidates)
+        self.logits.copy_(logits)
+        tokens = candidates.gather(1, selected[:, None])
+        if self.eos is not None:
+            tokens = torch.where(self.unfinished[:, None], tokens, self.pad)
+        self.sequences.scatter_(1, self.column.expand(self.batch, 1), tokens)
+        self.steps_needed += self.unfinished.any()
+        if self.eos is not None:
+            self.unfinished &= ~(tokens == self.eos).any(dim=-1)
+        self.lengths += 1
+        self.column += 1
+
+    def _forward(self, probs: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Try the candidates, commit the winners. Returns their places ``(B,)`` and logits ``(B, V)``."""
+        step = _StaticStep(self.cache, self.k, self.lengths, self.starts, self.windows)
+        chosen: dict[str, torch.Tensor] = {}
+
+        def select(hidden_states: torch.Tensor) -> torch.Tensor:
+            last = hidden_states[:, -1].view(self.batch, self.k, -1)
+            if self.history is None:
+                chosen["selected"] = torch.zeros(self.batch, dtype=torch.long, device=last.device)
+                return last[:, :1]
+            chosen["selected"], winner, _, _ = candidate_select(
+                last,
+                _on(last.device, probs),
+                self.history.states,
+                _on(last.device, self.lengths),
+                self.penalty_alpha,
+                self.history.mask,
+            )
+            return winner[:, None]
+
+        places = self.lengths if self.starts is None else self.lengths - self.starts
+        self.tap.listen(select)
+        try:
+            with self.switch(step):
+                outputs = self.model(
+                    input_ids=candidates.reshape(-1, 1),
+                    position_ids=places[:, None].expand(-1, self.k).reshape(-1, 1),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    return_dict=True,
+                )
+            heard = self.tap.mute()
+            if len(heard.head) != 1:
+                raise SharedPrefixUnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward")
+            step.check_all_called()
+            selected = _on(self.device, chosen["selected"])
+            pairs = [
+                pair
+                for layer in self.cache.layers
+                for pair in zip((layer.keys, layer.values), layer.pending, strict=True)
+            ]
+            commit = prefix_commit if self.plan is None else self.plan.run
+            commit(pairs, self.lengths, self.first_rows + selected)
+        finally:
+            self.tap.mute()
+            for layer in self.cache.layers:
+                layer.pending = None
+        return selected, _on(self.device, outputs.logits[:, -1].float())
+
+    # ---- buffers --------------------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        """Room for one more position; where the buffers have to move, the graph is captured again."""
+        if self.length < self.capacity:
+            return
+        capacity = next_capacity(self.length + 1, self.max_length)
+        self.graph, self.eager_steps = None, min(self.eager_steps, _WARM_UP - 1)
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                setattr(layer, name, _longer(getattr(layer, name), capacity, 2))
+        if self.history is not None:
+            _lengthen(self.history, capacity)
+        self.sequences = torch.nn.functional.pad(self.sequences, (0, capacity - self.length + 2))
+
+    # ---- capture --------------------------------------------------------------------------------------------------
+
+    def _capture(self) -> None:
+        """Record the next step. Nothing runs meanwhile, so what fails leaves the buffers as they are."""
+        from simctg_fast.kernels._decode import own_counters
+
+        graph, plan = torch.cuda.CUDAGraph(), CommitPlan()
+        self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=self.device)
+        torch.cuda.synchronize(self.device)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.cuda.device(self.device))
+                stack.enter_context(own_counters(self.counters))
+                self.plan = plan
+                stack.enter_context(torch.cuda.graph(graph))
+                self._run()
+        except (RuntimeError, SharedPrefixUnsupportedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.not_captured = f"its step cannot be captured ({type(error).__name__}: {error})"
+            logger.info("%s: %s", type(self.model).__name__, self.not_captured)
+            torch.cuda.synchronize(self.device)
+            return
+        finally:
+            self.plan = None
+        plan.finish()
+        self.captured_plan = plan  # its table, and the tensors the table points at, live as long as the graph
+        self.graph = graph
+
+
+def _longer(buffer: torch.Tensor, capacity: int, dim: int) -> torch.Tensor:
+    if buffer.shape[dim] >= capacity:
+        return buffer
+    shape = list(buffer.shape)
+    shape[dim] = capacity
+    grown = buffer.new_zeros(shape)
+    grown.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
+    return grown
+
+
+def _lengthen(history: HiddenStatesHistory, capacity: int) -> None:
+    history.states = _longer(history.states, capacity, 1)
+    if history.mask is not None:  # everything after the prompt is real
+        history.mask = torch.nn.functional.pad(history.mask, (0, capacity - history.mask.shape[1]), value=True)
+
+
+def _obstacle(model: torch.nn.Module, device: torch.device) -> str | None:
+    """Why steps of this model are not captured, None if nothing is in the way."""
+    if device.type != "cuda":
+        return f"it is on {device}"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or len(set(getattr(model, "hf_device_map", None) or {"": 0}).difference({""})) > 1:
+        return "it is spread over several devices"
+    if getattr(model, "_tp_size", None) or getattr(model, "tp_size", None):
+        return "it runs tensor-parallel"
+    return None
+
+
+# ---- for ContrastiveSearch ------------------------------------------------------------------------------------------
+
+
+def open_decode_step(run, k: int, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult) -> DecodeStep:
+    """Take over a ``ContrastiveSearch`` run after one of its steps.
+
+    Raises:
+        StaticStepUnsupportedError: the call or the model does not allow it.
+    """
+    path = run.opened
+    criteria = [type(criterion).__name__ for criterion in run.criteria]
+    odd = sorted(set(criteria) - {MaxLengthCriteria.__name__, EosTokenCriteria.__name__})
+    eos = next((criterion.eos_token_id for criterion in run.criteria if isinstance(criterion, EosTokenCriteria)), None)
+    mask = run.history.mask if run.history is not None else _left_padding(run)
+    kwargs = path.expanded if isinstance(path, SharedPrefixPath) and path.expanded is not None else {}
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _KNOWN_KWARGS)
+    starts = None
+    if mask is not None:
+        length = path.cache.length if isinstance(path, SharedPrefixPath) else 0
+        used = mask[:, :length].to(run.input_ids.device)
+        starts = used.int().argmax(dim=-1)
+        if not bool((used.sum(dim=-1) == length - starts).all()):
+            raise StaticStepUnsupportedError("attention_mask has gaps")
+    for problem in (
+        not isinstance(path, SharedPrefixPath) and f"it is decoded on path {path.name!r}",
+        run.is_encoder_decoder and "encoder-decoders run step by step",
+        not path.head and "its output embedding does not get the last hidden state",
+        "position_ids" not in inspect.signature(run.model.forward).parameters and "it takes no position_ids",
+        run.strategy.temperature is not None and "the choice is random",
+        (run.config.return_dict_in_generate or run.callers_cache is not None) and "more than the tokens is wanted",
+        run.synced_gpus and "synced_gpus is set",
+        bool(odd) and f"stopping criteria look at the tokens: {', '.join(odd)}",
+        bool(unknown) and f"the model is given {', '.join(unknown)}",
+    ):
+        if problem:
+            raise StaticStepUnsupportedError(problem)
+    # All buffers end at the same position, and what lies beyond the rows' ends is finite: it is multiplied by zero.
+    capacity = max(path.cache.layers[0].keys.shape[2], 0 if run.history is None else run.history.states.shape[1])
+    for layer in path.cache.layers:
+        layer.keys, layer.values = (_longer(buffer, capacity, 2) for buffer in (layer.keys, layer.values))
+        layer.keys[:, :, layer.length :] = 0
+        layer.values[:, :, layer.length :] = 0
+    if run.history is not None:
+        _lengthen(run.history, capacity)
+        run.history.states[:, run.history.length :] = 0
+    step = DecodeStep(
+        path,
+        run.history,
+        input_ids=run.input_ids,
+        logits=result.logits.to(run.input_ids.device),
+        k=k,
+        penalty_alpha=run.penalty_alpha,
+        starts=starts,
+        processors=run.processors,
+        eos_token_id=None if eos is None else eos.to(run.input_ids.device),
+        pad_token_id=0 if run.config._pad_token_tensor is None else run.config._pad_token_tensor,
+        max_length=run.max_length,
+    )
+    try:
+        if not step.reproduces(probs, candidates, result):
+            raise StaticStepUnsupportedError("its step over static buffers differs")
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, SharedPrefixUnsupportedError, TypeError, ValueError) as error:
+        raise StaticStepUnsupportedError(
+            f"a step over static buffers fails ({type(error).__name__}: {error})"
+        ) from error
+    for layer in path.cache.layers:  # the step owns the buffers now, and may move them
+        layer.keys = layer.values = None
+    return step
+
+
+def _left_padding(run) -> torch.Tensor | None:
+    mask = run._prompt_mask(run.model_kwargs)
+    if mask is None or bool(mask.all()):
+        return None
+    return torch.nn.functional.pad(mask.bool(), (0, run.opened.cache.length - mask.shape[1]), value=True)

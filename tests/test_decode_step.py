@@ -1,0 +1,212 @@
+"""The step over static buffers against the plain loop: the same tokens, whatever the model, padding and ends."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import pytest
+import torch
+from transformers.generation.logits_process import LogitsProcessor, SuppressTokensLogitsProcessor
+
+from simctg_fast.decoding import decode_step
+from simctg_fast.decoding.contrastive_search import ContrastiveSearch
+from simctg_fast.decoding.decode_step import DecodeStep
+
+from .decoding_models import PAD, build
+
+model_of = functools.cache(build)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many steps were made over static buffers, and the last object that made them."""
+    seen = {"steps": 0, "object": None}
+    original = DecodeStep.__call__
+
+    def count(self):
+        seen["steps"] += 1
+        seen["object"] = self
+        return original(self)
+
+    monkeypatch.setattr(DecodeStep, "__call__", count)
+    return seen
+
+
+def prompts(batch, width=7, pads=()):
+    ids = torch.randint(3, 98, (batch, width), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        ids[row, :pad], mask[row, :pad] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def both(model, inputs, *, top_k=4, penalty_alpha=0.6, strategy=None, **options):
+    """Tokens with and without static buffers."""
+    options = {"max_new_tokens": 24, "pad_token_id": PAD, **options}
+    return [
+        model.generate(
+            **inputs,
+            custom_generate=ContrastiveSearch(penalty_alpha, top_k, decode_step=on, **(strategy or {})),
+            **options,
+        )
+        for on in (True, False)
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("pads", [(), (3, 0, 5)])
+def test_same_tokens(name, pads, calls):
+    ours, plain = both(model_of(name), prompts(3, pads=pads))
+    assert torch.equal(ours, plain)
+    assert calls["steps"] >= 22  # all but the first, which is compared
+    assert calls["object"].not_captured == "it is on cpu"
+
+
+@pytest.mark.parametrize(("top_k", "penalty_alpha"), [(1, 0.6), (4, 0.0), (7, 1.0)])
+def test_other_settings(top_k, penalty_alpha, calls):
+    ours, plain = both(model_of("llama"), prompts(2), top_k=top_k, penalty_alpha=penalty_alpha)
+    assert torch.equal(ours, plain)
+    assert calls["steps"]
+
+
+@pytest.mark.parametrize("interval", [1, 8])
+def test_rows_that_end(interval, calls, monkeypatch):
+    """Ends come at any step; looking for them late cuts what was written meanwhile."""
+    module = importlib.import_module("simctg_fast.decoding.contrastive_search")
+    monkeypatch.setattr(module, "stop_check_interval", lambda device: interval)
+    model = model_of("llama")
+    free = both(model, prompts(3))[1]
+    for ends in ([int(free[0, 12])], [int(free[row, 10 + 3 * row]) for row in range(3)], [97]):
+        ours, plain = both(model, prompts(3), eos_token_id=ends)
+        assert torch.equal(ours, plain)
+    assert calls["steps"]
+
+
+def test_buffers_grow(calls, monkeypatch):
+    for module in ("prefix_cache", "decode_step"):
+        monkeypatch.setattr(f"simctg_fast.decoding.{module}.next_capacity", lambda needed, _: needed + 3, raising=True)
+    monkeypatch.setattr("simctg_fast.decoding.hidden_states.next_capacity", lambda needed, _: needed + 2)
+    for name in ("llama", "mistral"):
+        ours, plain = both(model_of(name), prompts(2, pads=(2, 0)), max_new_tokens=40)
+        assert torch.equal(ours, plain)
+    assert calls["object"].capacity >= 46
+
+
+class Backwards(LogitsProcessor):
+    """Looks at the ids so far: bans the last token and prefers what the sum of all says."""
+
+    def __call__(self, input_ids, scores):
+        scores = scores.scatter(1, input_ids[:, -1:], float("-inf"))
+        return scores.scatter_add(1, input_ids.sum(dim=1, keepdim=True) % scores.shape[1], torch.full_like(scores, 2.0))
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_processors(outside, calls):
+    processors = [SuppressTokensLogitsProcessor(list(range(20, 60)))]
+    if outside:
+        processors.append(Backwards())
+    ours, plain = both(model_of("llama"), prompts(2), logits_processor=processors)
+    assert torch.equal(ours, plain)
+    assert not set(range(20, 60)) & set(ours[:, 7:].flatten().tolist())
+    assert calls["object"].outside == outside
+
+
+def test_streamer_gets_every_token(calls):
+    class Keep:
+        def __init__(self):
+            self.got = []
+
+        def put(self, value):
+            self.got.append(value.tolist())
+
+        def end(self):
+            self.got.append("end")
+
+    streamers = Keep(), Keep()
+    for on, streamer in zip((True, False), streamers, strict=True):
+        model_of("llama").generate(
+            **prompts(1), custom_generate=ContrastiveSearch(0.6, 4, decode_step=on, streamer=streamer), max_new_tokens=9
+        )
+    assert streamers[0].got == streamers[1].got
+    assert len(streamers[0].got) == 11
+    assert calls["steps"]
+
+
+def test_what_does_not_fit_says_why(calls):
+    inputs = prompts(1)
+    for name, options, strategy, message in (
+        ("bloom", {}, {}, "decoded on path 'reorder'"),
+        ("t5", {}, {}, "encoder-decoders"),
+        ("llama", {"return_dict_in_generate": True}, {}, "more than the tokens is wanted"),
+        ("llama", {}, {"temperature": 1.0}, "the choice is random"),
+        ("llama", {"max_time": 100.0}, {}, "MaxTimeCriteria"),
+    ):
+        with pytest.raises(ValueError, match=f"decode_step=True, but .*{message}"):
+            both(model_of(name), inputs, strategy=strategy, **options)
+    assert not calls["steps"]
+    gaps = prompts(1)
+    gaps["attention_mask"][0, 3] = 0
+    with pytest.raises(ValueError, match="attention_mask has gaps"):
+        both(model_of("llama"), gaps)
+    with pytest.raises(ValueError, match="decode_step must be True, False or 'auto', got 'graph'"):
+        ContrastiveSearch(decode_step="graph")
+
+
+def test_a_step_that_differs_is_not_used(calls, monkeypatch):
+    """A model that takes positions from its cache is served by the plain loop."""
+    original = decode_step._StaticStep.attend
+
+    def wrong(self, module, query, key, value, *args, **kwargs):
+        return original(self, module, 1.5 * query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(decode_step._StaticStep, "attend", wrong)
+    with pytest.raises(ValueError, match="differs"):
+        both(model_of("llama"), prompts(2))
+    assert not calls["steps"]
+
+
+def test_windows_are_told_from_chunks():
+    from transformers.masking_utils import chunked_overlay, sliding_window_overlay
+
+    cpu = torch.device("cpu")
+    window, chunk = sliding_window_overlay(4), chunked_overlay(4, torch.zeros(1, dtype=torch.long))
+
+    def causal(function):
+        return lambda b, h, q, kv: (kv <= q) & function(b, h, q, kv)
+
+    assert decode_step._is_window(causal(window), 4, cpu)
+    assert not decode_step._is_window(causal(window), 5, cpu)
+    assert not decode_step._is_window(causal(chunk), 4, cpu)
+
+
+def test_masks_that_are_no_window(calls, monkeypatch):
+    """Where a mask is not known to be a window, the model's own function makes it from the lengths on the device."""
+    monkeypatch.setattr(decode_step, "_is_window", lambda *_: False)
+    ours, plain = both(model_of("mistral"), prompts(3, pads=(3, 0, 5)))
+    assert torch.equal(ours, plain)
+    assert calls["steps"]
+
+
+def test_logits_without_probabilities(calls):
+    class Ban(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.fill_(float("-inf")) if input_ids.shape[1] == 12 else scores
+
+    with pytest.raises(ValueError, match="left no probabilities at new token 5"):
+        both(model_of("llama"), prompts(2), logits_processor=[Ban()])
+    assert calls["steps"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("pads", [(), (3, 0, 5)])
+def test_captured_step_gives_the_same_tokens(name, pads, calls):
+    model = build(name).cuda()
+    inputs = {key: x.cuda() for key, x in prompts(3, pads=pads).items()}
+    ours, plain = both(model, inputs, max_new_tokens=60)
+    assert calls["object"].not_captured is None
+    assert calls["object"].graph is not None
+    assert torch.equal(ours, plain)
+    there = both(build(name), prompts(3, pads=pads), max_new_tokens=60)[1]
+    assert torch.equal(ours.cpu(), there)
