@@ -1,21 +1,22 @@
 """The low-rank CRF against the codes that circulate: speed, memory, and how cost grows.
 
-    python benchmarks/crf.py                         # every row, (8, 97, 30000), beam 256, rank 32; some minutes
-    python benchmarks/crf.py --rows samples_8 select # some rows
-    python benchmarks/crf.py --threads 2             # wall time on two threads instead of CPU time on one
-    python benchmarks/crf.py --device cuda           # wall time on a GPU, synchronised
-    python benchmarks/crf.py --curves                # cost against T and N
+    python benchmarks/crf.py                             # everything at (8, 97, 30000), beam 256, rank 32: a quarter of
+                                                         # an hour, most of it the published sampler's 64 samples
+    python benchmarks/crf.py speed --rows select viterbi # some rows; sections: speed, memory, curves
+    python benchmarks/crf.py --device cuda               # on a GPU: wall time, synchronised
 
-Results are compared before anything is timed. Providers take turns; reported is the least of the rounds. Beam
-selection is included for everybody. pytorch-crf, torch-struct and torbi take part where they are installed:
+Results are compared before anything is timed. Providers take turns; reported is the least of the rounds, as CPU time on
+one thread, by which the goals are judged, and as wall time on two. Ratios above 1 say that this library is faster. The
+figures are appended to `results/crf.csv`. Peers take part where they are installed (torbi as a source package, which
+compiles for the torch at hand):
 
     pip install pytorch-crf torch-struct
+    pip install --no-build-isolation --no-deps --no-binary torbi torbi==1.3.3
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 from common import (
     RESULTS,
     Row,
@@ -38,149 +38,15 @@ from common import (
     resident_megabytes,
     versions,
 )
+from crf_rows import ON_CUDA, OURS, ROWS, Sizes, T, backward, nll, no_grad, published_law, samples, viterbi
 
-from simctg_fast import LinearChainCRF, LowRankCRF, StochasticViterbiSamples
-from simctg_fast.ops.crf_beam import crf_beam_select
 from simctg_fast.reference import crf as reference
 
-B, T, V, K, D = 8, 97, 30000, 256, 32
-OURS = "simctg_fast"
-# Times faster than the peer named first in the row; megabytes for memory.
-GOALS = {
-    "samples_8": 90, "samples_64": 600, "select": 5, "published_8": 55, "viterbi": 5, "nll": 35, "nll_unbind": 3,
-    "dense_log_partition": 30, "dense_viterbi": 20, "memory": 16,
-}  # fmt: skip
-
-
-class Sizes:
-    def __init__(self, batch=B, length=T, vocabulary=V, beam=K, rank=D, device="cpu") -> None:
-        torch.manual_seed(0)
-        self.crf = LowRankCRF(vocabulary, rank, beam).to(device)
-        self.beam, self.device = beam, torch.device(device)
-        self.emissions = torch.randn(batch, length, vocabulary, device=device)
-        self.targets = torch.randint(vocabulary, (batch, length), device=device)
-        self.left, self.right = self.crf.E1.weight, self.crf.E2.weight
-        self.published = StochasticViterbiSamples(vocabulary, rank, beam).to(device)
-        self.published.load_state_dict(self.crf.state_dict())
-
-
-def optional(name: str):
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # an extension of another torch fails with all kinds of errors
-        print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
-
-
-def no_grad(function: Callable[[], object]) -> Callable[[], object]:
-    def run():
-        with torch.no_grad():
-            return function()
-
-    return run
-
-
-def backward(s: Sizes, loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    def run():
-        emissions = s.emissions.detach().requires_grad_()
-        s.crf.zero_grad()
-        value = loss(emissions)
-        value.sum().backward()
-        return value.detach()
-
-    return run
-
-
-# ---- rows: name -> providers, ours first -----------------------------------------------------------------------------
-
-
-def samples(s: Sizes, count: int) -> dict[str, Callable]:
-    def published():
-        return reference.published_samples(s.emissions, s.left, s.right, s.beam, samples=count)[2]
-
-    return {
-        OURS: no_grad(lambda: s.crf.sample(s.emissions, num_samples=count)),
-        "published": no_grad(published),
-    }
-
-
-def published_law(s: Sizes, count: int) -> dict[str, Callable]:
-    s.published.num_samples = count
-    return {OURS: no_grad(lambda: s.published(s.emissions)), "published": samples(s, count)["published"]}
-
-
-def select(s: Sizes) -> dict[str, Callable]:
-    ours, theirs = crf_beam_select(s.emissions, s.beam), s.emissions.topk(s.beam, 2)
-    assert torch.equal(ours[1], theirs.values), "beams differ"
-    return {
-        OURS: no_grad(lambda: crf_beam_select(s.emissions, s.beam)),
-        "torch.topk": no_grad(lambda: s.emissions.topk(s.beam, 2)),
-    }
-
-
-def viterbi(s: Sizes) -> dict[str, Callable]:
-    ours = no_grad(lambda: s.crf.viterbi(s.emissions))
-    fairseq = no_grad(lambda: reference.fairseq_viterbi(s.emissions, s.left, s.right, s.beam))
-    torch.testing.assert_close(ours().score, fairseq()[1], rtol=1e-5, atol=1e-3)
-    return {OURS: ours, "fairseq": fairseq}
-
-
-def nll(s: Sizes, unbind: bool) -> dict[str, Callable]:
-    def fairseq(emissions):
-        return reference.fairseq_nll(emissions, s.left, s.right, s.targets, s.beam, unbind)
-
-    ours = backward(s, lambda emissions: s.crf.nll(emissions, s.targets, reduction="none"))
-    torch.testing.assert_close(ours(), no_grad(lambda: fairseq(s.emissions))(), rtol=1e-5, atol=1e-2)
-    return {OURS: ours, "fairseq with .unbind(1)" if unbind else "fairseq": backward(s, fairseq)}
-
-
-def dense(s: Sizes, decode: bool) -> dict[str, Callable]:
-    """One matrix of transitions for all steps."""
-    batch, length = s.emissions.shape[:2]
-    crf = LinearChainCRF(s.beam).to(s.device)
-    emissions = s.emissions[:, :, : s.beam].contiguous()
-    rows = {OURS: no_grad(lambda: crf.viterbi(emissions) if decode else crf.log_partition(emissions))}
-    transitions = crf.transitions.detach().unsqueeze(0).expand(batch, -1, -1)
-
-    def plain():
-        score = emissions[:, 0]
-        for t in range(1, length):
-            step = score[:, :, None] + transitions
-            score = (step.max(1)[0] if decode else torch.logsumexp(step, 1)) + emissions[:, t]
-        return score
-
-    rows["plain torch loop"] = no_grad(plain)
-    torchcrf = optional("torchcrf")
-    if torchcrf is not None:
-        peer = torchcrf.CRF(s.beam, batch_first=True).to(s.device)
-        peer.load_state_dict(crf.state_dict())
-        mask = torch.ones(batch, length, dtype=torch.bool, device=s.device)
-        if decode:
-            rows["pytorch-crf"] = no_grad(lambda: peer.decode(emissions, mask))
-            assert rows["pytorch-crf"]() == rows[OURS]().tags.tolist(), "paths differ"
-        else:
-            rows["pytorch-crf"] = no_grad(lambda: peer._compute_normalizer(emissions.transpose(0, 1), mask.T))
-            torch.testing.assert_close(rows["pytorch-crf"](), rows[OURS](), rtol=1e-5, atol=1e-3)
-    torbi = optional("torbi") if decode else None
-    if torbi is not None:
-        shared, start = crf.transitions.detach().T.contiguous(), crf.start_transitions.detach()
-        lengths = torch.full((batch,), length, dtype=torch.int32)
-        rows["torbi"] = no_grad(lambda: torch.ops.torbi.viterbi_decode(emissions, lengths, shared, start))
-    return rows
-
-
-ROWS: dict[str, tuple[str, Callable[[Sizes], dict[str, Callable]]]] = {
-    "samples_8": ("exact sampling, N = 8", lambda s: samples(s, 8)),
-    "samples_64": ("exact sampling, N = 64", lambda s: samples(s, 64)),
-    "select": ("beam selection", select),
-    "published_8": ("published law, N = 8", lambda s: published_law(s, 8)),
-    "viterbi": ("Viterbi", viterbi),
-    "nll": ("nll, forward and backward", lambda s: nll(s, False)),
-    "nll_unbind": ("nll, forward and backward", lambda s: nll(s, True)),
-    "dense_log_partition": ("shared transitions, log Z", lambda s: dense(s, False)),
-    "dense_viterbi": ("shared transitions, Viterbi", lambda s: dense(s, True)),
-}
-SLOW = {"samples_64"}  # a minute or more for the peer: one round
+SECONDS = 6.0  # a row is repeated for about as long, from 1 to ROUNDS times
+ROUNDS = 15
+MEMORY_GOAL = 16  # megabytes
+SELECT_GOAL_ON_CUDA = 0.1  # milliseconds
+PICTURE = RESULTS / "crf_cost.png"
 
 
 def timed(function: Callable[[], object], wall: bool, device: torch.device) -> Callable[[], float]:
@@ -198,31 +64,19 @@ def timed(function: Callable[[], object], wall: bool, device: torch.device) -> C
     return run
 
 
-def measure(s: Sizes, names: list[str], repeats: int, wall: bool) -> list[Row]:
-    rows = []
-    print(f"{'':34}{'ms':>10}  {'against':28}{'ms':>10}{'ratio':>9}{'goal':>7}")
-    for name in names:
-        title, make = ROWS[name]
-        providers = make(s)
-        providers[OURS]()  # warm
-        if s.device.type == "cuda":
-            for run in providers.values():
-                run()
-        figures = interleaved(
-            {who: timed(run, wall, s.device) for who, run in providers.items()}, 1 if name in SLOW else repeats
-        )
-        ours = min(figures[OURS])
-        for who, seconds in figures.items():
-            rows.append(row(name, who, "ms", [1e3 * x for x in seconds], s))
-            if who != OURS:
-                ratio = min(seconds) / ours
-                print(f"{title:34}{1e3 * ours:10.1f}  {who:28}{1e3 * min(seconds):10.1f}{ratio:8.1f}x{GOALS[name]:6}x")
-    return rows
+def rounds_of(providers: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """All take turns. What needs long runs once: a second time, and warming up, would tell little more."""
+    once = {who: run() for who, run in providers.items()}
+    slow = {who: [seconds] for who, seconds in once.items() if seconds > SECONDS / 2}
+    quick = {who: run for who, run in providers.items() if who not in slow}
+    each = sum(once[who] for who in quick)
+    return interleaved(quick, max(3, min(ROUNDS, int(SECONDS / each)))) | slow
 
 
-def row(name: str, who: str, metric: str, values: list[float], s: Sizes, x: tuple[str, str] = ("", "")) -> Row:
+def record(name: str, who: str, metric: str, values: list[float], s: Sizes, x: tuple[str, str] = ("", "")) -> Row:
     config = {
         "shape": list(s.emissions.shape), "beam": s.beam, "rank": s.left.shape[1], "threads": torch.get_num_threads(),
+        "device": s.device.type,
     }  # fmt: skip
     return Row(
         "crf", who, name, metric, *x, *quantiles(values), config=json.dumps(config), gpu=device_name(),
@@ -230,105 +84,186 @@ def row(name: str, who: str, metric: str, values: list[float], s: Sizes, x: tupl
     )  # fmt: skip
 
 
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+def speed(s: Sizes, names: list[str]) -> tuple[list[Row], list[str]]:
+    """The figures, and the goals that were missed."""
+    cuda = s.device.type == "cuda"
+    table, rows, missed = ON_CUDA if cuda else ROWS, [], []
+    threads = [torch.get_num_threads()] if cuda else [1, 2]
+    heads = "wall time" if cuda else f"{'CPU time, 1 thread':^28}{'wall time, 2 threads':^28}"
+    print(f"{'':36}{'':20}{heads}")
+    print(f"{'':36}{'against':20}" + f"{'ours':>9}{'theirs':>10}{'ratio':>9}" * len(threads) + f"{'goal':>8}")
+    for name in names:
+        title, goals, make = table[name]
+        torch.set_num_threads(threads[-1])
+        providers, least = make(s), []
+        for count in threads:
+            torch.set_num_threads(count)
+            wall = cuda or count > 1
+            figures = rounds_of({who: timed(run, wall, s.device) for who, run in providers.items()})
+            for who, seconds in figures.items():
+                metric = "wall_ms" if wall else "cpu_ms"
+                rows.append(record(name, who, metric, [1e3 * x for x in seconds], s))
+            least.append({who: 1e3 * min(seconds) for who, seconds in figures.items()})
+        for who in providers:
+            if who == OURS:
+                continue
+            line = "".join(f"{found[OURS]:9.2f}{found[who]:10.1f}{found[who] / found[OURS]:8.1f}x" for found in least)
+            goal, ratio = goals.get(who), least[0][who] / least[0][OURS]
+            if goal and ratio < goal:
+                missed.append(f"{title} against {who}: {ratio:.1f}x, goal {goal}x")
+            print(f"{title:36}{who:20}{line}" + (f"{goal:7.0f}x" if goal else f"{'—':>8}"), flush=True)
+        if cuda and name == "select" and least[0][OURS] > SELECT_GOAL_ON_CUDA:
+            missed.append(f"{title}: {least[0][OURS]:.3f} ms, goal {SELECT_GOAL_ON_CUDA} ms")
+    return rows, missed
+
+
 # ---- memory: a process for each figure, so that nothing else is resident ---------------------------------------------
 
-MEMORY = {
-    "samples_8": lambda s: samples(s, 8),
-    "published_8": lambda s: published_law(s, 8),
-    "viterbi": viterbi,
-    "nll": lambda s: nll(s, False),
-}
+MEMORY = {"samples_8": "published", "published_8": "published", "viterbi": "fairseq", "nll": "fairseq"}
 
 
 def memory_of(name: str, who: str) -> float:
-    """Peak resident megabytes of one call over what was resident before, after a warm call at a small size."""
-    small = MEMORY[name](Sizes(batch=2, length=3, vocabulary=500, beam=16, rank=8))
-    small[who]()
+    """Peak resident megabytes of one call over what was resident before, after a warm call at a small size. What the
+    caller is given to keep, the gradients of `nll`, is not counted."""
+    make = {
+        "samples_8": lambda s: samples(s, 8),
+        "published_8": lambda s: published_law(s, 8),
+        "viterbi": viterbi,
+        "nll": lambda s: nll(s, False),
+    }[name]
+    make(Sizes(batch=2, length=12, vocabulary=500, beam=16, rank=8))[who]()
     s = Sizes()
-    if name == "nll":  # building the row would run both once to compare them
-        loss = {
-            OURS: lambda e: s.crf.nll(e, s.targets, reduction="none"),
-            "fairseq": lambda e: reference.fairseq_nll(e, s.left, s.right, s.targets, s.beam),
-        }[who]
-        run = backward(s, loss)
-    elif name == "viterbi":
-        run = no_grad(
-            (lambda: s.crf.viterbi(s.emissions))
-            if who == OURS
-            else (lambda: reference.fairseq_viterbi(s.emissions, s.left, s.right, s.beam))
-        )
-    else:
-        run = MEMORY[name](s)[who]
+
+    def published():
+        return reference.published_samples(s.emissions, s.left, s.right, s.beam, samples=8)
+
+    def fairseq_loss(emissions):
+        return reference.fairseq_nll(emissions, s.left, s.right, s.targets, s.beam)
+
+    s.published.num_samples = 8
+    run = {  # not from `make`, which would run everything once to compare
+        ("samples_8", OURS): no_grad(lambda: s.crf.sample(s.emissions, num_samples=8)),
+        ("published_8", OURS): no_grad(lambda: s.published(s.emissions)),
+        ("viterbi", OURS): no_grad(lambda: s.crf.viterbi(s.emissions)),
+        ("nll", OURS): backward(s, lambda e: s.crf.nll(e, s.targets, reduction="none")),
+        ("viterbi", "fairseq"): no_grad(lambda: reference.fairseq_viterbi(s.emissions, s.left, s.right, s.beam)),
+        ("nll", "fairseq"): backward(s, fairseq_loss),
+    }.get((name, who), no_grad(published))
     reset_peak_memory()
     before = resident_megabytes()[0]
     run()
-    return resident_megabytes()[1] - before
+    peak = resident_megabytes()[1] - before
+    return peak - (4e-6 * (s.emissions.numel() + s.left.numel() + s.right.numel()) if name == "nll" else 0)
 
 
-def memory(s: Sizes) -> list[Row]:
-    rows = []
-    print("\npeak memory over the inputs, MB (the gradients of nll are 101 MB of it)")
-    for name, peer in (
-        ("samples_8", "published"),
-        ("published_8", "published"),
-        ("viterbi", "fairseq"),
-        ("nll", "fairseq"),
-    ):
+def memory(s: Sizes) -> tuple[list[Row], list[str]]:
+    rows, missed = [], []
+    print(f"\n{'peak memory over the inputs, MB':36}{'against':20}{'ours':>9}{'theirs':>10}{'':9}{'goal':>8}")
+    for name, peer in MEMORY.items():
         found = {}
         for who in (OURS, peer):
-            command = [sys.executable, __file__, "--memory-of", name, who, "--threads", "1"]
+            command = [sys.executable, __file__, "--memory-of", name, who]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[who] = float(done.stdout.split()[-1])
-            rows.append(row(name, who, "peak_mb", [found[who]], s))
-        print(f"{ROWS[name][0]:34}{found[OURS]:10.1f}  {peer:28}{found[peer]:10.1f}")
-    return rows
+            rows.append(record(name, who, "peak_mb", [found[who]], s))
+        title = ROWS[name][0] + (" (+ gradients)" if name == "nll" else "")
+        print(f"{title:36}{peer:20}{found[OURS]:9.1f}{found[peer]:10.0f}{'':9}{MEMORY_GOAL:8}", flush=True)
+        if found[OURS] > MEMORY_GOAL:
+            missed.append(f"memory of {title}: {found[OURS]:.1f} MB, goal {MEMORY_GOAL} MB")
+    return rows, missed
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
+LENGTHS, COUNTS = (25, 49, 97, 193, 385), (1, 8, 64, 128, 256, 512)
 
-def curves(device: str, repeats: int, wall: bool) -> list[Row]:
-    rows = []
-    print("\ncost against T (N = 8) and N (T = 97), ms: sampling")
-    for x, values in (("T", (25, 49, 97, 193)), ("N", (1, 8, 64, 256))):
+
+def curves(device: str) -> tuple[list[Row], list[str]]:
+    """Cost of sampling against T and N, with the straight line through them (from N = 64 on: fewer share one tile)."""
+    rows, points = [], {}
+    wall = device != "cpu"
+    torch.set_num_threads(1)
+    print("\ncost of exact sampling, ms" + ("" if wall else " of CPU time, 1 thread"))
+    for x, values in (("T", LENGTHS), ("N", COUNTS)):
+        found = []
         for value in values:
             s = Sizes(length=value if x == "T" else T, device=device)
             count = value if x == "N" else 8
-            run = timed(samples(s, count)[OURS], wall, s.device)
+            run = timed(no_grad(lambda s=s, count=count: s.crf.sample(s.emissions, num_samples=count)), wall, s.device)
             run()
-            seconds = [run() for _ in range(repeats)]
-            rows.append(row("samples", OURS, "ms", [1e3 * v for v in seconds], s, (x, str(value))))
-            print(f"{x} = {value:4}{1e3 * min(seconds):10.1f}")
-    return rows
+            seconds = [run() for _ in range(5)]
+            rows.append(record("samples", OURS, "wall_ms" if wall else "cpu_ms", [1e3 * v for v in seconds], s,
+                               (x, str(value))))  # fmt: skip
+            found.append(1e3 * min(seconds))
+        points[x] = (values, found)
+        start = 0 if x == "T" else COUNTS.index(64)
+        at = torch.tensor(values[start:], dtype=torch.float64)
+        line = torch.linalg.lstsq(torch.stack([torch.ones_like(at), at], 1), torch.tensor(found[start:]).double())
+        base, slope = line.solution.tolist()
+        off = max(abs((base + slope * v) / f - 1) for v, f in zip(at.tolist(), found[start:], strict=True))
+        print(f"{x} = " + "  ".join(f"{v}: {f:.1f}" for v, f in zip(values, found, strict=True)))
+        print(f"    {base:.1f} + {slope:.3f} {x}, off by at most {off:.0%}")
+    if not wall:
+        draw(points)
+    return rows, []
 
 
-def main() -> None:
+def draw(points: dict[str, tuple[tuple[int, ...], list[float]]]) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        print(f"no picture: {error}; pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    for axis, (x, fixed) in zip(axes, (("T", "8 samples"), ("N", f"{T} positions")), strict=True):
+        axis.plot(*points[x], marker="o", markersize=4)
+        axis.set(xlabel={"T": "positions", "N": "samples"}[x], ylabel="ms, one thread", title=fixed, ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=120)
+    print(f"the curves are in {PICTURE}")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time")
+    sections = ("speed", "memory", "curves")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(sections)}; all by default")
+    parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--curves", action="store_true")
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
+        torch.set_num_threads(1)
         print(memory_of(*arguments.memory_of))
-        return
-    wall = arguments.threads > 1 or arguments.device != "cpu"
+        return 0
+    table = ROWS if arguments.device == "cpu" else ON_CUDA
+    for kind, given, allowed in (("SECTION", arguments.sections, sections), ("--rows", arguments.rows or [], table)):
+        for value in given:
+            if value not in allowed:
+                parser.error(f"{kind} is {value!r}, must be one of {', '.join(allowed)}")
     s = Sizes(device=arguments.device)
-    print(
-        f"{device_name()}, torch {torch.__version__}, {'wall' if wall else 'CPU'} time, {arguments.threads} thread(s)"
-    )
-    if arguments.curves:
-        found = curves(arguments.device, arguments.repeats, wall)
-    else:
-        found = measure(s, arguments.rows, arguments.repeats, wall)
-        if arguments.device == "cpu" and not arguments.no_memory and arguments.rows == list(ROWS):
-            found += memory(s)
-    append_csv(RESULTS / "crf.csv", found)
+    print(f"{device_name()}, torch {torch.__version__}; emissions {tuple(s.emissions.shape)}, beam {s.beam}, rank 32")
+    wanted, missed = arguments.sections or sections, []
+    for section in wanted:
+        if section == "speed":
+            rows, below = speed(s, arguments.rows or list(table))
+        elif section == "memory":
+            if arguments.device != "cpu":
+                continue
+            rows, below = memory(s)
+        else:
+            rows, below = curves(arguments.device)
+        append_csv(RESULTS / "crf.csv", rows)
+        missed += below
+    print("\n" + ("missed: " + "; ".join(missed) if missed else "every goal is met"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

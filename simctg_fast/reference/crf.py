@@ -109,6 +109,11 @@ def published_samples(emissions, left, right, beam, temperature=1.0, samples=8, 
         `beam_probs (B, T, K, N)`, `slots (B, T, N)`, `tokens (B, T, N)` and the back-pointers.
     """
     values, tokens = emissions.topk(beam, 2)
+    return published_on_beam(values, tokens, left, right, temperature, samples, pointers, uniforms)
+
+
+def published_on_beam(values, tokens, left, right, temperature=1.0, samples=8, pointers=None, uniforms=None):
+    """The same for beams that are given: emissions `values` of `tokens`, `(B, T, K)` both."""
     batch, length, size = values.shape
     transitions = torch.matmul(left[tokens[:, :-1]], right[tokens[:, 1:]].transpose(2, 3))
     score = values[:, 0].unsqueeze(2).expand(-1, -1, samples)
@@ -157,12 +162,21 @@ def fairseq_nll(emissions, left, right, targets, beam, unbind=False):
     _, values, transitions = _fairseq_beam(emissions, left, right, beam, targets)
     numerator = emissions.gather(2, targets[:, :, None])[:, :, 0].sum(1)
     numerator = numerator + (left[targets[:, :-1]] * right[targets[:, 1:]]).sum((1, 2))
-    steps = transitions.unbind(1) if unbind else None
+    steps = transitions.unbind(1) if unbind else [transitions[:, t] for t in range(transitions.shape[1])]
+    return _log_partition(values, steps) - numerator
+
+
+def fairseq_log_partition(emissions, left, right, beam):
+    """log Z `(B,)` by the same recursion, which takes nothing off the scores."""
+    _, values, transitions = _fairseq_beam(emissions, left, right, beam)
+    return _log_partition(values, transitions.unbind(1))
+
+
+def _log_partition(values, steps):
     score = values[:, 0]
     for t in range(1, values.shape[1]):
-        step = transitions[:, t - 1] if steps is None else steps[t - 1]
-        score = torch.logsumexp(score[:, :, None] + step, 1) + values[:, t]
-    return torch.logsumexp(score, 1) - numerator
+        score = torch.logsumexp(score[:, :, None] + steps[t - 1], 1) + values[:, t]
+    return torch.logsumexp(score, 1)
 
 
 def fairseq_viterbi(emissions, left, right, beam):
