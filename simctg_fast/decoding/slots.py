@@ -53,7 +53,7 @@ class SlotStep(SharedPrefixStep):
         function = kwargs.get("mask_function", causal_mask_function)
         if function is causal_mask_function or kwargs.get("q_length") != 1:
             return None
-        if kwargs.get("allow_is_bidirectional_skip"):
+        if kwargs.get("allow_is_bidirectional_skip") or self.width == 0:
             return None
         device = self.lengths.device
         own = self.lengths[:, None, None, None]
@@ -411,8 +411,8 @@ class SlotDecoder:
 
         logits = []
         for rows in (self.slots, max(1, self.slots // 2), 1):
-            for slot in range(self.slots):
-                self.clear(slot)
+            for slot in range(self.slots):  # what earlier trials have left there, or zeros
+                self.cache.set_length(slot, 2 + slot % 2)
             self.step(tokens[:rows], choose, [True] * rows)
             assert self.logits is not None
             logits.append(self.logits[0].clone())

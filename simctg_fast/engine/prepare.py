@@ -118,6 +118,8 @@ class Preparer:
             except Exception as error:  # templates raise what they like
                 raise self._error(request, "chat_template_error", f"the chat template refused: {error}") from error
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        elif isinstance(request.prompt, tuple):
+            ids = list(request.prompt)
         else:
             text = request.prompt if request.prompt is not None else request.source
             if request.source is not None and not self.is_encoder_decoder:
@@ -129,7 +131,7 @@ class Preparer:
             raise self._error(
                 request,
                 "token_out_of_range",
-                f"the tokenizer made token {max(ids)}, the model knows 0 … {self.vocabulary - 1}",
+                f"the prompt has token {max(ids)}, the model knows 0 … {self.vocabulary - 1}",
             )
         if not self.is_encoder_decoder:
             return ids, None

@@ -30,7 +30,7 @@ class Request:
 
     id: str | int
     parameters: Parameters
-    prompt: str | None = None
+    prompt: str | tuple[int, ...] | None = None  # a text, or its tokens
     messages: tuple[dict[str, Any], ...] | None = None
     source: str | None = None
     line: int | None = None
@@ -148,8 +148,11 @@ class _Failure:
         value = given[name]
         if name == "messages":
             return {"messages": self.messages(value, prefix)}
+        if name == "prompt" and isinstance(value, list) and value and all(_is_token(item) for item in value):
+            return {"prompt": tuple(value)}
         if not isinstance(value, str):
-            raise self("invalid_type", f"{prefix}{name} must be a string, got {_kind(value)}")
+            allowed = "a string or a list of token ids" if name == "prompt" else "a string"
+            raise self("invalid_type", f"{prefix}{name} must be {allowed}, got {_kind(value)}")
         if not value.strip():
             raise self("empty_prompt", f"{prefix}{name} must hold text, got {_shown(value)}")
         return {name: value}
@@ -174,6 +177,10 @@ class _Failure:
 
 def _is_id(value: Any) -> bool:
     return (isinstance(value, str) and bool(value.strip())) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _refuse_constant(name: str) -> float:

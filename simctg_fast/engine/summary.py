@@ -33,14 +33,22 @@ class Summary:
     _latencies: list[float] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
+        kind = "" if result.error is None else result.error["type"]
+        usage = result.usage
+        self.add_row(result.finish_reason, kind, usage["prompt_tokens"], usage["completion_tokens"], result.seconds)
+
+    def add_row(
+        self, finish_reason: str, error: str, prompt_tokens: int, completion_tokens: int, seconds: float
+    ) -> None:
+        """``error``: its type, empty where there is none."""
         self.completed += 1
-        self.finish_reasons[result.finish_reason] += 1
-        if result.error is not None:
-            self.errors[result.error["type"]] += 1
+        self.finish_reasons[finish_reason] += 1
+        if error:
+            self.errors[error] += 1
             return
-        self.prompt_tokens += result.usage["prompt_tokens"]
-        self.generated_tokens += result.usage["completion_tokens"]
-        self._latencies.append(result.seconds)
+        self.prompt_tokens += int(prompt_tokens)
+        self.generated_tokens += int(completion_tokens)
+        self._latencies.append(float(seconds))
 
     def finish(self, seconds: float, lines: InputLines, engine: dict[str, Any], output: str) -> None:
         self.seconds, self.total, self.engine, self.output = seconds, lines.total, engine, output

@@ -1,0 +1,263 @@
+"""Offline generation on a Ray cluster: a class for ``map_batches``, and ``simctg-fast run --ray``.
+
+    import ray
+    from simctg_fast.integrations.ray import BatchGenerator
+
+    (
+        ray.data.read_json("s3://bucket/prompts/", lines=True)
+        .map_batches(
+            BatchGenerator,
+            fn_constructor_kwargs={"model": "s3-mounted/model", "slots": 64},
+            batch_size=512,                        # large: the engine keeps its slots full from within a batch
+            compute=ray.data.ActorPoolStrategy(size=8),
+            num_gpus=1,
+        )
+        .write_json("s3://bucket/completions/")
+    )
+
+The job (``run_on_ray``) leaves reading, the journal and resuming to the process that starts it, so its output is that
+of a run without Ray; workers only generate. A worker that dies is started again and its block repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..engine.job import JobOptions
+    from ..engine.summary import Summary
+
+__all__ = ["BatchGenerator", "run_on_ray"]
+
+logger = logging.getLogger("simctg_fast")
+
+_BLOCK_ROWS = 256  # requests a block: what a worker that dies has to repeat, and what keeps its slots full
+_BLOCKS_PER_WORKER = 4  # at least, so that none waits long for another
+
+
+class BatchGenerator:
+    """Continues the rows of a batch. Errors are recorded in their row and never raised.
+
+    Columns that are requests' keys (``id``, ``prompt``, ``messages``, ``source``, ``max_new_tokens`` …) are read; all
+    columns are handed on, with ``text``, ``token_ids``, ``finish_reason``, ``prompt_tokens``, ``completion_tokens`` and
+    ``error`` (a JSON text, empty where there is none) beside them.
+
+    Args:
+        model: folder or hub name, reachable from every worker.
+        threads: of torch in this worker; default: Ray's own setting.
+        device, dtype: see `load_model`; Ray decides which GPU is the first.
+        options: those of :class:`simctg_fast.engine.Engine`.
+    """
+
+    def __init__(
+        self, model: str, *, threads: int | None = None, device: str | None = None, dtype: str = "auto", **options: Any
+    ):
+        import torch
+
+        from ..engine import Engine
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.engine = Engine.from_pretrained(model, device=device, dtype=dtype, **options)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        from ..engine.parameters import NAMES
+
+        names = [name for name in ("prompt", "messages", "source", *NAMES) if name in batch]
+        count = len(next(iter(batch.values()))) if batch else 0
+        # Ids must be unique within a batch; the rows' own need not be, and may be missing.
+        requests = [{"id": row} | _given(batch, names, row) for row in range(count)]
+        results = {result.id: result for result in self.engine.generate(requests)}
+        answers = [results[row] for row in range(count)]
+        return dict(batch) | {
+            "text": _objects([answer.text for answer in answers]),
+            "token_ids": _objects([np.asarray(answer.token_ids, dtype=np.int64) for answer in answers]),
+            "finish_reason": _objects([answer.finish_reason for answer in answers]),
+            "prompt_tokens": np.array([answer.usage["prompt_tokens"] for answer in answers], dtype=np.int64),
+            "completion_tokens": np.array([answer.usage["completion_tokens"] for answer in answers], dtype=np.int64),
+            "error": _objects(["" if answer.error is None else json.dumps(answer.error) for answer in answers]),
+        }
+
+
+def _given(batch: dict[str, np.ndarray], names: list[str], row: int) -> dict[str, Any]:
+    values = {name: _plain(batch[name][row]) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON types: Ray hands out numpy's, and NaN for a number that is missing."""
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return int(value) if value.is_integer() else value
+    return value
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+class _LineGenerator(BatchGenerator):
+    """Lines of input in, lines of output out: the rows of ``run_on_ray``."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        requests = [
+            self.engine.parse(json.loads(line), line=int(number))
+            for line, number in zip(batch["line"], batch["number"], strict=True)
+        ]
+        results = list(self.engine.generate(requests))
+        return {
+            "line": _objects([result.as_line() for result in results]),
+            "finish_reason": _objects([result.finish_reason for result in results]),
+            "error": _objects(["" if result.error is None else result.error["type"] for result in results]),
+            "prompt_tokens": np.array([result.usage["prompt_tokens"] for result in results], dtype=np.int64),
+            "completion_tokens": np.array([result.usage["completion_tokens"] for result in results], dtype=np.int64),
+            "seconds": np.array([result.seconds for result in results]),
+        }
+
+
+def run_on_ray(options: JobOptions, *, workers: int = 1, address: str | None = None) -> Summary:
+    """The job ``options`` on ``workers`` engines of a Ray cluster: same files, same lines, same resume as without Ray.
+
+    Args:
+        options: of the job. The model has to be reachable by its name from every worker.
+        workers: engines; each takes a GPU where the cluster has any.
+        address: of a running cluster; by default one is started on this machine and ended with the job.
+
+    Raises:
+        ImportError: Ray is not installed. Otherwise as :class:`simctg_fast.engine.job.Job`.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError("--ray needs Ray: pip install 'simctg_fast[ray]'") from error
+    from ..engine.engine import check_options
+    from ..engine.inputs import InputLines
+    from ..engine.job import _about
+    from ..engine.journal import Journal
+    from ..engine.manifest import check_manifest, write_manifest
+    from ..engine.requests import Request, parse_request
+    from ..engine.results import from_request_error
+    from ..engine.summary import Summary
+
+    config = options.config()
+    defaults = check_options(
+        options.strategy, options.slots, options.memory, options.seed, options.batching, options.parameters
+    )
+    with Journal(options.output) as journal:
+        if journal.size:
+            check_manifest(options.output, config)
+        else:
+            write_manifest(options.output, config, _about(options))
+        lines = InputLines(
+            options.input,
+            lambda given, line: parse_request(given, defaults, options.strategy, line=line),
+            journal.done,
+            options.num_shards,
+            options.shard_id,
+        )
+        summary = Summary(resumed=len(journal.done), errors_before=journal.errors)
+        began = time.monotonic()
+        waiting = []
+        for item in lines:
+            if isinstance(item, Request):
+                waiting.append({"line": json.dumps(dict(item.raw)), "number": item.line})
+            else:
+                result = from_request_error(*item)
+                journal.append(result.as_line())
+                summary.add(result)
+        try:
+            if waiting:
+                with _cluster(ray, address, workers):
+                    for row in _rows(ray, options, waiting, workers):
+                        journal.append(row["line"])
+                        summary.add_row(
+                            row["finish_reason"],
+                            row["error"],
+                            row["prompt_tokens"],
+                            row["completion_tokens"],
+                            row["seconds"],
+                        )
+        except KeyboardInterrupt:
+            summary.stopped, summary.signal = "stopped by SIGINT", signal.SIGINT
+        except OSError as error:
+            summary.stopped = f"the output cannot be written: {error.strerror or error}"
+        summary.unfinished_line = lines.unfinished
+        engine = {"batching": f"ray, {workers} workers", "slots": options.slots}
+        summary.finish(time.monotonic() - began, lines, engine, output=options.output)
+        return summary
+
+
+class _cluster:
+    """Joins the cluster at ``address``, or starts one for the length of a ``with`` block."""
+
+    def __init__(self, ray: Any, address: str | None, workers: int):
+        self.ray, self.address, self.workers = ray, address, workers
+        self.ours = not ray.is_initialized()
+
+    def __enter__(self) -> None:
+        if not self.ours:
+            return
+        paths = os.pathsep.join(dict.fromkeys([path for path in sys.path if path] + [os.getcwd()]))
+        settings: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+        if self.address is not None:
+            settings = {"address": self.address, "log_to_driver": False}
+        else:
+            # Logical processors: a cluster of two would have none left for reading beside two workers.
+            settings |= {"num_cpus": max(4, 2 * self.workers, os.cpu_count() or 1), "include_dashboard": False}
+        self.ray.init(logging_level=logging.ERROR, **settings)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.ours:
+            self.ray.shutdown()
+
+
+def _rows(ray: Any, options: JobOptions, waiting: list[dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    gpus = ray.cluster_resources().get("GPU", 0) > 0 and options.device != "cpu"
+    blocks = max(-(-len(waiting) // _BLOCK_ROWS), min(len(waiting), _BLOCKS_PER_WORKER * workers))
+    threads = None if gpus else max(1, (os.cpu_count() or 1) // workers)
+    constructor = {
+        "model": os.fspath(options.model) if not os.path.isdir(options.model) else os.path.abspath(options.model),
+        "threads": threads,
+        "device": options.device,
+        "dtype": options.dtype,
+        "strategy": options.strategy,
+        "slots": options.slots,
+        "memory": options.memory,
+        "batching": options.batching,
+        "processor": options.processor,
+        "seed": options.seed,
+        "logprobs": options.logprobs,
+        "trace": options.trace,
+        **options.parameters,
+    }
+    data = ray.data.from_items(waiting, override_num_blocks=blocks).map_batches(
+        _LineGenerator,
+        fn_constructor_kwargs=constructor,
+        batch_size=None,  # a block at a time
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=None if gpus else 0.5,
+        num_gpus=1 if gpus else None,
+    )
+    yield from data.iter_rows()
