@@ -1,33 +1,37 @@
-"""Short forms of `benchmarks/crf.py`: `pytest benchmarks --benchmark-only`."""
+"""Short forms of crf.py for `pytest benchmarks --benchmark-only`: ours beside the peers, small enough for seconds."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("pytest_benchmark")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from crf_rows import OURS, ROWS, Sizes
 
-_spec = importlib.util.spec_from_file_location("benchmark_crf", Path(__file__).resolve().parent / "crf.py")
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["benchmark_crf"] = _module
-_spec.loader.exec_module(_module)
-
-SMALL = {"batch": 2, "length": 9, "vocabulary": 4000, "beam": 64, "rank": 16}
 PROVIDERS = [
     (name, who)
-    for name, peers in {
-        "samples_8": ("published",), "select": ("torch.topk",), "published_8": ("published",), "viterbi": ("fairseq",),
-        "nll": ("fairseq",), "nll_unbind": ("fairseq with .unbind(1)",), "dense_log_partition": ("plain torch loop",),
-        "dense_viterbi": ("plain torch loop",),
+    for name, peer in {
+        "samples_8": "published", "select": "torch.topk", "published_8": "published", "viterbi": "fairseq",
+        "nll": "fairseq", "nll_unbind": "fairseq, .unbind(1)", "dense_log_partition": "plain torch loop",
+        "dense_viterbi": "plain torch loop",
     }.items()
-    for who in (_module.OURS, *peers)
+    for who in (OURS, peer)
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "who"), PROVIDERS, ids=[f"{name}-{who}" for name, who in PROVIDERS])
 def test_crf(benchmark, name, who):
+    """Each row compares the results of its providers before they are timed."""
     benchmark.group = name
-    benchmark(_module.ROWS[name][1](_module.Sizes(**SMALL))[who])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    providers = ROWS[name][2](Sizes(batch=2, length=12, vocabulary=4000, beam=64, rank=16, device=device))
+
+    def run():
+        providers[who]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(run)

@@ -338,22 +338,47 @@ void crf_kbest(const Crf& crf, int64_t paths, int64_t* slots, int num_threads) {
 
 // ---- sampling -------------------------------------------------------------------------------------------------------
 
+namespace {
+
+// Few items: their samples are shared out as well, in whole vectors.
+struct Shares {
+    int64_t parts, size;
+    Shares(int64_t batch, int64_t samples, int64_t vector, int num_threads) {
+        const int64_t blocks = (samples + vector - 1) / vector;
+        parts = std::clamp<int64_t>(num_threads / std::max<int64_t>(1, batch), 1, blocks);
+        size = (blocks + parts - 1) / parts * vector;
+    }
+};
+
+}  // namespace
+
 void crf_stochastic_viterbi(const Crf& crf, float temperature, int64_t samples, uint64_t seed, const float* uniforms,
                             int64_t* slots, float* prefixes, void* backpointers, int num_threads) {
     if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
     const CrfKernels& k = kernels();
     const int64_t width = crf.beam <= 256 ? 1 : 2;
-    parallel_for(crf.batch, num_threads, [&](int64_t b) {
+    const Shares shares(crf.batch, samples, k.tables, num_threads);
+    parallel_for(crf.batch * shares.parts, num_threads, [&](int64_t task) {
+        const int64_t b = task / shares.parts, first = task % shares.parts * shares.size;
+        if (first >= samples) return;
+        const int64_t count = std::min(shares.size, samples - first);
         const CrfItem item = item_of(crf, b);
-        Floats scratch = scratch_of(k, crf, samples);
-        const int64_t size = crf.length * crf.beam * samples, used = item.length * crf.beam * samples;
+        Floats scratch = scratch_of(k, crf, count);
+        const int64_t size = crf.length * crf.beam * samples;
+        int64_t* own = slots + b * crf.length * samples;
+        float* scores = prefixes + b * size;
         char* pointers = static_cast<char*>(backpointers) + b * size * width;
         k.stochastic(item, temperature, samples, seed,
-                     uniforms ? uniforms + b * (crf.length - 1) * crf.beam * samples : nullptr,
-                     slots + b * crf.length * samples, prefixes + b * size, pointers, scratch.data());
-        std::fill(slots + (b * crf.length + item.length) * samples, slots + (b + 1) * crf.length * samples, int64_t{-1});
-        std::fill(prefixes + b * size + used, prefixes + (b + 1) * size, 0.0f);
-        std::memset(pointers + used * width, 0, static_cast<size_t>((size - used) * width));
+                     uniforms ? uniforms + b * (crf.length - 1) * crf.beam * samples : nullptr, first, count, own, scores,
+                     pointers, scratch.data());
+        for (int64_t t = item.length; t < crf.length; ++t) {
+            std::fill(own + t * samples + first, own + t * samples + first + count, int64_t{-1});
+        }
+        for (int64_t row = item.length * crf.beam; row < crf.length * crf.beam; ++row) {
+            const int64_t begin = row * samples + first;
+            std::fill(scores + begin, scores + begin + count, 0.0f);
+            std::memset(pointers + begin * width, 0, static_cast<size_t>(count * width));
+        }
     });
 }
 
@@ -361,18 +386,14 @@ void crf_ffbs(const Crf& crf, const float* messages, const float* norms, int64_t
               const float* uniforms, int64_t* slots, int num_threads) {
     if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
     const CrfKernels& k = kernels();
-    // Few items: their samples are shared out as well, in whole vectors.
-    constexpr int64_t vector = 64;
-    const int64_t blocks = (samples + vector - 1) / vector;
-    const int64_t parts = std::clamp<int64_t>(num_threads / std::max<int64_t>(1, crf.batch), 1, blocks);
-    const int64_t share = (blocks + parts - 1) / parts * vector;
-    parallel_for(crf.batch * parts, num_threads, [&](int64_t task) {
-        const int64_t b = task / parts, first = task % parts * share;
+    const Shares shares(crf.batch, samples, 64, num_threads);
+    parallel_for(crf.batch * shares.parts, num_threads, [&](int64_t task) {
+        const int64_t b = task / shares.parts, first = task % shares.parts * shares.size;
         if (first >= samples) return;
         const CrfItem item = item_of(crf, b);
         Floats scratch = scratch_of(k, crf);
         int64_t* own = slots + b * crf.length * samples;
-        const int64_t count = std::min(share, samples - first);
+        const int64_t count = std::min(shares.size, samples - first);
         k.ffbs(item, messages + b * crf.length * crf.beam, norms + b * crf.length, samples, seed,
                uniforms ? uniforms + b * crf.length * samples : nullptr, first, count, own, scratch.data());
         for (int64_t t = item.length; t < crf.length; ++t) {

@@ -45,7 +45,9 @@ struct CrfKernels {
     void (*ffbs)(const CrfItem& item, const float* messages, const float* norms, int64_t samples, uint64_t seed,
                  const float* uniforms, int64_t first, int64_t count, int64_t* slots, float* scratch);
     void (*stochastic)(const CrfItem& item, float temperature, int64_t samples, uint64_t seed, const float* uniforms,
-                       int64_t* slots, float* prefixes, void* backpointers, float* scratch);
+                       int64_t first, int64_t count, int64_t* slots, float* prefixes, void* backpointers,
+                       float* scratch);
+    int64_t tables;  // samples that `stochastic` takes together
 
     // Dense transitions: `rows` items (at most dense_rows) of `tags` states, `stride` (a multiple of lanes) floats each.
     // next[r, j] = sum_k state[r, k] · matrix[k, j]

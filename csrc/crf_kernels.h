@@ -1,10 +1,10 @@
 // The kernels behind crf.h, compiled once for each instruction set (crf_generic.cpp, crf_avx2.cpp, crf_avx512.cpp).
 //
-// A tile is kRows sources × a few vectors of targets; its accumulators start from the sources' own scores, take the
-// products of the two tables' rows in order of the rank, and are consumed in registers. Targets are packed in panels of
+// A tile is kRows sources × a few vectors of targets; its accumulators take the products of the two tables' rows in order
+// of the rank, then the sources' own scores, and are consumed in registers. Targets are packed in panels of
 // kPanel columns ([rank][kPanel]), so a panel is read from the first-level cache once for every tile.
 //
-// Sums over sources run in slot order in every lane: results depend on no tile size.
+// Sums over sources run in slot order in every lane: results do not depend on how many targets there are.
 #pragma once
 
 #include <math.h>
@@ -49,16 +49,20 @@ struct Arena {
     }
 };
 
-// e^x for x <= 88, relative error 1.5e-7; 0 below -87 and for -inf.
+// e^x for x <= 88, relative error 1.8e-7 and -2e-8 on average (a bias would add up over the positions); 0 below -87 and
+// for -inf.
 SIMCTG_INLINE Vec exponential(Vec x) {
-    const Vec t = max(broadcast(-200.0f), mul(x, broadcast(1.44269504f)));  // NaN stays NaN
-    const Vec whole = round_even(t), f = sub(t, whole);
-    Vec p = broadcast(0.0013276471873863102f);
-    p = multiply_add(p, f, broadcast(0.009675541333505776f));
-    p = multiply_add(p, f, broadcast(0.05550713273865061f));
-    p = multiply_add(p, f, broadcast(0.24022119723863555f));
-    p = multiply_add(p, f, broadcast(0.6931469670645355f));
-    p = multiply_add(p, f, broadcast(1.0000000716546773f));
+    x = max(broadcast(-138.0f), x);  // NaN stays NaN
+    // log2(e) in two parts: with one, the error would grow with |x|.
+    const Vec high = broadcast(1.44269502162933349609375f), low = broadcast(1.925963033500011079e-8f);
+    const Vec whole = round_even(mul(x, high));
+    const Vec f = multiply_add(x, low, multiply_add(x, high, sub(zeros(), whole)));
+    Vec p = broadcast(0.0013264726091425831f);
+    p = multiply_add(p, f, broadcast(0.009671512780652156f));
+    p = multiply_add(p, f, broadcast(0.05550733747505163f));
+    p = multiply_add(p, f, broadcast(0.24022242082683262f));
+    p = multiply_add(p, f, broadcast(0.6931469775959435f));
+    p = multiply_add(p, f, broadcast(1.0f));
     return scale_by_power(p, whole);
 }
 
@@ -106,11 +110,8 @@ SIMCTG_INLINE int vectors_of(int64_t columns) {
 
 template <int C>
 SIMCTG_INLINE void score_tile(const float* rows, int64_t rank, const float* panel, const float* start, Vec* acc) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) acc[r * C + c] = broadcast(start[r]);
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows * C; ++i) acc[i] = zeros();
     for (int64_t d = 0; d < rank; ++d) {
         Vec column[C];
 #pragma GCC unroll 4
@@ -121,6 +122,12 @@ SIMCTG_INLINE void score_tile(const float* rows, int64_t rank, const float* pane
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) acc[r * C + c] = multiply_add(value, column[c], acc[r * C + c]);
         }
+    }
+    // Last, since scores may be large beside the products, which would round with them.
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r * C + c] = add(acc[r * C + c], broadcast(start[r]));
     }
 }
 
@@ -144,13 +151,15 @@ void lse_panel(const float* rows, int64_t rank, int64_t padded, const float* pan
                 higher[i % C] = max(acc[i], higher[i % C]);
             }
         }
-        for (int c = 0; c < C; ++c) {
-            total[c] = mul(total[c], exponential(sub(top[c], higher[c])));
-            top[c] = higher[c];
-        }
+        Vec part[C];  // summed on its own: long running sums round more
+        for (int c = 0; c < C; ++c) part[c] = zeros();
         for (const float* p = stash; p < line; p += C * kLanes) {
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) total[c] = add(total[c], exponential(sub(load(p + c * kLanes), top[c])));
+            for (int c = 0; c < C; ++c) part[c] = add(part[c], exponential(sub(load(p + c * kLanes), higher[c])));
+        }
+        for (int c = 0; c < C; ++c) {
+            total[c] = multiply_add(total[c], exponential(sub(top[c], higher[c])), part[c]);
+            top[c] = higher[c];
         }
     }
     for (int c = 0; c < C; ++c) {
@@ -661,8 +670,12 @@ void draw_directly(const float* state, const float* steps, int64_t padded, float
 }
 
 template <class Pointer>
-void stochastic_item(const CrfItem& item, float temperature, int64_t samples, uint64_t seed, const float* uniforms,
-                     int64_t* slots, float* prefixes, Pointer* backpointers, float* scratch) {
+void stochastic_item(const CrfItem& item, float temperature, int64_t all, uint64_t seed, const float* uniforms,
+                     int64_t first, int64_t samples, int64_t* slots, float* prefixes, Pointer* backpointers,
+                     float* scratch) {
+    // From here on n counts from `first`; what is read and written holds `all` samples side by side.
+    if (uniforms) uniforms += first;
+    slots += first, prefixes += first, backpointers += first;
     if (item.length == 0) return;
     const FlushToZero flush;
     Arena arena{scratch};
@@ -685,8 +698,8 @@ void stochastic_item(const CrfItem& item, float temperature, int64_t samples, ui
         for (int64_t k = 0; k < beam; ++k) own[k] = item.scores[k];
         take_off_largest(own, beam);
         for (int64_t k = 0; k < beam; ++k) {
-            prefixes[k * samples + n] = own[k];
-            backpointers[k * samples + n] = 0;
+            prefixes[k * all + n] = own[k];
+            backpointers[k * all + n] = 0;
         }
     }
     for (int64_t t = 1; t < item.length; ++t) {
@@ -699,13 +712,13 @@ void stochastic_item(const CrfItem& item, float temperature, int64_t samples, ui
             float* own = uniform + n * columns;
             if (uniforms) {
                 for (int64_t j = 0; j < columns; ++j) {
-                    own[j] = j < beam ? uniforms[((t - 1) * beam + j) * samples + n] : 0.0f;
+                    own[j] = j < beam ? uniforms[((t - 1) * beam + j) * all + n] : 0.0f;
                 }
             } else {
                 for (int64_t j = 0; j < columns; j += 4) {
                     uint32_t words[4];
                     philox(seed, static_cast<uint32_t>(1 + j / 4), static_cast<uint32_t>(t - 1),
-                           static_cast<uint32_t>(n), static_cast<uint32_t>(item.index), words);
+                           static_cast<uint32_t>(first + n), static_cast<uint32_t>(item.index), words);
                     for (int i = 0; i < 4; ++i) own[j + i] = to_uniform(words[i]);
                 }
             }
@@ -754,7 +767,7 @@ void stochastic_item(const CrfItem& item, float temperature, int64_t samples, ui
                                 while (k > 0 && !(factors[k * tables + n + i] * terms[k * kPanel + c * kLanes + l] > 0)) --k;
                             }
                             k = smaller<int64_t>(k, beam - 1);
-                            backpointers[(t * beam + j) * samples + n + i] = static_cast<Pointer>(k);
+                            backpointers[(t * beam + j) * all + n + i] = static_cast<Pointer>(k);
                             following[(n + i) * padded + j] = source[k] + steps[k * kPanel + c * kLanes + l] + score[j];
                         }
                     }
@@ -764,7 +777,7 @@ void stochastic_item(const CrfItem& item, float temperature, int64_t samples, ui
         for (int64_t n = 0; n < samples; ++n) {
             float* own = following + n * padded;
             take_off_largest(own, beam);
-            for (int64_t j = 0; j < beam; ++j) prefixes[(t * beam + j) * samples + n] = own[j];
+            for (int64_t j = 0; j < beam; ++j) prefixes[(t * beam + j) * all + n] = own[j];
         }
         float* swap = state;
         state = following;
@@ -773,19 +786,19 @@ void stochastic_item(const CrfItem& item, float temperature, int64_t samples, ui
     for (int64_t n = 0; n < samples; ++n) {
         int64_t slot = first_largest(state + n * padded, beam);
         for (int64_t t = item.length - 1; t >= 0; --t) {
-            slots[t * samples + n] = slot;
-            slot = backpointers[(t * beam + slot) * samples + n];
+            slots[t * all + n] = slot;
+            slot = backpointers[(t * beam + slot) * all + n];
         }
     }
 }
 
 void stochastic(const CrfItem& item, float temperature, int64_t samples, uint64_t seed, const float* uniforms,
-                int64_t* slots, float* prefixes, void* backpointers, float* scratch) {
+                int64_t first, int64_t count, int64_t* slots, float* prefixes, void* backpointers, float* scratch) {
     if (item.beam <= 256) {
-        stochastic_item(item, temperature, samples, seed, uniforms, slots, prefixes,
+        stochastic_item(item, temperature, samples, seed, uniforms, first, count, slots, prefixes,
                         static_cast<uint8_t*>(backpointers), scratch);
     } else {
-        stochastic_item(item, temperature, samples, seed, uniforms, slots, prefixes,
+        stochastic_item(item, temperature, samples, seed, uniforms, first, count, slots, prefixes,
                         static_cast<uint16_t*>(backpointers), scratch);
     }
 }
@@ -957,10 +970,13 @@ SIMCTG_INLINE void dense_rows(const float* state, const float* matrix, int64_t t
 
 template <bool Max>
 void dense_any(const float* state, const float* matrix, int64_t tags, int64_t stride, int64_t rows, float* next) {
-    if (rows == kDenseRows) return dense_rows<kDenseRows, Max>(state, matrix, tags, stride, next);
-    for (int64_t r = 0; r < rows; ++r) {
-        dense_rows<1, Max>(state + r * stride, matrix, tags, stride, next + r * stride);
+    int64_t r = 0;
+    for (; r + kDenseRows <= rows; r += kDenseRows) {
+        dense_rows<kDenseRows, Max>(state + r * stride, matrix, tags, stride, next + r * stride);
     }
+    for (; r + 4 <= rows; r += 4) dense_rows<4, Max>(state + r * stride, matrix, tags, stride, next + r * stride);
+    for (; r + 2 <= rows; r += 2) dense_rows<2, Max>(state + r * stride, matrix, tags, stride, next + r * stride);
+    for (; r < rows; ++r) dense_rows<1, Max>(state + r * stride, matrix, tags, stride, next + r * stride);
 }
 
 void dense_lse(const float* state, const float* matrix, int64_t tags, int64_t stride, int64_t rows, float* next) {
@@ -987,9 +1003,10 @@ void exponentials(const float* in, float shift, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i += kLanes) store(out + i, exponential(add(load(in + i), broadcast(shift))));
 }
 
-const CrfKernels kKernels = {scratch_size, group_maxima,     threshold,        collect,   filter,       reverse, max_filter,
-                             into_slot,    ffbs,             stochastic,       dense_any<false>, dense_any<true>,
-                             dense_lse,    largest,          exponentials,     kLanes,           kDenseRows};
+const CrfKernels kKernels = {
+    scratch_size, group_maxima, threshold, collect,          filter,          reverse,   max_filter, into_slot,    ffbs,
+    stochastic,   kTables,      dense_any<false>, dense_any<true>, dense_lse, largest,    exponentials, kLanes, kDenseRows,
+};
 
 }  // namespace
 }  // namespace simctg

@@ -114,7 +114,10 @@ def test_upstream_gradients_of_any_layout(impl):
 
 
 @needs_extension
-@pytest.mark.parametrize("shape", [(3, 6, 50, 10, 5), (2, 9, 900, 70, 32), (2, 5, 700, 300, 33), (1, 1, 5, 5, 1)])
+@pytest.mark.parametrize(
+    "shape",  # 256 slots are the most that a byte holds, 300 the least that need two
+    [(3, 6, 50, 10, 5), (2, 9, 900, 70, 32), (2, 4, 400, 256, 8), (2, 5, 700, 300, 33), (1, 1, 5, 5, 1)],
+)
 def test_cpp_agrees_with_torch(shape):
     batch, length, vocabulary, beam, rank = shape
     models = [cases.build(vocabulary, rank, beam, impl, seed=7).requires_grad_() for impl in ("cpu", "torch")]
@@ -163,6 +166,34 @@ def test_threads_and_batch_mates_change_nothing():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     few = crf.sample(emissions[:2], lengths[:2], num_samples=3, generator=torch.Generator().manual_seed(1))
     assert torch.equal(few.slots, results[0][0][:2, :, :3])
+
+
+@needs_extension
+@pytest.mark.parametrize("mode", ["ffbs", "stochastic_viterbi"])
+def test_threads_share_the_samples_of_one_item(mode):
+    crf = cases.build(60, 5, 12, "cpu")
+    emissions, lengths, threads = torch.randn(1, 7, 60), torch.tensor([5]), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            generator = torch.Generator().manual_seed(2)
+            results.append(crf.sample(emissions, lengths, num_samples=150, mode=mode, generator=generator))
+            published = StochasticViterbiSamples(60, 5, 12, num_samples=150).requires_grad_(False)
+            published.load_state_dict(crf.state_dict())
+            probs = published(emissions, generator=torch.Generator().manual_seed(2))[0]
+            results[-1] = (results[-1].slots, results[-1].log_prob, probs)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_probabilities_do_not_drift(impl):
+    """Marginals of every position add up to 1; a bias of the exponential would show at the first positions."""
+    crf = cases.build(400, 16, 120, impl)
+    total = crf.marginals(torch.randn(1, 64, 400)).probs.double().sum(2)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 
 def test_philox_known_answers():
@@ -501,3 +532,9 @@ def test_linear_chain(impl, span, tags):
     assert (crf.nll(emissions, best.tags, lengths, reduction="none") >= -1e-3).all()  # of scores near 1,000
     with pytest.raises(ValueError, match=r"tags\[0, 0, 0\] is -3"):
         crf.nll(emissions, torch.full((9, 6), -3), lengths)
+    emissions[2, 4:] = float("nan")  # padding
+    torch.testing.assert_close(crf.log_partition(emissions, lengths).double(), expected, rtol=1e-5, atol=1e-5)
+    emissions[2, 3, 0] = float("nan")
+    for method in (crf.viterbi, crf.log_partition):
+        with pytest.raises(ValueError, match=r"emissions\[2, 3\] holds NaN"):
+            method(emissions, lengths)

@@ -16,7 +16,8 @@ import torch
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ((2, 4, 20, 5, 3), (1, 1, 3, 1, 1))  # beam, rank and vocabulary that are no power of two; nothing but ones
+# Beam, rank and vocabulary that are no power of two; nothing but ones; an item of length 0; the whole vocabulary; none.
+SMALL = ((2, 4, 20, 5, 3), (1, 1, 3, 1, 1), (2, 1, 6, 6, 2), (0, 3, 6, 2, 2))
 TILES = (2, 3, 200, 150, 20)  # several tiles a side
 
 
@@ -25,7 +26,7 @@ def check_operators(batch, length, vocabulary, beam, rank) -> None:
 
     torch.manual_seed(0)
     emissions = torch.randn(batch, length, vocabulary)
-    emissions[0, length - 1, : vocabulary // 2] = float("-inf")
+    emissions[:1, length - 1, : vocabulary // 2] = float("-inf")
     lengths = torch.tensor([length, length - 1])[:batch]
     models = LowRankCRF(vocabulary, rank, beam, impl="triton"), LowRankCRF(vocabulary, rank, beam, impl="torch")
     models[1].load_state_dict(models[0].state_dict())

@@ -75,8 +75,8 @@ def check_tokens(name: str, tokens: torch.Tensor, vocabulary: int, past: torch.T
         raise ValueError(f"{name}[{place}] is {int(tokens[tuple(where)])}, must be in 0..{vocabulary - 1}")
 
 
-def check_scores(scores: torch.Tensor, past: torch.Tensor | None) -> None:
-    """NaN, +inf and positions where everything is banned. `scores (B, T, K)` are those of the beams."""
+def check_scores(scores: torch.Tensor, past: torch.Tensor | None, what: str = "token of the beam") -> None:
+    """NaN, +inf and positions where everything is banned. `scores (B, T, K)` are those of the beams, or of all tags."""
     top = scores.amax(2)  # a NaN carries through
     wrong = ~torch.isfinite(top)
     if past is not None:
@@ -85,9 +85,9 @@ def check_scores(scores: torch.Tensor, past: torch.Tensor | None) -> None:
     if where is None:
         return
     value = float(top[tuple(where)])
-    what = "holds NaN" if math.isnan(value) else "holds +inf" if value > 0 else "bans every token of the beam (-inf)"
+    problem = "holds NaN" if math.isnan(value) else "holds +inf" if value > 0 else f"bans every {what} (-inf)"
     raise ValueError(
-        f"emissions[{where[0]}, {where[1]}] {what}; a position needs one finite emission and no NaN or +inf"
+        f"emissions[{where[0]}, {where[1]}] {problem}; a position needs one finite emission and no NaN or +inf"
     )
 
 

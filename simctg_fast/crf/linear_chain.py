@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..ops.crf_dense import dense_log_partition, dense_viterbi
-from .arguments import as_lengths, as_paths, beyond, check_device, check_emissions, check_tokens
+from .arguments import as_lengths, as_paths, beyond, check_device, check_emissions, check_scores, check_tokens
 from .low_rank import REDUCTIONS
 from .results import TagPath
 
@@ -72,6 +72,8 @@ class LinearChainCRF(nn.Module):
         length = emissions.shape[1]
         position = torch.arange(length, device=emissions.device)
         last = position == (length - 1 if lengths is None else lengths[:, None] - 1)
+        if emissions.device.type == "cpu":
+            check_scores(emissions.detach(), beyond(lengths, length), "tag")
         edges = (position == 0)[:, None] * self.start_transitions + last[..., None] * self.end_transitions
         return emissions.to(dtype) + edges.to(dtype), self.transitions.to(dtype), lengths
 

@@ -8,6 +8,8 @@ from . import _backends
 from .crf_common import address, check_potentials, choose, inside, transition
 from .viterbi_backtrace import viterbi_backtrace
 
+SCRATCH = 1 << 20  # candidates that the PyTorch path of `crf_kbest` holds at a time
+
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _POTENTIALS = "Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths"
 _library.define(
@@ -113,6 +115,7 @@ def _torch_kbest(scores, tokens, left, right, lengths, paths):
     """List Viterbi: the best `paths` prefixes into every slot; a pointer names a slot and a rank in its list."""
     batch, length, slots = scores.shape
     nothing = float("-inf")
+    chunk = max(1, SCRATCH // max(1, batch * slots * paths))
     best = scores.new_full((batch, slots, paths), nothing)
     best[:, :, 0] = scores[:, 0]
     pointers = [torch.zeros_like(best, dtype=torch.int64)]
@@ -120,9 +123,9 @@ def _torch_kbest(scores, tokens, left, right, lengths, paths):
         step = transition(tokens, t - 1, left, right, 1.0)
         here = inside(lengths, t)
         value, pointer = torch.empty_like(best), torch.empty_like(pointers[0])
-        for j in range(slots):  # one target at a time: (B, K * paths) candidates
-            candidates = (best + step[:, :, j, None]).flatten(1)
-            value[:, j], pointer[:, j] = candidates.topk(paths, dim=1)
+        for j in range(0, slots, chunk):  # (B, targets, K * paths) candidates at a time
+            candidates = best[:, None] + step[:, :, j : j + chunk].transpose(1, 2)[..., None]
+            value[:, j : j + chunk], pointer[:, j : j + chunk] = candidates.flatten(2).topk(paths, dim=2)
         value = value + scores[:, t, :, None]
         value = value - value.amax((1, 2), keepdim=True)
         best = value if here is None else torch.where(here[:, :, None], value, best)
