@@ -9,7 +9,8 @@
 Peers of the contrastive loss: `eager` (vectorised), `compile` (torch.compile of it), `published` (the package's class,
 whose mask is built row by row on the host) and `tutorial` (the T5 tutorial's two functions, its own mean over all
 entries). Of SimCSE: `matmul` (normalise, one product, cross-entropy), `broadcast` (the usual code, (N, 1, d) against
-(1, N, d)), and sentence-transformers' loss where it is installed.
+(1, N, d)), and sentence-transformers' loss where it is installed, which compares anchors with positives only; `ours, its
+loss` has the same value.
 
 Where a goal is set for a case it is printed beside what was reached.
 
@@ -42,6 +43,7 @@ from common import versions as module_versions
 from published_simctg_loss import SimCTGLoss
 
 from simctg_fast import contrastive_loss, simcse_unsup_loss
+from simctg_fast.functional import simcse_loss_from_embeddings
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 from simctg_fast.reference.simcse import simcse_unsup_loss as simcse_reference
 
@@ -131,6 +133,7 @@ def simcse_providers(rows: int, device: str) -> dict[str, Loss]:
     peer = sentence_transformers_loss()
     if peer is not None:
         providers["sentence-transformers"] = peer
+        providers["ours, its loss"] = lambda embeddings: simcse_loss_from_embeddings(embeddings[0::2], embeddings[1::2])
     return providers
 
 

@@ -35,7 +35,7 @@ def test_contrastive_loss(benchmark, kind, provider):
     benchmark.pedantic(step, (providers[provider], data), rounds=5, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("provider", ["ours", "matmul", "broadcast", "sentence-transformers"])
+@pytest.mark.parametrize("provider", ["ours", "matmul", "broadcast", "sentence-transformers", "ours, its loss"])
 def test_simcse(benchmark, provider):
     torch.manual_seed(0)
     data = (torch.randn(256, 128) + 0.5).to(DEVICE)

@@ -46,8 +46,9 @@ int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 // The rows of some sequences as panels of unit vectors: rows begin .. begin + count of each of `sequences` sequences.
 struct Packed {
     int64_t first_sequence, sequences, begin, count;
-    Buffer panels = nullptr, bounds = nullptr, sums = nullptr;
+    Buffer panels = nullptr, bounds = nullptr, sums = nullptr;  // made for the first rows packed, as no later are more
     int64_t stride = 0;  // floats from one sequence to the next
+    bool summed = false;
 
     int64_t tiles() const { return tiles_of(count); }
     const float* tile(int64_t sequence, int64_t row, int64_t width) const {
@@ -68,8 +69,11 @@ void pack(const HingeSums& call, Packed& packed, int num_threads) {
     const int64_t width = call.states.width, slices = slices_of(width);
     const int64_t panels = (packed.count + k.panel_width - 1) / k.panel_width;
     packed.stride = packed.tiles() * kTile * width;
-    packed.panels = allocate(packed.stride * packed.sequences + 1);
-    packed.bounds = allocate(2 * slices * packed.tiles() * kTile * packed.sequences + 1);
+    packed.summed = false;
+    if (!packed.panels) {  // memory just freed and asked for again is handed over page by page
+        packed.panels = allocate(packed.stride * packed.sequences + 1);
+        packed.bounds = allocate(2 * slices * packed.tiles() * kTile * packed.sequences + 1);
+    }
     const Buffer directions = allocate((width + slices) * packed.sequences + 1);
     const auto direction_of = [&](int64_t sequence) {
         float* at = directions.get() + sequence * (width + slices);
@@ -215,7 +219,9 @@ void add_proven(const HingeSums& call, const Packed& rows, const Packed& columns
 
 void sum_tiles(const HingeSums& call, Packed& packed, int num_threads) {
     const int64_t width = call.states.width;
-    packed.sums = allocate(packed.sequences * packed.tiles() * width + 1);
+    if (packed.summed) return;
+    packed.summed = true;
+    if (!packed.sums) packed.sums = allocate(packed.sequences * packed.tiles() * width + 1);
     parallel_for(packed.sequences * packed.tiles(), num_threads, [&](int64_t task) {
         const int64_t b = packed.first_sequence + task / packed.tiles(), tile = task % packed.tiles();
         const float* panels = packed.tile(b, packed.begin + tile * kTile, width);
@@ -228,7 +234,7 @@ void run(const HingeSums& call, Packed& left, Packed& right, Partials& partials,
     run_tiles(call, left, right, partials, num_threads);
     if (std::find(partials.proven.begin(), partials.proven.end(), 1) == partials.proven.end()) return;
     const bool same = left.begin == right.begin;
-    if (!left.sums) sum_tiles(call, left, num_threads);
+    sum_tiles(call, left, num_threads);
     if (!same) sum_tiles(call, right, num_threads);
     add_proven(call, left, same ? left : right, partials, num_threads);
     if (!same) add_proven(call, right, left, partials, num_threads);
@@ -268,25 +274,30 @@ void contrastive_hinge(const HingeSums& call, int num_threads) {
     const int64_t tiles = tiles_of(length), sequence_bytes = tiles * kTile * row_bytes;
     const bool keep = call.bits != nullptr;
     if (sequence_bytes <= 2 * kPackedBytes) {  // whole sequences, several at a time
-        const int64_t group = std::max<int64_t>(1, std::min(batch, kPackedBytes / sequence_bytes));
-        for (int64_t b = 0; b < batch; b += group) {
-            Packed packed{b, std::min(group, batch - b), 0, length};
+        Packed packed{0, std::max<int64_t>(1, std::min(batch, kPackedBytes / sequence_bytes)), 0, length};
+        while (packed.first_sequence < batch) {
+            packed.sequences = std::min(packed.sequences, batch - packed.first_sequence);
             pack(call, packed, num_threads);
             Partials partials(packed.sequences, tiles, keep);
             run(call, packed, packed, partials, num_threads);
-            add_up(call, partials, b, packed.sequences);
+            add_up(call, partials, packed.first_sequence, packed.sequences);
+            packed.first_sequence += packed.sequences;
         }
         return;
     }
     const int64_t step = std::max<int64_t>(1, kPackedBytes / (kTile * row_bytes)) * kTile;
+    Packed left{0, 1, 0, step}, right{0, 1, 0, step};
     for (int64_t b = 0; b < batch; ++b) {
         Partials partials(1, tiles, keep);
+        left.first_sequence = right.first_sequence = b;
         for (int64_t i = 0; i < length; i += step) {
-            Packed left{b, 1, i, std::min(step, length - i)};
+            left.begin = i;
+            left.count = std::min(step, length - i);
             pack(call, left, num_threads);
             run(call, left, left, partials, num_threads);
             for (int64_t j = i + step; j < length; j += step) {
-                Packed right{b, 1, j, std::min(step, length - j)};
+                right.begin = j;
+                right.count = std::min(step, length - j);
                 pack(call, right, num_threads);
                 run(call, left, right, partials, num_threads);
             }

@@ -652,7 +652,9 @@ void gradient(const GradientTask& task) {
         const float* sums = task.sums + (t - task.first_row) * kColumns;
         const float* full = task.full + (t / kTile - first) * kColumns;
         float out[kColumns];
-        if (inverse == 0.0f) {
+        // The radial part is 0 where no pair is active (and a sum of positive cosines where one is): the vector itself is
+        // not read then. NaN goes through.
+        if (inverse == 0.0f || radial == 0.0f) {
             for (int64_t k = 0; k < kColumns; ++k) out[k] = 0.0f;
         } else {
             float own[kColumns] = {};

@@ -17,7 +17,7 @@ TILE = 128  # side of a tile that has one flag
 WORD = 32  # pairs in a word of the bits
 NONE, ALL, MIXED = 0, 1, 2
 
-_BLOCK_ELEMENTS = 1 << 20  # floats in one operand of a product (4 MB); one product touches two of them and a block of S
+_BLOCK_ELEMENTS = 1 << 19  # floats in one operand of a product (2 MB); one product touches two of them and a block of S
 _SMALLEST_NORM = 2.0**-120  # below it a vector counts as zero: the reciprocal of its norm would not fit a float
 
 
@@ -68,10 +68,17 @@ def _blocks(hidden_states: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(b, min(b + group, batch)), slice(t, min(t + rows, length))
 
 
-def _unit(hidden_states: Tensor, inverse: Tensor, group: slice, rows: slice) -> Tensor:
-    """Unit vectors of one block, zeros where the inverse norm is 0."""
+def _parts(hidden_states: Tensor) -> list[slice]:
+    """The width in parts, of which a block holds no more elements than it should."""
+    width = hidden_states.shape[2]
+    step = max(1, _BLOCK_ELEMENTS // _sizes(hidden_states)[1])
+    return [slice(d, min(d + step, width)) for d in range(0, max(1, width), step)]
+
+
+def _unit(hidden_states: Tensor, inverse: Tensor, group: slice, rows: slice, part: slice) -> Tensor:
+    """A part of the unit vectors of one block, zeros where the inverse norm is 0."""
     scale = inverse[group, rows].unsqueeze(-1)
-    unit = hidden_states[group, rows].to(inverse.dtype) * scale
+    unit = hidden_states[group, rows, part].to(inverse.dtype) * scale
     return unit.masked_fill_(scale == 0, 0.0)  # not 0 * NaN: padding may hold anything
 
 
@@ -84,16 +91,19 @@ def hinge_sums(
         ``(B, T)`` sums over ``j != i`` of ``max(0, s_ij - threshold)``, and the radial part of the gradient: the sum of
         ``s_ij`` over the active pairs.
     """
-    length = hidden_states.shape[1]
+    length, step, parts = hidden_states.shape[1], _sizes(hidden_states)[1], _parts(hidden_states)
     hinge, count = torch.zeros_like(inverse), torch.zeros_like(inverse)
     for group, rows in _blocks(hidden_states):
-        left = _unit(hidden_states, inverse, group, rows)
-        step = _sizes(hidden_states)[1]
+        left = None
         for start in range(rows.start, length, step):
             columns = slice(start, min(start + step, length))
             diagonal = columns == rows
-            right = left if diagonal else _unit(hidden_states, inverse, group, columns)
-            excess = torch.bmm(left, right.transpose(1, 2)).sub_(threshold)
+            excess = inverse.new_full((), -threshold)
+            for part in parts:
+                if left is None or len(parts) > 1:
+                    left = _unit(hidden_states, inverse, group, rows, part)
+                right = left if diagonal else _unit(hidden_states, inverse, group, columns, part)
+                excess = torch.baddbmm(excess, left, right.transpose(1, 2))
             if diagonal:
                 excess.diagonal(dim1=1, dim2=2).fill_(-1.0)
             if bits is not None and flags is not None:
@@ -150,25 +160,27 @@ def gradient(
     scale: Tensor, hidden_states: Tensor, inverse: Tensor, radial: Tensor, bits: Tensor, flags: Tensor
 ) -> Tensor:
     """Phase 2: ``(B, T, D)``, ``scale_b / norm_i`` times the tangential part of the sum of the active unit vectors."""
-    length = hidden_states.shape[1]
+    length, step = hidden_states.shape[1], _sizes(hidden_states)[1]
     result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     shifts = torch.arange(WORD, dtype=torch.int32, device=bits.device)
-    step = _sizes(hidden_states)[1]
     # Reading the flags of a CUDA tensor would make the host wait.
     skip = hidden_states.device.type == "cpu"
     for group, rows in _blocks(hidden_states):
-        own = _unit(hidden_states, inverse, group, rows)
-        total = own * -radial[group, rows].unsqueeze(-1)
-        for start in range(0, length, step):
-            columns = slice(start, min(start + step, length))
-            if skip and not bool(flags[group, _tiles(rows), _tiles(columns)].any()):
-                continue
-            packed = bits[group, rows, start // WORD : -(-columns.stop // WORD)]
-            mask = (packed.unsqueeze(-1) >> shifts) & 1
-            mask = mask.flatten(2)[:, :, : columns.stop - start].to(own.dtype)
-            total.baddbmm_(mask, own if columns == rows else _unit(hidden_states, inverse, group, columns))
-        total *= (inverse[group, rows] * scale[group].unsqueeze(1)).unsqueeze(-1)
-        result[group, rows] = total.masked_fill_((inverse[group, rows] == 0).unsqueeze(-1), 0.0).to(result.dtype)
+        for part in _parts(hidden_states):
+            own = _unit(hidden_states, inverse, group, rows, part)
+            total = own * -radial[group, rows].unsqueeze(-1)
+            for start in range(0, length, step):
+                columns = slice(start, min(start + step, length))
+                if skip and not bool(flags[group, _tiles(rows), _tiles(columns)].any()):
+                    continue
+                packed = bits[group, rows, start // WORD : -(-columns.stop // WORD)]
+                mask = (packed.unsqueeze(-1) >> shifts) & 1
+                mask = mask.flatten(2)[:, :, : columns.stop - start].to(own.dtype)
+                other = own if columns == rows else _unit(hidden_states, inverse, group, columns, part)
+                total.baddbmm_(mask, other)
+            total *= (inverse[group, rows] * scale[group].unsqueeze(1)).unsqueeze(-1)
+            total.masked_fill_((inverse[group, rows] == 0).unsqueeze(-1), 0.0)
+            result[group, rows, part] = total.to(result.dtype)
     return result
 
 
