@@ -4,11 +4,15 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+# triton 3.6's interpreter makes integers of arrays in a way that numpy 2.4 refuses
+OLDEST_PINS = transformers==5.17.0 triton==3.6.0 'numpy<2.4'
 TESTS ?= tests
 WORKERS ?= 2
 
 PY = $(VENV)/bin/python
 PIP = -m pip install -qq --disable-pip-version-check
+PIP_DOWNLOAD = -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 -d .oracle-wheels
 BASE = $(VENV)/.base-$(TORCH)
 DEV = $(VENV)/.dev-$(TORCH)
 # Cheap when no C++ file changed. Without REQUIRE a failed compile is reported and the PyTorch path serves.
@@ -18,7 +22,7 @@ PYTEST = -m pytest -q -n $(WORKERS) --dist loadgroup $(TESTS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full test-oldest lint format bench parity gpu clean
+.PHONY: help demo test test-full test-oldest lint format bench parity gpu oracle-wheels aot clean
 
 help: ## This list
 	@echo "usage: make COMMAND [TORCH=2.13.0] [PYTHON=python3] [VENV=.venv] [TESTS=tests] [WORKERS=2]"
@@ -57,9 +61,19 @@ parity: $(DEV) ## Token for token against transformers 4.55.4, which gets an env
 	@$(REQUIRE) $(PY) $(BUILD_EXT)
 	@$(PY) benchmarks/parity.py $(ARGS)
 
-gpu: ## Checks on a CUDA device, with the system's own python3 and torch [PART=name]
+gpu: ## Checks and speed on a CUDA device, with the system's own python3 and torch, no network [PART=decode]
+	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --look
 	@PYTHONPATH=. $(PYTHON) $(BUILD_EXT)
 	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(PART)
+
+# For that machine's Python: pure ones, and tokenizers, whose wheel serves Python 3.9 and every one after it.
+oracle-wheels: ## transformers 4.55.4 and what it pins, into .oracle-wheels, to take along to `make gpu`
+	@mkdir -p .oracle-wheels
+	@$(PYTHON) $(PIP_DOWNLOAD) transformers==4.55.4 'tokenizers==0.21.4' 'huggingface_hub==0.36.0'
+	@ls .oracle-wheels
+
+aot: $(DEV) ## Registers, spills, shared memory and instructions of the decoding kernels, compiled for GPUs that are not here
+	@PYTHONPATH=. $(PY) benchmarks/aot.py $(ARGS)
 
 clean: ## Remove builds and caches (environments stay: rm -r .venv*)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks simctg_fast/_C.*
@@ -84,8 +98,8 @@ $(OLDEST)/.stamp-$(TORCH): pyproject.toml
 	@$(call make_venv,$(OLDEST))
 	@echo "$(OLDEST): installing torch $(TORCH), transformers 5.17.0 and triton 3.6.0 (a few minutes)"
 	@$(OLDEST)/bin/python $(PIP) torch==$(TORCH)
-	@$(OLDEST)/bin/python $(PIP) setuptools pybind11 ninja transformers==5.17.0 triton==3.6.0
-	@$(OLDEST)/bin/python $(PIP) --no-build-isolation --editable ".[test]" transformers==5.17.0 triton==3.6.0
+	@$(OLDEST)/bin/python $(PIP) setuptools pybind11 ninja $(OLDEST_PINS)
+	@$(OLDEST)/bin/python $(PIP) --no-build-isolation --editable ".[test]" $(OLDEST_PINS)
 	@rm -f $(OLDEST)/.stamp-* && touch $@
 
 define make_venv

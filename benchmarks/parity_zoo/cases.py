@@ -125,7 +125,7 @@ def _tokens(name: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 
 def _add_images(entry: Architecture, inputs: dict[str, torch.Tensor], name: str, seed: int) -> None:
-    """Puts an image of four tokens before each row's last word."""
+    """Puts an image of four tokens before each row's last word. Rows have at least six tokens."""
     ids = inputs["input_ids"]
     ids[:, -5:-1] = _IMAGE
     if entry.name == "qwen2_vl":
@@ -133,6 +133,7 @@ def _add_images(entry: Architecture, inputs: dict[str, torch.Tensor], name: str,
         inputs["image_grid_thw"] = torch.tensor([[1, 2, 8] if row % 2 else [1, 4, 4] for row in range(len(ids))])
         inputs["pixel_values"] = draw(name, (16 * len(ids), 3 * 2 * 4 * 4), seed)
         inputs["mm_token_type_ids"] = (ids == _IMAGE).int()
+        ids[:, -6] = entry.config[1]["vision_start_token_id"]  # by which older releases count a row's images
     else:
         inputs["pixel_values"] = draw(name, (len(ids), 3, 16, 16), seed)
 

@@ -185,10 +185,11 @@ class Path:
         return None
 
 
-def expand_kwargs(model, kwargs: dict[str, Any], k: int, *, prompt: torch.Tensor | None = None) -> dict[str, Any]:
-    """``kwargs`` of B sequences for ``B·k`` candidate rows. Caches and encoder outputs stay at B rows, and what only
-    the prompt needs is dropped; given the ``prompt``'s ids, all but caches is expanded, images by their tokens."""
-    keep_all = prompt is not None
+def expand_kwargs(
+    model, kwargs: dict[str, Any], k: int, prompt: torch.Tensor, *, keep_all: bool = False
+) -> dict[str, Any]:
+    """``kwargs`` of B sequences for ``B·k`` candidate rows. Caches stay at B rows; unless ``keep_all``, encoder outputs
+    do too, and what only the prompt needs is dropped. Some models count a row's images in the ids of its ``prompt``."""
     aside = {n: v for n, v in kwargs.items() if isinstance(v, Cache) or (n == "encoder_outputs" and not keep_all)}
     rest = {n: v for n, v in kwargs.items() if n not in aside and (keep_all or n not in _PREFILL_ONLY)}
     _, expanded = model._expand_inputs_for_generation(
@@ -272,7 +273,7 @@ class SharedPrefixPath(Path):
     def step(self, input_ids, candidates, choose):
         k = candidates.shape[1]
         if self.expanded is None:
-            self.expanded = expand_kwargs(self.model, self.kwargs, k)
+            self.expanded = expand_kwargs(self.model, self.kwargs, k, input_ids)
             if self.cross is not None:
                 # Their keys and values are cached; what is left to read off them is shape, dtype and device.
                 states = self.expanded["encoder_outputs"].last_hidden_state
@@ -357,7 +358,7 @@ class ReorderPath(Path):
         rows = torch.arange(batch, device=candidates.device) if self.rows is None else self.rows
         self.kwargs[self.cache_name].reorder_cache(rows.repeat_interleave(k))
         if self.expanded is None:
-            self.expanded = expand_kwargs(self.model, self.kwargs, k)
+            self.expanded = expand_kwargs(self.model, self.kwargs, k, input_ids)
             if self.expanded.get("encoder_outputs") is not None:
                 states = self.expanded["encoder_outputs"].last_hidden_state
                 self.expanded["encoder_outputs"] = BaseModelOutput(states.repeat_interleave(k, dim=0))
@@ -412,7 +413,8 @@ class UncachedPath(Path):
     def step(self, input_ids, candidates, choose):
         k = candidates.shape[1]
         if self.expanded is None:
-            self.expanded = expand_kwargs(self.model, self.kwargs, k, prompt=input_ids[:, : self.prompt_ids])
+            prompt = input_ids[:, : self.prompt_ids]
+            self.expanded = expand_kwargs(self.model, self.kwargs, k, prompt, keep_all=True)
         rows = torch.cat([input_ids.repeat_interleave(k, dim=0), candidates.reshape(-1, 1)], dim=1)
         kwargs = grow_kwargs(self.model, self.expanded, rows[:, self.prompt_ids :])
         inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **kwargs)
