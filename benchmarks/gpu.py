@@ -1,25 +1,35 @@
-"""Correctness of the operators on a CUDA device, against float64 on the CPU.
+"""Correctness and speed of the operators on a CUDA device, part by part.
 
     python benchmarks/gpu.py [PART ...] [--device cuda]
 
-Every case draws fresh inputs, computes the truth in float64 from the inputs as the device sees them, and compares. The
-bound of a floating-point case is a small multiple of the error that the plain formula makes in the same dtype on the
-same device. Ends with status 1 if a case fails or if the device is not there.
+Each part ends well inside ten minutes, prints a line a case and a count last, and writes what it found to
+``<gpu>-<date>-<part>.json`` and ``.csv`` in benchmarks/results, or in $OUT where that is set. Every case of correctness
+draws fresh inputs, computes the truth in float64 from the inputs as the device sees them, and compares; the bound of a
+floating-point case is a small multiple of the error that the plain formula makes in the same dtype on the same device.
+Ends with status 1 if a case fails or if the device is not there.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
 import itertools
+import json
+import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import RESULTS, device_name
 from gpu_crf import check_crf, check_crf_speed
+from gpu_decode import check_decode, check_offsets, check_sanitizer, measure_kernels, measure_models
 from gpu_losses import check_losses, measure_losses
 
 from simctg_fast import backend_info, viterbi_backtrace
@@ -30,8 +40,8 @@ from simctg_fast.reference.viterbi import viterbi_backtrace as viterbi_reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# A case: what it is, whether it passed, and the figures that show it.
-Case = tuple[str, bool, str]
+# A case: what it is, whether it passed, and the figures that show it; some add the same as numbers.
+Case = tuple[str, bool, str] | tuple[str, bool, str, dict]
 
 
 def within(result: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, factor: float = 2.0) -> tuple[bool, str]:
@@ -144,22 +154,53 @@ def check_tests(device: str) -> Iterator[Case]:
     yield "pytest -m gpu", result.returncode == 0 and "passed" in lines[-1], lines[-1]
 
 
+def check_decoding(device: str) -> Iterator[Case]:
+    yield from check_candidate_scan(device)
+    yield from check_shared_prefix_attention(device)
+    yield from check_decode(device, within)
+
+
+# The most telling first.
 PARTS: dict[str, Callable[[str], Iterator[Case]]] = {
-    "candidate_scan": check_candidate_scan,
-    "shared_prefix_attention": check_shared_prefix_attention,
-    "viterbi_backtrace": check_viterbi_backtrace,
-    "crf": lambda device: check_crf(device, within),
-    "crf_speed": check_crf_speed,
+    "decode": check_decoding,
+    "decode_speed": measure_kernels,
+    "gpt2": lambda device: measure_models(device, ("gpt2-small",)),
+    "llama": lambda device: measure_models(device, ("llama-8b",)),
     "losses": check_losses,
     "losses_speed": measure_losses,
+    "crf": lambda device: itertools.chain(check_viterbi_backtrace(device), check_crf(device, within)),
+    "crf_speed": check_crf_speed,
     "tests": check_tests,
+    "offsets": check_offsets,
+    "memcheck": check_sanitizer,
 }
+
+
+def write_results(part: str, device: str, seconds: float, cases: list[tuple]) -> Path:
+    """One JSON file a part, and the same cases as CSV."""
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device_name() if device == "cuda" else "cpu").strip("-")
+    path = folder / f"{name}-{datetime.date.today().isoformat()}-{part}.json"
+    found = [
+        {"case": case, "passed": bool(passed), "figures": figures, **(more[0] if more else {})}
+        for case, passed, figures, *more in cases
+    ]
+    info = {"part": part, "device": device, "seconds": round(seconds, 1), "environment": backend_info()}
+    path.write_text(json.dumps(info | {"cases": found}, indent=1, default=str) + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["part", "case", "passed", "figures", "numbers"])
+        for case, passed, figures, *more in cases:
+            writer.writerow([part, case, bool(passed), figures, json.dumps(more[0] if more else {}, default=str)])
+    return path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all of them by default")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the checks themselves")
+    parser.add_argument("--look", action="store_true", help="only say whether the device is there")
     options = parser.parse_args()
     for part in options.parts:
         if part not in PARTS:
@@ -167,15 +208,21 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"no CUDA device here (torch {torch.__version__}, CUDA {torch.version.cuda}): nothing was checked")
         return 1
+    if options.look:
+        return 0
     for name, value in backend_info().items():
         print(f"{name:16} {value}")
     torch.manual_seed(0)
     failed = 0
     for part in options.parts or PARTS:
         print(f"\n{part}")
-        for case, passed, figures in PARTS[part](options.device):
-            print(f"  {'ok  ' if passed else 'FAIL'} {case}: {figures}")
-            failed += not passed
+        start, cases = time.monotonic(), []
+        for case in PARTS[part](options.device):
+            cases.append(case)
+            print(f"  {'ok  ' if case[1] else 'FAIL'} {case[0]}: {case[2]}", flush=True)
+            failed += not case[1]
+        seconds = time.monotonic() - start
+        print(f"  {len(cases)} cases, {seconds:.0f} s, {write_results(part, options.device, seconds, cases)}")
     print(f"\n{failed} failed" if failed else "\nall passed")
     return int(failed > 0)
 

@@ -39,20 +39,20 @@ CONFIGS = {
     (80, 2, 64): Config(64, 4, 4),
     (80, 2, 128): Config(64, 4, 3),
     (80, 2, 256): Config(32, 4, 3),
-    (80, 4, 64): Config(64, 4, 3),
-    (80, 4, 128): Config(32, 4, 3),
+    (80, 4, 64): Config(32, 4, 4),
+    (80, 4, 128): Config(16, 4, 3),
     (80, 4, 256): Config(16, 4, 3),
     (90, 2, 64): Config(64, 4, 4),
-    (90, 2, 128): Config(64, 4, 3),
+    (90, 2, 128): Config(64, 4, 4),
     (90, 2, 256): Config(32, 4, 3),
-    (90, 4, 64): Config(64, 4, 3),
-    (90, 4, 128): Config(32, 4, 3),
+    (90, 4, 64): Config(32, 4, 4),
+    (90, 4, 128): Config(16, 4, 3),
     (90, 4, 256): Config(16, 4, 3),
     (100, 2, 64): Config(64, 4, 4),
-    (100, 2, 128): Config(64, 4, 3),
+    (100, 2, 128): Config(64, 4, 4),
     (100, 2, 256): Config(32, 4, 3),
-    (100, 4, 64): Config(64, 4, 3),
-    (100, 4, 128): Config(32, 4, 3),
+    (100, 4, 64): Config(32, 4, 4),
+    (100, 4, 128): Config(16, 4, 3),
     (100, 4, 256): Config(16, 4, 3),
 }
 
@@ -218,10 +218,9 @@ def shared_prefix_attention_kernel(
         tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=wanted)
 
 
-def tile_rows(rows: int, dim: int, value_dim: int) -> int:
-    """Rows of a tile for `rows` query rows of a key head: from the smallest that `tl.dot` takes to what the registers
-    hold."""
-    limit = 64 if max(padded(dim), padded(value_dim)) <= 128 else 32
+def tile_rows(rows: int, size: int, dim: int, value_dim: int) -> int:
+    """Rows of a tile for `rows` query rows of a key head, elements of `size` bytes: what the registers hold."""
+    limit = 16 if size == 4 or max(padded(dim), padded(value_dim)) > 128 else 64
     return min(limit, max(16, triton.next_power_of_2(rows)))
 
 
@@ -280,7 +279,7 @@ def shared_prefix_attention(
     if out.numel() == 0:
         return out
     candidates, groups = rows // batch, heads // kv_heads
-    block_m = tile_rows(candidates * groups, dim, value_dim)
+    block_m = tile_rows(candidates * groups, query.element_size(), dim, value_dim)
     block_v = padded(value_dim)
     tiles = triton.cdiv(candidates * groups, block_m)
     config = config_of(query.device, query.element_size(), dim, value_dim)

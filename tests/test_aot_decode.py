@@ -1,0 +1,56 @@
+"""The decoding step's Triton kernels compiled ahead of time, as shipped, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter is on, nothing is compiled", allow_module_level=True)
+
+_spec = importlib.util.spec_from_file_location(
+    "benchmark_aot", Path(__file__).resolve().parents[1] / "benchmarks" / "aot.py"
+)
+assert _spec is not None
+aot = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = aot
+_spec.loader.exec_module(aot)
+
+TENSOR_CORE = {80: r"HMMA", 90: r"HG?MMA", 100: r"HMMA|UTC\w*MMA"}
+# The telling ones for the fast set: what a model in bfloat16 with grouped heads runs on a Hopper GPU.
+FAST = {"scoring-bf16-k4-even-sm90", "attention-bf16-d128-m16-plain-sm90", "commit-int64-sm90", "top_k-fp32-k4-sm90"}
+CASES = [pytest.param(case, id=str(case), marks=() if str(case) in FAST else pytest.mark.full) for case in aot.cases()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_aot_decode_kernels(case):
+    report = aot.report(case)
+    assert report.spilled_bytes == 0, report
+    assert report.registers <= 255
+    assert report.shared_bytes <= aot.SHARED_LIMIT[case.arch]
+    assert report.blocks >= 1
+    exact = case.variant.startswith("fp32-")  # "highest": products on the plain units
+    if case.kernel == "attention" or (case.kernel == "scoring" and not exact):
+        assert bool(re.search(TENSOR_CORE[case.arch], report.matrix)) != exact, report
+    if case.kernel in ("scoring", "attention", "top_k") and not case.variant.endswith("odd"):
+        wide = re.search(r"128×(\d+)", report.loads)
+        assert wide, report
+        assert int(wide[1]) >= (1 if case.kernel == "top_k" else 16), report
+
+
+def test_every_configuration_is_compiled():
+    """What the launchers can pick is what the cases hold."""
+    from simctg_fast.kernels import candidate_select, shared_prefix_attention
+
+    assert {arch for arch, _ in candidate_select.CONFIGS} == set(aot.ARCHITECTURES)
+    compiled = {
+        (case.arch, aot.SIZES[case.variant.split("-")[0].removesuffix("high")], int(case.variant.split("-")[1][1:]))
+        for case in aot.cases(["attention"])
+    }
+    assert set(shared_prefix_attention.CONFIGS) <= compiled
