@@ -196,35 +196,42 @@ class Worker:
 
 def compare(options: argparse.Namespace, oracle: str | None) -> None:
     search = {"penalty_alpha": options.penalty_alpha, "top_k": options.top_k}
-    ours = Worker(sys.executable, options)
-    theirs = Worker(oracle, options) if oracle else None
-    asked = [(f"contrastive, {options.slots} slots", ours, {"run": "engine", "strategy": "contrastive"})]
-    asked += [(f"greedy, {options.slots} slots", ours, {"run": "engine", "strategy": "greedy"})]
-    for index in range(len(asked)):
-        asked[index][2].update(slots=options.slots, **search)
-    sizes = [int(size) for size in options.batch_sizes.split(",")]
+    engine = {"run": "engine", "slots": options.slots, **search}
     static = {"run": "static", "thin": options.thin, **search}
-    for size in sizes:
-        if theirs is not None:
-            asked.append(
-                (f"4.55.4 contrastive, batches of {size}", theirs, static | {"kind": "contrastive", "size": size})
-            )
-    for size in [int(size) for size in options.greedy_sizes.split(",")]:
-        asked.append((f"transformers greedy, batches of {size}", ours, static | {"kind": "greedy", "size": size}))
-    asked.append(("transformers generate_batch greedy", ours, {"run": "generate_batch", "thin": options.thin * 4}))
+    asked = {
+        "ours": [
+            (f"contrastive, {options.slots} slots", engine | {"strategy": "contrastive"}),
+            (f"greedy, {options.slots} slots", engine | {"strategy": "greedy"}),
+        ],
+        "oracle": [
+            (f"4.55.4 contrastive, batches of {size}", static | {"kind": "contrastive", "size": size})
+            for size in map(int, options.batch_sizes.split(","))
+        ],
+        "greedy": [
+            (f"transformers greedy, batches of {size}", static | {"kind": "greedy", "size": size})
+            for size in map(int, options.greedy_sizes.split(","))
+        ],
+        "generate_batch": [("transformers generate_batch greedy", {"run": "generate_batch", "thin": 16})],
+    }
+    parts = list(asked) if options.part == "all" else options.part.split(",")
     answers: dict[str, dict] = {}
-    try:
-        for round_ in range(options.repeats):
-            for name, process, request in asked:
-                answer = process.ask(**request)
-                print(f"  round {round_ + 1}: {name}: {describe(answer)}", file=sys.stderr, flush=True)
-                if name not in answers or rate(answer) > rate(answers[name]):
+    if options.state is not None and options.state.exists():
+        answers = json.loads(options.state.read_text())
+    for part in parts:
+        if part == "oracle" and oracle is None:
+            continue
+        process = Worker(oracle if part == "oracle" else sys.executable, options)
+        try:
+            for name, request in asked[part] * options.repeats:
+                answer = process.ask(**request) | {"version": process.ready}
+                print(f"  {name}: {describe(answer)}", file=sys.stderr, flush=True)
+                if name not in answers or rate(answer) >= rate(answers[name]):
                     answers[name] = answer
-    finally:
-        ours.close()
-        if theirs is not None:
-            theirs.close()
-    report(answers, options, {name: process.ready for name, process, _ in asked})
+                if options.state is not None:
+                    options.state.write_text(json.dumps(answers))
+        finally:
+            process.close()
+    report(answers, options)
 
 
 def rate(answer: dict) -> float:
@@ -242,9 +249,11 @@ def describe(answer: dict) -> str:
     return text
 
 
-def report(answers: dict[str, dict], options: argparse.Namespace, versions: dict[str, dict]) -> None:
+def report(answers: dict[str, dict], options: argparse.Namespace) -> None:
     rates = {name: rate(answer) for name, answer in answers.items()}
-    main = next(name for name in rates if name.startswith("contrastive"))
+    main = next((name for name in rates if name.startswith("contrastive")), None)
+    if main is None:
+        return
     print(f"\n{'':44}{'tokens/s':>10}{'ours faster by':>16}")
     for name, value in rates.items():
         ratio = f"{rates[main] / value:.2f}x" if value else "did not run"
@@ -277,7 +286,7 @@ def report(answers: dict[str, dict], options: argparse.Namespace, versions: dict
                 p80=value,
                 config=json.dumps(config),
                 gpu=device_name() if options.device.startswith("cuda") else processor(),
-                version=json.dumps(versions[name]),
+                version=json.dumps(answers[name]["version"]),
             )
             for name, value in rates.items()
         ],
@@ -287,10 +296,10 @@ def report(answers: dict[str, dict], options: argparse.Namespace, versions: dict
 def check_tokens(answers: dict[str, dict]) -> None:
     """Requests whose tokens are those of the other side, contrastive against contrastive, greedy against greedy."""
     for mine, other in (("contrastive", "4.55.4 contrastive"), ("greedy", "transformers greedy")):
-        ours = next(a["tokens"] for n, a in answers.items() if n.startswith(mine))
+        ours = next(({int(i): t for i, t in a["tokens"].items()} for n, a in answers.items() if n.startswith(mine)), {})
         for name, answer in answers.items():
             if name.startswith(other) and "tokens" in answer:
-                same = sum(ours[i] == tokens for i, tokens in answer["tokens"].items())
+                same = sum(ours.get(int(i)) == tokens for i, tokens in answer["tokens"].items())
                 print(f"same tokens as {name}: {same} of {len(answer['tokens'])} requests")
 
 
@@ -310,6 +319,42 @@ def sweep(options: argparse.Namespace) -> None:
         process.close()
 
 
+def scale(options: argparse.Namespace) -> None:
+    """Tokens a second against workers, one thread each. Starting a cluster and loading models is taken out: it is the
+    difference of two jobs, one of all requests and one of half of them."""
+    import tempfile
+
+    import torch
+    from transformers import AutoTokenizer
+
+    sys.path.insert(0, str(ROOT))
+    from simctg_fast import bundled_model_path
+    from simctg_fast.engine.job import make_options
+    from simctg_fast.integrations.ray import run_on_ray
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(options.model, "cpu", "float32")
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(folder)
+        requests = workload(options.requests, model.config.vocab_size)
+        del model
+        torch.set_num_threads(1)
+        print(f"{'workers':>8}{'tokens/s':>10}{'with start':>12}")
+        for workers in map(int, options.workers.split(",")):
+            figures = []
+            for part in (requests[::2], requests):
+                source, out = Path(folder, "in.jsonl"), Path(folder, f"out-{workers}-{len(part)}.jsonl")
+                lines = [{"id": r["id"], "prompt": r["ids"], "max_new_tokens": r["new"]} for r in part]
+                source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                given = {"input": str(source), "output": str(out), "model": folder, "slots": options.slots}
+                given |= {"top_k": options.top_k, "penalty_alpha": options.penalty_alpha, "dtype": "float32"}
+                summary = run_on_ray(make_options(given), workers=workers, threads=1)
+                assert summary.exit_code == 0, summary.as_dict()
+                figures.append((summary.generated_tokens, summary.seconds))
+            (half, first), (whole, second) = figures
+            print(f"{workers:8}{(whole - half) / (second - first):10.1f}{whole / second:12.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256)
@@ -326,6 +371,8 @@ def main() -> None:
     parser.add_argument("--model", default="gpt2-small", choices=tuple(MODELS))
     parser.add_argument("--sweep", help="slots, comma-separated: throughput against slots, ours alone")
     parser.add_argument("--workers", help="workers, comma-separated: throughput on Ray, ours alone")
+    parser.add_argument("--part", default="all", help="ours,oracle,greedy,generate_batch: some of the rows")
+    parser.add_argument("--state", type=Path, help="JSON file in which rows are kept, for runs in several parts")
     parser.add_argument("--no-oracle", action="store_true", help="leave transformers 4.55.4 out")
     parser.add_argument("--csv", type=Path, default=RESULTS / "throughput.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .decoding.patch import unpatch_transformers as unpatch_transformers
     from .decoding.support import SupportReport as SupportReport
     from .decoding.support import support as support
+    from .engine.engine import Engine as Engine
     from .features import extract_features as extract_features
     from .functional import contrastive_loss as contrastive_loss
     from .functional import cosine_similarity_matrix as cosine_similarity_matrix
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "ContrastiveGenerator": "simctg_fast.contrastive_generator",
     "ContrastiveSearch": "simctg_fast.decoding",
+    "Engine": "simctg_fast.engine",
     "LinearChainCRF": "simctg_fast.crf",
     "LowRankCRF": "simctg_fast.crf",
     "SimCSELoss": "simctg_fast.losses",
@@ -61,7 +63,7 @@ _EXPORTS = {
     "unpatch_transformers": "simctg_fast.decoding",
     "viterbi_backtrace": "simctg_fast.functional",
 }
-_SUBMODULES = ("assets", "crf", "decoding", "functional", "losses", "ops", "plain")
+_SUBMODULES = ("assets", "crf", "decoding", "engine", "functional", "losses", "ops", "plain")
 
 __all__ = ["__version__", *_EXPORTS]
 

@@ -134,13 +134,16 @@ class _LineGenerator(BatchGenerator):
         }
 
 
-def run_on_ray(options: JobOptions, *, workers: int = 1, address: str | None = None) -> Summary:
+def run_on_ray(
+    options: JobOptions, *, workers: int = 1, address: str | None = None, threads: int | None = None
+) -> Summary:
     """The job ``options`` on ``workers`` engines of a Ray cluster: same files, same lines, same resume as without Ray.
 
     Args:
         options: of the job. The model has to be reachable by its name from every worker.
         workers: engines; each takes a GPU where the cluster has any.
         address: of a running cluster; by default one is started on this machine and ended with the job.
+        threads: of torch in each worker without a GPU; default: the processors here, shared out.
 
     Raises:
         ImportError: Ray is not installed. Otherwise as :class:`simctg_fast.engine.job.Job`.
@@ -188,7 +191,7 @@ def run_on_ray(options: JobOptions, *, workers: int = 1, address: str | None = N
         try:
             if waiting:
                 with _cluster(ray, address, workers):
-                    for row in _rows(ray, options, waiting, workers):
+                    for row in _rows(ray, options, waiting, workers, threads):
                         journal.append(row["line"])
                         summary.add_row(
                             row["finish_reason"],
@@ -231,12 +234,15 @@ class _cluster:
             self.ray.shutdown()
 
 
-def _rows(ray: Any, options: JobOptions, waiting: list[dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    ray: Any, options: JobOptions, waiting: list[dict[str, Any]], workers: int, threads: int | None
+) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = ray.cluster_resources().get("GPU", 0) > 0 and options.device != "cpu"
     blocks = max(-(-len(waiting) // _BLOCK_ROWS), min(len(waiting), _BLOCKS_PER_WORKER * workers))
-    threads = None if gpus else max(1, (os.cpu_count() or 1) // workers)
+    if threads is None and not gpus:
+        threads = max(1, (os.cpu_count() or 1) // workers)
     constructor = {
         "model": os.fspath(options.model) if not os.path.isdir(options.model) else os.path.abspath(options.model),
         "threads": threads,

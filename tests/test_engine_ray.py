@@ -1,0 +1,143 @@
+"""Ray and lm-eval: the adapters without their frameworks, and one job on a real cluster, one of its workers killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simctg_fast.engine import Engine
+from simctg_fast.integrations.ray import BatchGenerator
+
+from .decoding_models import shared, tokenizer
+from .engine_jobs import ROOT, save_model, sorted_lines, write_lines
+from .test_engine_job import requests
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def test_a_batch_of_rows(model):
+    """As Ray hands them out: numpy's types, NaN and None for what a row lacks."""
+    generator = BatchGenerator(str(model), slots=3, max_new_tokens=6, threads=1)
+    batch = {
+        "id": np.array([5, 5, 7]),
+        "prompt": np.array(["hello", "", "world"], dtype=object),
+        "max_new_tokens": np.array([np.nan, 4.0, 3.0]),
+        "note": np.array(["a", "b", "c"], dtype=object),
+    }
+    out = generator(batch)
+    assert out["id"].tolist() == [5, 5, 7]
+    assert out["note"].tolist() == ["a", "b", "c"]
+    assert out["completion_tokens"].tolist() == [6, 0, 3]
+    assert json.loads(out["error"][1])["type"] == "empty_prompt"
+    assert out["error"][0] == out["error"][2] == ""
+    engine = Engine(shared("gpt2"), tokenizer(), slots=1, max_new_tokens=6)
+    alone = {r.id: r for r in engine.generate([{"id": 0, "prompt": "hello"}])}
+    assert out["text"][0] == alone[0].text
+    assert out["token_ids"][0].tolist() == alone[0].token_ids
+    assert set(generator({name: column[:0] for name, column in batch.items()})) == set(out)
+
+
+def workers() -> list[int]:
+    """Ray's processes that hold an engine."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if command.startswith((b"ray::MapWorker", b"ray::_MapWorker")):
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(600)
+def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
+    """Begun without Ray, continued with it, a worker killed meanwhile: the output is that of one uninterrupted run."""
+    if sys.platform != "linux":
+        pytest.skip("looks for processes in /proc")
+    source = write_lines(tmp_path / "in.jsonl", [*requests(120), {"id": "bad", "prompt": "x", "top_k": 9}, "no json"])
+    settings = ["-m", model, "--slots", 8, "--max-new-tokens", 24, "--quiet"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    before = set(workers())
+
+    def start(out: Path, *more: object) -> subprocess.Popen:
+        command = [sys.executable, "-m", "simctg_fast.cli", "run", source, "-o", out, *settings, *more]
+        return subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True)
+
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    single = start(whole)
+    single.communicate()
+    assert single.returncode == 1, "two error records"
+    out.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:30]))
+    shutil.copy(f"{whole}.manifest.json", f"{out}.manifest.json")
+    first = out.read_bytes()
+    job = start(out, "--ray", "--workers", 2)
+    victims: set[int] = set()
+    limit = time.monotonic() + 300
+    while job.poll() is None and not victims and time.monotonic() < limit:
+        # The first worker that is there: its engine is being loaded, or at work.
+        victims = set(list(set(workers()) - before)[:1])
+        time.sleep(0.05)
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    printed, _ = job.communicate(timeout=400)
+    assert victims, "no worker was seen"
+    assert job.returncode == 1
+    summary = json.loads(printed.splitlines()[-1])
+    assert summary["resumed"] == 30
+    assert summary["requests"] == 92
+    assert out.read_bytes().startswith(first)
+    assert sorted_lines(out) == sorted_lines(whole)
+
+
+def test_lm_eval_finds_and_runs_the_backend(model, tmp_path):
+    """A generation task of our own through the harness, and the same prompts through the engine."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from simctg_fast.integrations.lm_eval import SimCTGLM
+
+    data = write_lines(tmp_path / "data.jsonl", [{"question": q, "answer": "x"} for q in ("hello", "the world", "a b")])
+    task = {
+        "task": "continuations",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["~~"], "max_gen_toks": 7, "do_sample": False, "temperature": 0.0},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    backend = SimCTGLM(str(model), slots=2, penalty_alpha=0.5)
+    results = lm_eval.simple_evaluate(
+        model=backend, tasks=[task], bootstrap_iters=0, log_samples=True, cache_requests=False
+    )
+    (samples,) = results["samples"].values()
+    written = {sample["doc"]["question"]: sample["resps"][0][0] for sample in samples}
+    engine = Engine(shared("gpt2"), tokenizer(), penalty_alpha=0.5, max_new_tokens=7, slots=2)
+    expected = engine.generate([{"id": q, "prompt": q, "stop": ["~~"]} for q in written])
+    assert written == {result.id: result.text for result in expected}
+    with pytest.raises(NotImplementedError, match="generation tasks"):
+        backend.loglikelihood([])
+
+
+def test_lm_eval_knows_the_name(model):
+    registry = pytest.importorskip("lm_eval.api.registry")
+    from simctg_fast.integrations.lm_eval import SimCTGLM
+
+    assert registry.get_model("simctg_fast") is SimCTGLM
+    made = SimCTGLM.create_from_arg_string(f"pretrained={model},slots=3,penalty_alpha=0.3", {"batch_size": 1})
+    assert made.engine.stats["slots"] == 3
+    assert made.engine.parameters.penalty_alpha == 0.3
