@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 from simctg_fast import ContrastiveGenerator, ContrastiveSearch, bundled_model_path
 from simctg_fast.compat import T5SimCTGGenerate
 from simctg_fast.loading import load_tokenizer
+from simctg_fast.reference.t5_tutorial import TutorialT5Generate
 
 from . import toy_t5
 from .decoding_models import build, tokenizer
@@ -53,6 +54,15 @@ def test_the_order_and_the_batch_size_do_not_matter(trained_t5, reverse):
 def test_the_published_class_answers_the_same(trained_t5, reverse):
     texts = toy_t5.held_out(8)
     assert T5SimCTGGenerate(trained_t5, gpu_id=-1, max_length=32)(texts) == reverse(texts, max_length=32)
+
+
+def test_the_restated_tutorial_is_what_it_says(reverse):
+    """With one candidate nothing can be chosen wrongly, and it is greedy search."""
+    texts = toy_t5.held_out(8)
+    restated = TutorialT5Generate(reverse.model, reverse.tokenizer, max_length=12, num_beams=1)
+    encoded = reverse.tokenizer(texts, padding=True, return_tensors="pt")
+    greedy = reverse.model.generate(**encoded, max_new_tokens=12, do_sample=False, num_beams=1)
+    assert restated(texts) == reverse.tokenizer.batch_decode(greedy, skip_special_tokens=True)
 
 
 def test_encoder_once_and_decoder_until_the_last_row_has_ended(trained_t5):
