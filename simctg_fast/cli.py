@@ -219,7 +219,7 @@ def run(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder, hub name, or `bundled`.")] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="JSONL file; one that is there is continued.")
+        str | None, typer.Option("--output", "-o", help="JSONL file, continued if it is there; {shard} is its shard.")
     ] = None,
     config: Annotated[str | None, typer.Option("--config", help="YAML file with these options; the line wins.")] = None,
     strategy: Annotated[

@@ -43,11 +43,11 @@ def sorted_lines(path: Path) -> list[bytes]:
 class JobServer:
     """Starts jobs: ``start(args)`` returns a pid, ``wait(pid)`` its exit code (negative: the signal that ended it)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, model: Path):
         self.folder, self.count = folder, 0
         environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [sys.executable, str(Path(__file__).resolve()), str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -106,10 +106,12 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import transformers  # noqa: F401
-
+    import simctg_fast.engine.job
     from simctg_fast.cli import app
 
+    # Everything that is imported on first use is, so that no job has to.
+    engine = simctg_fast.engine.Engine.from_pretrained(sys.argv[1], slots=2, max_new_tokens=2)
+    assert len(list(engine.generate(["a", "b", "c"]))) == 3
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

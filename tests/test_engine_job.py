@@ -19,8 +19,8 @@ SETTINGS = ("--slots", 8, "--max-new-tokens", 24, "--quiet")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    made = JobServer(tmp_path_factory.mktemp("jobs"))
+def server(tmp_path_factory, model):
+    made = JobServer(tmp_path_factory.mktemp("jobs"), model)
     yield made
     made.close()
 
@@ -215,15 +215,21 @@ def test_a_changed_configuration_is_refused_with_the_difference(server, model, t
     assert out.read_bytes() == before
 
 
-def test_two_runs_on_one_output(server, model, many, tmp_path):
-    source, expected, _ = many
+def test_two_runs_on_one_output(server, model, tmp_path):
+    """The lock goes with the process that holds it."""
+    lines = [{"id": i, "prompt": "x", "max_new_tokens": 1000} for i in range(8)]
+    source = write_lines(tmp_path / "in.jsonl", [*lines, {"id": "short", "prompt": "x", "max_new_tokens": 2}])
     out = tmp_path / "out.jsonl"
-    first = server.start("run", source, "-m", model, "-o", out, *SETTINGS)
-    wait_for_records(out, 5)
-    assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 2
+    settings = ("--slots", 9, "--quiet")
+    first = server.start("run", source, "-m", model, "-o", out, *settings)
+    wait_for_records(out, 1)
+    os.kill(first, signal.SIGSTOP)  # alive, and it will not end before the second one has looked
+    assert server.run("run", source, "-m", model, "-o", out, *settings, COLUMNS="300") == 2
     assert "is being written by another run" in server.stderr
-    assert server.wait(first) == 0
-    assert sorted_lines(out) == expected
+    os.kill(first, signal.SIGKILL)
+    server.wait(first)
+    source.write_text(json.dumps(lines[0] | {"max_new_tokens": 3}) + "\n")
+    assert server.run("run", source, "-m", model, "-o", out, *settings) == 0
 
 
 @pytest.mark.parametrize(
@@ -273,13 +279,13 @@ def test_an_output_without_permission(server, model, tmp_path):
 
 
 def test_a_full_disk(server, model, many, tmp_path):
-    """A file system of 64 KiB: the job ends, what is there is whole, and it goes on when there is room."""
+    """A file system of 32 KiB: the job ends, what is there is whole, and it goes on when there is room."""
     source, expected, _ = many
     disk = tmp_path / "disk"
     disk.mkdir()
     if (
         shutil.which("mount") is None
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", disk], capture_output=True).returncode
     ):
         pytest.skip("no right to mount a tmpfs")
     try:
@@ -303,6 +309,11 @@ def test_shards_and_their_merge(server, model, many, tmp_path):
     for shard, out in enumerate(outputs):
         sharded = ("--num-shards", 3, "--shard-id", shard)
         assert server.run("run", source, "-m", model, "-o", out, *SETTINGS, *sharded) == 0
+    launched = {"TORCHELASTIC_RUN_ID": "1", "RANK": "2", "WORLD_SIZE": "3"}
+    named = ("run", source, "-m", model, "-o", tmp_path / "rank-{shard}.jsonl", *SETTINGS)
+    assert server.run(*named, **launched) == 0
+    assert (tmp_path / "rank-2.jsonl").read_bytes() == outputs[2].read_bytes(), "as torchrun starts it"
+    assert server.run("run", source, "-m", model, "-o", tmp_path / "rank.jsonl", *SETTINGS, **launched) == 2
     assert server.run("merge", *outputs, "--into", tmp_path / "all.jsonl") == 0
     assert "200 records" in server.stdout
     assert sorted_lines(tmp_path / "all.jsonl") == expected
@@ -344,13 +355,17 @@ def test_what_a_person_sees(server, model, many, tmp_path):
 
 def test_a_terminal_gets_a_bar(model, many, tmp_path):
     """On a pseudo-terminal: a bar with rates and slots, then the summary in words."""
+    import fcntl
     import pty
+    import struct
     import sys
+    import termios
 
     from .engine_jobs import ROOT
 
     source = many[0]
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     command = [sys.executable, "-m", "simctg_fast.cli", "run", str(source), "-m", str(model), "-o", str(tmp_path / "a")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     process = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment)

@@ -66,6 +66,7 @@ def workers() -> list[int]:
 @pytest.mark.timeout(600)
 def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
     """Begun without Ray, continued with it, a worker killed meanwhile: the output is that of one uninterrupted run."""
+    pytest.importorskip("ray")
     if sys.platform != "linux":
         pytest.skip("looks for processes in /proc")
     source = write_lines(tmp_path / "in.jsonl", [*requests(120), {"id": "bad", "prompt": "x", "top_k": 9}, "no json"])

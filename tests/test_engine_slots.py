@@ -301,7 +301,8 @@ def test_models_that_cannot_take_slots_run_in_static_batches():
         model = shared(name)
         engine = Engine(model, tokenizer(), slots=3, max_new_tokens=6)
         assert engine.stats["batching"] == "static"
-        requests = lines(model, (3, 17, 9, 9, 5))
+        requests = lines(model, (3, 17, 9, 9, 5, 4))
+        engine.backend.lookahead = 4
         results = {result.id: result.token_ids for result in engine.generate(requests)}
         assert results == {line["id"]: alone(model, line, 6) for line in requests}
         with pytest.raises(ValueError, match="batching='slots' cannot serve"):

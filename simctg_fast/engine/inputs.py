@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from .journal import Key, id_key
-from .requests import Request, RequestError, decode_line, parse_request  # noqa: F401 - parse_request is documented here
+from .requests import Request, RequestError, decode_line
 
 Parse = Callable[..., Request]
 

@@ -122,12 +122,29 @@ def make_options(given: Mapping[str, Any]) -> JobOptions:
     missing = [name for name in ("input", "output", "model") if not given.get(name)]
     if missing:
         raise ValueError(f"{missing[0]} is missing: give it as an option or in the configuration")
+    given = _with_shard(given)
     parameters = {name: given[name] for name in NAMES if name != "seed" and given.get(name) is not None}
     rest = {n: v for n, v in given.items() if n not in parameters and v is not None}
     unknown = [name for name in rest if name not in OPTION_NAMES]
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; allowed: {', '.join(OPTION_NAMES)}")
     return JobOptions(parameters=parameters, **rest)
+
+
+def _with_shard(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Under torchrun every process takes the shard of its rank; ``{shard}`` in the output is the shard's number."""
+    given = dict(given)
+    launched = "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if launched and given.get("num_shards") is None and given.get("shard_id") is None:
+        given |= {"num_shards": int(os.environ["WORLD_SIZE"]), "shard_id": int(os.environ["RANK"])}
+        if given.get("device") is None and _default_device() == "cuda":
+            given["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if given["num_shards"] > 1 and "{shard}" not in str(given["output"]):
+            raise ValueError(
+                f"output must hold {{shard}}, which becomes the number of each process, got {given['output']!r}"
+            )
+    given["output"] = str(given["output"]).replace("{shard}", str(given.get("shard_id") or 0))
+    return given
 
 
 class Job:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .inputs import InputLines  # noqa: F401 - the same notion of a line's key
 from .journal import Key, id_key, record_key
 from .manifest import digest, manifest_path
 

@@ -6,6 +6,7 @@ Rows of similar length go together, and a batch is over when its longest continu
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +51,7 @@ class StaticBatches:
         """Yields every sequence when it is finished or has failed."""
         source = iter(sequences)
         while True:
-            waiting = [sequence for sequence, _ in zip(source, range(self.lookahead), strict=False)]
+            waiting = list(itertools.islice(source, self.lookahead))
             if not waiting or self.stopping:
                 return
             waiting.sort(key=lambda s: (len(s.source_ids or s.prompt_ids), s.parameters.max_new_tokens))
