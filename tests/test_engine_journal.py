@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 
@@ -67,25 +66,20 @@ def test_an_output_with_an_id_twice_is_refused(tmp_path):
 
 def test_two_runs_on_one_output(tmp_path):
     """The lock is the system's: it goes with its owner, killed or not."""
-    code = (
-        "import sys, time\nfrom simctg_fast.engine.journal import Journal\n"
-        "journal = Journal(sys.argv[1])\nprint('open', flush=True)\ntime.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], stdout=subprocess.PIPE, cwd=_root())
+    reading, writing = os.pipe()
+    other = os.fork()
+    if other == 0:
+        journal = Journal(tmp_path / "out")
+        os.write(writing, b"open" if journal.size == 0 else b"full")
+        signal.pause()
     try:
-        assert other.stdout.readline() == b"open\n"
+        assert os.read(reading, 4) == b"open"
         with pytest.raises(JournalError, match="is being written by another run"):
             Journal(tmp_path / "out")
     finally:
-        other.kill()
-        other.wait()
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
     Journal(tmp_path / "out").close()
-
-
-def _root():
-    import simctg_fast
-
-    return os.path.dirname(os.path.dirname(simctg_fast.__file__))
 
 
 def test_an_output_that_cannot_be_written(tmp_path):
