@@ -38,7 +38,7 @@ class SlotStep(SharedPrefixStep):
     """What the attention function must know during one forward over slots of different lengths."""
 
     def __init__(self, cache: SlotCache, cross: DynamicCache | None, cross_lengths: torch.Tensor | None, k: int):
-        super().__init__(cache, cross, k)  # type: ignore[arg-type] # has the layers, which is all that is read
+        super().__init__(cache, cross, k)
         self.lengths = cache.lengths[: cache.rows]
         self.width = cache.length
         self.cross_lengths = cross_lengths
@@ -128,7 +128,8 @@ class SlotStep(SharedPrefixStep):
         if bias.ndim != 4 or bias.shape[0] != 1 or bias.shape[2] != 1 or bias.shape[3] != self.width + 1:
             raise SharedPrefixUnsupportedError(f"position bias of shape {tuple(bias.shape)}")
         positions = torch.arange(self.width + 1, device=bias.device)
-        index = (positions + (self.width - self._on(bias.device, self.lengths)[:, None])).clamp_(max=self.width)
+        lengths = self.lengths.to(bias.device)
+        index = (positions + (self.width - lengths[:, None])).clamp_(max=self.width)
         shifted = bias[0, :, 0][:, index].transpose(0, 1)[:, :, None].contiguous()  # (rows, H, 1, width + 1)
         self.biases[id(bias)] = (bias, shifted)
         return shifted

@@ -86,7 +86,8 @@ def _number(low: float, high: float = math.inf, *, above: bool = False) -> Calla
     def valid(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             return False
-        return (low < value if above else low <= value) and value <= high
+        number = float(value)
+        return (low < number if above else low <= number) and number <= high
 
     return valid
 

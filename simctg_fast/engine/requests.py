@@ -71,7 +71,7 @@ def parse_request(
     """
     if "custom_id" in given or "body" in given:
         return _parse_openai(given, defaults, strategy, line)
-    request_id = given.get("id")
+    request_id: Any = given.get("id")
     if "id" in given and not _is_id(request_id):
         raise RequestError("invalid_id", f"id must be a string with text or an integer, got {_shown(request_id)}")
     if "id" not in given:
@@ -90,12 +90,12 @@ def parse_request(
 
 
 def _parse_openai(given: Mapping[str, Any], defaults: Parameters, strategy: str, line: int | None) -> Request:
-    request_id = given.get("custom_id")
+    request_id: Any = given.get("custom_id")
     if not _is_id(request_id):
         raise RequestError("invalid_id", f"custom_id must be a string with text, got {_shown(request_id)}", openai=True)
     fail = _Failure(request_id, openai=True)
     fail.unless_known(given, _OPENAI_KEYS)
-    body = given.get("body")
+    body: Any = given.get("body")
     if not isinstance(body, dict):
         raise fail("invalid_type", f"body must be an object, got {_kind(body)}")
     url = given.get("url")
@@ -107,7 +107,7 @@ def _parse_openai(given: Mapping[str, Any], defaults: Parameters, strategy: str,
     if body.get("stream"):
         raise fail("invalid_value", f"body.stream must be false, got {body['stream']!r}")
     content = fail.content(body, ("prompt", "messages"), "body.")
-    overrides = {
+    overrides: dict[str, Any] = {
         _OPENAI_NAMES.get(name, name): value
         for name, value in body.items()
         if _OPENAI_NAMES.get(name, name) in NAMES and value is not None

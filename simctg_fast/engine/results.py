@@ -107,8 +107,8 @@ class Result:
 
 
 def _openai_choice(index: int, choice: Choice, chat: bool) -> dict[str, Any]:
-    said = {"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}
-    record = {"index": index, **said, "finish_reason": choice.finish_reason, "logprobs": None}
+    said: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}
+    record: dict[str, Any] = {"index": index, **said, "finish_reason": choice.finish_reason, "logprobs": None}
     if choice.logprobs is not None:
         record["logprobs"] = {"content": [{"token": t["token"], "logprob": t["logprob"]} for t in choice.logprobs]}
     if choice.trace is not None:

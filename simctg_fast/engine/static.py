@@ -185,6 +185,7 @@ class _BatchRun(_Run):
 
         def choose(hidden_states: torch.Tensor) -> torch.Tensor:
             history = self.history
+            assert history is not None
             penalty, position = candidate_scan(hidden_states, history.states, history.length, history.mask)
             selected, scores = self.chooser.choose(self.proposal, penalty)
             self.decision = (selected, scores, penalty, position)
