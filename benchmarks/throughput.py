@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                    # the table of benchmarks/engine.md, GPT-2-small shape
     python benchmarks/throughput.py --sweep 1,4,16,64  # throughput against slots
     python benchmarks/throughput.py --workers 1,2      # throughput against workers on Ray
+    python benchmarks/throughput.py --orders           # how full slots are, by the order of the requests
 
 256 requests, prompts of 8-512 tokens and outputs of 8-256, drawn once from heavy-tailed distributions. Outputs end by
 their own `max_new_tokens` (the weights are random): a static batch runs until its longest row has ended, and only what
@@ -13,6 +14,7 @@ the requests asked for counts. Static batches are sorted by prompt length, and r
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import math
 import os
@@ -368,6 +370,28 @@ def scale(options: argparse.Namespace) -> None:
             print(f"{workers:8}{(whole - half) / (second - first):10.1f}{whole / second:12.1f}", flush=True)
 
 
+def orders(options: argparse.Namespace) -> None:
+    """How full slots are, by the order in which sequences are begun; counted in steps, no model runs."""
+    requests = workload(options.requests, 50257)
+    keys = {
+        "input order": lambda r: r["id"],
+        "longest first": lambda r: -(r["new"] + len(r["ids"]) // 16),  # the scheduler's
+        "shortest first": lambda r: r["new"],
+    }
+    print(f"{'slots':>6}" + "".join(f"{name:>16}" for name in keys))
+    for slots in (4, 16, 64):
+        shares = []
+        for key in keys.values():
+            ends = [0] * slots
+            for r in sorted(requests, key=key):
+                heapq.heapreplace(ends, ends[0] + r["new"])
+            shares.append(sum(r["new"] for r in requests) / (max(ends) * slots))
+        print(f"{slots:6}" + "".join(f"{share:16.1%}" for share in shares))
+    for size in (4, 8, 16, 32):
+        steps = sum(max(r["new"] for r in batch) * size for batch in static_batches(requests, size))
+        print(f"static batches of {size}: {sum(r['new'] for r in requests) / steps:.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256)
@@ -390,6 +414,7 @@ def main() -> None:
         help="ours,oracle,greedy,generate_batch: run some of the rows; none: show those of --state",
     )
     parser.add_argument("--state", type=Path, help="JSON file in which rows are kept, for runs in several parts")
+    parser.add_argument("--orders", action="store_true", help="how full slots are, by the order of the requests")
     parser.add_argument("--no-oracle", action="store_true", help="leave transformers 4.55.4 out")
     parser.add_argument("--csv", type=Path, default=RESULTS / "throughput.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -400,7 +425,9 @@ def main() -> None:
     print(
         f"{processor()}, {options.threads} threads, {options.dtype}, k = {options.top_k}, {options.requests} requests"
     )
-    if options.sweep:
+    if options.orders:
+        orders(options)
+    elif options.sweep:
         sweep(options)
     elif options.workers:
         scale(options)
