@@ -113,7 +113,7 @@ def _attention(variant: str, arch: int):
     kind, dim, rows, flags = variant.split("-")
     operand, dim, rows = kind.removesuffix("high"), int(dim[1:]), int(rows[1:])
     padded = shared_prefix_attention.padded(dim)
-    config = shared_prefix_attention.CONFIGS[arch, SIZES[operand], max(64, padded)]
+    config = shared_prefix_attention.config_of(arch, SIZES[operand], dim, dim, rows)
     x = f"*{operand}"
     signature = dict.fromkeys(shared_prefix_attention.shared_prefix_attention_kernel.arg_names, I)
     signature |= {
@@ -131,8 +131,7 @@ def _attention(variant: str, arch: int):
         "BLOCK_D": padded, "BLOCK_V": padded,
     }  # fmt: skip
     kernel = shared_prefix_attention.shared_prefix_attention_kernel
-    warps = shared_prefix_attention.warps_of(rows, config)
-    return kernel, signature, constants, warps, config.num_stages
+    return kernel, signature, constants, config.num_warps, config.num_stages
 
 
 def _commit(variant: str, arch: int):

@@ -55,6 +55,15 @@ CONFIGS = {
     (100, 4, 128): Config(16, 4, 3),
     (100, 4, 256): Config(16, 4, 3),
 }
+# Tiles of more than 32 rows: masks and biases of them need the registers of twice the warps.
+TALL = {
+    (80, 2, 64): Config(64, 8, 4),
+    (80, 2, 128): Config(32, 8, 4),
+    (90, 2, 64): Config(64, 8, 4),
+    (90, 2, 128): Config(64, 8, 4),
+    (100, 2, 64): Config(64, 8, 4),
+    (100, 2, 128): Config(64, 8, 4),
+}
 
 
 @triton.jit
@@ -228,13 +237,9 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def warps_of(block_m: int, config: Config) -> int:
-    """Tall tiles with masks and biases need the registers of twice the warps."""
-    return config.num_warps if block_m <= 32 else 2 * config.num_warps
-
-
-def config_of(device: torch.device, size: int, dim: int, value_dim: int) -> Config:
-    return CONFIGS[architecture(device), size, max(64, padded(dim), padded(value_dim))]
+def config_of(arch: int, size: int, dim: int, value_dim: int, block_m: int) -> Config:
+    head = max(64, padded(dim), padded(value_dim))
+    return TALL[arch, size, head] if block_m > 32 else CONFIGS[arch, size, head]
 
 
 def plan(device: torch.device, tiles: int, positions: int) -> int:
@@ -282,7 +287,7 @@ def shared_prefix_attention(
     block_m = tile_rows(candidates * groups, query.element_size(), dim, value_dim)
     block_v = padded(value_dim)
     tiles = triton.cdiv(candidates * groups, block_m)
-    config = config_of(query.device, query.element_size(), dim, value_dim)
+    config = config_of(architecture(query.device), query.element_size(), dim, value_dim, block_m)
     programs = batch * kv_heads * tiles
     # Under a capture the lengths move while the launch stays, so the split follows the capacity.
     splits = plan(query.device, programs, positions if lengths is not None else length - window_start)
@@ -315,6 +320,6 @@ def shared_prefix_attention(
             HAS_WINDOW=window is not None and own, SPLIT=split,
             PRECISION="ieee" if query.element_size() == 2 or precise() else "tf32x3",
             BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded(dim), BLOCK_V=block_v,
-            num_warps=warps_of(block_m, config), num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -54,3 +54,4 @@ def test_every_configuration_is_compiled():
         for case in aot.cases(["attention"])
     }
     assert set(shared_prefix_attention.CONFIGS) <= compiled
+    assert set(shared_prefix_attention.TALL) <= compiled
