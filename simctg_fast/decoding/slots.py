@@ -170,6 +170,7 @@ class SlotDecoder:
         self.position_argument = next((n for n in ("decoder_position_ids", "position_ids") if n in parameters), None)
         self.position_modules = [] if self.position_argument else _position_modules(model)
         self.logits: torch.Tensor | None = None
+        self.last_step: SlotStep | None = None
 
     def __enter__(self) -> SlotDecoder:
         self.tap.__enter__()
@@ -284,7 +285,7 @@ class SlotDecoder:
         each = positions.repeat_interleave(k)
         if self.position_argument is not None:
             inputs[self.position_argument] = each[:, None]
-        step = SlotStep(cache, cross, cross_lengths, k)
+        step = self.last_step = SlotStep(cache, cross, cross_lengths, k)
         first_rows = torch.arange(rows, device=self.device) * k
         chosen: dict[str, torch.Tensor] = {}
 
@@ -360,6 +361,8 @@ class SlotDecoder:
         ) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            if self.last_step is not None and not self.last_step.calls:
+                raise SlotsUnsupportedError("it does not use the attention interface") from error
             raise SlotsUnsupportedError(f"a trial step fails ({type(error).__name__}: {error})") from error
         finally:
             for slot in range(self.slots):

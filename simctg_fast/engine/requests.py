@@ -107,11 +107,8 @@ def _parse_openai(given: Mapping[str, Any], defaults: Parameters, strategy: str,
     if body.get("stream"):
         raise fail("invalid_value", f"body.stream must be false, got {body['stream']!r}")
     content = fail.content(body, ("prompt", "messages"), "body.")
-    overrides: dict[str, Any] = {
-        _OPENAI_NAMES.get(name, name): value
-        for name, value in body.items()
-        if _OPENAI_NAMES.get(name, name) in NAMES and value is not None
-    }
+    named = {_OPENAI_NAMES.get(name, name): value for name, value in body.items() if value is not None}
+    overrides = {name: value for name, value in named.items() if name in NAMES}
     return Request(
         id=request_id,
         parameters=fail.parameters(defaults, overrides, strategy),
