@@ -65,7 +65,9 @@ def top_k_kernel(
 
 
 def supports(logits: Tensor, k: int) -> bool:
-    return logits.dtype in DTYPES and 1 <= k <= min(K_LIMIT, logits.shape[-1]) and logits.shape[-1] <= 2**20
+    """Whether the kernel takes these logits (wherever they are): the shares' k largest have to fit one program."""
+    entries = triton.next_power_of_2(triton.cdiv(logits.shape[-1], BLOCK)) * triton.next_power_of_2(k)
+    return logits.dtype in DTYPES and 1 <= k <= min(K_LIMIT, logits.shape[-1]) and entries <= 4096
 
 
 def top_k_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -166,6 +166,20 @@ def test_a_step_that_differs_is_not_used(calls, monkeypatch):
     assert not calls["steps"]
 
 
+def test_what_is_not_captured_says_why():
+    class Spread(torch.nn.Module):
+        def __init__(self, **attributes):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+            vars(self).update(attributes)
+
+    cuda = torch.device("cuda", 0)
+    assert decode_step._obstacle(Spread(), torch.device("cpu")) == "it is on cpu"
+    assert decode_step._obstacle(Spread(hf_device_map={"a": "meta", "b": "meta"}), cuda) is None
+    assert "spread over 0, 1" in decode_step._obstacle(Spread(hf_device_map={"a": 0, "b": 1}), cuda)
+    assert "tensor-parallel over 2" in decode_step._obstacle(Spread(_tp_size=2), cuda)
+
+
 def test_windows_are_told_from_chunks():
     from transformers.masking_utils import chunked_overlay, sliding_window_overlay
 

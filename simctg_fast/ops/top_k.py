@@ -49,7 +49,7 @@ def _run(logits, k, impl="auto"):
         return kernels.top_k_probs(logits, k)
     if impl == "triton":
         raise ValueError(
-            f"impl='triton' takes k up to {kernels.K_LIMIT} and up to 2**20 logits in "
+            f"impl='triton' takes k up to {kernels.K_LIMIT} and rows of up to 2**24 / k logits in "
             f"{', '.join(map(str, kernels.DTYPES))}, got k={k} and logits {tuple(logits.shape)} of {logits.dtype}"
         )
     return _torch(logits, k)
