@@ -324,7 +324,7 @@ def sweep(options: argparse.Namespace) -> None:
     try:
         print(f"{'slots':>6}{'tokens/s':>10}{'busy':>8}{'scheduler':>11}")
         for slots in map(int, options.sweep.split(",")):
-            thin = 1 if slots >= 8 else options.thin
+            thin = max(1, min(32, 64 // slots))  # few slots take long for all requests
             answer = process.ask(run="engine", strategy="contrastive", slots=slots, thin=thin, **search)
             if "failed" in answer:
                 print(f"{slots:6}  {answer['failed']}")

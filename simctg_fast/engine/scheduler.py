@@ -113,6 +113,7 @@ class SlotScheduler:
         self.source, self.exhausted = iter(sequences), False
         self.waiting: list[tuple[int, int, list[Sequence]]] = []  # a heap: longest first, siblings together
         self.order = 0
+        self.ended: list[Sequence] = []
         self._empty_slots()
         with self._running():
             while True:
@@ -121,15 +122,16 @@ class SlotScheduler:
                 try:
                     self._admit()
                     self._prefill()
-                    ended = self._step()
+                    self._step()
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
                     out_of_memory = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if out_of_memory is not None:  # not in the handler: the error holds on to what has to be freed
-                    ended = self._halve(out_of_memory)
+                    self._halve(out_of_memory)
                 self.seconds += time.perf_counter() - began
                 self.on_step()
+                ended, self.ended = self.ended, []
                 yield from ended
                 began = time.perf_counter()
                 if not self.active and (self.stopping or (self.exhausted and not self.waiting)):
@@ -204,13 +206,12 @@ class SlotScheduler:
                 decoder.copy(slot, target)
                 self.rows[target] = sequence
 
-    def _step(self) -> list[Sequence]:
-        """One token for every row. Returns the sequences that ended."""
+    def _step(self) -> None:
+        """One token for every row."""
         decoder, strategy = self._decoder, self.strategy
         if not any(row is not None for row in self.rows):
-            return []
+            return
         count = self._compact()
-        ended: list[Sequence] = []
         logits = decoder.logits
         assert logits is not None
         for slot, sequence in enumerate(self.rows):
@@ -218,7 +219,7 @@ class SlotScheduler:
                 with torch.inference_mode():
                     logits[slot] = apply_processors(sequence, logits[slot : slot + 1])[0]
                 if sequence.failure is not None:
-                    ended.append(self._release(slot))
+                    self._release(slot)
         if self.rows != self.bound:
             strategy.bind(list(self.rows), logits.device)
             self.bound = list(self.rows)
@@ -230,18 +231,16 @@ class SlotScheduler:
             row = self.rows[slot]
             if bad and row is not None:
                 row.fail("nan_logits", f"the logits left no probabilities at new token {len(row.tokens)}")
-                ended.append(self._release(slot))
+                self._release(slot)
         self.steps += 1
         self.row_steps += self.slots
         self.busy_row_steps += sum(row is not None for row in self.rows)
         if strategy.candidates > 1 or strategy.needs_history:
-            record = self._look_ahead(proposal, logits, count)
-            ended += self._write(record, logits)
+            self._write(self._look_ahead(proposal, logits, count), logits)
         else:
-            ended += self._write(StepRecord(proposal, details=self.details), logits)
+            self._write(StepRecord(proposal, details=self.details), logits)
             if any(row is not None for row in self.rows):
                 self._forward(proposal.tokens[:count], lambda states: None, count)
-        return ended
 
     @torch.inference_mode()
     def _propose(self, logits: torch.Tensor) -> Proposal:
@@ -270,24 +269,23 @@ class SlotScheduler:
         self._forward(part.tokens, choose, count)
         return StepRecord(part, **decided, details=self.details)
 
-    def _write(self, record: StepRecord, logits: torch.Tensor) -> list[Sequence]:
-        ended = []
+    def _write(self, record: StepRecord, logits: torch.Tensor) -> None:
         for slot, sequence in enumerate(self.rows):
             if sequence is not None:
                 record.write(slot, sequence, logits[slot : slot + 1])
                 self.generated += 1
                 if sequence.finished:
-                    ended.append(self._release(slot))
-        return ended
+                    self._release(slot)
 
-    def _release(self, slot: int) -> Sequence:
+    def _release(self, slot: int) -> None:
+        """The slot's sequence has ended; it is handed out after the step, whatever becomes of the rest of it."""
         sequence = self.rows[slot]
         assert sequence is not None
         self.rows[slot] = None
         self.taken.discard(slot)
         self._decoder.clear(slot)
         self.active -= 1
-        return sequence
+        self.ended.append(sequence)
 
     def _compact(self) -> int:
         """Rows the next step computes. Where they do not depend on each other, those at the end are left out once there
@@ -335,7 +333,7 @@ class SlotScheduler:
         if free is not None and wanted - per_position * self.slots * decoder.cache.capacity > SPARE_MEMORY * free:
             raise MemoryError(f"{self.slots} slots of {needed} positions do not fit into the free memory")
 
-    def _halve(self, reason: str) -> list[Sequence]:
+    def _halve(self, reason: str) -> None:
         """Half the slots; everything in work begins again. With one slot left, its sequence fails."""
         failed: list[Sequence] = []
         if self.slots == 1:
@@ -350,9 +348,10 @@ class SlotScheduler:
         before, self.slots = self.slots, max(1, self.slots // 2)
         self.halvings += 1
         logger.warning("out of memory with %d slots (%s): going on with %d", before, reason, self.slots)
-        work = [[row] for row in self.rows if row is not None]
-        work += [siblings for _, siblings, _ in self.filling]
-        for siblings in work:
+        groups = [siblings for _, siblings, _ in self.filling]
+        placed = {id(sequence) for siblings in groups for sequence in siblings}
+        groups += [[s] for s in (*self.rows, *self.reserved.values()) if s is not None and id(s) not in placed]
+        for siblings in groups:
             kept = [s for s in siblings if s not in failed]
             for sequence in kept:
                 sequence.restart()
@@ -361,7 +360,7 @@ class SlotScheduler:
         self._empty_slots()
         self.reserved.clear()
         self._reopen()
-        return failed
+        self.ended += failed
 
     def _reopen(self) -> None:
         if self.decoder is not None:
