@@ -51,7 +51,7 @@ def loop(options: argparse.Namespace) -> list[Row]:
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
     settings |= {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
     rows = []
-    for batch in (1, 8):
+    for batch in (1, 4):
         ids = torch.randint(1, config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(1))
 
         def timed(function):
@@ -160,7 +160,7 @@ def worker(folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     lines = (folder / "texts.txt").read_text().splitlines()
-    texts = [line.lower() for line in lines if 150 < len(line) < 200][:16]
+    texts = [line.lower() for line in lines if 90 < len(line) < 130][:16]
     if transformers.__version__.startswith("4."):
         tokenizer = transformers.T5Tokenizer.from_pretrained(folder, legacy=True)
     else:
@@ -254,8 +254,10 @@ def text(options: argparse.Namespace) -> list[Row]:
                 if ours["inputs"] != theirs["inputs"]:
                     print("NOT REPORTED: the tokenizers of the two environments differ")
                     return []
-                if ours["texts"] != theirs["texts"]:
-                    print("NOT REPORTED: our texts and those of 4.55.4 differ")
+                # The two environments' tokenizers put blanks around some pieces differently.
+                pairs = [[text.replace(" ", "") for text in found["texts"]] for found in (ours, theirs)]
+                if different := [row for row, (one, other) in enumerate(zip(*pairs, strict=True)) if one != other]:
+                    print(f"NOT REPORTED: our texts and those of 4.55.4 differ in rows {different}")
                     return []
             seconds = interleaved(
                 {

@@ -275,7 +275,18 @@ class TestWheel:
         assert "transformers<6,>=5.17" in needs
         assert 'triton>=3.6; platform_system == "Linux"' in needs
         required = {re.match(r"[\w-]+", need)[0] for need in needs if "extra ==" not in need}
-        expected = {"torch", "triton", "transformers", "sentencepiece", "safetensors", "typer", "tqdm", "rich", "numpy"}
+        expected = {
+            "torch",
+            "triton",
+            "transformers",
+            "sentencepiece",
+            "protobuf",
+            "safetensors",
+            "typer",
+            "tqdm",
+            "rich",
+            "numpy",
+        }
         assert required == expected
         assert set(metadata.get_all("Provides-Extra")) >= {"test", "bench", "plot", "ray", "lightning", "dev"}
         assert "simctg-fast = simctg_fast.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
