@@ -82,6 +82,10 @@ class LowRankCRF(nn.Module):
     these tokens instead of choosing the best, so that two models, or one before and after an update, are compared on
     the same paths. `temperature` is the model's: emissions and transitions are divided by it.
 
+    Raises, in every method: TypeError or ValueError for an argument of a wrong type, shape, dtype, device or range,
+    naming it, its value and what is allowed; ValueError for a position whose emissions are all -inf, or hold NaN or +inf;
+    RuntimeError where a named `impl` is not installed.
+
     Checks of values (banned positions, NaN, tokens out of range) raise on the CPU. On a CUDA device they would have to
     wait for it, so they are left out, and bad values give NaN.
     """
@@ -111,7 +115,11 @@ class LowRankCRF(nn.Module):
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
     ) -> ViterbiPath:
-        """The best path. `score` and `position_scores` are differentiable, with the path as the subgradient."""
+        """The best path (max-product; fairseq's DynamicCRF decodes the same).
+
+        Returns `tokens`, `slots` `(B, T)`, `score` `(B,)`, `position_scores` `(B, T)` and the beams. The scores are
+        differentiable, with the path as the subgradient.
+        """
         p = self._potentials(emissions, lengths, beam_tokens, beam_size)
         slots = crf_viterbi(*p.arguments(), impl=self.impl).unsqueeze(2)
         tokens, position_scores = self._path(p, slots)
@@ -127,7 +135,11 @@ class LowRankCRF(nn.Module):
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
     ) -> KBest:
-        """The `n` best paths, best first."""
+        """The `n` best paths, best first: `tokens`, `slots`, `position_scores` `(B, T, n)`, `score` `(B, n)`.
+
+        In C++ by A* from the end, guided by the best prefix into every slot; in PyTorch by list Viterbi. Where the
+        beams hold fewer than `n` paths of finite score, slots are -1 and scores -inf.
+        """
         p = self._potentials(emissions, lengths, beam_tokens, beam_size)
         slots = crf_kbest(*p.arguments(), n, impl=self.impl)
         tokens, position_scores = self._path(p, slots)
@@ -271,7 +283,10 @@ class LowRankCRF(nn.Module):
         beam_size: int | None = None,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        """Log of the sum over all paths through the beams, `(B,)`; 0 for an item of length 0."""
+        """Log of the sum over all paths through the beams, `(B,)`, differentiable; 0 for an item of length 0.
+
+        The recursion is renormalised at each position, and what is taken off is summed in fp64.
+        """
         p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
         f = self._filter(p)
         return (f.last_total.double() + f.norms.double().sum(1)).to(p.scores.dtype)
