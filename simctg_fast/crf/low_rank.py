@@ -83,8 +83,8 @@ class LowRankCRF(nn.Module):
     the same paths. `temperature` is the model's: emissions and transitions are divided by it.
 
     Raises, in every method: TypeError or ValueError for an argument of a wrong type, shape, dtype, device or range,
-    naming it, its value and what is allowed; ValueError for a position whose emissions are all -inf, or hold NaN or +inf;
-    RuntimeError where a named `impl` is not installed.
+    naming it, its value and what is allowed; ValueError for a position whose emissions are all -inf, or hold NaN or
+    +inf; RuntimeError where a named `impl` is not installed.
 
     Checks of values (banned positions, NaN, tokens out of range) raise on the CPU. On a CUDA device they would have to
     wait for it, so they are left out, and bad values give NaN.
