@@ -9,8 +9,8 @@
 Peers of the contrastive loss: `eager` (vectorised), `compile` (torch.compile of it), `published` (the package's class,
 whose mask is built row by row on the host) and `tutorial` (the T5 tutorial's two functions, its own mean over all
 entries). Of SimCSE: `matmul` (normalise, one product, cross-entropy), `broadcast` (the usual code, (N, 1, d) against
-(1, N, d)), and sentence-transformers' loss where it is installed, which compares anchors with positives only; `ours, its
-loss` has the same value.
+(1, N, d)), and sentence-transformers' loss where it is installed, which compares anchors with positives only; `ours,
+its loss` has the same value.
 
 Where a goal is set for a case it is printed beside what was reached.
 
