@@ -35,6 +35,7 @@ from .results import Beam, KBest, LogProb, Marginals, Sample, ViterbiPath
 
 MODES = ("ffbs", "stochastic_viterbi")
 REDUCTIONS = ("mean", "sum", "none")
+EDGES = 1 << 18  # numbers gathered at a time where no gradient keeps them
 
 
 @dataclass(frozen=True)
@@ -451,9 +452,17 @@ class LowRankCRF(nn.Module):
     def _edges(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
         """Transitions along the paths, unscaled: `(B, T - 1, N)`."""
         tokens = p.tokens.gather(2, slots)
-        source = nn.functional.embedding(tokens[:, :-1], p.left)
-        target = nn.functional.embedding(tokens[:, 1:], p.right)
-        return (source * target).sum(-1)
+
+        def along(tokens: torch.Tensor) -> torch.Tensor:
+            source = nn.functional.embedding(tokens[:, :-1], p.left)
+            target = nn.functional.embedding(tokens[:, 1:], p.right)
+            return (source * target).sum(-1)
+
+        if torch.is_grad_enabled() and (p.left.requires_grad or p.right.requires_grad):
+            return along(tokens)
+        # The rows of all paths at once would be 2 N T D numbers.
+        each = max(1, EDGES // max(1, tokens[:, :, 0].numel() * p.left.shape[1]))
+        return torch.cat([along(part) for part in tokens.split(each, 2)], 2)
 
     def _path(self, p: Potentials, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and per-position scores of paths given by their slots, `(B, T, N)` each."""
