@@ -153,6 +153,17 @@ def test_what_does_not_fit_says_why(calls):
         ContrastiveSearch(decode_step="graph")
 
 
+def test_padded_greedy_search_on_other_paths_goes_on_as_it_was():
+    """``"auto"`` on a GPU asks every call, whatever its path."""
+    strategy = ContrastiveSearch(0.0, 1, decode_step="auto")
+    for name in ("bloom", "mamba"):
+        inputs = prompts(2, pads=(3, 0))
+        with pytest.raises(ValueError, match="decoded on path 'reorder'"):
+            both(model_of(name), inputs, top_k=1, penalty_alpha=0.0)
+        out = model_of(name).generate(**inputs, custom_generate=strategy, max_new_tokens=4, pad_token_id=PAD)
+        assert out.shape == (2, 11)
+
+
 def test_a_step_that_differs_is_not_used(calls, monkeypatch):
     """A model that takes positions from its cache is served by the plain loop."""
     original = decode_step._StaticStep.attend

@@ -44,6 +44,7 @@ GRAPH_SAFE = (
     InfNanRemoveLogitsProcessor, LogitNormalization, SuppressTokensLogitsProcessor, TemperatureLogitsWarper,
 )  # fmt: skip
 _KNOWN_KWARGS = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
+_KNOWN_CRITERIA = frozenset({MaxLengthCriteria.__name__, EosTokenCriteria.__name__})
 _WARM_UP = 2  # eager steps before a capture: kernels are compiled, libraries have their handles
 
 
@@ -430,19 +431,9 @@ def open_decode_step(run, k: int, probs: torch.Tensor, candidates: torch.Tensor,
         StaticStepUnsupportedError: the call or the model does not allow it.
     """
     path = run.opened
-    criteria = [type(criterion).__name__ for criterion in run.criteria]
-    odd = sorted(set(criteria) - {MaxLengthCriteria.__name__, EosTokenCriteria.__name__})
-    eos = next((criterion.eos_token_id for criterion in run.criteria if isinstance(criterion, EosTokenCriteria)), None)
-    mask = run.history.mask if run.history is not None else _left_padding(run)
-    kwargs = path.expanded if isinstance(path, SharedPrefixPath) and path.expanded is not None else {}
+    odd = sorted({type(criterion).__name__ for criterion in run.criteria} - _KNOWN_CRITERIA)
+    kwargs = getattr(path, "expanded", None) or {}
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _KNOWN_KWARGS)
-    starts = None
-    if mask is not None:
-        length = path.cache.length if isinstance(path, SharedPrefixPath) else 0
-        used = mask[:, :length].to(run.input_ids.device)
-        starts = used.int().argmax(dim=-1)
-        if not bool((used.sum(dim=-1) == length - starts).all()):
-            raise StaticStepUnsupportedError("attention_mask has gaps")
     for problem in (
         not isinstance(path, SharedPrefixPath) and f"it is decoded on path {path.name!r}",
         run.is_encoder_decoder and "encoder-decoders run step by step",
@@ -456,6 +447,14 @@ def open_decode_step(run, k: int, probs: torch.Tensor, candidates: torch.Tensor,
     ):
         if problem:
             raise StaticStepUnsupportedError(problem)
+    mask = run.history.mask if run.history is not None else _left_padding(run)
+    starts = None
+    if mask is not None:
+        used = mask[:, : path.cache.length].to(run.input_ids.device)
+        starts = used.int().argmax(dim=-1)
+        if not bool((used.sum(dim=-1) == path.cache.length - starts).all()):
+            raise StaticStepUnsupportedError("attention_mask has gaps")
+    eos = next((criterion.eos_token_id for criterion in run.criteria if isinstance(criterion, EosTokenCriteria)), None)
     # All buffers end at the same position, and what lies beyond the rows' ends is finite: it is multiplied by zero.
     capacity = max(path.cache.layers[0].keys.shape[2], 0 if run.history is None else run.history.states.shape[1])
     for layer in path.cache.layers:
