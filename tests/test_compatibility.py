@@ -42,13 +42,15 @@ def test_the_table_says_what_happens(setup, caplog):
     caplog.set_level(logging.ERROR)
     tried = 0
     for check, expected in TABLE[setup].items():
+        if expected.startswith("not tried"):
+            continue
         found = compatibility.run_cell(setup, check)
         if found.startswith("not tried"):
             continue
         tried += 1
         assert outcome(found) == outcome(expected), f"{setup}, {check}; python benchmarks/compatibility.py --write"
     if not tried:
-        pytest.skip(compatibility.run_cell(setup, "trains"))
+        pytest.skip("the table, or this machine, has not tried it")
 
 
 def test_the_table_is_whole():
