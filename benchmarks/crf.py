@@ -2,7 +2,7 @@
 
     python benchmarks/crf.py                             # everything at (8, 97, 30000), beam 256, rank 32: a quarter of
                                                          # an hour, most of it the published sampler's 64 samples
-    python benchmarks/crf.py speed --rows select viterbi # some rows; sections: speed, memory, curves
+    python benchmarks/crf.py speed --rows select viterbi # some rows; sections: speed, memory, curves, law
     python benchmarks/crf.py --device cuda               # on a GPU: wall time, synchronised
 
 Results are compared before anything is timed. Providers take turns; reported is the least of the rounds, as CPU time on
@@ -40,6 +40,7 @@ from common import (
 )
 from crf_rows import ON_CUDA, OURS, ROWS, Sizes, T, backward, nll, no_grad, published_law, samples, viterbi
 
+from simctg_fast import LowRankCRF
 from simctg_fast.reference import crf as reference
 
 SECONDS = 6.0  # a row is repeated for about as long, from 1 to ROUNDS times
@@ -176,6 +177,35 @@ def memory(s: Sizes) -> tuple[list[Row], list[str]]:
     return rows, missed
 
 
+# ---- the law of the published sampler --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def law(s: Sizes) -> tuple[list[Row], list[str]]:
+    """How far the published sampler is from the CRF: exactly, by enumeration on small CRFs; in nats at full size."""
+    distances = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        crf, emissions = LowRankCRF(7, 4, 3, impl="torch"), torch.randn(1, 3, 7)
+        beam = crf.beam(emissions)
+        tokens, scores = beam.tokens[0], beam.emissions[0]
+        paths = reference.enumerate_paths(scores, tokens, crf.E1.weight, crf.E2.weight, 3)
+        edges = [crf.E1.weight[tokens[t]] @ crf.E2.weight[tokens[t + 1]].T for t in range(2)]
+        published = reference.stochastic_viterbi_law(paths, edges, scores, 1.0)
+        distances.append(float((published - paths.log_probs.exp()).abs().sum() / 2))
+    mean = sum(distances) / len(distances)
+    print("\nthe published law against the CRF's, temperature 1")
+    print(f"total variation over {len(distances)} CRFs of 3 slots and 3 positions: mean {mean:.2f}, ", end="")
+    print(f"{min(distances):.2f} to {max(distances):.2f}")
+    generator = torch.Generator(s.device).manual_seed(0)
+    exact, noisy = (
+        s.crf.sample(s.emissions, num_samples=8, mode=mode, generator=generator).log_prob.mean()
+        for mode in ("ffbs", "stochastic_viterbi")
+    )
+    print(f"mean log-probability of a path: exact samples {exact:.1f}, published sampler {noisy:.1f} nats")
+    return [], []
+
+
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 LENGTHS, COUNTS = (25, 49, 97, 193, 385), (1, 8, 64, 128, 256, 512)
@@ -232,7 +262,7 @@ def draw(points: dict[str, tuple[tuple[int, ...], list[float]]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = ("speed", "memory", "curves")
+    sections = ("speed", "memory", "curves", "law")
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(sections)}; all by default")
     parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--device", default="cpu")
@@ -257,6 +287,8 @@ def main() -> int:
             if arguments.device != "cpu":
                 continue
             rows, below = memory(s)
+        elif section == "law":
+            rows, below = law(s)
         else:
             rows, below = curves(arguments.device)
         append_csv(RESULTS / "crf.csv", rows)
