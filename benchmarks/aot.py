@@ -92,7 +92,8 @@ def cases(kernels=tuple(VARIANTS), archs=ARCHITECTURES) -> Iterator[Case]:
 def _scoring(variant: str, arch: int):
     kind, k, width = variant.split("-")
     operand = "fp32" if kind.startswith("fp32") or kind == "mixed" else kind
-    config = candidate_select.CONFIGS[arch, SIZES[operand]] if width != "odd" else candidate_select._UNALIGNED
+    block_k = max(16, int(k[1:]))
+    config = candidate_select.config_of(arch, SIZES[operand], 8 if width == "odd" else 4096, block_k)
     states = "bf16" if kind == "mixed" else operand
     signature = {
         "states_ptr": f"*{states}", "stride_sb": I, "stride_sk": I, "history_ptr": f"*{operand}", "stride_hb": "i64",
@@ -104,7 +105,7 @@ def _scoring(variant: str, arch: int):
     constants = {
         "HAS_MASK": not even, "HAS_LENGTHS": True, "SELECT": True, "KEEP": not even, "WIDEN": kind == "mixed",
         "EVEN": even, "PRECISION": "tf32x3" if kind in ("fp32high", "mixed") else "ieee", "SPLIT": True, "BLOCK_S": 128,
-        "BLOCK_K": max(16, int(k[1:])), "BLOCK_T": config.block_t, "BLOCK_D": config.block_d,
+        "BLOCK_K": block_k, "BLOCK_T": config.block_t, "BLOCK_D": config.block_d,
     }  # fmt: skip
     return candidate_select.candidate_select_kernel, signature, constants, config.num_warps, config.num_stages
 

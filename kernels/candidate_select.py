@@ -9,7 +9,7 @@ where no program of this launch reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -39,19 +39,21 @@ class Config:
 
 # (architecture, bytes of an element of the product)
 CONFIGS = {
-    (80, 2): Config(32, 128, 4, 4),
-    (80, 4): Config(32, 64, 4, 4),
+    (80, 2): Config(32, 64, 4, 4),
+    (80, 4): Config(32, 32, 4, 4),
     (90, 2): Config(32, 128, 4, 5),
     (90, 4): Config(32, 64, 4, 5),
     (100, 2): Config(32, 128, 4, 5),
     (100, 4): Config(32, 64, 4, 5),
 }
 
-_UNALIGNED = Config(32, 32, 4, 2)  # widths that are no multiple of 16 are read an element at a time
+_UNALIGNED = Config(32, 16, 4, 2)  # widths that are no multiple of 16 are read an element at a time
 
 
-def config_of(device: torch.device, size: int, width: int) -> Config:
-    return _UNALIGNED if width % 16 else CONFIGS[architecture(device), size]
+def config_of(arch: int, size: int, width: int, block_k: int) -> Config:
+    config = _UNALIGNED if width % 16 else CONFIGS[arch, size]
+    # More than 16 candidates need the registers of twice the warps.
+    return config if block_k == 16 else replace(config, num_warps=2 * config.num_warps)
 
 
 @triton.jit
@@ -195,10 +197,10 @@ def _launch(hidden_states, history, length, lengths, mask, probs, penalty_alpha,
         raise ValueError(f"history has strides {history.stride()}, the last must be 1")
     widen = states.dtype != history.dtype
     size = 4 if widen else history.element_size()
-    config = config_of(states.device, size, width)
+    block_k = max(16, triton.next_power_of_2(k))
+    config = config_of(architecture(states.device), size, width, block_k)
     # Under a capture the length moves while the launch stays, so the split follows the capacity.
     splits = plan(states.device, batch, capacity if lengths is not None else max(1, length), config.block_t)
-    block_k = max(16, triton.next_power_of_2(k))
     select = probs is not None
     penalty = states.new_empty((batch, k) if keep else (0,), dtype=torch.float32)
     position = states.new_empty((batch, k) if keep else (0,), dtype=torch.int64)

@@ -57,7 +57,7 @@ CONFIGS = {
 }
 # Tiles of more than 32 rows: masks and biases of them need the registers of twice the warps.
 TALL = {
-    (80, 2, 64): Config(64, 8, 4),
+    (80, 2, 64): Config(32, 8, 4),
     (80, 2, 128): Config(32, 8, 4),
     (90, 2, 64): Config(64, 8, 4),
     (90, 2, 128): Config(32, 8, 4),
