@@ -75,7 +75,7 @@ class _StaticStep(SharedPrefixStep):
     """Attention over rows whose lengths are on the device; masks are windows, or made from the model's own function."""
 
     def __init__(self, cache: Cache, k: int, lengths: torch.Tensor, starts: torch.Tensor | None, windows: dict):
-        super().__init__(cache, None, k)  # type: ignore[arg-type] # has the layers, which is all that is read
+        super().__init__(cache, None, k)
         self.lengths, self.starts = lengths, starts
         self.capacity = cache.layers[0].keys.shape[2]
         self.known_windows: dict[int, bool] = windows  # local size -> whether masks of it are that window
@@ -262,7 +262,7 @@ class DecodeStep:
         self.lengths -= 1
         selected, logits = self._forward(probs, candidates, keep=_on(self.device, result.selected))
         self.lengths += 1
-        if self.history is not None:
+        if self.history is not None and kept is not None:
             self.history.states[:, self.length - 1] = kept
         expected = result.logits.to(logits)
         finite = torch.isfinite(expected) & torch.isfinite(logits)
