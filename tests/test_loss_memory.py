@@ -16,6 +16,15 @@ from simctg_fast.reference.simcse import simcse_unsup_loss as simcse_reference
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads and resets the peak in /proc")
 
 
+@pytest.fixture(autouse=True)
+def _large_blocks_go_back_at_once():
+    """In a process that has run many tests glibc keeps large blocks and finds no room among them for the next."""
+    mmap_threshold = -3  # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
+    yield
+    ctypes.CDLL(None).mallopt(mmap_threshold, 32 << 20)  # where its own adjustment ends
+
+
 def added_bytes(loss_function, data: torch.Tensor, rounds: int = 3) -> int:
     """Peak of the resident size over one forward and backward pass above what was resident before; the least of a few
     rounds, since pages of others that the system brings back meanwhile count as well."""
