@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -96,3 +97,32 @@ def resident_megabytes() -> tuple[float, float]:
         line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Vm")
     )
     return tuple(int(fields[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+
+
+class Worker:
+    """A process of its own for one provider, maybe in another environment: `script` with `arguments` answers one JSON
+    line when it is ready (`ready`) and one for every JSON line it reads."""
+
+    def __init__(self, python: str, script: str, *arguments: object, threads: int):
+        root = Path(__file__).resolve().parent.parent
+        environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+        command = [python, str(Path(script).resolve()), *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ready = self._answer()
+
+    def _answer(self) -> dict:
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the worker ended with exit code {self.process.wait()}")
+
+    def ask(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()

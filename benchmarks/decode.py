@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import RESULTS, Row, append_csv, processor, quantiles, reset_peak_memory, resident_megabytes
+from common import RESULTS, Row, Worker, append_csv, processor, quantiles, reset_peak_memory, resident_megabytes
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = "1x32,1x512,8x256,8x768"
@@ -87,31 +86,6 @@ def provider_arguments(provider: str, top_k: int, penalty_alpha: float) -> dict:
     return {"custom_generate": ContrastiveSearch(penalty_alpha, k, pack={"packed": True, "unpacked": False}[packing])}
 
 
-class Worker:
-    def __init__(self, python: str, model: str, threads: int):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-        command = [python, str(Path(__file__).resolve()), "--worker", "--model", model, "--threads", str(threads)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.ready = self._answer()
-
-    def _answer(self) -> dict:
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"the worker ended with exit code {self.process.wait()}")
-
-    def ask(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
@@ -119,8 +93,11 @@ def measure_case(case: str, options: argparse.Namespace, oracle: str | None) -> 
     batch, prompt = map(int, case.split("x"))
     settings = {"batch": batch, "prompt": prompt, "top_k": options.top_k, "penalty_alpha": options.penalty_alpha}
     providers = [name for name in (*OURS, *PEERS) if name != "4.55.4 contrastive" or oracle]
+    arguments = ("--worker", "--model", options.model, "--threads", options.threads)
     workers = {
-        name: Worker(oracle if name == "4.55.4 contrastive" else sys.executable, options.model, options.threads)
+        name: Worker(
+            oracle if name == "4.55.4 contrastive" else sys.executable, __file__, *arguments, threads=options.threads
+        )
         for name in providers
     }
     try:

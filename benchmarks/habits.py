@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import RESULTS, Row, append_csv, interleaved, processor, quantiles
+from common import RESULTS, Row, Worker, append_csv, interleaved, processor, quantiles
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = ("ours", "tutorial's class", "4.55.4 contrastive")
@@ -209,31 +208,6 @@ def _provider(name: str, model, tokenizer, count: int):
     return lambda texts: generator(texts, max_length=count, top_k=3, penalty_alpha=0.5)
 
 
-class Worker:
-    def __init__(self, python: str, folder: Path, threads: int):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-        command = [python, str(Path(__file__).resolve()), "worker", "--folder", str(folder), "--threads", str(threads)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.ready = self._answer()
-
-    def _answer(self) -> dict:
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"the worker ended with exit code {self.process.wait()}")
-
-    def ask(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def text(options: argparse.Namespace) -> list[Row]:
     sys.path.insert(0, str(ROOT))
     from parity_zoo.environment import oracle_python
@@ -245,7 +219,16 @@ def text(options: argparse.Namespace) -> list[Row]:
         folder = Path(name)
         make_folder(folder, options.model)
         workers = {
-            name: Worker(oracle if name == "4.55.4 contrastive" else sys.executable, folder, options.threads)
+            name: Worker(
+                oracle if name == "4.55.4 contrastive" else sys.executable,
+                __file__,
+                "worker",
+                "--folder",
+                folder,
+                "--threads",
+                options.threads,
+                threads=options.threads,
+            )
             for name in providers
         }
         try:

@@ -19,13 +19,12 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import RESULTS, Row, append_csv, device_name, processor
+from common import RESULTS, Row, Worker, append_csv, device_name, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -175,36 +174,14 @@ def run_engine(
     }
 
 
-class Worker:
-    def __init__(self, python: str, options: argparse.Namespace):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads)}
-        if python == sys.executable:
-            environment["PYTHONPATH"] = str(ROOT)
-        command = [python, str(Path(__file__).resolve()), "--worker"]
-        for name in ("model", "threads", "device", "dtype", "requests"):
-            command += [f"--{name}", str(getattr(options, name))]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.ready = self._answer()
-
-    def _answer(self) -> dict:
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"the worker ended with exit code {self.process.wait()}")
-
-    def ask(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 # ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+def start_worker(python: str, options: argparse.Namespace) -> Worker:
+    arguments = [
+        x for n in ("model", "threads", "device", "dtype", "requests") for x in (f"--{n}", getattr(options, n))
+    ]
+    return Worker(python, __file__, "--worker", *arguments, threads=options.threads)
 
 
 def compare(options: argparse.Namespace, oracle: str | None) -> None:
@@ -235,7 +212,7 @@ def compare(options: argparse.Namespace, oracle: str | None) -> None:
     for part in parts:
         if part == "oracle" and oracle is None:
             continue
-        process = Worker(oracle if part == "oracle" else sys.executable, options)
+        process = start_worker(oracle if part == "oracle" else sys.executable, options)
         try:
             for name, request in asked[part] * options.repeats:
                 answer = process.ask(**request) | {"version": process.ready}
@@ -319,7 +296,7 @@ def check_tokens(answers: dict[str, dict]) -> None:
 
 
 def sweep(options: argparse.Namespace) -> None:
-    process = Worker(sys.executable, options)
+    process = start_worker(sys.executable, options)
     search = {"penalty_alpha": options.penalty_alpha, "top_k": options.top_k}
     try:
         print(f"{'slots':>6}{'tokens/s':>10}{'busy':>8}{'scheduler':>11}")
