@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOOP", "METHODS", "PROMPTS", "Comparison", "Continuation", "compare", "next_steps", "render", "verdict"]
 
-PROMPTS = ("The file object", "This module provides", "A generator function")
+PROMPTS = ("If the name is not found,", "This module provides", "A generator function")
 METHODS = ("greedy", "nucleus", "contrastive")
 
 # A text whose rep-4 is above this has seen a third of its four-token sequences before: to a reader it loops.
