@@ -45,6 +45,31 @@ def _fresh_state() -> None:
     torch.set_flush_denormal(False)  # training scripts that a test ran in this process switch it on
 
 
+@pytest.fixture(params=("generic", "avx2", "avx512"))
+def isa(request):
+    """Runs the test's C++ kernels on one instruction set."""
+    from simctg_fast.ops import _backends
+
+    extension = _backends.extension()
+    if extension is None:
+        pytest.skip("the C++ extension is not built")
+    before = extension.active_isa()
+    try:
+        extension.set_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    extension.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills memory nobody has written with what cannot pass for a result: NaN, or the dtype's largest integer."""
     if tensor.device.type == "meta" or tensor.numel() == 0:

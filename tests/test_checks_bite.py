@@ -25,13 +25,8 @@ SHORT = zoo.Case("bite", (22, 9), max_new_tokens=12)
 
 
 @pytest.fixture(autouse=True)
-def _one_quiet_thread():
-    """Models this small lose time to every further thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quiet():
     transformers.logging.set_verbosity_error()
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -20,26 +20,6 @@ from simctg_fast.ops._cpu import (
 
 extension = _backends.extension()
 pytestmark = pytest.mark.skipif(extension is None, reason="the C++ extension is not built")
-ISAS = ("generic", "avx2", "avx512")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Runs the test on one instruction set."""
-    if ISAS.index(request.param) > ISAS.index(extension.best_isa()):
-        pytest.skip(f"this processor has no {request.param}")
-    before = extension.active_isa()
-    extension.set_isa(request.param)
-    yield request.param
-    extension.set_isa(before)
-
-
-@pytest.fixture
-def threads():
-    """A function that sets the number of threads until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def per_row(tensor, b, c, batch, candidates):

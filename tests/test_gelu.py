@@ -3,21 +3,9 @@
 import pytest
 import torch
 
-from simctg_fast.ops import _backends
 from simctg_fast.ops.gelu import gelu_tanh
 
 ISAS = ("generic", "avx2", "avx512")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    extension = _backends.extension()
-    try:
-        extension.set_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    extension.set_isa("auto")
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 33, 4099, 40_000])

@@ -50,13 +50,8 @@ CLOSE = 2e-6
 
 
 @pytest.fixture(autouse=True)
-def _one_quiet_thread():
-    """Models this small lose time to every further thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quiet():
     transformers.logging.set_verbosity_error()
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=4)

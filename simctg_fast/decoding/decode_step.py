@@ -29,7 +29,6 @@ from transformers.masking_utils import causal_mask_function
 
 from ..ops.candidate_select import candidate_select
 from ..ops.prefix_commit import CommitPlan, prefix_commit
-from ..ops.shared_prefix_attention import shared_prefix_attention
 from ..ops.top_k import top_k_probs
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .paths import _RELATIVE_ERROR, SharedPrefixPath, StepResult
@@ -105,37 +104,27 @@ class _StaticStep(SharedPrefixStep):
         self.masks[id(mask)] = (mask, None)
         return mask
 
-    def attend(
-        self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-        s_aux=None, position_bias=None, **kwargs,
-    ):  # fmt: skip
-        self._check_arguments(module, dropout, kwargs)
+    def _read(
+        self,
+        module: torch.nn.Module,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_bias: torch.Tensor | None,
+        has_own: bool,
+    ) -> dict[str, Any]:
         if position_bias is not None:
             raise SharedPrefixUnsupportedError(f"{type(module).__name__} adds a position bias made for one length")
-        layer, new_key, new_value = self._find(module, query, key, value)
-        self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
         mask = window = None
         if attention_mask is not None:
             mask, window = self.masks.get(id(attention_mask), (attention_mask, -1))
             if window == -1:
                 raise SharedPrefixUnsupportedError(f"{type(module).__name__} changes its attention mask")
             mask = mask if window is None else None
-        out = shared_prefix_attention(
-            query,
-            layer.keys,
-            layer.values,
-            self.capacity,
-            new_key,
-            new_value,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            mask=mask,
-            softcap=softcap,
-            sinks=s_aux,
-            lengths=_on(query.device, self.lengths),
-            starts=None if self.starts is None else _on(query.device, self.starts),
-            window=window,
-        )
-        return out, None
+        starts = None if self.starts is None else _on(key.device, self.starts)
+        prefix = {"key": layer.keys, "value": layer.values, "length": self.capacity}
+        return prefix | {"mask": mask, "window": window, "lengths": _on(key.device, self.lengths), "starts": starts}
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
@@ -66,27 +67,38 @@ class SharedPrefixStep:
         self._check_arguments(module, dropout, kwargs)
         layer, new_key, new_value = self._find(module, query, key, value)
         self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
-        shared = key.shape[2] - (new_key is not None)
+        prefix = self._read(module, layer, key, value, attention_mask, position_bias, has_own=new_key is not None)
+        out = shared_prefix_attention(
+            query,
+            new_key=new_key,
+            new_value=new_value,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            **prefix,
+        )
+        return out, None
+
+    def _read(
+        self,
+        module: torch.nn.Module,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_bias: torch.Tensor | None,
+        has_own: bool,
+    ) -> dict[str, Any]:
+        """What a candidate sees besides itself (``has_own``: it has a key of its own, which cross-attention lacks), as
+        arguments of `shared_prefix_attention`."""
+        shared = key.shape[2] - has_own
         mask, bias = self._mask_and_bias(attention_mask, position_bias, key.shape[2])
         # A window is a matter of the mask alone: some models name one to their attention that their masks do not have.
         # Where the mask was made with it, what lies before need not even be read. It counts the candidate itself.
         window = self.windows.get(id(attention_mask), (None, None))[1]
-        start = max(0, shared + 1 - window) if window is not None and new_key is not None else 0
-        out = shared_prefix_attention(
-            query,
-            layer.keys,
-            layer.values,
-            shared,
-            new_key,
-            new_value,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            mask=mask,
-            bias=bias,
-            softcap=softcap,
-            sinks=s_aux,
-            window_start=start,
-        )
-        return out, None
+        start = max(0, shared + 1 - window) if window is not None and has_own else 0
+        prefix = {"key": layer.keys, "value": layer.values, "length": shared}
+        return prefix | {"mask": mask, "bias": bias, "window_start": start}
 
     @staticmethod
     def _check_arguments(module: torch.nn.Module, dropout: float, kwargs: dict) -> None:

@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..ops.shared_prefix_attention import shared_prefix_attention
 from .hidden_states import HiddenStatesTap, last_position
 from .paths import _KEY_VALUE_LAYERS, _RELATIVE_ERROR
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
@@ -70,50 +69,28 @@ class SlotStep(SharedPrefixStep):
         self.masks[id(mask)] = (mask, starts if is_window else None)
         return mask
 
-    def attend(
+    def _read(
         self,
         module: torch.nn.Module,
-        query: torch.Tensor,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, None]:
-        self._check_arguments(module, dropout, kwargs)
-        layer, new_key, new_value = self._find(module, query, key, value)
-        self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
-        shared = key.shape[2] - (new_key is not None)
+        position_bias: torch.Tensor | None,
+        has_own: bool,
+    ) -> dict[str, Any]:
+        shared = key.shape[2] - has_own
         starts = None
         if attention_mask is not None and (known := self.masks.get(id(attention_mask))) is not None:
             starts = known[1]
             attention_mask = attention_mask if starts is None else None
         if attention_mask is not None and attention_mask.dtype != torch.bool:
             raise SharedPrefixUnsupportedError("it adds a mask of its own to the scores")
-        bias = position_bias
-        if bias is not None and new_key is not None:
-            bias = self._shifted(bias)
-        out = shared_prefix_attention(
-            query,
-            key[:, :, :shared],
-            value[:, :, :shared],
-            shared,
-            new_key,
-            new_value,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            mask=attention_mask,
-            bias=bias,
-            softcap=softcap,
-            sinks=s_aux,
-            lengths=self._on(query.device, self.lengths if new_key is not None else self.cross_lengths),
-            starts=self._on(query.device, starts),
-        )
-        return out, None
+        bias = self._shifted(position_bias) if position_bias is not None and has_own else position_bias
+        lengths = self.lengths if has_own else self.cross_lengths
+        prefix = {"key": key[:, :, :shared], "value": value[:, :, :shared], "length": shared}
+        rows = {"lengths": self._on(key.device, lengths), "starts": self._on(key.device, starts)}
+        return prefix | rows | {"mask": attention_mask, "bias": bias}
 
     @staticmethod
     def _on(device: torch.device, lengths: torch.Tensor | None) -> torch.Tensor | None:
