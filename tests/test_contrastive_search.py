@@ -16,6 +16,7 @@ from simctg_fast import ContrastiveSearch
 from simctg_fast.decoding import prefix_cache
 from simctg_fast.decoding.contrastive_search import top_k_probs
 from simctg_fast.decoding.hidden_states import HiddenStatesHistory
+from simctg_fast.decoding.prefix_cache import CACHE_NAME
 from simctg_fast.decoding.support import recall
 from simctg_fast.reference.contrastive_search import contrastive_search as by_definition
 
@@ -309,13 +310,13 @@ def _bypass_the_attention_interface(model) -> None:
     """Have the last layer of a llama compute its attention itself."""
 
     class OwnAttention(LlamaAttention):
-        def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
             shape = (*hidden_states.shape[:-1], -1, self.head_dim)
             projections = (self.q_proj, self.k_proj, self.v_proj)
             query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if (cache := kwargs.get(CACHE_NAME)) is not None:
+                key, value = cache.update(key, value, self.layer_idx)
             key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
             causal = query.shape[2] > 1
             out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
@@ -346,7 +347,7 @@ def test_head_that_reads_something_else(path):
             out = self.model(input_ids=input_ids, **kwargs)
             logits = self.lm_head(torch.tanh(3 * out.last_hidden_state) ** 2)
             return CausalLMOutputWithPast(
-                logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+                logits=logits, hidden_states=out.hidden_states, **{CACHE_NAME: getattr(out, CACHE_NAME)}
             )
 
     model, ids = build("llama"), prompt(2)
@@ -363,7 +364,7 @@ def test_decoder_that_is_not_called_as_a_module():
             out = self.model.forward(input_ids=input_ids, **kwargs)
             logits = torch.nn.functional.linear(out.last_hidden_state, self.lm_head.weight)
             return CausalLMOutputWithPast(
-                logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+                logits=logits, hidden_states=out.hidden_states, **{CACHE_NAME: getattr(out, CACHE_NAME)}
             )
 
     model, inputs = build("llama"), left_padded(9, 7)
@@ -376,10 +377,11 @@ def test_decoder_that_is_not_called_as_a_module():
 
 def test_model_that_cannot_use_our_cache_falls_back():
     class Picky(LlamaAttention):
-        def forward(self, *args, past_key_values=None, **kwargs):
-            if past_key_values is not None and past_key_values.get_seq_length():
-                past_key_values.layers[self.layer_idx].cumulative  # noqa: B018 - what no cache layer of ours has
-            return super().forward(*args, past_key_values=past_key_values, **kwargs)
+        def forward(self, *args, **kwargs):
+            cache = kwargs.get(CACHE_NAME)
+            if cache is not None and cache.get_seq_length():
+                cache.layers[self.layer_idx].cumulative  # noqa: B018 - what no cache layer of ours has
+            return super().forward(*args, **kwargs)
 
     model, inputs = build("llama"), left_padded(9, 7)
     for layer in model.model.layers:

@@ -10,6 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, Stat
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from simctg_fast.decoding.prefix_cache import CACHE_NAME
 from simctg_fast.decoding.support import recall
 
 from .decoding_models import build, decode, greedy, inputs_for, left_padded, prompt, shared
@@ -98,9 +99,9 @@ def test_without_penalty_everything_is_what_greedy_search_returns(name, attentio
     ours = decode(model, inputs, penalty_alpha=0.0, new_tokens=NEW, **options)
     theirs = greedy(model, inputs, new_tokens=NEW, **options)
     assert ours.keys() == theirs.keys()
-    for key in set(ours) - {"past_key_values"}:
+    for key in set(ours) - {CACHE_NAME}:
         assert_same_structure(ours[key], theirs[key])
-    assert_same_cache(ours.past_key_values, theirs.past_key_values)
+    assert_same_cache(getattr(ours, CACHE_NAME), getattr(theirs, CACHE_NAME))
 
 
 def test_attentions_take_another_path_for_this_call_only():
@@ -161,9 +162,10 @@ def go_on(model, inputs, sequences, cache, tokens=6):
     else:
         mask = inputs["attention_mask"]
         again = {"input_ids": sequences, "attention_mask": torch.cat([mask, ones[:, mask.shape[1] :]], dim=1)}
-    on_cache, name = again, "past_key_values"
+    on_cache, name = again, CACHE_NAME
     if type(model).__name__ == "MambaForCausalLM":  # generate takes its states, and then new tokens alone
-        on_cache, name = {"input_ids": sequences[:, -1:]}, "cache_params"
+        on_cache = {"input_ids": sequences[:, -1:]}
+        name = "cache_params" if CACHE_NAME == "past_key_values" else CACHE_NAME  # before transformers 5.24
     on_cache = greedy(model, on_cache, new_tokens=tokens, **{name: cache})
     return on_cache[:, -tokens:], greedy(model, again, new_tokens=tokens)[:, -tokens:]
 
@@ -176,8 +178,8 @@ def test_cache_holds_the_winners_and_greedy_search_goes_on_from_it(name, path, b
     out = decode(model, inputs, path=path, new_tokens=NEW, return_dict_in_generate=True)
     length = out.sequences.shape[1] - 1
     if name != "mamba":
-        assert out.past_key_values.get_seq_length() == length
-    on_cache, from_scratch = go_on(model, inputs, out.sequences, out.past_key_values)
+        assert getattr(out, CACHE_NAME).get_seq_length() == length
+    on_cache, from_scratch = go_on(model, inputs, out.sequences, getattr(out, CACHE_NAME))
     assert torch.equal(on_cache, from_scratch)
 
 
@@ -185,8 +187,8 @@ def test_cache_holds_the_winners_and_greedy_search_goes_on_from_it(name, path, b
 def test_cache_is_of_the_kind_generate_returns(name):
     model = shared(name)
     inputs = inputs_for(model, 2)
-    ours = decode(model, inputs, top_k=1, return_dict_in_generate=True).past_key_values
-    theirs = greedy(model, inputs, return_dict_in_generate=True).past_key_values
+    ours = getattr(decode(model, inputs, top_k=1, return_dict_in_generate=True), CACHE_NAME)
+    theirs = getattr(greedy(model, inputs, return_dict_in_generate=True), CACHE_NAME)
     assert_same_cache(ours, theirs)
 
 
@@ -199,9 +201,9 @@ def test_cache_after_every_row_has_ended(name, path):
     out = decode(model, inputs, path=path, eos_token_id=ends, return_dict_in_generate=True)
     assert PROMPT < out.sequences.shape[1] <= PROMPT + 5
     if name != "mamba":
-        assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+        assert getattr(out, CACHE_NAME).get_seq_length() == out.sequences.shape[1] - 1
     last = int(out.sequences[1, -1] in ends)  # the row that ended last: the other's text is over
-    on_cache, from_scratch = go_on(model, inputs, out.sequences, out.past_key_values)
+    on_cache, from_scratch = go_on(model, inputs, out.sequences, getattr(out, CACHE_NAME))
     assert torch.equal(on_cache[last], from_scratch[last])
 
 
@@ -211,20 +213,20 @@ def test_cache_of_a_prompt_given_as_embeddings(name, path):
     embeddings = model.get_input_embeddings()(ids).detach()
     out = decode(model, {"inputs_embeds": embeddings}, path=path, return_dict_in_generate=True)
     sequences, mask = torch.cat([ids, out.sequences], dim=1), torch.ones_like(ids)
-    on_cache, from_scratch = go_on(model, {"attention_mask": mask}, sequences, out.past_key_values)
+    on_cache, from_scratch = go_on(model, {"attention_mask": mask}, sequences, getattr(out, CACHE_NAME))
     assert torch.equal(on_cache, from_scratch)
 
 
 def test_cache_of_one_new_token():
     model, inputs = shared("llama"), inputs_for(shared("llama"), 2)
     out = decode(model, inputs, new_tokens=1, return_dict_in_generate=True)
-    assert out.past_key_values.get_seq_length() == PROMPT
-    assert torch.equal(*go_on(model, inputs, out.sequences, out.past_key_values))
+    assert getattr(out, CACHE_NAME).get_seq_length() == PROMPT
+    assert torch.equal(*go_on(model, inputs, out.sequences, getattr(out, CACHE_NAME)))
 
 
 def test_uncached_path_returns_no_cache():
     out = decode(shared("llama"), {"input_ids": prompt(1)}, path="uncached", return_dict_in_generate=True)
-    assert out.past_key_values is None
+    assert getattr(out, CACHE_NAME) is None
 
 
 # ---- a cache of the caller's ---------------------------------------------------------------------------------------
@@ -240,11 +242,11 @@ def test_callers_empty_cache_is_filled(name, path):
     expected = decode(model, inputs, path=path)
     for options in ({}, {"return_dict_in_generate": True}):
         cache = DynamicCache(config=model.config)
-        out = decode(model, inputs, path=path, past_key_values=cache, **options)
+        out = decode(model, inputs, path=path, **{CACHE_NAME: cache}, **options)
         sequences = out.sequences if options else out
         assert torch.equal(sequences, expected)
         if options:
-            assert out.past_key_values is cache
+            assert getattr(out, CACHE_NAME) is cache
         assert cache.get_seq_length() == sequences.shape[1] - 1
         assert torch.equal(*go_on(model, inputs, sequences, cache))
 
@@ -254,7 +256,7 @@ def test_callers_static_cache_is_filled(name):
     model = shared(name)
     inputs = inputs_for(model, 2)
     cache = StaticCache(config=model.config, max_cache_len=64)
-    out = decode(model, inputs, past_key_values=cache)
+    out = decode(model, inputs, **{CACHE_NAME: cache})
     assert torch.equal(out, decode(model, inputs))
     assert int(cache.get_seq_length()) == out.shape[1] - 1
     assert torch.equal(*go_on(model, inputs, out, cache))
@@ -263,8 +265,8 @@ def test_callers_static_cache_is_filled(name):
 def test_callers_static_cache_with_windows_is_refused():
     model = shared("mistral")
     cache = StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(ValueError, match=r"past_key_values must not be a StaticCache .*sliding window"):
-        decode(model, {"input_ids": prompt(1)}, past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"{CACHE_NAME} must not be a StaticCache .*sliding window"):
+        decode(model, {"input_ids": prompt(1)}, **{CACHE_NAME: cache})
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
@@ -272,7 +274,7 @@ def test_callers_encoder_decoder_cache_is_filled(name):
     model = shared(name)
     inputs = inputs_for(model, 2)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    out = decode(model, inputs, past_key_values=cache)
+    out = decode(model, inputs, **{CACHE_NAME: cache})
     assert torch.equal(out, decode(model, inputs))
     assert cache.get_seq_length() == out.shape[1] - 1
     assert torch.equal(*go_on(model, inputs, out, cache))
@@ -284,10 +286,10 @@ def test_callers_cache_in_use_is_run_again_and_says_so(cache_class, caplog):
     options = {"max_cache_len": 64} if cache_class is StaticCache else {}
     cache = cache_class(config=model.config, **options)
     mask = inputs["attention_mask"][:, :5]
-    model(inputs["input_ids"][:, :5], attention_mask=mask, past_key_values=cache)
+    model(inputs["input_ids"][:, :5], attention_mask=mask, **{CACHE_NAME: cache})
     with caplog.at_level(logging.WARNING, "simctg_fast"):
-        out = decode(model, inputs, past_key_values=cache)
-    assert "past_key_values holds 5 tokens" in caplog.text
+        out = decode(model, inputs, **{CACHE_NAME: cache})
+    assert f"{CACHE_NAME} holds 5 tokens" in caplog.text
     assert torch.equal(out, decode(model, inputs))
 
 
@@ -295,30 +297,30 @@ def test_second_turn_of_a_conversation():
     """Contrastive search on the cache of contrastive search, with the new words appended."""
     model, first = shared("llama"), {"input_ids": prompt(1)}
     cache = DynamicCache(config=model.config)
-    out = decode(model, first, past_key_values=cache)
+    out = decode(model, first, **{CACHE_NAME: cache})
     more = torch.cat([out, prompt(1, 4, seed=9)], dim=1)
     second = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-    assert torch.equal(decode(model, second, past_key_values=cache), decode(model, second))
+    assert torch.equal(decode(model, second, **{CACHE_NAME: cache}), decode(model, second))
 
 
 def test_encoder_decoder_cache_in_use():
     model, inputs = shared("t5"), inputs_for(shared("t5"), 1)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    first = greedy(model, inputs, new_tokens=5, past_key_values=cache)
+    first = greedy(model, inputs, new_tokens=5, **{CACHE_NAME: cache})
     again = inputs | {"decoder_input_ids": first}
-    assert torch.equal(decode(model, again, past_key_values=cache), decode(model, again))
+    assert torch.equal(decode(model, again, **{CACHE_NAME: cache}), decode(model, again))
 
 
 def test_cache_in_use_without_its_prompt_is_refused():
     model, ids = shared("llama"), prompt(1)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :5], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"past_key_values holds 5 tokens .*pass the whole prompt .*got 4 tokens"):
-        decode(model, {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
+    model(ids[:, :5], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match=rf"{CACHE_NAME} holds 5 tokens .*pass the whole prompt .*got 4 tokens"):
+        decode(model, {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids)}, **{CACHE_NAME: cache})
 
 
 def test_cache_of_another_kind_is_refused_by_name():
     cache = QuantizedCache.__new__(QuantizedCache)  # making one in earnest needs a quantization library
     Cache.__init__(cache, layers=[DynamicLayer(), DynamicLayer()])
-    with pytest.raises(ValueError, match=r"past_key_values must be a DynamicCache, StaticCache .*got QuantizedCache"):
-        decode(shared("llama"), {"input_ids": prompt(1)}, past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"{CACHE_NAME} must be a DynamicCache, StaticCache .*got QuantizedCache"):
+        decode(shared("llama"), {"input_ids": prompt(1)}, **{CACHE_NAME: cache})

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from simctg_fast import generate
+from simctg_fast.decoding.prefix_cache import CACHE_NAME
 from simctg_fast.plain.protocols import detect_protocol
 from simctg_fast.reference.contrastive_search import contrastive_search as by_definition
 
@@ -46,7 +47,7 @@ def stateful(model):
             ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=state,
+            **{CACHE_NAME: state},
             output_hidden_states=True,
         )
         return out.logits, state, out.hidden_states[-1]

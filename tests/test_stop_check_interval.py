@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 from simctg_fast import ContrastiveSearch
+from simctg_fast.decoding.prefix_cache import CACHE_NAME
 
 from .decoding_models import build, decode, left_padded, prompt, shared
 from .test_outputs import assert_same_cache, assert_same_structure, go_on
@@ -69,12 +70,12 @@ def test_outputs_are_those_of_looking_at_every_step(name, path, interval):
     for key in ("scores", "logits", "hidden_states"):
         assert_same_structure(out[key], expected[key])
     if path == "uncached":
-        assert out.past_key_values is None
+        assert getattr(out, CACHE_NAME) is None
         return
     if name != "mamba":
-        assert_same_cache(out.past_key_values, expected.past_key_values)
+        assert_same_cache(getattr(out, CACHE_NAME), getattr(expected, CACHE_NAME))
     last = int(out.sequences[1, -1] in ends)
-    on_cache, from_scratch = go_on(model, inputs, out.sequences, out.past_key_values)
+    on_cache, from_scratch = go_on(model, inputs, out.sequences, getattr(out, CACHE_NAME))
     assert torch.equal(on_cache[last], from_scratch[last])
 
 
@@ -84,14 +85,14 @@ def test_length_limits(new_tokens, interval):
     expected = decode(model, inputs, new_tokens=new_tokens)
     out = interval(lambda: decode(model, inputs, new_tokens=new_tokens, return_dict_in_generate=True))
     assert torch.equal(out.sequences, expected)
-    assert out.past_key_values.get_seq_length() == 8 + new_tokens
+    assert getattr(out, CACHE_NAME).get_seq_length() == 8 + new_tokens
 
 
 def test_callers_cache(interval):
     model, inputs = shared("llama"), {"input_ids": prompt(1)}
     (end,) = ends_of(model, inputs, 11)
     cache = DynamicCache(config=model.config)
-    out = interval(lambda: decode(model, inputs, eos_token_id=end, past_key_values=cache))
+    out = interval(lambda: decode(model, inputs, eos_token_id=end, **{CACHE_NAME: cache}))
     assert out[0, -1] == end
     assert cache.get_seq_length() == out.shape[1] - 1
 

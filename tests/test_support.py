@@ -15,6 +15,7 @@ import parity_zoo as zoo
 
 from simctg_fast import SupportReport, support
 from simctg_fast.decoding import shared_prefix
+from simctg_fast.decoding.prefix_cache import CACHE_NAME
 from simctg_fast.decoding.support import recall
 
 from .decoding_models import build, decode, inputs_for, left_padded, prompt, shared
@@ -222,15 +223,15 @@ def test_keys_that_are_not_the_caches_are_refused():
     from transformers.models.llama import modeling_llama
 
     class Louder(modeling_llama.LlamaAttention):
-        def forward(self, *args, past_key_values=None, **kwargs):
-            return super().forward(*args, past_key_values=Doubling(past_key_values), **kwargs)
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs | {CACHE_NAME: Doubling(kwargs.get(CACHE_NAME))})
 
     class Doubling:
         def __init__(self, cache):
             self.cache = cache
 
-        def update(self, keys, values, *args):
-            pair = (keys, values) if self.cache is None else self.cache.update(keys, values, *args)
+        def update(self, keys, values, *args, **kwargs):
+            pair = (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
             return tuple(2 * x for x in pair)
 
     model, inputs = build("llama"), {"input_ids": prompt(2)}

@@ -22,7 +22,7 @@ from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_ste
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .linear_swap import fast_linears
 from .paths import PATHS, Choose, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, grow_kwargs
-from .prefix_cache import fill_cache, self_attention_cache
+from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
 from .support import forget, make_report, recall, remember
 
@@ -219,7 +219,7 @@ class _Run:
     def _checked_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {n: v for n, v in kwargs.items() if n not in ("output_hidden_states", "output_attentions")}
         self.callers_cache: Cache | None = None
-        for name in ("past_key_values", "cache_params"):
+        for name in (CACHE_NAME, "cache_params"):  # the other: state-space models before transformers 5.24
             cache = kwargs.get(name)
             if getattr(cache, "_is_user_defined", False):
                 self._check_callers_cache(name, cache, kwargs)
@@ -230,7 +230,7 @@ class _Run:
         if kwargs.get("use_cache") is False and self.model.generation_config.use_cache is False:
             kwargs["use_cache"] = True  # the model's default (often left over from training), not the caller's wish
             if self.model._supports_default_dynamic_cache():
-                kwargs["past_key_values"] = self._fresh_cache()
+                kwargs[CACHE_NAME] = self._fresh_cache()
         elif kwargs.get("use_cache") is False:
             logger.warning("use_cache=False: contrastive search recomputes every candidate's whole sequence (slow).")
         return kwargs
@@ -556,7 +556,7 @@ class _Run:
             "sequences": self.input_ids,
             "scores": collected(True, self.scores),
             "logits": collected(True, self.raw_logits),
-            "past_key_values": cache,
+            CACHE_NAME: cache,
         }
         attentions = collected(self.record["output_attentions"], self.attentions)
         layers = collected(self.record["output_hidden_states"], self.layers)

@@ -32,7 +32,7 @@ from ..ops.prefix_commit import CommitPlan, prefix_commit
 from ..ops.top_k import top_k_probs
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .paths import _RELATIVE_ERROR, SharedPrefixPath, StepResult
-from .prefix_cache import PrefixCacheLayer, next_capacity
+from .prefix_cache import CACHE_NAME, PrefixCacheLayer, next_capacity
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .support import autocast_dtype
 
@@ -42,7 +42,7 @@ logger = logging.getLogger("simctg_fast")
 GRAPH_SAFE = (
     InfNanRemoveLogitsProcessor, LogitNormalization, SuppressTokensLogitsProcessor, TemperatureLogitsWarper,
 )  # fmt: skip
-_KNOWN_KWARGS = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
+_KNOWN_KWARGS = frozenset({CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 _KNOWN_CRITERIA = frozenset({MaxLengthCriteria.__name__, EosTokenCriteria.__name__})
 _WARM_UP = 2  # eager steps before a capture: kernels are compiled, libraries have their handles
 
@@ -314,9 +314,9 @@ class DecodeStep:
                 outputs = self.model(
                     input_ids=candidates.reshape(-1, 1),
                     position_ids=places[:, None].expand(-1, self.k).reshape(-1, 1),
-                    past_key_values=self.cache,
                     use_cache=True,
                     return_dict=True,
+                    **{CACHE_NAME: self.cache},
                 )
             heard = self.tap.mute()
             if len(heard.head) != 1:

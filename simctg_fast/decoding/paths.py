@@ -27,7 +27,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from .hidden_states import Heard, HiddenStatesTap, last_position
-from .prefix_cache import PrefixCache, self_attention_cache
+from .prefix_cache import CACHE_NAME, PrefixCache, self_attention_cache
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .support import autocast_dtype
 
@@ -239,9 +239,9 @@ class SharedPrefixPath(Path):
         super().__init__(*args, **kwargs)
         if self.record.get("output_attentions"):
             raise PathUnsupportedError("output_attentions needs the model's own attention")
-        made = self.kwargs.get("past_key_values")
+        made = self.kwargs.get(CACHE_NAME)
         if not isinstance(made, Cache):
-            raise PathUnsupportedError("the model does not take a key/value cache as past_key_values")
+            raise PathUnsupportedError(f"the model does not take a key/value cache as {CACHE_NAME}")
         layers = self_attention_cache(made).layers
         odd = sorted({type(layer).__name__ for layer in layers} - _KEY_VALUE_LAYERS)
         if odd:
@@ -251,9 +251,9 @@ class SharedPrefixPath(Path):
         self.cross: DynamicCache | None = None
         if isinstance(made, EncoderDecoderCache):
             self.cross = DynamicCache(config=self.text_config)
-            self.kwargs["past_key_values"] = EncoderDecoderCache(self.cache, self.cross)
+            self.kwargs[CACHE_NAME] = EncoderDecoderCache(self.cache, self.cross)
         else:
-            self.kwargs["past_key_values"] = self.cache
+            self.kwargs[CACHE_NAME] = self.cache
         self.switch = AttentionSwitch(self.model)
         self.last_step: SharedPrefixStep | None = None
         self.expanded: dict[str, Any] | None = None

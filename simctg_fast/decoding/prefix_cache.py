@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.generation.utils import GenerationMixin
 
 from ..ops.prefix_commit import prefix_commit
 
+# What models call their cache, as an argument and in their output: transformers 5.24 renamed it.
+CACHE_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 GROWTH = 512  # positions added when a buffer is full: a copy every 512 tokens, and at most 512 positions unused
 
 

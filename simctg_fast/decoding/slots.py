@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .hidden_states import HiddenStatesTap, last_position
 from .paths import _KEY_VALUE_LAYERS, _RELATIVE_ERROR
+from .prefix_cache import CACHE_NAME
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .slot_cache import CrossSlots, SlotCache, SlotHistory
 
@@ -165,7 +166,7 @@ class SlotDecoder:
         self.cache.set_length(slot, start)
         self.cache.reserve(start + len(ids) + 1)
         tokens = torch.tensor([ids], device=self.device)
-        inputs: dict[str, Any] = {"past_key_values": self._slot_cache(), "use_cache": True, "return_dict": True}
+        inputs: dict[str, Any] = {CACHE_NAME: self._slot_cache(), "use_cache": True, "return_dict": True}
         if self.is_encoder_decoder:
             inputs |= {"decoder_input_ids": tokens, "encoder_outputs": self.encoded}
         else:
@@ -185,7 +186,7 @@ class SlotDecoder:
             shapes = [tuple(states.shape) for states in heard]
             raise SlotsUnsupportedError(f"of {len(ids)} tokens, {shapes or 'nothing'} reaches the output embedding")
         if self.cross is not None and start == 0:
-            self.cross.fill(slot, inputs["past_key_values"].cross_attention_cache)
+            self.cross.fill(slot, inputs[CACHE_NAME].cross_attention_cache)
         if self.history is not None:
             self.history.write(slot, start, heard[0][0])
         self.cache.set_length(slot, start + len(ids))
@@ -258,7 +259,7 @@ class SlotDecoder:
             inputs["decoder_input_ids"] = tokens.reshape(-1, 1)
         else:
             inputs["input_ids"] = tokens.reshape(-1, 1)
-        inputs["past_key_values"] = past
+        inputs[CACHE_NAME] = past
         each = positions.repeat_interleave(k)
         if self.position_argument is not None:
             inputs[self.position_argument] = each[:, None]

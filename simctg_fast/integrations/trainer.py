@@ -192,7 +192,7 @@ class SimCTGTrainerMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         if ignore_keys is None:
-            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values", "cache"])
         ignore_keys = [*ignore_keys, *HIDDEN_STATES]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs)
 
