@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import logging
 import shutil
 import string
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 from simctg_fast import ContrastiveGenerator, ContrastiveSearch, bundled_model_path
 from simctg_fast.compat import T5SimCTGGenerate
+from simctg_fast.decoding.prefix_cache import CACHE_NAME
 from simctg_fast.loading import load_tokenizer
 from simctg_fast.reference.t5_tutorial import TutorialT5Generate
 
@@ -63,6 +66,28 @@ def test_the_restated_tutorial_is_what_it_says(reverse):
     encoded = reverse.tokenizer(texts, padding=True, return_tensors="pt")
     greedy = reverse.model.generate(**encoded, max_new_tokens=12, do_sample=False, num_beams=1)
     assert restated(texts) == reverse.tokenizer.batch_decode(greedy, skip_special_tokens=True)
+
+
+def test_the_restated_tutorial_under_either_name_of_the_cache(reverse, monkeypatch):
+    """transformers 5.24 renamed ``past_key_values``; 4.55.4, whose figures it is measured beside, has the old name."""
+    texts = toy_t5.held_out(4)
+    answers = TutorialT5Generate(reverse.model, reverse.tokenizer, max_length=12)(texts)
+    other, forward = {"cache": "past_key_values", "past_key_values": "cache"}[CACHE_NAME], reverse.model.forward
+
+    def renamed(**arguments):
+        output = forward(**{CACHE_NAME if name == other else name: value for name, value in arguments.items()})
+        return {other if name == CACHE_NAME else name: value for name, value in output.items()}
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("encoder_outputs", other)]
+    renamed.__signature__ = inspect.Signature(parameters)
+
+    class Output(dict):
+        __getattr__ = dict.__getitem__
+
+    monkeypatch.setattr(reverse.model, "forward", functools.wraps(renamed)(lambda **given: Output(renamed(**given))))
+    restated = TutorialT5Generate(reverse.model, reverse.tokenizer, max_length=12)
+    assert restated.cache_name == other
+    assert restated(texts) == answers
 
 
 def test_encoder_once_and_decoder_until_the_last_row_has_ended(trained_t5):

@@ -8,6 +8,7 @@ its i-th candidates, whichever was chosen.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class TutorialT5Generate:
     ):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_length, self.num_beams, self.alpha = max_length, num_beams, simctg_alpha
+        # The argument and the output of this name were renamed in transformers 5.24.
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> list[str]:
@@ -56,7 +59,7 @@ class TutorialT5Generate:
         written = []
         for _ in range(self.max_length):
             probabilities, candidates = logits.softmax(dim=-1).topk(k, dim=-1)
-            output = self._run(candidates.reshape(-1, 1), encoder, mask, output.past_key_values)
+            output = self._run(candidates.reshape(-1, 1), encoder, mask, output[self.cache_name])
             states = output.decoder_hidden_states[-1].view(batch, k, -1)
             one = states / states.norm(dim=-1, keepdim=True)
             other = history / history.norm(dim=-1, keepdim=True)
@@ -78,7 +81,7 @@ class TutorialT5Generate:
             encoder_outputs=encoder,
             attention_mask=mask,
             decoder_input_ids=tokens,
-            past_key_values=cache,
             use_cache=True,
             output_hidden_states=True,
+            **{self.cache_name: cache},
         )
