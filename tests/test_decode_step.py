@@ -149,7 +149,7 @@ def test_what_does_not_fit_says_why(calls):
     gaps["attention_mask"][0, 3] = 0
     with pytest.raises(ValueError, match="attention_mask has gaps"):
         both(model_of("llama"), gaps)
-    with pytest.raises(ValueError, match="decode_step must be True, False or 'auto', got 'graph'"):
+    with pytest.raises(ValueError, match="decode_step must be True, False, 'auto' or 'compiled', got 'graph'"):
         ContrastiveSearch(decode_step="graph")
 
 

@@ -50,7 +50,8 @@ class ContrastiveSearch:
         streamer: a ``transformers`` streamer; it gets the prompt, then every token, and is always ended.
         tokenizer, stop_strings: end a sequence at any of these strings (``generate`` keeps its own to itself).
         decode_step: keep a step's buffers in place and, on CUDA, replay it as one graph: True, False, or ``"auto"`` (on
-            CUDA, where the call allows it). The tokens are the same.
+            CUDA, where the call allows it). The tokens are the same. ``"compiled"``: with the decoder compiled as well;
+            a model's first call takes up to a minute longer, and half-precision scores round differently.
         path: ``"auto"``, or ``"shared_prefix"``, ``"reorder"``, ``"uncached"`` (see ``support``) to insist on one.
         fast_linear: on the CPU, route the linear layers of a float32 model through our small-batch kernel meanwhile.
         pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if
@@ -87,8 +88,8 @@ class ContrastiveSearch:
             raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer=...")
         if path != "auto" and path not in PATHS:
             raise ValueError(f"path must be 'auto' or one of {tuple(PATHS)}, got {path!r}")
-        if decode_step not in (True, False, "auto"):
-            raise ValueError(f"decode_step must be True, False or 'auto', got {decode_step!r}")
+        if decode_step not in (True, False, "auto", "compiled"):
+            raise ValueError(f"decode_step must be True, False, 'auto' or 'compiled', got {decode_step!r}")
         self.penalty_alpha, self.top_k, self.decode_step = penalty_alpha, top_k, decode_step
         self.temperature, self.generator = temperature, generator
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
@@ -306,7 +307,7 @@ class _Run:
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
         asked = self.strategy.decode_step
-        static = device.type == "cuda" if asked == "auto" else asked  # still to be tried
+        static = device.type == "cuda" if asked == "auto" else bool(asked)  # still to be tried
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
             self._check_room(step)
             processed = self.processors(input_ids, logits)
@@ -354,13 +355,20 @@ class _Run:
 
     def _decode_step(self, k: int, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult):
         """What takes over from the step that has just been made; None where it cannot, unless it was insisted on."""
+        asked = self.strategy.decode_step
         try:
-            return open_decode_step(self, k, probs, candidates, result)
+            decode = open_decode_step(self, k, probs, candidates, result)
         except StaticStepUnsupportedError as error:
-            if self.strategy.decode_step is True:
-                raise ValueError(f"decode_step=True, but {error}; allowed: False or 'auto'") from error
+            if asked != "auto":
+                raise ValueError(f"decode_step={asked!r}, but {error}; allowed: False or 'auto'") from error
             logger.info("%s is decoded without static buffers: %s", type(self.model).__name__, error)
             return None
+        self._check_compiled(decode)
+        return decode
+
+    def _check_compiled(self, decode: DecodeStep) -> None:
+        if self.strategy.decode_step == "compiled" and decode.not_compiled is not None:
+            raise ValueError(f"decode_step='compiled', but {decode.not_compiled}; allowed: True, False or 'auto'")
 
     def _loop_static(self, decode: DecodeStep, input_ids, unfinished, needed, step, interval, closely) -> None:
         """The rest of the loop, with the host looking at the device every ``interval`` steps only."""
@@ -369,6 +377,7 @@ class _Run:
         while not finished:
             self._check_room(step)
             decode()
+            self._check_compiled(decode)
             step += 1
             if self.streamer is not None:
                 self.streamer.put(decode.input_ids[:, -1].cpu())

@@ -4,7 +4,8 @@ A step reads and writes static buffers alone: logits, lengths, keys and values, 
 unfinished. The host decides nothing on the way, so the same launches serve every step, and on CUDA they are replayed as
 one graph for each (slots, candidates, capacity). Elsewhere, and for models that cannot be captured (several devices,
 tensor parallelism, host decisions inside the model), the same step runs eagerly. It is adopted from a
-:class:`~.paths.SharedPrefixPath` that already serves the model, and has to reproduce one of its steps first.
+:class:`~.paths.SharedPrefixPath` that already serves the model, and has to reproduce one of its steps first. On request
+the decoder runs compiled (:mod:`.compiled_decoder`), inside the CUDA graph or, elsewhere, without one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers.masking_utils import causal_mask_function
 from ..ops.candidate_select import candidate_select
 from ..ops.prefix_commit import CommitPlan, prefix_commit
 from ..ops.top_k import top_k_probs
+from .compiled_decoder import compiled_decoder, obstacle
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .paths import _RELATIVE_ERROR, SharedPrefixPath, StepResult
 from .prefix_cache import CACHE_NAME, PrefixCacheLayer, next_capacity
@@ -56,6 +58,7 @@ class _StaticLayer(PrefixCacheLayer):
 
     def __init__(self, layer: PrefixCacheLayer):
         super().__init__()
+        self.was_read = False
         self.keys, self.values = layer.keys, layer.values
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
 
@@ -64,10 +67,10 @@ class _StaticLayer(PrefixCacheLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        return int(self.keys.shape[2]) - 1
+        return self.keys.shape[2] - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return int(self.keys.shape[2]), 0
+        return self.keys.shape[2], 0
 
 
 class _StaticStep(SharedPrefixStep):
@@ -76,9 +79,12 @@ class _StaticStep(SharedPrefixStep):
     def __init__(self, cache: Cache, k: int, lengths: torch.Tensor, starts: torch.Tensor | None, windows: dict):
         super().__init__(cache, None, k)
         self.lengths, self.starts = lengths, starts
-        self.capacity = cache.layers[0].keys.shape[2]
         self.known_windows: dict[int, bool] = windows  # local size -> whether masks of it are that window
-        self.masks: dict[int, tuple[torch.Tensor, int | None]] = {}  # id(mask) -> itself, its window
+        self.masks: list[tuple[torch.Tensor, int | None]] = []  # each with its window
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.layers[0].keys.shape[2]
 
     def make_mask(self, *args, **kwargs) -> torch.Tensor | None:
         function = kwargs.get("mask_function", causal_mask_function)
@@ -92,7 +98,7 @@ class _StaticStep(SharedPrefixStep):
                 self.known_windows[size] = _is_window(function, size, device)
             if self.known_windows[size]:
                 mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
-                self.masks[id(mask)] = (mask, size)
+                self.masks.append((mask, size))
                 return mask
         own = self.lengths[:, None, None, None]
         place = torch.arange(self.capacity + 1, device=device)[None, None, None]
@@ -101,7 +107,7 @@ class _StaticStep(SharedPrefixStep):
         offset = 0 if self.starts is None else self.starts[:, None, None, None]
         mask = function(rows, torch.zeros_like(rows), own - offset, place - offset)
         mask = mask.expand(len(self.lengths), 1, 1, self.capacity + 1).contiguous()
-        self.masks[id(mask)] = (mask, None)
+        self.masks.append((mask, None))
         return mask
 
     def _read(
@@ -118,13 +124,29 @@ class _StaticStep(SharedPrefixStep):
             raise SharedPrefixUnsupportedError(f"{type(module).__name__} adds a position bias made for one length")
         mask = window = None
         if attention_mask is not None:
-            mask, window = self.masks.get(id(attention_mask), (attention_mask, -1))
-            if window == -1:
+            known = False
+            for made, size in self.masks:
+                if made is attention_mask:
+                    known, mask, window = True, made if size is None else None, size
+            if not known:
                 raise SharedPrefixUnsupportedError(f"{type(module).__name__} changes its attention mask")
-            mask = mask if window is None else None
         starts = None if self.starts is None else _on(key.device, self.starts)
         prefix = {"key": layer.keys, "value": layer.values, "length": self.capacity}
         return prefix | {"mask": mask, "window": window, "lengths": _on(key.device, self.lengths), "starts": starts}
+
+    def _find(self, module, query, key, value):
+        if not torch.compiler.is_dynamo_compiling():
+            return super()._find(module, query, key, value)
+        for layer in self.cache.layers:  # addresses are not known yet; an eager step has been checked by them
+            if layer.pending is not None and layer.keys is key and layer.values is value:
+                return layer, *layer.pending
+        raise SharedPrefixUnsupportedError(f"{type(module).__name__} attends to keys other than its cache's")
+
+    def _mark_read(self, layer: Any) -> None:
+        layer.was_read = True
+
+    def _was_read(self, layer: Any) -> bool:
+        return layer.was_read
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
@@ -157,11 +179,12 @@ class DecodeStep:
         eos_token_id: ids ``(n,)`` that end a row, or None; pad_token_id: what follows them.
         max_length: positions the sequences can reach, if that is known.
         capture: use a CUDA graph where that is possible.
+        compile_decoder: run the decoder through `torch.compile` where that is possible (:meth:`compile`).
 
     Attributes:
         unfinished: ``(B,)`` bool; bad: ``(B,)`` rows whose logits left no probabilities while they were unfinished.
         steps_needed: how many of the steps began with an unfinished row. logits: ``(B, V)`` float32.
-        not_captured: why the steps run eagerly, or None.
+        not_captured: why there is no CUDA graph, or None. not_compiled: why the decoder is not compiled, or None.
     """
 
     def __init__(
@@ -179,6 +202,7 @@ class DecodeStep:
         pad_token_id: torch.Tensor | int = 0,
         max_length: int | None = None,
         capture: bool = True,
+        compile_decoder: bool = False,
     ):
         self.model, self.k, self.penalty_alpha, self.max_length = path.model, k, penalty_alpha, max_length
         self.tap: HiddenStatesTap = path.tap
@@ -207,6 +231,8 @@ class DecodeStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
         self.not_captured = _obstacle(self.model, device) if capture else "capture=False"
+        self.not_compiled = obstacle(self.tap.decoder) if compile_decoder else "compile_decoder=False"
+        self.compiled = False
         self.plan: CommitPlan | None = None
 
     @property
@@ -263,6 +289,26 @@ class DecodeStep:
         same = (selected == result.selected.to(selected)).float().mean()
         return bool(near.all()) and float(same) >= (0.5 if torch.finfo(dtype).bits <= 16 else 1.0)
 
+    def compile(self, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult) -> None:
+        """Compile the decoder, and keep it so where it :meth:`reproduces` the step as well as it did before. The same
+        code serves other buffers, lengths and sizes: what a process has compiled for a model is compiled once."""
+        if self.not_compiled is not None:
+            return
+        self.compiled = True
+        self._let_capacity_vary()
+        if not self.reproduces(probs, candidates, result) and self.not_compiled is None:
+            self._do_not_compile("its step differs when it is compiled")
+
+    def _do_not_compile(self, reason: str) -> None:
+        self.compiled, self.not_compiled = False, reason
+        logger.info("%s: %s", type(self.model).__name__, reason)
+
+    def _let_capacity_vary(self) -> None:
+        """Tell the compiler that buffers come in all lengths, so that it does not learn it by compiling twice."""
+        for layer in self.cache.layers:
+            torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
+            torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+
     def _run(self) -> None:
         scores = self.scores
         if not self.outside:
@@ -310,14 +356,14 @@ class DecodeStep:
         places = self.lengths if self.starts is None else self.lengths - self.starts
         self.tap.listen(select)
         try:
-            with self.switch(step):
-                outputs = self.model(
-                    input_ids=candidates.reshape(-1, 1),
-                    position_ids=places[:, None].expand(-1, self.k).reshape(-1, 1),
-                    use_cache=True,
-                    return_dict=True,
-                    **{CACHE_NAME: self.cache},
-                )
+            outputs = self._call_model(
+                step,
+                input_ids=candidates.reshape(-1, 1),
+                position_ids=places[:, None].expand(-1, self.k).reshape(-1, 1),
+                use_cache=True,
+                return_dict=True,
+                **{CACHE_NAME: self.cache},
+            )
             heard = self.tap.mute()
             if len(heard.head) != 1:
                 raise SharedPrefixUnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward")
@@ -333,8 +379,22 @@ class DecodeStep:
         finally:
             self.tap.mute()
             for layer in self.cache.layers:
-                layer.pending = None
+                layer.pending, layer.was_read = None, False
         return selected, _on(self.device, outputs.logits[:, -1].float())
+
+    def _call_model(self, step: _StaticStep, **inputs: Any) -> Any:
+        if self.compiled:
+            assert self.tap.decoder is not None
+            try:
+                with self.switch(step), compiled_decoder(self.tap.decoder, step):
+                    return self.model(**inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers raise all kinds; what is wrong with the model itself comes again
+                reason = str(error).strip().partition("\n")[0]
+                self._do_not_compile(f"its decoder cannot be compiled ({type(error).__name__}: {reason})")
+        with self.switch(step):
+            return self.model(**inputs)
 
     # ---- buffers --------------------------------------------------------------------------------------------------
 
@@ -350,6 +410,8 @@ class DecodeStep:
         if self.history is not None:
             _lengthen(self.history, capacity)
         self.sequences = torch.nn.functional.pad(self.sequences, (0, capacity - self.length + 2))
+        if self.compiled:
+            self._let_capacity_vary()
 
     # ---- capture --------------------------------------------------------------------------------------------------
 
@@ -465,10 +527,12 @@ def open_decode_step(run, k: int, probs: torch.Tensor, candidates: torch.Tensor,
         eos_token_id=None if eos is None else eos.to(run.input_ids.device),
         pad_token_id=0 if run.config._pad_token_tensor is None else run.config._pad_token_tensor,
         max_length=run.max_length,
+        compile_decoder=run.strategy.decode_step == "compiled",
     )
     try:
         if not step.reproduces(probs, candidates, result):
             raise StaticStepUnsupportedError("its step over static buffers differs")
+        step.compile(probs, candidates, result)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, SharedPrefixUnsupportedError, TypeError, ValueError) as error:

@@ -83,7 +83,7 @@ def _is_plain_eager() -> bool:
     """Nothing follows the computation: no autocast, no compiler or tracer, no dispatch mode, no function transform."""
     return not (
         torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
+        or torch.compiler.is_dynamo_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

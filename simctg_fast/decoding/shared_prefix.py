@@ -30,7 +30,15 @@ _IGNORABLE = frozenset(
     | {"position_embeddings", "mm_token_type_ids", "deterministic"}
 )
 
+
+class _Traced:
+    """The step of a forward that is being traced by `torch.compile`; set within the trace, so no other sees it."""
+
+    step: SharedPrefixStep | None = None
+
+
 _step = threading.local()
+traced = _Traced()
 _switch_lock = threading.Lock()
 _switched: dict[int, _Switched] = {}  # by id(config)
 
@@ -47,7 +55,7 @@ class SharedPrefixStep:
         self.candidates = candidates
         self.cross = {} if cross_cache is None else {layer.keys.data_ptr(): layer for layer in cross_cache.layers}
         self.windows: dict[int, tuple[torch.Tensor, int]] = {}  # id(mask) -> the mask (kept alive), its window
-        self.calls: dict[int, int] = {}  # id(layer) -> attention calls that read it
+        self.calls: set[int] = set()  # id(layer) of those that attention calls have read
 
     def attend(
         self,
@@ -66,7 +74,7 @@ class SharedPrefixStep:
     ) -> tuple[torch.Tensor, None]:
         self._check_arguments(module, dropout, kwargs)
         layer, new_key, new_value = self._find(module, query, key, value)
-        self.calls[id(layer)] = self.calls.get(id(layer), 0) + 1
+        self._mark_read(layer)
         prefix = self._read(module, layer, key, value, attention_mask, position_bias, has_own=new_key is not None)
         out = shared_prefix_attention(
             query,
@@ -99,6 +107,12 @@ class SharedPrefixStep:
         start = max(0, shared + 1 - window) if window is not None and has_own else 0
         prefix = {"key": layer.keys, "value": layer.values, "length": shared}
         return prefix | {"mask": mask, "bias": bias, "window_start": start}
+
+    def _mark_read(self, layer: Any) -> None:
+        self.calls.add(id(layer))
+
+    def _was_read(self, layer: Any) -> bool:
+        return id(layer) in self.calls
 
     @staticmethod
     def _check_arguments(module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
@@ -161,13 +175,13 @@ class SharedPrefixStep:
         for index, layer in enumerate(self.cache.layers):
             if layer.pending is None and layer.is_initialized:
                 raise SharedPrefixUnsupportedError(f"layer {index} did not write to the cache")
-            if layer.pending is not None and not self.calls.get(id(layer)):
+            if layer.pending is not None and not self._was_read(layer):
                 raise SharedPrefixUnsupportedError(
                     f"layer {index} computes its own attention and bypasses the attention interface"
                 )
-        if not self.calls:
+        if not any(self._was_read(layer) for layer in self.cache.layers):
             raise SharedPrefixUnsupportedError("the model bypasses the attention interface")
-        missed = [index for index, layer in enumerate(self.cross.values()) if not self.calls.get(id(layer))]
+        missed = [index for index, layer in enumerate(self.cross.values()) if not self._was_read(layer)]
         if missed:
             raise SharedPrefixUnsupportedError(f"cross-attention of layer {missed[0]} bypasses the attention interface")
 
@@ -179,8 +193,13 @@ def _original_name(config) -> str:
     return name if name != NAME else "sdpa"
 
 
+def _current_step() -> SharedPrefixStep | None:
+    # `is_compiling` is true in every thread while one of them compiles; this is true in what is traced alone.
+    return traced.step if torch.compiler.is_dynamo_compiling() else getattr(_step, "value", None)
+
+
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    step = getattr(_step, "value", None)
+    step = _current_step()
     if step is not None:
         return step.attend(module, query, key, value, attention_mask, **kwargs)
     name = _original_name(module.config)
@@ -190,7 +209,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def _mask(*args, **kwargs):
-    step = getattr(_step, "value", None)
+    step = _current_step()
     if step is not None:
         return step.make_mask(*args, **kwargs)
     name = _original_name(kwargs.get("config"))

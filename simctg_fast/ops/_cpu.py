@@ -29,7 +29,7 @@ def _obstacle(**tensors: Tensor | None) -> str | None:
             return f"{name} has strides {tensor.stride()}, the last must be 1"
         if tensor.requires_grad and torch.is_grad_enabled():
             return f"{name} requires a gradient"
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return "the call is being traced"
     return None
 

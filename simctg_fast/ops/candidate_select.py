@@ -51,7 +51,7 @@ def candidate_scan(
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
-    if impl != "torch" and torch.compiler.is_compiling():
+    if impl != "torch" and torch.compiler.is_dynamo_compiling():
         return torch.ops.simctg_fast.candidate_scan(hidden_states, history, length, mask, lengths)
     if _takes_triton(hidden_states, history, impl):
         from simctg_fast.kernels import candidate_select as kernels

@@ -72,7 +72,7 @@ def shared_prefix_attention(
     if window is not None and (window < 1 or new_key is None):
         raise ValueError(f"window must be at least 1 and come with a new_key, got {window}")
     arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
-    if impl == "auto" and torch.compiler.is_compiling():
+    if impl == "auto" and torch.compiler.is_dynamo_compiling():
         return torch.ops.simctg_fast.shared_prefix_attention(*arguments, lengths, starts, window)
     return _attention(*arguments, lengths, starts, window, impl)
 

@@ -32,7 +32,7 @@ def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"k must be in 1..{logits.shape[-1]}, got {k}")
     if impl == "auto":
-        if logits.device.type != "cuda" and not torch.compiler.is_compiling():
+        if logits.device.type != "cuda" and not torch.compiler.is_dynamo_compiling():
             return _torch(logits, k)
         return torch.ops.simctg_fast.top_k_probs(logits, k)
     return _torch(logits, k) if impl == "torch" else _run(logits, k, impl)

@@ -1,0 +1,104 @@
+"""The decoder below the output embedding through `torch.compile`, for the length of a ``with`` block.
+
+What is compiled is one function that runs the decoder with a step of static buffers as its argument: buffers, lengths
+and weights are inputs of the compiled graph, never constants in it, so other buffers (another call, buffers that grew)
+run the same code, and nothing is kept alive. The trace has to be whole. Inductor works in its default mode: a CUDA
+graph, where there is one, is recorded around it by its caller.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .shared_prefix import SharedPrefixStep, traced
+
+BACKEND = "inductor"
+
+_lock = threading.Lock()
+_local = threading.local()
+_routed: dict[int, _Routed] = {}  # by id(decoder)
+_compiled: weakref.WeakKeyDictionary[torch.nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+
+
+def _decoder_body(decoder: torch.nn.Module, step: SharedPrefixStep, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What is traced."""
+    traced.step = step
+    try:
+        return type(decoder).forward(decoder, *args, **kwargs)
+    finally:
+        traced.step = None
+
+
+def _body_of(decoder: torch.nn.Module) -> Callable[..., Any]:
+    """`_decoder_body`, compiled. Each decoder has a function of its own, as the compiler counts recompilations, and
+    remembers which sizes vary, by function."""
+    body = _compiled.get(decoder)
+    if body is None:
+        code = _decoder_body.__code__.replace(co_name=f"decoder_body_{next(_numbers)}")
+        body = torch.compile(types.FunctionType(code, _decoder_body.__globals__), backend=BACKEND, fullgraph=True)
+        _compiled[decoder] = body
+    return body
+
+
+@dataclass
+class _Routed:
+    """A decoder whose ``forward`` is ours at the moment, and how many blocks need that."""
+
+    decoder: torch.nn.Module  # kept alive, so that its id stays its own
+    users: int = 0
+
+
+def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    step = getattr(_local, "step", None)
+    if step is None or torch.compiler.is_dynamo_compiling():  # somebody else's forward
+        return type(self).forward(self, *args, **kwargs)
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    try:
+        return _body_of(self)(self, step, args, kwargs)
+    except FailOnRecompileLimitHit:  # too many kinds of calls over time: start afresh
+        _compiled.pop(self, None)
+        return _body_of(self)(self, step, args, kwargs)
+
+
+_forward.__name__ = "forward"
+
+
+def obstacle(decoder: torch.nn.Module | None) -> str | None:
+    """Why a decoder cannot be compiled apart, None if nothing is known to be in the way."""
+    if decoder is None:
+        return "it has no decoder apart from the output embedding"
+    with _lock:
+        if "forward" in vars(decoder) and id(decoder) not in _routed:
+            return f"the forward of its {type(decoder).__name__} was replaced"
+    return None
+
+
+@contextmanager
+def compiled_decoder(decoder: torch.nn.Module, step: SharedPrefixStep) -> Iterator[None]:
+    """This thread's forwards of ``decoder`` run compiled, over ``step``; other threads' as ever."""
+    with _lock:
+        entry = _routed.setdefault(id(decoder), _Routed(decoder))
+        if not entry.users:
+            decoder.__dict__["forward"] = types.MethodType(_forward, decoder)
+        entry.users += 1
+    outer, _local.step = getattr(_local, "step", None), step
+    try:
+        yield
+    finally:
+        _local.step = outer
+        with _lock:
+            entry.users -= 1
+            if not entry.users:
+                decoder.__dict__.pop("forward", None)
+                del _routed[id(decoder)]
