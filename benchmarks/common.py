@@ -123,6 +123,11 @@ class Worker:
         self.process.stdin.flush()
         return self._answer()
 
+    def cpu_seconds(self) -> float:
+        """Processor time it has used so far (Linux)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system, of all its threads
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()

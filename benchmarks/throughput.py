@@ -1,14 +1,20 @@
 """Throughput of offline generation: our slots against static batches of transformers, in generated tokens per second.
 
     python benchmarks/throughput.py                    # the table of benchmarks/engine.md, GPT-2-small shape
+    python benchmarks/throughput.py --quick            # the same in little: a tiny model, seconds
     python benchmarks/throughput.py --sweep 1,4,16,64  # throughput against slots
+    python benchmarks/throughput.py --growth 64,128,256 # throughput against requests
     python benchmarks/throughput.py --workers 1,2      # throughput against workers on Ray
     python benchmarks/throughput.py --orders           # how full slots are, by the order of the requests
 
 256 requests, prompts of 8-512 tokens and outputs of 8-256, drawn once from heavy-tailed distributions. Outputs end by
-their own `max_new_tokens` (the weights are random): a static batch runs until its longest row has ended, and only what
-the requests asked for counts. Static batches are sorted by prompt length, and run at several sizes; the best counts.
-`--thin N` runs every N-th of these batches, which estimates the rate of all; our runs are always whole.
+their own `max_new_tokens` (the weights are random), and only what the requests asked for counts.
+
+Every provider has a process of its own and its best batch size: a few decoding steps at each size say which
+(`--batch-sizes`, `--greedy-sizes`, `--concurrency`). Then rounds go through the providers in turn. Ours answer all
+requests in each round. Static batches are sorted by prompt length and run until their longest row has ended; of them
+every `--thin`-th runs, others in each round, and their seconds a step, times the steps that all batches take, are the
+time of all. `generate_batch` answers every `--thin-requests`-th request.
 """
 
 from __future__ import annotations
@@ -75,7 +81,8 @@ def worker(options: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     model = make_model(options.model, options.device, options.dtype)
     requests = workload(options.requests, model.config.vocab_size)
-    print(json.dumps({"ready": transformers.__version__, "torch": torch.__version__}), flush=True)
+    ready = {"ready": transformers.__version__, "torch": torch.__version__, "vocabulary": model.config.vocab_size}
+    print(json.dumps(ready), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         runners = {"static": run_static, "engine": run_engine, "generate_batch": run_generate_batch}
@@ -86,54 +93,75 @@ def worker(options: argparse.Namespace) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def run_static(model, requests, kind: str, size: int, thin: int, penalty_alpha: float, top_k: int) -> dict:
+def run_static(
+    model,
+    requests,
+    kind: str,
+    size: int,
+    batches: list[int],
+    penalty_alpha: float,
+    top_k: int,
+    steps: int | None = None,
+) -> dict:
+    """The static ``batches`` (their numbers); ``steps``: no more of them than that, whatever was asked for."""
     import torch
 
     arguments = {"penalty_alpha": penalty_alpha, "top_k": top_k} if kind == "contrastive" else {}
-    batches = static_batches(requests, size)[thin // 2 :: thin]
-    tokens, useful = {}, 0
+    all_batches = static_batches(requests, size)
+    tokens, taken = {}, 0
     began = time.perf_counter()
-    for batch in batches:
+    for batch in [all_batches[index] for index in batches]:
         width = max(len(r["ids"]) for r in batch)
+        longest = max(r["new"] for r in batch) if steps is None else steps
         ids = torch.tensor([[0] * (width - len(r["ids"])) + r["ids"] for r in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(r["ids"])) + [1] * len(r["ids"]) for r in batch], device=model.device)
         with torch.inference_mode():
             out = model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=max(r["new"] for r in batch),
-                do_sample=False,
-                pad_token_id=0,
-                **arguments,
+                ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, pad_token_id=0, **arguments
             ).tolist()
+        taken += longest
         for r, row in zip(batch, out, strict=True):
             tokens[r["id"]] = row[width : width + r["new"]]
-            useful += r["new"]
-    return {"seconds": time.perf_counter() - began, "useful": useful, "tokens": tokens}
+    return {"seconds": time.perf_counter() - began, "steps": taken, "tokens": tokens}
 
 
-def run_generate_batch(model, requests, thin: int) -> dict:
-    """What `generate_batch` does inside, by its own manager: the method itself has one length for all requests."""
-    from transformers import GenerationConfig
+def run_generate_batch(model, requests, size: int, chosen: list[int], steps: int | None = None) -> dict:
+    """What `generate_batch` does inside, by its own manager: the method itself has one length for all requests.
 
-    chosen = requests[::thin]
+    ``size`` requests at a time. Its cache has room for so many of the longest: by default it takes 0.6 of the memory,
+    and warming that up takes longer than the work.
+    """
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    asked = [r | {"new": r["new"] if steps is None else steps} for r in (requests[index] for index in chosen)]
+    page = 32
+    longest = max(len(r["ids"]) + r["new"] for r in asked)
+    cache = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=size * (longest // page + 2),
+        max_batch_tokens=max(512, size),
+        max_requests_per_batch=size,
+    )
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=256)
     tokens: dict[str, list[int]] = {}
-    began = time.perf_counter()
-    with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
-        for r in chosen:
-            manager.add_request(r["ids"], request_id=str(r["id"]), max_new_tokens=r["new"])
-        while len(tokens) < len(chosen):
-            result = manager.get_result(timeout=1)
+    manager = model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=cache, block=True, timeout=5
+    )
+    with manager as running:
+        began = time.perf_counter()  # its warm-up is behind it
+        for r in asked:
+            running.add_request(r["ids"], request_id=str(r["id"]), max_new_tokens=r["new"])
+        while len(tokens) < len(asked):
+            result = running.get_result(timeout=1)
             if result is not None and result.is_finished():
                 tokens[result.request_id] = result.generated_tokens
-            elif result is None and not manager.is_running():
-                raise RuntimeError(f"it ended after {len(tokens)} of {len(chosen)} requests")
-    seconds = time.perf_counter() - began
-    short = sum(len(tokens[str(r["id"])]) < r["new"] for r in chosen)
+            elif result is None and not running.is_running():
+                raise RuntimeError(f"it ended after {len(tokens)} of {len(asked)} requests")
+        seconds = time.perf_counter() - began
+    short = sum(len(tokens[str(r["id"])]) < r["new"] for r in asked)
     if short:
-        raise RuntimeError(f"{short} of {len(chosen)} requests did not get their tokens")
-    return {"seconds": seconds, "useful": sum(r["new"] for r in chosen), "tokens": tokens}
+        raise RuntimeError(f"{short} of {len(asked)} requests did not get their tokens")
+    return {"seconds": seconds, "useful": sum(r["new"] for r in asked), "tokens": tokens}
 
 
 class Ids:
@@ -176,6 +204,113 @@ def run_engine(
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
+SCOUT_STEPS = 10  # by which batch sizes are compared
+
+
+class Provider:
+    """One side of the comparison: its process, its sizes, and what it has answered."""
+
+    def __init__(self, name: str, kind: str, goal: float | None, sizes: list[int], options: argparse.Namespace):
+        self.name, self.kind, self.goal, self.sizes, self.options = name, kind, goal, sizes, options
+        self.size: int | None = sizes[0] if len(sizes) == 1 else None
+        self.process: Worker | None = None
+        self.rounds: list[dict] = []
+
+    def start(self, python: str) -> None:
+        self.process = start_worker(python, self.options)
+
+    def ask(self, **request) -> dict:
+        return self.process.ask(**request)
+
+    def scout(self, requests: list[dict]) -> None:
+        """Choose the size. Tokens a second in steps that are as full as the batches of that size are on average."""
+        rates = {}
+        for size in self.sizes if self.size is None else []:
+            seconds = [self._few_steps(requests, size, steps) for steps in (1, 1 + SCOUT_STEPS)]
+            if None in seconds:
+                continue
+            rates[size] = size * self._full(requests, size) * SCOUT_STEPS / (seconds[1] - seconds[0])
+            note(f"  {self.name}, {size} at a time: about {rates[size]:.1f} tokens/s")
+        if rates:
+            self.size = max(rates, key=rates.get)
+
+    def _few_steps(self, requests: list[dict], size: int, steps: int) -> float | None:
+        answer = self._run(requests, size, steps=steps)
+        if "failed" in answer:
+            note(f"  {self.name}, {size} at a time: {answer['failed']}")
+            return None
+        return answer["seconds"]
+
+    def round(self, requests: list[dict], number: int) -> None:
+        if self.size is None:  # no size worked
+            return
+        answer = self._run(requests, self.size, number=number)
+        note(f"  {self.label}: {describe(answer)}")
+        self.rounds.append(answer)
+
+    def rate(self) -> float:
+        """Tokens a second over all rounds; 0 where it did not run."""
+        done = [answer for answer in self.rounds if "failed" not in answer]
+        seconds = sum(answer["seconds"] for answer in done)
+        return sum(answer["useful"] for answer in done) / seconds if seconds else 0.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.size} at a time"
+
+    def tokens(self) -> dict[int, list[int]]:
+        return {int(i): row for answer in self.rounds for i, row in answer.get("tokens", {}).items()}
+
+    def _full(self, requests: list[dict], size: int) -> float:
+        return 1.0
+
+    def _run(self, requests: list[dict], size: int, number: int = 0, steps: int | None = None) -> dict:
+        raise NotImplementedError
+
+
+class Ours(Provider):
+    def _run(self, requests: list[dict], size: int, number: int = 0, steps: int | None = None) -> dict:
+        return self.ask(run="engine", strategy=self.kind, slots=size, **search(self.options))
+
+
+class Static(Provider):
+    def _run(self, requests: list[dict], size: int, number: int = 0, steps: int | None = None) -> dict:
+        batches = static_batches(requests, size)
+        thin, rounds = max(1, self.options.thin * 8 // size), self.options.rounds
+        first = thin * (2 * number + 1) // (2 * rounds)
+        chosen = list(range(len(batches)))[first::thin] or [len(batches) // 2]
+        if steps is not None:
+            chosen = [len(batches) // 2]
+        answer = self.ask(run="static", kind=self.kind, size=size, batches=chosen, steps=steps, **search(self.options))
+        if "failed" not in answer:
+            # Of the batches that ran their seconds a step, of all batches the steps.
+            answer["useful"] = answer["steps"] * size * self._full(requests, size)
+        return answer
+
+    def _full(self, requests: list[dict], size: int) -> float:
+        """Tokens that were asked for, of all that the static batches' rows compute."""
+        steps = sum(max(r["new"] for r in batch) for batch in static_batches(requests, size))
+        return sum(r["new"] for r in requests) / (steps * size)
+
+
+class ContinuousBatching(Provider):
+    def _run(self, requests: list[dict], size: int, number: int = 0, steps: int | None = None) -> dict:
+        thin = self.options.thin_requests
+        chosen = list(range(len(requests)))[number % thin :: thin] if steps is None else list(range(size))
+        return self.ask(run="generate_batch", size=size, chosen=chosen, steps=steps)
+
+
+def search(options: argparse.Namespace) -> dict:
+    return {"penalty_alpha": options.penalty_alpha, "top_k": options.top_k}
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
 
 def start_worker(python: str, options: argparse.Namespace) -> Worker:
     arguments = [
@@ -185,55 +320,71 @@ def start_worker(python: str, options: argparse.Namespace) -> Worker:
 
 
 def compare(options: argparse.Namespace, oracle: str | None) -> None:
-    search = {"penalty_alpha": options.penalty_alpha, "top_k": options.top_k}
-    engine = {"run": "engine", "slots": options.slots, **search}
-    static = {"run": "static", "thin": options.thin, **search}
-    asked = {
-        "ours": [
-            (f"contrastive, {options.slots} slots", engine | {"strategy": "contrastive"}),
-            (f"greedy, {options.slots} slots", engine | {"strategy": "greedy"}),
-        ],
-        "oracle": [
-            (f"4.55.4 contrastive, batches of {size}", static | {"kind": "contrastive", "size": size})
-            for size in map(int, options.batch_sizes.split(","))
-        ],
-        "greedy": [
-            (f"transformers greedy, batches of {size}", static | {"kind": "greedy", "size": size})
-            for size in map(int, options.greedy_sizes.split(","))
-        ],
-        "generate_batch": [
-            ("transformers generate_batch greedy", {"run": "generate_batch", "thin": max(1, options.thin // 2)})
-        ],
-    }
-    parts = list(asked) if options.part == "all" else [part for part in options.part.split(",") if part in asked]
-    answers: dict[str, dict] = {}
-    if options.state is not None and options.state.exists():
-        answers = json.loads(options.state.read_text())
-    for part in parts:
-        if part == "oracle" and oracle is None:
-            continue
-        process = start_worker(oracle if part == "oracle" else sys.executable, options)
-        try:
-            for name, request in asked[part] * options.repeats:
-                answer = process.ask(**request) | {"version": process.ready}
-                print(f"  {name}: {describe(answer)}", file=sys.stderr, flush=True)
-                if name not in answers or rate(answer) >= rate(answers[name]):
-                    answers[name] = answer
-                if options.state is not None:
-                    options.state.write_text(json.dumps(answers))
-        finally:
-            process.close()
-    report(answers, options)
+    against, than = GOALS["cuda" if options.device.startswith("cuda") else "cpu"]
+    ours = Ours("contrastive search on slots", "contrastive", None, [options.slots], options)
+    providers: list[Provider] = [
+        ours,
+        Static("4.55.4's contrastive search", "contrastive", against, numbers(options.batch_sizes), options),
+        Static("transformers' greedy search", "greedy", than, numbers(options.greedy_sizes), options),
+        ContinuousBatching(
+            "transformers' generate_batch, greedy", "greedy", than, numbers(options.concurrency), options
+        ),
+    ]
+    if options.ours_greedy:
+        providers.insert(1, Ours("greedy search on slots", "greedy", None, [options.slots], options))
+    if oracle is None:
+        providers = [provider for provider in providers if "4.55.4" not in provider.name]
+    begin = restore(options.state, providers)
+    try:
+        for provider in providers:
+            provider.start(oracle if "4.55.4" in provider.name else sys.executable)
+        requests = workload(options.requests, providers[0].process.ready["vocabulary"])
+        for provider in providers:
+            provider.scout(requests)
+        save(options.state, providers)
+        for number in range(begin, options.rounds)[: options.rounds_now]:
+            note(f"round {number + 1} of {options.rounds}")
+            for provider in providers:
+                waiting = {other.name: other.process.cpu_seconds() for other in providers if other is not provider}
+                provider.round(requests, number)
+                for other in providers:
+                    if other is not provider:
+                        check_idle(other, waiting[other.name], provider.rounds[-1:])
+            save(options.state, providers)
+    finally:
+        for provider in providers:
+            if provider.process is not None:
+                provider.process.close()
+    report(ours, providers, options)
 
 
-def rate(answer: dict) -> float:
-    return 0.0 if "failed" in answer else answer["useful"] / answer["seconds"]
+def check_idle(provider: Provider, before: float, running: list[dict]) -> None:
+    """A process that only waits must not take the processors from the one that is measured."""
+    used = provider.process.cpu_seconds() - before
+    if running and used > 0.1 + 0.01 * running[0].get("seconds", 0.0):
+        raise SystemExit(f"{provider.name} used {used:.1f} s of processor time while it waited: nothing is reported")
+
+
+def save(path: Path | None, providers: list[Provider]) -> None:
+    if path is not None:
+        path.write_text(json.dumps({p.name: {"size": p.size, "rounds": p.rounds} for p in providers}))
+
+
+def restore(path: Path | None, providers: list[Provider]) -> int:
+    """Takes over the rounds of an earlier part of this run; returns how many there were."""
+    if path is None or not path.exists():
+        return 0
+    kept = json.loads(path.read_text())
+    for provider in providers:
+        if provider.name in kept:
+            provider.size, provider.rounds = kept[provider.name]["size"], kept[provider.name]["rounds"]
+    return max(len(provider.rounds) for provider in providers)
 
 
 def describe(answer: dict) -> str:
     if "failed" in answer:
         return answer["failed"]
-    text = f"{rate(answer):.1f} tokens/s ({answer['useful']} in {answer['seconds']:.1f} s)"
+    text = f"{answer['useful'] / answer['seconds']:.1f} tokens/s ({answer['seconds']:.1f} s)"
     if answer.get("slots_busy") is not None:
         text += f", slots {answer['slots_busy']:.1%} busy"
     if answer.get("overhead") is not None:
@@ -241,77 +392,89 @@ def describe(answer: dict) -> str:
     return text
 
 
-def report(answers: dict[str, dict], options: argparse.Namespace) -> None:
-    rates = {name: rate(answer) for name, answer in answers.items()}
-    main = next((name for name in rates if name.startswith("contrastive")), None)
-    if main is None:
+def report(ours: Provider, providers: list[Provider], options: argparse.Namespace) -> None:
+    if not ours.rounds:
         return
-    print(f"\n{'':44}{'tokens/s':>10}{'ours faster by':>16}")
-    for name, value in rates.items():
-        ratio = f"{rates[main] / value:.2f}x" if value else "did not run"
-        print(f"{name:44}{value:10.1f}{ratio:>16}")
-    best = {
-        kind: max((v for n, v in rates.items() if n.startswith(kind)), default=0.0)
-        for kind in ("4.55.4 contrastive", "transformers greedy")
-    }
-    goals = GOALS["cuda" if options.device.startswith("cuda") else "cpu"]
-    for (kind, value), goal in zip(best.items(), goals, strict=True):
-        if value:
-            print(f"against {kind} at its best batch size: {rates[main] / value:.2f}x (goal {goal}x)")
-    print(describe(answers[main]))
-    check_tokens(answers)
-    config = {
-        n: getattr(options, n) for n in ("model", "requests", "top_k", "penalty_alpha", "threads", "thin", "dtype")
-    }
+    reference = ours.rate()
+    print(f"\n{'':60}{'tokens/s':>10}{'ours faster by':>16}{'by round':>16}{'goal':>7}")
+    for provider in providers:
+        rate = provider.rate()
+        if not rate:
+            reason = provider.rounds[0]["failed"] if provider.rounds else "no size ran"
+            print(f"{provider.name:60}did not run: {reason}")
+            continue
+        ratios = [
+            (mine["useful"] / mine["seconds"]) / (other["useful"] / other["seconds"])
+            for mine, other in zip(ours.rounds, provider.rounds, strict=False)
+            if "failed" not in mine and "failed" not in other
+        ]
+        line = f"{provider.label:60}{rate:10.1f}"
+        if provider is not ours:
+            goal = "" if provider.goal is None else f"{provider.goal:g}x"
+            line += f"{reference / rate:15.2f}x{f'{min(ratios):.2f}-{max(ratios):.2f}':>16}{goal:>7}"
+        print(line)
+    busy = min(answer["slots_busy"] for answer in ours.rounds)
+    overhead = max(answer["overhead"] for answer in ours.rounds)
+    ties = ours.rounds[0]["near_ties"]
+    print(f"slots {busy:.1%} busy, scheduler {overhead:.2%} of the time, {ties} near ties")
+    check_tokens(providers)
+    names = ("model", "requests", "top_k", "penalty_alpha", "threads", "thin", "thin_requests", "rounds", "dtype")
+    config = {name: getattr(options, name) for name in names}
     append_csv(
         options.csv,
         [
             Row(
                 kernel="engine",
-                provider=name,
+                provider=provider.label,
                 mode="throughput",
                 metric="tokens_per_second",
                 x_name="requests",
                 x_value=str(options.requests),
-                p20=value,
-                p50=value,
-                p80=value,
+                p20=provider.rate(),
+                p50=provider.rate(),
+                p80=provider.rate(),
                 config=json.dumps(config),
                 gpu=device_name() if options.device.startswith("cuda") else processor(),
-                version=json.dumps(answers[name]["version"]),
+                version=json.dumps(provider.process.ready),
             )
-            for name, value in rates.items()
+            for provider in providers
+            if provider.rate()
         ],
     )
 
 
-def check_tokens(answers: dict[str, dict]) -> None:
-    """Requests whose tokens are those of the other side, contrastive against contrastive, greedy against greedy."""
-    for mine, other in (("contrastive", "4.55.4 contrastive"), ("greedy", "transformers g")):
-        ours = next(({int(i): t for i, t in a["tokens"].items()} for n, a in answers.items() if n.startswith(mine)), {})
-        for name, answer in answers.items():
-            if name.startswith(other) and "tokens" in answer:
-                same = sum(ours.get(int(i)) == tokens for i, tokens in answer["tokens"].items())
-                print(f"same tokens as {name}: {same} of {len(answer['tokens'])} requests")
+def check_tokens(providers: list[Provider]) -> None:
+    """Requests whose tokens are those of our rows, contrastive against contrastive, greedy against greedy."""
+    mine = {provider.kind: provider.tokens() for provider in providers if isinstance(provider, Ours)}
+    for provider in providers:
+        rows = provider.tokens()
+        if isinstance(provider, Ours) or provider.kind not in mine or not rows:
+            continue
+        same = sum(mine[provider.kind].get(i) == row for i, row in rows.items())
+        print(f"same tokens as {provider.name}: {same} of {len(rows)} requests")
 
 
-def sweep(options: argparse.Namespace) -> None:
+def sweep(options: argparse.Namespace, cases: list[tuple[int, int]]) -> None:
+    """Ours alone; ``cases``: slots, and that every so-many-th request is answered."""
     process = start_worker(sys.executable, options)
-    search = {"penalty_alpha": options.penalty_alpha, "top_k": options.top_k}
     try:
-        print(f"{'slots':>6}{'tokens/s':>10}{'busy':>8}{'scheduler':>11}")
-        for slots in map(int, options.sweep.split(",")):
-            thin = max(1, min(32, 64 // slots))  # few slots take long for all requests
-            answer = process.ask(run="engine", strategy="contrastive", slots=slots, thin=thin, **search)
+        print(f"{'slots':>6}{'requests':>10}{'tokens':>8}{'seconds':>9}{'tokens/s':>10}{'busy':>8}{'scheduler':>11}")
+        for slots, thin in cases:
+            answer = process.ask(run="engine", strategy="contrastive", slots=slots, thin=thin, **search(options))
             if "failed" in answer:
                 print(f"{slots:6}  {answer['failed']}")
                 continue
-            print(f"{slots:6}{rate(answer):10.1f}{answer['slots_busy']:8.1%}{answer['overhead']:11.2%}", flush=True)
+            tokens, seconds = answer["useful"], answer["seconds"]
+            print(
+                f"{slots:6}{len(answer['tokens']):10}{tokens:8}{seconds:9.1f}{tokens / seconds:10.1f}"
+                f"{answer['slots_busy']:8.1%}{answer['overhead']:11.2%}",
+                flush=True,
+            )
     finally:
         process.close()
 
 
-def scale(options: argparse.Namespace) -> None:
+def scale(options: argparse.Namespace, counts: list[int]) -> None:
     """Tokens a second against workers, one thread each. Starting a cluster and loading models is taken out: it is the
     difference of two jobs, one of all requests and one of half of them."""
     import tempfile
@@ -332,7 +495,7 @@ def scale(options: argparse.Namespace) -> None:
         del model
         torch.set_num_threads(1)
         print(f"{'workers':>8}{'tokens/s':>10}{'with start':>12}")
-        for workers in map(int, options.workers.split(",")):
+        for workers in counts:
             figures = []
             for part in (requests[::2], requests):
                 source, out = Path(folder, "in.jsonl"), Path(folder, f"out-{workers}-{len(part)}.jsonl")
@@ -369,14 +532,35 @@ def orders(options: argparse.Namespace) -> None:
         print(f"static batches of {size}: {sum(r['new'] for r in requests) / steps:.1%}")
 
 
+QUICK = {
+    "model": "tiny",
+    "requests": 32,
+    "slots": 8,
+    "batch_sizes": "1,8",
+    "greedy_sizes": "8,16",
+    "concurrency": "8",
+    "thin": 2,
+    "thin_requests": 2,
+    "threads": 1,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--batch-sizes", default="4,8,16", help="of 4.55.4's contrastive search")
-    parser.add_argument("--greedy-sizes", default="8,16,32", help="of transformers' greedy search")
-    parser.add_argument("--thin", type=int, default=1, help="run every N-th static batch")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--batch-sizes", default="1,4,8,16,32", help="of 4.55.4's contrastive search")
+    parser.add_argument("--greedy-sizes", default="8,16,32,64", help="of transformers' greedy search")
+    parser.add_argument("--concurrency", default="16,32,64", help="requests at a time of generate_batch")
+    parser.add_argument(
+        "--thin", type=int, default=12, help="of static batches of 8 every N-th runs, of 16 twice as many"
+    )
+    parser.add_argument("--thin-requests", type=int, default=4, help="generate_batch answers every N-th request")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds-now", type=int, help="no more of the rounds in this call; --state keeps them")
+    parser.add_argument("--state", type=Path, help="JSON file in which rounds are kept, for a run in several calls")
+    parser.add_argument("--ours-greedy", action="store_true", help="a row for greedy search on slots as well")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few requests: does it run at all?")
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--penalty-alpha", type=float, default=0.6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -384,18 +568,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--model", default="gpt2-small", choices=tuple(MODELS))
     parser.add_argument("--sweep", help="slots, comma-separated: throughput against slots, ours alone")
+    parser.add_argument("--growth", help="requests, comma-separated: throughput against requests, ours alone")
     parser.add_argument("--workers", help="workers, comma-separated: throughput on Ray, ours alone")
-    parser.add_argument(
-        "--part",
-        default="all",
-        help="ours,oracle,greedy,generate_batch: run some of the rows; none: show those of --state",
-    )
-    parser.add_argument("--state", type=Path, help="JSON file in which rows are kept, for runs in several parts")
     parser.add_argument("--orders", action="store_true", help="how full slots are, by the order of the requests")
     parser.add_argument("--no-oracle", action="store_true", help="leave transformers 4.55.4 out")
     parser.add_argument("--csv", type=Path, default=RESULTS / "throughput.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args()
     if options.worker:
         worker(options)
         return
@@ -405,9 +587,12 @@ def main() -> None:
     if options.orders:
         orders(options)
     elif options.sweep:
-        sweep(options)
+        # Few slots take long for all requests.
+        sweep(options, [(slots, max(1, min(32, 64 // slots))) for slots in numbers(options.sweep)])
+    elif options.growth:
+        sweep(options, [(options.slots, max(1, options.requests // count)) for count in numbers(options.growth)])
     elif options.workers:
-        scale(options)
+        scale(options, numbers(options.workers))
     else:
         from parity_zoo.environment import oracle_python  # not at the top: the oracle's worker runs this file too
 
