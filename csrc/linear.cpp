@@ -25,11 +25,13 @@ const LinearKernels& kernels() {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 thread_local Scratch scratch;
+thread_local Scratch x_scratch;  // the caller's; `scratch` is of whichever thread runs a task
 
 constexpr int64_t kSmallWork = 1 << 16;  // multiply-adds below which waking a thread costs more than it saves
 constexpr int64_t kTasksPerThread = 4;   // enough to even out threads that are held up
 constexpr int64_t kStep = 192;           // columns: a multiple of every tile width and of a panel
 constexpr int64_t kSplitRows = 16;       // up to here rows_are_inputs is split over k as well
+constexpr int64_t kCopiedRows = 16;      // from here on a copy of x pays that a product finds in the cache
 
 // Calls fill(begin, end) over ranges of columns of at least kStep, in parallel.
 template <class Fill>
@@ -73,6 +75,21 @@ void run_rows_are_inputs(const Linear& call, int num_threads) {
     });
 }
 
+// Rows of x that are a multiple of a page apart meet in the same few lines of the first cache, where those of the weight
+// are already: the call with a copy of x in which they are not.
+Linear rows_apart(const Linear& call) {
+    constexpr int64_t page = 1024, line = 16;  // floats
+    Linear apart = call;
+    if (call.rows < kCopiedRows || call.x_stride % page != 0) return apart;
+    apart.x_stride = call.in_features + line;
+    float* copy = x_scratch.get(call.rows * apart.x_stride);
+    for (int64_t m = 0; m < call.rows; ++m) {
+        std::copy_n(call.x + m * call.x_stride, call.in_features, copy + m * apart.x_stride);
+    }
+    apart.x = copy;
+    return apart;
+}
+
 void check(bool valid, const char* name, int64_t value, const char* allowed) {
     if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", must be " + allowed);
 }
@@ -96,8 +113,9 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
     const LinearKernels& k = kernels();
     if (layout == WeightLayout::rows_are_outputs) {
         check(call.weight_stride >= call.in_features, "weight_stride", call.weight_stride, ">= in_features");
+        const Linear apart = rows_apart(call);
         split_columns(call.out_features, num_threads, kTasksPerThread,
-                      [&](int64_t begin, int64_t end) { k.rows_are_outputs(call, begin, end); });
+                      [&](int64_t begin, int64_t end) { k.rows_are_outputs(apart, begin, end, scratch.get(kDotSums)); });
     } else if (layout == WeightLayout::panels) {
         split_columns(call.out_features, num_threads, kTasksPerThread,
                       [&](int64_t begin, int64_t end) {

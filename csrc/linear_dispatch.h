@@ -7,9 +7,11 @@ namespace simctg {
 
 constexpr int64_t kChunk = 384;      // k's that are summed before they join the total of a rows_are_inputs product
 constexpr int64_t kPanelWidth = 64;  // columns in a panel of the packed layout: [panels][in_features][kPanelWidth]
+constexpr int64_t kDotSums = 1 << 15;  // floats of scratch for rows_are_outputs: a fraction of the second cache
 
 struct LinearKernels {
-    void (*rows_are_outputs)(const Linear& call, int64_t begin, int64_t end);
+    // `sums` [kDotSums], aligned to a vector, is scratch.
+    void (*rows_are_outputs)(const Linear& call, int64_t begin, int64_t end, float* sums);
 
     // The chunks first_chunk..last_chunk-1. With `finish` (all chunks, then) they are added up in y, and `sums`
     // [rows, sums_stride] is scratch; without, the sums of each chunk are left in sums[chunk, rows, sums_stride].

@@ -17,6 +17,14 @@ namespace {
 
 constexpr int64_t kLineFloats = 16;
 
+// Loaded once: GCC would rather read it from memory again in every multiplication, and loads are what a core has least of.
+SIMCTG_INLINE Vec in_register(Vec v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 // Tile `index` when `rows` are cut into `tiles` of nearly equal height.
 struct RowTile {
     int64_t begin;
@@ -27,11 +35,11 @@ struct RowTile {
 
 // ---- rows_are_outputs: y[m, n] is the dot product of two contiguous rows --------------------------------------------
 
-constexpr int kDotRows = 4;                           // rows of x in a register tile, at most
-constexpr int kDotColumns = kLanes == 16 ? 6 : 2;     // rows of the weight in a register tile
-constexpr int kDotColumnsFew = kLanes == 16 ? 8 : 3;  // the same for calls of less than kDotRows rows
+constexpr int kDotRows = kRegisters == 32 ? 4 : 2;  // rows of x in a register tile, at most
+constexpr int kDotColumns = 6;                      // rows of the weight in a register tile
+constexpr int kDotColumnsFew = 8;                   // the same for calls of less than kDotRows rows
 constexpr int64_t kDotBlock = 1024;  // k's in a pass where row tiles share a weight tile: it stays in the first cache
-constexpr int64_t kDotTiles = 16;    // row tiles in a pass: what the partial sums on the stack have room for
+constexpr int64_t kDotTiles = 64 / kDotRows;  // row tiles in a pass: kDotSums holds the partial sums of all
 
 struct DotStep {
     const Linear* call;
@@ -49,7 +57,7 @@ SIMCTG_INLINE void dot_multiply(const float* x, int64_t x_stride, const float* w
     for (int r = 0; r < Rows; ++r) a[r] = whole ? load(x + r * x_stride) : load(x + r * x_stride, mask);
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) {
-        const Vec b = whole ? load(w + c * w_stride) : load(w + c * w_stride, mask);
+        const Vec b = in_register(whole ? load(w + c * w_stride) : load(w + c * w_stride, mask));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) acc[r * Columns + c] = multiply_add(a[r], b, acc[r * Columns + c]);
     }
@@ -92,50 +100,79 @@ SIMCTG_INLINE void dot_step(int rows, const DotStep& step) {
     switch (rows) {
         case 1: return dot_step<1, Columns, Ahead>(step);
         case 2: return dot_step<2, Columns, Ahead>(step);
-        case 3: return dot_step<3, Columns, Ahead>(step);
-        default: if constexpr (Columns == kDotColumns || Columns == 1) return dot_step<4, Columns, Ahead>(step);
+        case 3: if constexpr (kDotRows >= 3) return dot_step<3, Columns, Ahead>(step); break;
+        case 4: if constexpr (kDotRows >= 4) return dot_step<4, Columns, Ahead>(step); break;
     }
 }
 
-// All rows of y for the columns column..column+Columns-1; the weight rows from `next` on are fetched meanwhile.
+// A pass: the row tiles first..last-1 of `tiles`.
+struct DotPass {
+    int64_t tiles, first, last;
+    int64_t count() const { return last - first; }
+};
+
+// The block k..k+count-1 of Columns columns for all rows of a pass; meanwhile the weight rows from `ahead` on, if there
+// are any, are fetched.
 template <int Columns>
-void dot_columns(const Linear& call, int64_t column, int64_t next) {
+void dot_columns(const Linear& call, const DotPass& pass, int64_t column, int64_t k, int64_t count, const float* ahead,
+                 Vec* sums) {
     constexpr int third = (Columns + 2) / 3, half = (Columns + 1) / 2;
-    Vec sums[kDotTiles * kDotRows * Columns];
-    const int64_t tiles = (call.rows + kDotRows - 1) / kDotRows;
-    for (int64_t first = 0; first < tiles; first += kDotTiles) {
-        const int64_t end = smaller(tiles, first + kDotTiles);
-        const int64_t block = tiles > 1 ? kDotBlock : call.in_features;
-        for (int64_t k = 0; k < call.in_features; k += block) {
-            const int64_t count = smaller(block, call.in_features - k);
-            for (int64_t tile = first; tile < end; ++tile) {
-                const RowTile rows(call.rows, tiles, tile);
-                DotStep step{&call, rows.begin, column, k, count, nullptr, sums + (tile - first) * kDotRows * Columns};
-                const int64_t share = tiles == 1 ? Columns : tiles == 2 ? half : tiles < 6 ? third : 1;
-                const int64_t fetched = tile * share;  // weight rows that earlier tiles have asked for
-                step.ahead = call.weight + (next + fetched) * call.weight_stride + k;
-                if (fetched + share > Columns || next == column) dot_step<Columns, 0>(rows.count, step);
-                else if (tiles == 1) dot_step<Columns, Columns>(rows.count, step);
-                else if (tiles == 2) dot_step<Columns, half>(rows.count, step);
-                else if (tiles < 6) dot_step<Columns, third>(rows.count, step);
-                else dot_step<Columns, 1>(rows.count, step);
+    const int64_t tiles = pass.count();
+    const int64_t share = tiles == 1 ? Columns : tiles == 2 ? half : tiles < 6 ? third : 1;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const RowTile rows(call.rows, pass.tiles, pass.first + tile);
+        DotStep step{&call, rows.begin, column, k, count, nullptr, sums + tile * kDotRows * Columns};
+        const int64_t fetched = tile * share;  // weight rows that earlier tiles have asked for
+        if (ahead == nullptr || fetched + share > Columns) {
+            dot_step<Columns, 0>(rows.count, step);
+            continue;
+        }
+        step.ahead = ahead + fetched * call.weight_stride;
+        if (tiles == 1) dot_step<Columns, Columns>(rows.count, step);
+        else if (tiles == 2) dot_step<Columns, half>(rows.count, step);
+        else if (tiles < 6) dot_step<Columns, third>(rows.count, step);
+        else dot_step<Columns, 1>(rows.count, step);
+    }
+}
+
+// Where a weight row is longer than a block, the sums of many columns are carried from block to block, so that a block of
+// x is read for all of them while it is in the cache.
+template <int Columns>
+void dot_pass(const Linear& call, const DotPass& pass, int64_t begin, int64_t end, Vec* sums) {
+    const float* w = call.weight;
+    const int64_t stride = call.weight_stride, in_features = call.in_features;
+    const int64_t block = pass.tiles > 1 ? smaller(kDotBlock, in_features) : in_features;
+    const int64_t tile_sums = pass.count() * kDotRows * Columns;
+    const int64_t wide = block < in_features ? kDotSums / kLanes / tile_sums * Columns : Columns;
+    const int64_t whole = end - (end - begin) % Columns;
+    for (int64_t first = begin; first < whole; first += wide) {
+        const int64_t last = smaller(first + wide, whole);
+        for (int64_t k = 0; k < in_features; k += block) {
+            const int64_t count = smaller(block, in_features - k);
+            for (int64_t n = first; n < last; n += Columns) {
+                const float* ahead = w + (n + Columns) * stride + k;
+                if (n + Columns == last) {
+                    if (k + count < in_features) ahead = w + first * stride + k + count;
+                    else ahead = last < whole ? w + last * stride : nullptr;
+                }
+                dot_columns<Columns>(call, pass, n, k, count, ahead, sums + (n - first) / Columns * tile_sums);
             }
+        }
+    }
+    for (int64_t n = whole; n < end; ++n) {
+        for (int64_t k = 0; k < in_features; k += block) {
+            dot_columns<1>(call, pass, n, k, smaller(block, in_features - k), nullptr, sums);
         }
     }
 }
 
-template <int Columns>
-void dot_range(const Linear& call, int64_t begin, int64_t end) {
-    int64_t n = begin;
-    for (; n + Columns <= end; n += Columns) {
-        dot_columns<Columns>(call, n, n + 2 * Columns <= end ? n + Columns : n);
+void rows_are_outputs(const Linear& call, int64_t begin, int64_t end, float* sums) {
+    Vec* partial = reinterpret_cast<Vec*>(sums);
+    if (call.rows < kDotRows) return dot_pass<kDotColumnsFew>(call, {1, 0, 1}, begin, end, partial);
+    const int64_t tiles = (call.rows + kDotRows - 1) / kDotRows, passes = (tiles + kDotTiles - 1) / kDotTiles;
+    for (int64_t i = 0; i < passes; ++i) {
+        dot_pass<kDotColumns>(call, {tiles, tiles * i / passes, tiles * (i + 1) / passes}, begin, end, partial);
     }
-    for (; n < end; ++n) dot_columns<1>(call, n, n);
-}
-
-void rows_are_outputs(const Linear& call, int64_t begin, int64_t end) {
-    if (call.rows < kDotRows) return dot_range<kDotColumnsFew>(call, begin, end);
-    dot_range<kDotColumns>(call, begin, end);
 }
 
 // ---- rows_are_inputs and panels: y[m, :] is a sum of weight rows, scaled by x[m, k] ---------------------------------

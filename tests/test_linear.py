@@ -81,6 +81,17 @@ def test_a_row_depends_on_nothing_but_itself(isa, transposed, packed, threads):
             assert torch.equal(y, alone[start : start + rows]), (in_features, out_features, rows)
 
 
+@pytest.mark.parametrize("in_features", [1024, 2048])
+def test_more_rows_than_a_pass_and_rows_a_page_apart(isa, in_features, threads):
+    """Passes of 64 rows, sums carried between blocks of 1024, and x copied out of the way of the weight."""
+    x, weight, bias = draw(150, in_features, 200, transposed=False)
+    threads(2)
+    y = run_kernel(x, weight, bias, False)
+    assert (y.double() - truth(x, weight, bias, False)).abs().max().item() <= bound(x, weight, bias, False)
+    for start, rows in ((0, 64), (60, 90), (149, 1), (3, 15), (100, 16)):
+        assert torch.equal(run_kernel(x[start : start + rows], weight, bias, False), y[start : start + rows])
+
+
 def test_packed_conv1d_has_the_bits_of_the_weight_in_place(isa):
     for rows, in_features, out_features in [(1, 385, 65), (4, 1100, 130), (9, 770, 193), (33, 384, 31)]:
         x, weight, bias = draw(rows, in_features, out_features, transposed=True)
