@@ -2,8 +2,10 @@
 
     python benchmarks/gpu.py [PART ...] [--device cuda]
 
-Each part ends well inside ten minutes, prints a line a case and a count last, and writes what it found to
-``<gpu>-<date>-<part>.json`` and ``.csv`` in benchmarks/results, or in $OUT where that is set. Every case of correctness
+Each part ends well inside ten minutes, prints a line a case and a short table last, and writes what it found to
+``<gpu>-<date>-<part>.json`` and ``.csv`` in benchmarks/results, or in $OUT where that is set. Of several parts each
+runs in a process of its own, and is stopped in time: what breaks one does not reach the others. A part is made of
+pieces; a piece that raises is a failed case, and the others go on. Every case of correctness
 draws fresh inputs, computes the truth in float64 from the inputs as the device sees them, and compares; the bound of a
 floating-point case is a small multiple of the error that the plain formula makes in the same dtype on the same device.
 Ends with status 1 if a case fails or if the device is not there.
@@ -21,15 +23,17 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_decode
 from common import RESULTS, device_name
 from gpu_crf import check_crf, check_crf_speed
-from gpu_decode import check_decode, check_offsets, check_sanitizer, measure_kernels, measure_models
+from gpu_generate import measure_models
 from gpu_losses import check_losses, measure_losses
 
 from simctg_fast import backend_info, viterbi_backtrace
@@ -39,6 +43,7 @@ from simctg_fast.reference.contrastive_search import degeneration_penalty
 from simctg_fast.reference.viterbi import viterbi_backtrace as viterbi_reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 # A case: what it is, whether it passed, and the figures that show it; some add the same as numbers.
 Case = tuple[str, bool, str] | tuple[str, bool, str, dict]
@@ -145,8 +150,10 @@ def check_viterbi_backtrace(device: str) -> Iterator[Case]:
 
 
 def check_tests(device: str) -> Iterator[Case]:
-    """The tests marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    """The tests marked `gpu`. Options of plugins that need not be there are left out, and files without such tests."""
+    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = result.stdout.strip().splitlines() or ["no output"]
     if result.returncode:
@@ -154,26 +161,85 @@ def check_tests(device: str) -> Iterator[Case]:
     yield "pytest -m gpu", result.returncode == 0 and "passed" in lines[-1], lines[-1]
 
 
-def check_decoding(device: str) -> Iterator[Case]:
-    yield from check_candidate_scan(device)
-    yield from check_shared_prefix_attention(device)
-    yield from check_decode(device, within)
+Piece = Callable[[str], Iterator[Case]]
+
+
+def against_float64(*checks: Callable[..., Iterator[Case]]) -> list[Piece]:
+    return [lambda device, check=check: check(device, within) for check in checks]
 
 
 # The most telling first.
-PARTS: dict[str, Callable[[str], Iterator[Case]]] = {
-    "decode": check_decoding,
-    "decode_speed": measure_kernels,
-    "gpt2": lambda device: measure_models(device, ("gpt2-small",)),
-    "llama": lambda device: measure_models(device, ("llama-8b",)),
-    "losses": check_losses,
-    "losses_speed": measure_losses,
-    "crf": lambda device: itertools.chain(check_viterbi_backtrace(device), check_crf(device, within)),
-    "crf_speed": check_crf_speed,
-    "tests": check_tests,
-    "offsets": check_offsets,
-    "memcheck": check_sanitizer,
+PARTS: dict[str, list[Piece]] = {
+    "decode": [
+        *against_float64(gpu_decode.check_select, gpu_decode.check_attention_rows),
+        check_candidate_scan,
+        check_shared_prefix_attention,
+        gpu_decode.check_commit,
+        gpu_decode.check_top_k,
+    ],
+    "decode_speed": [
+        gpu_decode.measure_ceilings,
+        *(lambda device, kernel=kernel: gpu_decode.measure_kernel(device, kernel) for kernel in gpu_decode.MEASURED),
+    ],
+    "gpt2": [lambda device: measure_models(device, "gpt2", gpu_decode.copy_bandwidth)],
+    "llama": [lambda device: measure_models(device, "llama", gpu_decode.copy_bandwidth)],
+    "losses": [check_losses],
+    "losses_speed": [measure_losses],
+    "crf": [check_viterbi_backtrace, *against_float64(check_crf)],
+    "crf_speed": [check_crf_speed],
+    "tests": [check_tests],
+    "offsets": [gpu_decode.check_offsets],
+    "memcheck": [gpu_decode.check_sanitizer],
 }
+PART_SECONDS = 570  # then a part that runs in a process of its own is stopped
+
+
+def cases_of(piece: Piece, device: str) -> Iterator[Case]:
+    """What the piece yields; an exception is a failed case, and its last."""
+    try:
+        yield from piece(device)
+    except Exception as error:
+        traceback.print_exc()
+        yield f"{getattr(piece, '__name__', 'piece')} raised", False, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def table(cases: list[Case]) -> Iterator[str]:
+    """What was measured: milliseconds, share of the floor's rate, and the goal for it."""
+    measured = [(case, more[0]) for case, _, _, *more in cases if more and "share_of_floor" in more[0]]
+    if measured:
+        yield f"  {'':58} {'ms':>9} {'of floor':>9} {'goal':>6}"
+    for name, numbers in measured:
+        goal = numbers["goals"].get("floor")
+        wanted = "-" if goal is None else f"{goal:.0%}"
+        yield f"  {name[:58]:58} {numbers['ms']:9.3f} {numbers['share_of_floor']:9.0%} {wanted:>6}"
+
+
+def run_part(part: str, device: str) -> int:
+    """Run a part; returns how many of its cases failed. The files are written after each piece."""
+    torch.manual_seed(0)
+    print(f"\n{part}")
+    start, cases = time.monotonic(), []
+    for piece in PARTS[part]:
+        for case in cases_of(piece, device):
+            cases.append(case)
+            print(f"  {'ok  ' if case[1] else 'FAIL'} {case[0]}: {case[2]}", flush=True)
+        seconds = time.monotonic() - start
+        path = write_results(part, device, seconds, cases)
+    for line in table(cases):
+        print(line)
+    failed = sum(not case[1] for case in cases)
+    print(f"  {len(cases)} cases, {failed} failed, {seconds:.0f} s, {path}", flush=True)
+    return failed
+
+
+def run_apart(part: str, device: str) -> int:
+    """Run a part in a process of its own; returns 0 if all of it passed."""
+    command = [sys.executable, __file__, part, "--device", device, "--quiet"]
+    try:
+        return int(subprocess.run(command, timeout=PART_SECONDS).returncode != 0)
+    except subprocess.TimeoutExpired:
+        print(f"  FAIL {part}: stopped after {PART_SECONDS} s; the pieces that ended are in its files", flush=True)
+        return 1
 
 
 def write_results(part: str, device: str, seconds: float, cases: list[tuple]) -> Path:
@@ -201,6 +267,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all of them by default")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the checks themselves")
     parser.add_argument("--look", action="store_true", help="only say whether the device is there")
+    parser.add_argument("--quiet", action="store_true", help="do not begin with the versions")
     options = parser.parse_args()
     for part in options.parts:
         if part not in PARTS:
@@ -210,20 +277,14 @@ def main() -> int:
         return 1
     if options.look:
         return 0
-    for name, value in backend_info().items():
-        print(f"{name:16} {value}")
-    torch.manual_seed(0)
-    failed = 0
-    for part in options.parts or PARTS:
-        print(f"\n{part}")
-        start, cases = time.monotonic(), []
-        for case in PARTS[part](options.device):
-            cases.append(case)
-            print(f"  {'ok  ' if case[1] else 'FAIL'} {case[0]}: {case[2]}", flush=True)
-            failed += not case[1]
-        seconds = time.monotonic() - start
-        print(f"  {len(cases)} cases, {seconds:.0f} s, {write_results(part, options.device, seconds, cases)}")
-    print(f"\n{failed} failed" if failed else "\nall passed")
+    if not options.quiet:
+        for name, value in backend_info().items():
+            print(f"{name:16} {value}", flush=True)
+    parts = options.parts or list(PARTS)
+    run = run_part if len(parts) == 1 else run_apart
+    failed = sum(run(part, options.device) > 0 for part in parts)
+    if not options.quiet:
+        print(f"\nfailed in {failed} of {len(parts)} parts" if failed else "\nall passed")
     return int(failed > 0)
 
 

@@ -1,20 +1,16 @@
-"""The decoding step's part of `gpu.py`: its kernels on a device against float64, their speed, and whole decoding runs.
+"""The decoding step's part of `gpu.py`: its kernels on a device against float64, and their speed.
 
 python benchmarks/gpu_decode.py small             # every kernel once, at sizes for compute-sanitizer
-python benchmarks/gpu_decode.py oracle JSON       # one measurement in an environment with transformers 4.55.4
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,6 @@ Case = tuple[str, bool, str, dict[str, Any]]
 Within = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[bool, str]]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ROOT = Path(__file__).resolve().parent.parent
-ORACLE = ROOT / ".oracle-wheels"
 
 
 def case(name: str, passed: bool, figures: str, **numbers: Any) -> Case:
@@ -36,15 +31,7 @@ def case(name: str, passed: bool, figures: str, **numbers: Any) -> Case:
 # ---- correctness ----------------------------------------------------------------------------------------------------
 
 
-def check_decode(device: str, within: Within) -> Iterator[Case]:
-    """Rows of different lengths, choice and appending, windows, commits and top-k: odd sizes in every dtype."""
-    yield from _check_select(device, within)
-    yield from _check_attention_rows(device, within)
-    yield from _check_commit(device)
-    yield from _check_top_k(device)
-
-
-def _check_select(device: str, within: Within) -> Iterator[Case]:
+def check_select(device: str, within: Within) -> Iterator[Case]:
     from simctg_fast.ops.candidate_select import candidate_select
 
     for dtype, (batch, k, capacity, width) in itertools.product(
@@ -78,7 +65,7 @@ def _check_select(device: str, within: Within) -> Iterator[Case]:
         yield case(f"select {dtype} batch {batch} k {k} capacity {capacity} width {width}", passed, figures)
 
 
-def _check_attention_rows(device: str, within: Within) -> Iterator[Case]:
+def check_attention_rows(device: str, within: Within) -> Iterator[Case]:
     from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
 
     shapes = [(2, 4, 12, 12, 64, 513), (3, 5, 8, 2, 80, 257), (2, 1, 32, 8, 128, 1100), (1, 8, 8, 1, 256, 700)]
@@ -105,7 +92,7 @@ def _check_attention_rows(device: str, within: Within) -> Iterator[Case]:
         yield case(name, passed and out.dtype == dtype, figures)
 
 
-def _check_commit(device: str) -> Iterator[Case]:
+def check_commit(device: str) -> Iterator[Case]:
     from simctg_fast.ops.prefix_commit import prefix_commit
 
     for dtype, (batch, k, heads, dim) in itertools.product(FLOATS, [(1, 1, 1, 1), (3, 4, 5, 80), (8, 8, 8, 128)]):
@@ -126,7 +113,7 @@ def _check_commit(device: str) -> Iterator[Case]:
         yield case(f"commit {dtype} batch {batch} k {k} heads {heads} dim {dim}", wrong == 0, f"{wrong} differ")
 
 
-def _check_top_k(device: str) -> Iterator[Case]:
+def check_top_k(device: str) -> Iterator[Case]:
     from simctg_fast.ops.top_k import top_k_probs
 
     for dtype, (batch, vocabulary, k) in itertools.product(FLOATS, [(1, 7, 3), (3, 50257, 4), (32, 128256, 64)]):
@@ -194,7 +181,7 @@ def small(device: str = "cuda") -> bool:
     torch.manual_seed(0)
     passed = True
     for name, ok, figures, _ in itertools.chain(
-        _check_select(device, exact), _check_attention_rows(device, exact), _check_commit(device)
+        check_select(device, exact), check_attention_rows(device, exact), check_commit(device)
     ):
         passed &= ok
         print("ok" if ok else "FAIL", name, figures, flush=True)
@@ -240,43 +227,61 @@ def check_sanitizer(device: str) -> Iterator[Case]:
 # ---- speed of the kernels -------------------------------------------------------------------------------------------
 
 
-def milliseconds(run: Callable[[], Any], rep: int = 100) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile; the cache is flushed before each run."""
+def milliseconds(run: Callable[[], Any], captured: bool = True, rep: int = 100) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile; the cache is flushed before each run. ``captured``: of a CUDA graph of it, so
+    that the device does not wait for Python; a decoding step is one as well."""
     from triton.testing import do_bench
 
+    from simctg_fast.kernels._decode import own_counters
+
+    if captured:
+        counters = torch.zeros(1 << 16, dtype=torch.int32, device="cuda")
+        for _ in range(3):  # compiles, and tunes where there is something to tune
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with own_counters(counters), torch.cuda.graph(graph):
+            run()
+        return tuple(do_bench(graph.replay, warmup=25, rep=rep, quantiles=[0.2, 0.5, 0.8]))
     return tuple(do_bench(run, warmup=25, rep=rep, quantiles=[0.2, 0.5, 0.8]))
 
 
-def ceilings() -> dict[str, float]:
-    """Copy bandwidth (bytes read and written a second) and bf16 matrix products (operations a second), measured."""
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy, measured."""
     source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    copy = 2 * source.numel() / (milliseconds(lambda: target.copy_(source))[1] / 1e3)
-    source = target = torch.empty(0)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return {"copy_bytes_per_s": copy, "bf16_flop_per_s": 2 * 8192**3 / (milliseconds(lambda: a @ b)[1] / 1e3)}
+    return 2 * source.numel() / (milliseconds(lambda: target.copy_(source))[1] / 1e3)
 
 
-def measure_kernels(device: str) -> Iterator[Case]:
-    """Time of each kernel beside its floor (the bytes it has to move, at copy bandwidth) and of its alternatives."""
+def measure_ceilings(device: str) -> Iterator[Case]:
+    """Copy bandwidth and products of bf16 matrices."""
     if device != "cuda":
-        yield case("kernels", True, "left out: timings need a CUDA device")
+        yield case("ceilings", True, "left out: timings need a CUDA device")
         return
-    found = ceilings()
-    copy = found["copy_bytes_per_s"]
-    yield case(
-        "ceilings", True, f"copy {copy / 1e12:.2f} TB/s, bf16 {found['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s", **found
-    )
-    for name, variants, bytes_moved, goals in itertools.chain(_scoring(), _attention(), _commit(), _top_k()):
+    copy = copy_bandwidth()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    flop = 2 * 8192**3 / (milliseconds(lambda: a @ b)[1] / 1e3)
+    found = {"copy_bytes_per_s": copy, "bf16_flop_per_s": flop}
+    yield case("ceilings", True, f"copy {copy / 1e12:.2f} TB/s, bf16 {flop / 1e12:.0f} TFLOP/s", **found)
+
+
+def measure_kernel(device: str, kernel: str) -> Iterator[Case]:
+    """Time of a kernel beside its floor (the bytes it has to move, at copy bandwidth) and of its alternatives."""
+    if device != "cuda":
+        yield case(kernel, True, "left out: timings need a CUDA device")
+        return
+    copy = copy_bandwidth()
+    for name, variants, bytes_moved, goals in MEASURED[kernel]():
         floor = bytes_moved / copy * 1e3
-        times = {provider: milliseconds(run) for provider, run in variants.items()}
+        times = {provider: milliseconds(run, provider not in _NOT_CAPTURED) for provider, run in variants.items()}
         ours = times.pop("ours")
         share = floor / ours[1]
         text = f"{ours[1]:.3f} ms, {share:.0%} of the floor's rate (goal {goals.get('floor', 0):.0%})"
         for provider, other in times.items():
             goal = f" (goal {goals[provider]}x)" if provider in goals else ""
             text += f"; {other[1] / ours[1]:.2f}x {provider}{goal}"
-        numbers = {"floor_ms": floor, "share_of_floor": share, "ours": ours, "others": times, "goals": goals}
+        numbers = {"floor_ms": floor, "share_of_floor": share, "ms": ours[1], "others": times, "goals": goals}
+        numbers["quantiles"] = ours
         yield case(name, True, text, **numbers)
 
 
@@ -375,7 +380,7 @@ def _commit():
 
     variants = {
         "ours": lambda: kernels.launch(plan.table, unit, winners, positions),
-        "ours, table made anew": lambda: prefix_commit(pairs, positions, winners),
+        "ours, table made anew": lambda: prefix_commit(pairs, positions, winners),  # as outside of a graph
         "a copy a tensor": plain,
     }
     yield f"commit of {layers} layers B={batch}", variants, 2 * 2 * layers * batch * heads * dim * 2, {}
@@ -394,160 +399,8 @@ def _top_k():
         yield f"top_k of 128256 B={batch} k={k} fp32", variants, logits.numel() * 4, {}
 
 
-# ---- whole decoding runs --------------------------------------------------------------------------------------------
-
-# Shape, dtype, batch, prompt; goals: over 4.55.4's contrastive search, share of the floor, over our greedy search.
-RUNS = (
-    ("gpt2-small", "bfloat16", 1, 512, {"oracle": 14}),
-    ("gpt2-small", "bfloat16", 32, 512, {"oracle": 11}),
-    ("llama-8b", "bfloat16", 1, 1024, {"oracle": 7, "floor": 0.76, "greedy": 1.06}),
-    ("llama-8b", "bfloat16", 8, 1024, {"oracle": 7, "floor": 0.75, "greedy": 1.08}),
-    ("llama-8b", "bfloat16", 32, 1024, {"oracle": 7, "floor": 0.68, "greedy": 1.2}),
-)
-NEW_TOKENS = (17, 81)  # the time of a token is the difference
-
-
-def make_model(shape: str, dtype: str, device: str):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    common = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.1}
-    if shape == "llama-8b":
-        config = LlamaConfig(
-            vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
-            **(common | {"initializer_range": 0.02}),
-        )  # fmt: skip
-        kind = LlamaForCausalLM
-    else:
-        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 500} if shape == "tiny" else {}
-        config, kind = GPT2Config(n_positions=1024, **sizes, **common), GPT2LMHeadModel
-    config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with torch.device(device):
-            return kind(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def token_time(model, ids: torch.Tensor, rounds: int, **options: Any) -> tuple[float, torch.Tensor, float]:
-    """Milliseconds a new token (the fastest of some rounds), the ids, and the peak of memory beyond what was held."""
-    cuda = ids.device.type == "cuda"
-    best = dict.fromkeys(NEW_TOKENS, float("inf"))
-    out, peak = ids, 0.0
-    for _ in range(rounds):
-        for tokens in NEW_TOKENS:
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0,
-                **{n: make() if callable(make) else make for n, make in options.items()},
-            )  # fmt: skip
-            if cuda:
-                end.record()
-                torch.cuda.synchronize()
-                best[tokens] = min(best[tokens], start.elapsed_time(end))
-                peak = (torch.cuda.max_memory_allocated() - held) / 1e6
-    return (best[NEW_TOKENS[1]] - best[NEW_TOKENS[0]]) / (NEW_TOKENS[1] - NEW_TOKENS[0]), out, peak
-
-
-def measure_models(device: str, shapes: tuple[str, ...], rounds: int = 2) -> Iterator[Case]:
-    """Tokens a second of contrastive search, its share of the bandwidth floor, and its ratios."""
-    from simctg_fast import ContrastiveSearch
-
-    logging.basicConfig(format="  %(message)s")  # a run that is not captured says why
-    logging.getLogger("simctg_fast").setLevel(logging.INFO)
-    if device == "cuda":
-        copy = ceilings()["copy_bytes_per_s"]
-    for shape in dict.fromkeys(run[0] for run in RUNS if run[0] in shapes) or shapes:
-        dtype = next((run[1] for run in RUNS if run[0] == shape), "float32")
-        model = make_model(shape, dtype, device)
-        weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-        embedding = model.get_input_embeddings().weight
-        if embedding is not model.get_output_embeddings().weight:  # a few of its rows are read
-            weights -= embedding.numel() * embedding.element_size()
-        runs = [run for run in RUNS if run[0] == shape] or [(shape, dtype, 2, 12, {})]
-        for _, _, batch, prompt, goals in runs:
-            ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=device)
-            search = {
-                name: (lambda k=k, on=on: ContrastiveSearch(0.6, k, decode_step=on))
-                for name, k, on in (("ours", 4, "auto"), ("uncaptured", 4, False), ("greedy", 1, "auto"))
-            }
-            results = {name: token_time(model, ids, rounds, custom_generate=make) for name, make in search.items()}
-            results["transformers' greedy"] = token_time(model, ids, rounds)
-            same = (results["ours"][1] == results["uncaptured"][1]).float().mean().item()
-            name = f"{shape} {dtype} B={batch} prompt {prompt} k=4"
-            passed = same == 1.0 if dtype == "float32" else same > 0.5
-            if device != "cuda":
-                yield case(name, passed, f"{same:.0%} of the tokens as without static buffers; not timed on {device}")
-                continue
-            config = model.config
-            length = prompt + sum(NEW_TOKENS) // 2
-            kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-            width, size = config.hidden_size, ids.new_empty(0, dtype=model.dtype).element_size()
-            cache = 2 * config.num_hidden_layers * kv_heads * (width // config.num_attention_heads) * size
-            moved = weights + batch * length * (cache + width * size)
-            floor = moved / copy * 1e3
-            ours = results["ours"][0]
-            numbers = {
-                "ms_per_token": {n: r[0] for n, r in results.items()}, "floor_ms": floor,
-                "share_of_floor": floor / ours, "peak_mb": {n: r[2] for n, r in results.items()},
-                "tokens_per_s": 1e3 * batch / ours, "same": same,
-                "oracle_ms": None, "goals": goals,
-            }  # fmt: skip
-            text = (
-                f"{ours:.3f} ms a token, {floor / ours:.0%} of the floor's rate, "
-                f"{ours / results['greedy'][0]:.2f} of our greedy, "
-                f"{results['uncaptured'][0] / ours:.2f}x uncaptured, {same:.0%} of its tokens"
-            )
-            text += f"; peak {results['ours'][2]:.0f} MB, greedy {results['greedy'][2]:.0f}; goals {goals}; "
-            oracle = _oracle(shape, dtype, batch, prompt)
-            if isinstance(oracle, float):
-                numbers["oracle_ms"] = oracle
-                text += f"{oracle / ours:.1f}x 4.55.4"
-            else:
-                text += f"no oracle ({oracle})"
-            yield case(name, passed, text, **numbers)
-        del model
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _oracle(shape: str, dtype: str, batch: int, prompt: int) -> float | str:
-    """Milliseconds a token of transformers 4.55.4's contrastive search, or why there are none."""
-    wheels = sorted(ORACLE.glob("*.whl"))
-    if not wheels:
-        return "make oracle-wheels fetches it"
-    site = Path(tempfile.gettempdir()) / "simctg_fast_oracle"
-    if not site.exists():
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site)]
-        done = subprocess.run([*install, *map(str, wheels)], capture_output=True, text=True)
-        if done.returncode:
-            shutil.rmtree(site, ignore_errors=True)
-            return (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-    command = [sys.executable, __file__, "oracle", json.dumps([shape, dtype, batch, prompt])]
-    try:
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=300
-        )
-    except subprocess.TimeoutExpired:
-        return "it took over 300 s"
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["it failed"])[-1]
-    return float(done.stdout.strip().splitlines()[-1])
-
-
-def oracle(shape: str, dtype: str, batch: int, prompt: int) -> None:
-    """Runs under transformers 4.55.4, without this library."""
-    model = make_model(shape, dtype, "cuda")
-    ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device="cuda")
-    print(token_time(model, ids, 1, penalty_alpha=0.6, top_k=4)[0])
+MEASURED = {"scoring": _scoring, "attention": _attention, "commit": _commit, "top_k": _top_k}
+_NOT_CAPTURED = {"ours, table made anew"}
 
 
 def main() -> int:
@@ -556,14 +409,11 @@ def main() -> int:
             print("no CUDA device here")
             return 1
         return int(not small())
-    if sys.argv[1:2] == ["oracle"]:
-        oracle(*json.loads(sys.argv[2]))
-        return 0
     print(__doc__)
     return 2
 
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("simctg_fast") is None and sys.argv[1:2] != ["oracle"]:
+    if importlib.util.find_spec("simctg_fast") is None:
         sys.path.insert(0, str(ROOT))
     sys.exit(main())
