@@ -10,13 +10,16 @@ import random
 import pytest
 import torch
 
-from simctg_fast.ops import _backends
+from simctg_fast import ContrastiveSearch
+from simctg_fast.ops import _backends, shared_prefix_attention
 from simctg_fast.ops._cpu import (
     candidate_scan_cpu,
     candidate_scan_supported,
     decode_attention_cpu,
     decode_attention_supported,
 )
+
+from .decoding_models import build, prompt
 
 extension = _backends.extension()
 pytestmark = pytest.mark.skipif(extension is None, reason="the C++ extension is not built")
@@ -266,6 +269,34 @@ def test_nothing_to_see(isa):
     expected = decode_attention_cpu(query, key[:, :, 128:], value[:, :, 128:], 2)
     key[:, :, :128], value[:, :, :128] = torch.nan, torch.nan
     assert torch.allclose(decode_attention_cpu(query, key, value, 130, mask=mask), expected, atol=1e-6)
+
+
+def test_a_bias_that_lies_heads_last():
+    """T5's, as its embedding makes it."""
+    query, key, value = torch.randn(6, 4, 1, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 8)
+    bias = torch.randn(1, 1, 11, 4).permute(0, 3, 1, 2)
+    call = (query, key, value, 11, None, None, 1.0, None)
+    assert bias.stride(-1) == 4
+    assert decode_attention_supported(*call, bias, None, None, 0)
+    y = decode_attention_cpu(*call, bias)
+    assert torch.equal(y, decode_attention_cpu(*call, bias.contiguous()))
+    assert not torch.equal(y, decode_attention_cpu(*call, None))
+    assert not decode_attention_supported(*call, bias.double(), None, None, 0)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_every_attention_of_a_step_is_taken(monkeypatch, kind):
+    """None falls to plain torch, which is many times slower."""
+    model = build(kind)
+    inputs = {"input_ids": prompt(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    search = ContrastiveSearch(0.6, 4)
+    model.generate(**inputs, custom_generate=search, max_new_tokens=4)  # its first steps run the model's own as well
+
+    def refuse(*args):
+        raise AssertionError("an attention in plain torch")
+
+    monkeypatch.setattr(shared_prefix_attention, "_attention_torch", refuse)
+    assert model.generate(**inputs, custom_generate=search, max_new_tokens=4).numel()
 
 
 def test_each_candidate_sees_its_own_key_only():

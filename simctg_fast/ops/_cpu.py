@@ -127,6 +127,8 @@ def _attention_obstacle(
     bias: Tensor | None,
     sinks: Tensor | None,
 ) -> str | None:
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias[..., :1]  # copied when it is read: T5 makes its bias heads last
     return _obstacle(
         query=query, key=key, value=value, new_key=new_key, new_value=new_value, bias=bias, sinks=sinks
     ) or _mask_obstacle(mask)
@@ -244,6 +246,8 @@ def decode_attention_cpu(
     candidates = rows // batch
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     starts = None if starts is None else starts.contiguous()
     width = length + (new_key is not None)
