@@ -250,7 +250,7 @@ def run(
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Spread over a Ray cluster (pip install simctg_fast[ray]).")
+        bool, typer.Option("--ray", help=r"Spread over a Ray cluster (pip install 'simctg_fast\[ray]').")
     ] = False,
     ray_address: Annotated[
         str | None, typer.Option(help="Of a running cluster; by default one is started here.")
@@ -291,7 +291,7 @@ def run(
         "dtype": dtype,
     }
     _check(workers >= 1, "--workers", workers, "at least 1")
-    with _usage_errors(), _progress("loading the model"):
+    with _usage_errors(), _progress("starting"):
         from .engine.job import Job, make_options, read_config
         from .engine.journal import JournalError
         from .engine.manifest import ManifestError
@@ -305,9 +305,9 @@ def run(
             if ray:
                 from .integrations.ray import run_on_ray
 
-                summary = run_on_ray(options, workers=workers, address=ray_address)
+                summary = run_on_ray(options, workers=workers, address=ray_address, log_json=log_json, quiet=quiet)
             else:
-                summary = Job(options, log_json=log_json, quiet=quiet).run()
+                summary = Job(options, log_json=log_json, quiet=quiet, loading=_progress("loading the model")).run()
     except (JournalError, ManifestError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     if sys.stderr.isatty():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from .journal import Journal
 from .manifest import check_manifest, manifest_path, model_fingerprint, write_manifest
 from .parameters import NAMES
 from .progress import Progress
-from .requests import Request
-from .results import Result, from_request_error
+from .requests import Request, RequestError, parse_request
+from .results import Record, from_request_error
 from .summary import Summary
 
 logger = logging.getLogger("simctg_fast")
+
+Answers = Callable[[Iterator[Request]], Iterator[Record]]  # in the order of completion
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -154,83 +157,124 @@ class Job:
         options: what to do.
         log_json: events as JSON lines on standard error in the place of a bar.
         quiet: neither.
+        loading: entered while the model is loaded, which is only done where a request is left to answer.
 
     ``run`` returns a `Summary`, whose ``exit_code`` is 0 (all well), 1 (some requests have error records) or another
     (the job ended before its input).
 
     Raises, before anything is computed:
         JournalError, ManifestError: the output is locked, unwritable, or of another configuration.
-        ValueError, OSError: the model, the processor or the input cannot be had.
+        ValueError: the model, the processor or the input cannot be had.
     """
 
-    def __init__(self, options: JobOptions, *, log_json: bool = False, quiet: bool = False):
+    def __init__(
+        self,
+        options: JobOptions,
+        *,
+        log_json: bool = False,
+        quiet: bool = False,
+        loading: AbstractContextManager[Any] | None = None,
+    ):
         self.options, self.log_json, self.quiet = options, log_json, quiet
+        self.loading = nullcontext() if loading is None else loading
         self.signal: int | None = None
+        self.aborted = False
         self.engine: Engine | None = None
 
     def run(self) -> Summary:
-        with open(self.options.input, "rb"):
-            pass
-        config = self.options.config()
-        with Journal(self.options.output) as journal:
+        o = self.options
+        try:
+            size = os.path.getsize(o.input)
+            with open(o.input, "rb"):
+                pass
+        except OSError as error:
+            raise ValueError(f"the input {o.input} cannot be read: {error.strerror}") from error
+        config = o.config()
+        with Journal(o.output) as journal:
             if journal.size:
-                check_manifest(self.options.output, config)
+                check_manifest(o.output, config)
             else:
-                write_manifest(self.options.output, config, _about(self.options))
-            self.engine = engine = self._load()
-            return self._answer(engine, journal)
+                write_manifest(o.output, config, _about(o))
+            lines = InputLines(o.input, self._parser(), journal.done, o.num_shards, o.shard_id)
+            items = iter(lines)
+            head = []  # bad lines, and the first request that is left
+            for item in items:
+                head.append(item)
+                if isinstance(item, Request):
+                    break
+            is_left = bool(head) and isinstance(head[-1], Request)
+            with self._open() if is_left else nullcontext(_no_answers) as answers:
+                return self._answer(journal, lines, itertools.chain(head, items), answers, size)
 
-    def _load(self) -> Engine:
+    def _parser(self) -> Callable[..., Request]:
         o = self.options
-        return Engine.from_pretrained(
-            o.model,
-            device=o.device,
-            dtype=o.dtype,
-            strategy=o.strategy,
-            slots=o.slots,
-            memory=o.memory,
-            processor=o.processor,
-            seed=o.seed,
-            logprobs=o.logprobs,
-            trace=o.trace,
-            batching=o.batching,
-            **o.parameters,
-        )
+        defaults = check_options(o.strategy, o.slots, o.memory, o.seed, o.batching, o.parameters)
+        return lambda given, line: parse_request(given, defaults, o.strategy, line=line)
 
-    def _answer(self, engine: Engine, journal: Journal) -> Summary:
+    @contextmanager
+    def _open(self) -> Iterator[Answers]:
+        """Load what answers requests, for the length of a ``with`` block."""
         o = self.options
-        before = len(journal.done)
-        lines = InputLines(o.input, engine.parse, journal.done, o.num_shards, o.shard_id)
-        summary = Summary(resumed=before, errors_before=journal.errors)
-        progress = Progress(lines, engine, summary, os.path.getsize(o.input), log_json=self.log_json, quiet=self.quiet)
+        with self.loading:
+            try:
+                self.engine = engine = Engine.from_pretrained(
+                    o.model, device=o.device, dtype=o.dtype, **engine_options(o)
+                )
+            except OSError as error:  # transformers: not on the hub, no connection, files that are not a model
+                raise ValueError(f"the model {o.model} cannot be loaded: {error}") from error
+        yield lambda requests: (result.as_record() for result in engine.generate(requests))
 
-        def record(result: Result) -> None:
-            journal.append(result.as_line())
-            summary.add(result)
+    def _stop(self) -> None:
+        """Begin nothing new; what is in work is finished. Called in a handler of signals."""
+        if self.engine is not None:
+            self.engine.stop()
+        again = " (again to stop at once)" if self.signal == signal.SIGINT else ""
+        logger.warning("%s: finishing what is in work%s", signal.Signals(self.signal or 0).name, again)
+
+    def _stats(self) -> dict[str, Any]:
+        """Of the engine, for the summary."""
+        return {} if self.engine is None else self.engine.stats
+
+    def _answer(
+        self,
+        journal: Journal,
+        lines: InputLines,
+        items: Iterator[Request | tuple[RequestError, int]],
+        answers: Answers,
+        size: int,
+    ) -> Summary:
+        o = self.options
+        summary = Summary(resumed=len(journal.done), errors_before=journal.errors)
+        progress = Progress(lines, summary, self.engine, size, log_json=self.log_json, quiet=self.quiet)
+
+        def write(record: Record) -> None:
+            journal.append(record.line)
+            summary.add(record)
             progress.update()
 
         def requests() -> Iterator[Request]:
-            for item in lines:
+            for item in items:
                 if isinstance(item, Request):
                     yield item
                 else:
-                    error, number = item
-                    record(from_request_error(error, number))
+                    write(from_request_error(*item).as_record())
 
         started = time.monotonic()
         with self._signals(), progress:
             try:
-                for result in engine.generate(requests()):
-                    record(result)
+                for record in answers(requests()):
+                    write(record)
             except KeyboardInterrupt:
-                summary.stopped = "aborted"
+                self.aborted |= self.signal is None
             except OSError as error:
                 summary.stopped = f"the output cannot be written: {error.strerror or error}"
-            if self.signal is not None and summary.stopped is None:
+            if self.aborted:
+                summary.stopped = "aborted"
+            elif self.signal is not None and summary.stopped is None:
                 summary.stopped = f"stopped by {signal.Signals(self.signal).name}"
             summary.signal = self.signal
         summary.unfinished_line = lines.unfinished
-        summary.finish(time.monotonic() - started, lines, engine.stats, output=o.output)
+        summary.finish(time.monotonic() - started, lines, self._stats(), output=o.output)
         return summary
 
     @contextmanager
@@ -240,15 +284,10 @@ class Job:
 
         def handle(number: int, frame: Any) -> None:
             if self.signal is not None and number == signal.SIGINT:
+                self.aborted = True
                 raise KeyboardInterrupt
             self.signal = number
-            if self.engine is not None:
-                self.engine.stop()
-            logger.warning(
-                "%s: finishing what is in work%s",
-                signal.Signals(number).name,
-                " (again to stop at once)" if number == signal.SIGINT else "",
-            )
+            self._stop()
 
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -260,6 +299,19 @@ class Job:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _no_answers(requests: Iterator[Request]) -> Iterator[Record]:
+    """Where only bad lines are left: reading them is all there is to do."""
+    for _ in requests:
+        raise AssertionError("a request is left")
+    return iter(())
+
+
+def engine_options(options: JobOptions) -> dict[str, Any]:
+    """What `Engine` takes of them."""
+    names = ("strategy", "slots", "memory", "processor", "seed", "logprobs", "trace", "batching")
+    return {name: getattr(options, name) for name in names} | options.parameters
 
 
 def _default_device() -> str:

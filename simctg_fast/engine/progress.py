@@ -19,7 +19,7 @@ class Progress:
     """Shows how a job goes; ``update`` may be called as often as one likes.
 
     Args:
-        lines, engine, summary: what is looked at.
+        lines, summary, engine: what is looked at; no engine where it is not in this process, or none was needed.
         size: bytes of the input, to estimate how many requests there will be.
         log_json: events on standard error, one JSON object a line.
         quiet: show nothing.
@@ -28,8 +28,8 @@ class Progress:
     def __init__(
         self,
         lines: InputLines,
-        engine: Engine,
         summary: Summary,
+        engine: Engine | None,
         size: int,
         *,
         log_json: bool = False,
@@ -49,14 +49,14 @@ class Progress:
             self.bar = tqdm(
                 unit="req", dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {desc}"
             )
-            self.engine.on_step = self.update
             self._show()
-        elif self.log_json:
+        if self.engine is not None and (self.shows_bar or self.log_json):
             self.engine.on_step = self.update
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.engine.on_step = None
+        if self.engine is not None:
+            self.engine.on_step = None
         if self.bar is not None:
             self._show()
             self.bar.close()
@@ -73,7 +73,8 @@ class Progress:
 
     def snapshot(self) -> dict[str, Any]:
         """Requests, rates, slots in use, and the seconds that are left at this pace."""
-        stats, seconds = self.engine.stats, max(1e-9, time.monotonic() - self.started)
+        seconds = max(1e-9, time.monotonic() - self.started)
+        counts = self.engine.stats if self.engine is not None else vars(self.summary)
         done = self.summary.completed + self.lines.skipped
         total = self._total()
         left = (total - done) * seconds / self.summary.completed if self.summary.completed else None
@@ -81,10 +82,10 @@ class Progress:
             "done": done,
             "total": total,
             "errors": self.summary.errors.total(),
-            "active": stats["active"],
-            "slots": stats["slots"],
-            "prompt_tokens_per_second": round(stats["prompt_tokens"] / seconds, 1),
-            "generated_tokens_per_second": round(stats["generated_tokens"] / seconds, 1),
+            "active": counts.get("active"),
+            "slots": counts.get("slots"),
+            "prompt_tokens_per_second": round(counts["prompt_tokens"] / seconds, 1),
+            "generated_tokens_per_second": round(counts["generated_tokens"] / seconds, 1),
             "seconds": round(seconds, 1),
             "eta_seconds": None if left is None else round(left, 1),
         }
@@ -99,10 +100,11 @@ class Progress:
         s = self.snapshot()
         eta = "" if s["eta_seconds"] is None else f", {_clock(s['eta_seconds'])} left"
         errors = f", {s['errors']} errors" if s["errors"] else ""
+        slots = "" if s["slots"] is None else f", slots {s['active']}/{s['slots']}"
         self.bar.total, self.bar.n = max(s["total"], 1), s["done"]
         self.bar.set_description_str(
-            f"in {s['prompt_tokens_per_second']:.0f} tok/s, out {s['generated_tokens_per_second']:.0f} tok/s, "
-            f"slots {s['active']}/{s['slots']}{errors}{eta}"
+            f"in {s['prompt_tokens_per_second']:.0f} tok/s, out {s['generated_tokens_per_second']:.0f} tok/s"
+            f"{slots}{errors}{eta}"
         )
 
     def event(self, name: str) -> None:

@@ -33,6 +33,18 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Record:
+    """A line of output, and what is counted of it. ``error``: its type, empty where there is none."""
+
+    line: bytes
+    finish_reason: str
+    error: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Result:
     """The answer to one request.
 
@@ -84,6 +96,10 @@ class Result:
         """The line of JSONL, newline included: an OpenAI batch line if the request was one."""
         record = self._openai() if self.openai else self.as_dict()
         return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+
+    def as_record(self) -> Record:
+        kind = "" if self.error is None else self.error["type"]
+        return Record(self.as_line(), self.finish_reason, kind, **self.usage, seconds=self.seconds)
 
     def _openai(self) -> dict[str, Any]:
         if self.error is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .inputs import InputLines
-from .results import Result
+from .results import Record
 
 INTERRUPTED = 3  # the exit code of a job that ended before its input for another reason than a signal
 
@@ -32,23 +32,15 @@ class Summary:
     engine: dict[str, Any] = field(default_factory=dict)
     _latencies: list[float] = field(default_factory=list)
 
-    def add(self, result: Result) -> None:
-        kind = "" if result.error is None else result.error["type"]
-        usage = result.usage
-        self.add_row(result.finish_reason, kind, usage["prompt_tokens"], usage["completion_tokens"], result.seconds)
-
-    def add_row(
-        self, finish_reason: str, error: str, prompt_tokens: int, completion_tokens: int, seconds: float
-    ) -> None:
-        """``error``: its type, empty where there is none."""
+    def add(self, record: Record) -> None:
         self.completed += 1
-        self.finish_reasons[finish_reason] += 1
-        if error:
-            self.errors[error] += 1
+        self.finish_reasons[record.finish_reason] += 1
+        if record.error:
+            self.errors[record.error] += 1
             return
-        self.prompt_tokens += int(prompt_tokens)
-        self.generated_tokens += int(completion_tokens)
-        self._latencies.append(float(seconds))
+        self.prompt_tokens += int(record.prompt_tokens)
+        self.generated_tokens += int(record.completion_tokens)
+        self._latencies.append(float(record.seconds))
 
     def finish(self, seconds: float, lines: InputLines, engine: dict[str, Any], output: str) -> None:
         self.seconds, self.total, self.engine, self.output = seconds, lines.total, engine, output
@@ -94,16 +86,20 @@ class Summary:
 
     def as_text(self) -> str:
         """For a person."""
-        rate = self.generated_tokens / self.seconds if self.seconds else 0.0
-        lines = [
-            f"{self.output}: {self.completed} requests in {self.seconds:.1f} s, {self.generated_tokens} tokens "
-            f"({rate:.0f} a second)" + (f"; {self.resumed} were there before" if self.resumed else "")
-        ]
+        if self.completed:
+            rate = self.generated_tokens / self.seconds if self.seconds else 0.0
+            lines = [
+                f"{self.output}: {self.completed} requests in {self.seconds:.1f} s, {self.generated_tokens} tokens "
+                f"({rate:.0f} a second)" + (f"; {self.resumed} were there before" if self.resumed else "")
+            ]
+        else:
+            lines = [f"{self.output}: nothing new; {self.resumed} requests were answered before"]
         latency = self.latency()
         if latency:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in latency.items())
-            busy = self.engine.get("slots_busy", 0.0)
-            lines.append(f"seconds a request: {shown}; {self.engine.get('slots')} slots, {busy:.0%} busy")
+            busy = self.engine.get("slots_busy")
+            slots = "" if busy is None else f"; {self.engine['slots']} slots, {busy:.0%} busy"
+            lines.append(f"seconds a request: {shown}{slots}")
         if self.errors:
             shown = ", ".join(f"{count} {kind}" for kind, count in self.errors.most_common())
             lines.append(f"error records: {shown}")

@@ -4,7 +4,7 @@
     from simctg_fast.integrations.ray import BatchGenerator
 
     (
-        ray.data.read_json("s3://bucket/prompts/", lines=True)
+        ray.data.read_json("s3://bucket/prompts/")
         .map_batches(
             BatchGenerator,
             fn_constructor_kwargs={"model": "s3-mounted/model", "slots": 64},
@@ -14,6 +14,9 @@
         )
         .write_json("s3://bucket/completions/")
     )
+
+Ray's own ``CheckpointConfig(id_column="id", …)`` resumes such a pipeline after a crash. It filters Arrow's blocks only:
+``read_json(…, lines=True)`` makes pandas', and then resuming fails. (Without ``lines`` it reads JSON lines as well.)
 
 The job (``run_on_ray``) leaves reading, the journal and resuming to the process that starts it, so its output is that
 of a run without Ray; workers only generate. A worker that dies is started again and its block repeated.
@@ -25,17 +28,18 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
-import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..engine.job import JobOptions
-    from ..engine.summary import Summary
+from ..engine.job import Answers, Job, JobOptions, engine_options
+from ..engine.requests import Request
+from ..engine.results import Record
+from ..engine.summary import Summary
 
 __all__ = ["BatchGenerator", "run_on_ray"]
 
@@ -116,98 +120,79 @@ def _objects(values: list[Any]) -> np.ndarray:
 
 
 class _LineGenerator(BatchGenerator):
-    """Lines of input in, lines of output out: the rows of ``run_on_ray``."""
+    """Lines of input in, the fields of `Record` out: the rows of ``run_on_ray``."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         requests = [
             self.engine.parse(json.loads(line), line=int(number))
             for line, number in zip(batch["line"], batch["number"], strict=True)
         ]
-        results = list(self.engine.generate(requests))
-        return {
-            "line": _objects([result.as_line() for result in results]),
-            "finish_reason": _objects([result.finish_reason for result in results]),
-            "error": _objects(["" if result.error is None else result.error["type"] for result in results]),
-            "prompt_tokens": np.array([result.usage["prompt_tokens"] for result in results], dtype=np.int64),
-            "completion_tokens": np.array([result.usage["completion_tokens"] for result in results], dtype=np.int64),
-            "seconds": np.array([result.seconds for result in results]),
-        }
+        records = [result.as_record() for result in self.engine.generate(requests)]
+        return {field.name: _objects([getattr(r, field.name) for r in records]) for field in fields(Record)}
 
 
 def run_on_ray(
-    options: JobOptions, *, workers: int = 1, address: str | None = None, threads: int | None = None
+    options: JobOptions,
+    *,
+    workers: int = 1,
+    address: str | None = None,
+    threads: int | None = None,
+    log_json: bool = False,
+    quiet: bool = False,
 ) -> Summary:
     """The job ``options`` on ``workers`` engines of a Ray cluster: same files, same lines, same resume as without Ray.
+
+    A signal ends it at once: blocks that are in work are repeated by the next run.
 
     Args:
         options: of the job. The model has to be reachable by its name from every worker.
         workers: engines; each takes a GPU where the cluster has any.
         address: of a running cluster; by default one is started on this machine and ended with the job.
         threads: of torch in each worker without a GPU; default: the processors here, shared out.
+        log_json, quiet: see `Job`.
 
     Raises:
         ImportError: Ray is not installed. Otherwise as :class:`simctg_fast.engine.job.Job`.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError("--ray needs Ray: pip install 'simctg_fast[ray]'") from error
-    from ..engine.engine import check_options
-    from ..engine.inputs import InputLines
-    from ..engine.job import _about
-    from ..engine.journal import Journal
-    from ..engine.manifest import check_manifest, write_manifest
-    from ..engine.requests import Request, parse_request
-    from ..engine.results import from_request_error
-    from ..engine.summary import Summary
+    return _RayJob(options, workers, address, threads, log_json=log_json, quiet=quiet).run()
 
-    config = options.config()
-    defaults = check_options(
-        options.strategy, options.slots, options.memory, options.seed, options.batching, options.parameters
-    )
-    with Journal(options.output) as journal:
-        if journal.size:
-            check_manifest(options.output, config)
-        else:
-            write_manifest(options.output, config, _about(options))
-        lines = InputLines(
-            options.input,
-            lambda given, line: parse_request(given, defaults, options.strategy, line=line),
-            journal.done,
-            options.num_shards,
-            options.shard_id,
-        )
-        summary = Summary(resumed=len(journal.done), errors_before=journal.errors)
-        began = time.monotonic()
-        waiting = []
-        for item in lines:
-            if isinstance(item, Request):
-                waiting.append({"line": json.dumps(dict(item.raw)), "number": item.line})
-            else:
-                result = from_request_error(*item)
-                journal.append(result.as_line())
-                summary.add(result)
+
+class _RayJob(Job):
+    """A job whose requests are answered by the workers of a cluster."""
+
+    def __init__(
+        self,
+        options: JobOptions,
+        workers: int,
+        address: str | None,
+        threads: int | None,
+        *,
+        log_json: bool,
+        quiet: bool,
+    ):
         try:
-            if waiting:
-                with _cluster(ray, address, workers):
-                    for row in _rows(ray, options, waiting, workers, threads):
-                        journal.append(row["line"])
-                        summary.add_row(
-                            row["finish_reason"],
-                            row["error"],
-                            row["prompt_tokens"],
-                            row["completion_tokens"],
-                            row["seconds"],
-                        )
-        except KeyboardInterrupt:
-            summary.stopped, summary.signal = "stopped by SIGINT", signal.SIGINT
-        except OSError as error:
-            summary.stopped = f"the output cannot be written: {error.strerror or error}"
-        summary.unfinished_line = lines.unfinished
-        engine = {"batching": f"ray, {workers} workers", "slots": options.slots}
-        summary.finish(time.monotonic() - began, lines, engine, output=options.output)
-        return summary
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise ImportError("--ray needs Ray: pip install 'simctg_fast[ray]'") from error
+        super().__init__(options, log_json=log_json, quiet=quiet)
+        self.ray, self.workers, self.address, self.threads = ray, workers, address, threads
+
+    @contextmanager
+    def _open(self) -> Iterator[Answers]:
+        with _cluster(self.ray, self.address, self.workers):
+            yield self._answers
+
+    def _answers(self, requests: Iterator[Request]) -> Iterator[Record]:
+        waiting = [{"line": json.dumps(dict(request.raw)), "number": request.line} for request in requests]
+        for row in _rows(self.ray, self.options, waiting, self.workers, self.threads):
+            yield Record(**row)
+
+    def _stop(self) -> None:
+        raise KeyboardInterrupt
+
+    def _stats(self) -> dict[str, Any]:
+        return {"batching": f"ray, {self.workers} workers", "slots": self.options.slots}
 
 
 class _cluster:
@@ -248,15 +233,7 @@ def _rows(
         "threads": threads,
         "device": options.device,
         "dtype": options.dtype,
-        "strategy": options.strategy,
-        "slots": options.slots,
-        "memory": options.memory,
-        "batching": options.batching,
-        "processor": options.processor,
-        "seed": options.seed,
-        "logprobs": options.logprobs,
-        "trace": options.trace,
-        **options.parameters,
+        **engine_options(options),
     }
     data = ray.data.from_items(waiting, override_num_blocks=blocks).map_batches(
         _LineGenerator,
