@@ -18,7 +18,7 @@ from simctg_fast.engine import Engine
 from simctg_fast.integrations.ray import BatchGenerator
 
 from .decoding_models import shared, tokenizer
-from .engine_jobs import ROOT, save_model, sorted_lines, write_lines
+from .engine_jobs import ROOT, read_records, save_model, sorted_lines, wait_for_records, write_lines
 from .test_engine_job import requests
 
 
@@ -86,22 +86,74 @@ def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
     shutil.copy(f"{whole}.manifest.json", f"{out}.manifest.json")
     first = out.read_bytes()
     job = start(out, "--ray", "--workers", 2)
-    victims: set[int] = set()
-    limit = time.monotonic() + 300
-    while job.poll() is None and not victims and time.monotonic() < limit:
-        # The first worker that is there: its engine is being loaded, or at work.
-        victims = set(list(set(workers()) - before)[:1])
-        time.sleep(0.05)
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    printed, _ = job.communicate(timeout=400)
+    # In the middle of the work: one block's answers are there, others are being written.
+    wait_for_records(out, 33, seconds=300)
+    victims = set(workers()) - before
+    assert job.poll() is None
     assert victims, "no worker was seen"
+    os.kill(min(victims), signal.SIGKILL)
+    printed, _ = job.communicate(timeout=400)
     assert job.returncode == 1
     summary = json.loads(printed.splitlines()[-1])
     assert summary["resumed"] == 30
     assert summary["requests"] == 92
     assert out.read_bytes().startswith(first)
     assert sorted_lines(out) == sorted_lines(whole)
+
+
+PIPELINE = """
+import sys, ray, ray.data
+from ray.data.checkpoint import CheckpointConfig
+from simctg_fast.integrations.ray import BatchGenerator
+
+model, source, out, checkpoint = sys.argv[1:]
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(id_column="id", checkpoint_path=checkpoint)
+(
+    ray.data.read_json(source, override_num_blocks=12)
+    .map_batches(
+        BatchGenerator,
+        fn_constructor_kwargs={"model": model, "slots": 8, "max_new_tokens": 200, "threads": 1},
+        batch_size=10,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.5,
+    )
+    .write_json(out)
+)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(600)
+def test_a_pipeline_of_ones_own_killed_and_resumed_by_rays_checkpoint(model, tmp_path):
+    """``map_batches`` under Ray's `CheckpointConfig`: the driver is killed, the same script goes on, every id is there
+    once."""
+    pytest.importorskip("ray")
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(12):
+        rows = [{"id": f"r{10 * number + i}", "prompt": "abc " * (1 + i)} for i in range(10)]
+        write_lines(source / f"{number:02}.jsonl", rows)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PIPELINE, *map(str, (model, source, out, tmp_path / "checkpoint"))]
+
+    def answered() -> list[str]:
+        return [record["id"] for file in out.glob("*.json") for record in read_records(file)]
+
+    run = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 200
+    while run.poll() is None and len(list(out.glob("*.json"))) < 3 and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    time.sleep(3)  # its cluster notices
+    before = answered()
+    assert 0 < len(before) < 120
+    subprocess.run(command, env=environment, check=True, timeout=300, stderr=subprocess.DEVNULL)
+    after = answered()
+    assert sorted(after) == sorted(f"r{i}" for i in range(120))
+    assert set(before) <= set(after)
 
 
 def test_lm_eval_finds_and_runs_the_backend(model, tmp_path):
