@@ -133,6 +133,7 @@ def _job(app, request: dict) -> None:
     os.close(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(request["environment"])
+    sys.path[:0] = os.environ.get("EXTRA_PATH", "").split(os.pathsep)
     code = 1
     try:
         app(request["args"])

@@ -158,6 +158,28 @@ def test_an_input_that_grows(server, model, tmp_path):
     assert len(read_records(out)) == 6
 
 
+def test_a_processor_that_raises_on_one_request(server, model, tmp_path):
+    """Its code is found beside the job; the request it fails on has an error record, the others their answers."""
+    (tmp_path / "upset.py").write_text(
+        "class Upset:\n"
+        "    def __call__(self, input_ids, scores):\n"
+        "        raise KeyError('not this one')\n"
+        "def make(request, tokenizer):\n"
+        "    return Upset() if request['id'] == 'request-1' else None\n"
+    )
+    source = write_lines(tmp_path / "in.jsonl", requests(4))
+    command = ("run", source, "-m", model, *SETTINGS)
+    assert server.run(*command, "-o", tmp_path / "plain.jsonl") == 0
+    out = tmp_path / "out.jsonl"
+    factory = ("--processor", "upset:make")
+    assert server.run(*command, "-o", out, *factory, EXTRA_PATH=str(tmp_path)) == 1
+    failed = {record["id"]: record["error"] for record in read_records(out)}
+    assert failed.pop("request-1")["type"] == "processor_error"
+    assert failed == {f"request-{i}": None for i in (0, 2, 3)}
+    plain = [line for line in sorted_lines(tmp_path / "plain.jsonl") if b'"request-1"' not in line]
+    assert [line for line in sorted_lines(out) if b'"request-1"' not in line] == plain
+
+
 BAD_LINES = [
     ("{not json", "invalid_json"),
     ('["a list"]', "not_an_object"),
@@ -276,6 +298,23 @@ def test_an_output_without_permission(server, model, tmp_path):
     (tmp_path / "out").chmod(0o400)
     assert server.run("run", source, "-m", model, "-o", tmp_path / "out") == 2
     assert "Permission denied" in server.stderr
+
+
+def test_an_output_on_a_disk_that_is_read_only(server, model, tmp_path):
+    """Not even root may write there."""
+    source = write_lines(tmp_path / "in.jsonl", requests(1))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=32k", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        assert server.run("run", source, "-m", model, "-o", disk / "out.jsonl", COLUMNS="300") == 2
+        assert "cannot be written: Read-only file system" in server.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk(server, model, many, tmp_path):

@@ -69,6 +69,31 @@ def test_rows_of_different_lengths_give_what_each_gives_alone(name):
     assert [len(results[i].token_ids) for i in range(5)] == list(wanted)
 
 
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_decoder_rows_at_lengths_3_17_and_60(name):
+    """An encoder-decoder's rows side by side at these lengths of their own, ten steps: as each goes on alone."""
+    model = shared(name)
+    engine = Engine(model, tokenizer(), slots=3, batching="slots", max_new_tokens=10)
+    sequences = []
+    for index, (length, line) in enumerate(zip((3, 17, 60), lines(model, (9, 31, 5)), strict=True)):
+        (sequence,) = engine.prepare(engine.parse(line))
+        sequence.prompt_ids += prompt(1, length - 1, seed=index + 10)[0].tolist()  # behind the start token
+        sequences.append(sequence)
+    assert {id(s) for s in engine.backend.run(iter(sequences))} == {id(s) for s in sequences}
+    assert engine.stats["slots_busy"] == 1.0, "they ran side by side"
+    for sequence in sequences:
+        source = torch.tensor([sequence.source_ids])
+        out = model.generate(
+            source,
+            attention_mask=torch.ones_like(source),
+            decoder_input_ids=torch.tensor([sequence.prompt_ids]),
+            custom_generate=ContrastiveSearch(0.6, 4),
+            max_new_tokens=10,
+            do_sample=False,
+        )[0].tolist()
+        assert sequence.prompt_ids + sequence.tokens == out
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_greedy_is_transformers_greedy(name):
     model = shared(name)
