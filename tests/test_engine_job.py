@@ -132,10 +132,14 @@ def test_a_second_interrupt_ends_at_once(server, model, tmp_path):
 
 
 def test_the_same_command_again_does_nothing(server, model, tmp_path):
+    """It does not even load the model, whose weights are by then no weights any more."""
     source = write_lines(tmp_path / "in.jsonl", requests(3))
     out = tmp_path / "out.jsonl"
+    model = shutil.copytree(model, tmp_path / "model")
     assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 0
     written = out.read_bytes()
+    weights = model / "model.safetensors"
+    weights.write_bytes(b"x" * weights.stat().st_size)
     assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 0
     assert out.read_bytes() == written
     assert server.summary["requests"] == 0
@@ -156,6 +160,23 @@ def test_an_input_that_grows(server, model, tmp_path):
     assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 0
     assert out.read_bytes().startswith(first)
     assert len(read_records(out)) == 6
+
+
+def test_openai_batch_lines(server, model, tmp_path):
+    """Answered as such, beside others, with the same text; continued by their `custom_id`."""
+    body = {"prompt": "abc abc", "max_tokens": 6}
+    batch = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    plain = {"id": "b", "prompt": "abc abc", "max_new_tokens": 6}
+    source = write_lines(tmp_path / "in.jsonl", [batch, plain])
+    out = tmp_path / "out.jsonl"
+    assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 0
+    answers = {record.get("custom_id") or record["id"]: record for record in read_records(out)}
+    assert answers["a"]["response"]["status_code"] == 200
+    choice = answers["a"]["response"]["body"]["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (answers["b"]["text"], "length")
+    write_lines(source, [batch, plain, batch | {"custom_id": "c"}])
+    assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 0
+    assert (server.summary["requests"], server.summary["resumed"]) == (1, 2)
 
 
 def test_a_processor_that_raises_on_one_request(server, model, tmp_path):

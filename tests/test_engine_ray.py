@@ -101,6 +101,40 @@ def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
     assert sorted_lines(out) == sorted_lines(whole)
 
 
+@pytest.mark.full
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_on_ray_that_is_interrupted(model, tmp_path, number):
+    """It ends with what its workers have handed over, and says how to go on; here without Ray."""
+    pytest.importorskip("ray")
+    source = write_lines(tmp_path / "in.jsonl", requests(120))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "simctg_fast.cli", "run", source, "-m", model, "--slots", 8, "-n", 24]
+
+    def start(*more: object) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([str(part) for part in (*command, *more)], env=environment, text=True, **pipes)
+
+    job = start("-o", out, "--ray", "--log-json")
+    wait_for_records(out, 1, seconds=300)
+    os.kill(job.pid, number)
+    printed, errors = job.communicate(timeout=100)
+    assert job.returncode == 128 + number, errors
+    written = out.read_bytes()
+    count = len(read_records(out))
+    assert 0 < count < 120
+    assert json.loads(printed.splitlines()[-1])["requests"] == count
+    assert "the same command goes on from here" in errors
+    events = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    assert (events[-1]["event"], events[-1]["done"], events[-1]["total"]) == ("end", count, 120)
+    rest, whole = start("-o", out), start("-o", tmp_path / "whole.jsonl")
+    assert [job.communicate() and job.returncode for job in (rest, whole)] == [0, 0]
+    assert out.read_bytes().startswith(written)
+    assert sorted_lines(out) == sorted_lines(tmp_path / "whole.jsonl")
+
+
 PIPELINE = """
 import sys, ray, ray.data
 from ray.data.checkpoint import CheckpointConfig

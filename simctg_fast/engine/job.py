@@ -179,6 +179,7 @@ class Job:
         self.loading = nullcontext() if loading is None else loading
         self.signal: int | None = None
         self.aborted = False
+        self.interrupted = self.writing = False
         self.engine: Engine | None = None
 
     def run(self) -> Summary:
@@ -231,6 +232,12 @@ class Job:
         again = " (again to stop at once)" if self.signal == signal.SIGINT else ""
         logger.warning("%s: finishing what is in work%s", signal.Signals(self.signal or 0).name, again)
 
+    def _interrupt(self) -> None:
+        """End the job at once, from a handler of signals; a record that is being written is still written and counted."""
+        self.interrupted = True
+        if not self.writing:
+            raise KeyboardInterrupt
+
     def _stats(self) -> dict[str, Any]:
         """Of the engine, for the summary."""
         return {} if self.engine is None else self.engine.stats
@@ -248,8 +255,12 @@ class Job:
         progress = Progress(lines, summary, self.engine, size, log_json=self.log_json, quiet=self.quiet)
 
         def write(record: Record) -> None:
+            self.writing = True
             journal.append(record.line)
             summary.add(record)
+            self.writing = False
+            if self.interrupted:
+                raise KeyboardInterrupt
             progress.update()
 
         def requests() -> Iterator[Request]:
@@ -285,9 +296,10 @@ class Job:
         def handle(number: int, frame: Any) -> None:
             if self.signal is not None and number == signal.SIGINT:
                 self.aborted = True
-                raise KeyboardInterrupt
-            self.signal = number
-            self._stop()
+                self._interrupt()
+            else:
+                self.signal = number
+                self._stop()
 
         try:
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -189,7 +189,7 @@ class _RayJob(Job):
             yield Record(**row)
 
     def _stop(self) -> None:
-        raise KeyboardInterrupt
+        self._interrupt()
 
     def _stats(self) -> dict[str, Any]:
         return {"batching": f"ray, {self.workers} workers", "slots": self.options.slots}
