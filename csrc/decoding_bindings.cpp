@@ -10,6 +10,8 @@
 #include "decode_attention.h"
 #include "gelu.h"
 #include "linear.h"
+#include "rms_norm.h"
+#include "top_k.h"
 
 namespace py = pybind11;
 
@@ -77,6 +79,17 @@ void gelu_tanh(address x, address y, int64_t count, int num_threads) {
     simctg::gelu_tanh(pointer<const float>(x), pointer<float>(y), count, num_threads);
 }
 
+void rms_norm(address x, address weight, float epsilon, int64_t rows, int64_t width, address y, int num_threads) {
+    simctg::rms_norm(pointer<const float>(x), pointer<const float>(weight), epsilon, rows, width, pointer<float>(y),
+                     num_threads);
+}
+
+void top_k_probs(address logits, int64_t rows, int64_t count, int64_t k, address probs, address tokens,
+                 int num_threads) {
+    simctg::top_k_probs(pointer<const float>(logits), rows, count, k, pointer<float>(probs), pointer<int64_t>(tokens),
+                        num_threads);
+}
+
 void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, address lengths, Array<1> mask,
                     address penalty, address position, int num_threads) {
     simctg::CandidateScan call{};
@@ -112,5 +125,9 @@ void bind_decoding(py::module_& m) {
           py::arg("sinks"), py::arg("out"), py::arg("num_threads"), release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
           py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),
+          py::arg("y"), py::arg("num_threads"), release_gil());
+    m.def("top_k_probs", &top_k_probs, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("k"),
+          py::arg("probs"), py::arg("tokens"), py::arg("num_threads"), release_gil());
     m.def("gelu_tanh", &gelu_tanh, py::arg("x"), py::arg("y"), py::arg("count"), py::arg("num_threads"), release_gil());
 }

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from simctg_fast.ops import _backends
 from simctg_fast.ops.top_k import top_k_probs
+
+needs_extension = pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -30,12 +33,48 @@ def test_banned_tokens_and_rows_without_probabilities():
     assert probs[1:].isnan().any(dim=-1).all()
 
 
+@pytest.mark.parametrize("vocabulary", [5, 255, 257, 1000, 32128])
+def test_in_cpp_on_every_instruction_set(isa, vocabulary):
+    """Groups of 256, whole or not, one row or several, ties, and winners side by side in one group."""
+    for k in (1, 4, 5, 64)[: 3 if vocabulary == 5 else 4]:
+        logits = (3 * torch.randn(7, vocabulary)).round(decimals=1)  # many are equal
+        logits[1] = 7.0
+        logits[2, : vocabulary // 2] -= 1e4
+        logits[3, vocabulary // 3 : vocabulary // 3 + 4] = 50.0
+        logits[4, 2:] = -torch.inf
+        logits[5, 1] = torch.nan
+        logits[6, 3] = torch.inf
+        probs, tokens = top_k_probs(logits, k, "cpu")
+        order = torch.sort(logits[:5], dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(tokens[:5], order)
+        truth = logits[:5].double().softmax(dim=-1).gather(1, order)
+        torch.testing.assert_close(probs[:5].double(), truth, atol=0, rtol=2e-6)
+        assert probs[5:].isnan().all()
+        assert ((tokens >= 0) & (tokens < vocabulary)).all()
+        assert torch.equal(top_k_probs(logits[3:4], k, "cpu")[0], probs[3:4])
+        wide = torch.cat([logits, logits], dim=1)[:, :vocabulary]
+        assert torch.equal(top_k_probs(wide, k, "cpu")[0][:5], probs[:5])
+
+
+@needs_extension
+def test_what_cpp_does_not_take():
+    logits = torch.randn(2, 100)
+    for bad, k, text in [
+        (logits.double(), 4, "logits is torch.float64 on cpu"),
+        (logits, 65, "k is 65, must be at most 64"),
+        (logits[0], 4, r"logits has shape \(100,\)"),
+        (logits.clone().requires_grad_(), 4, "logits requires a gradient"),
+    ]:
+        with pytest.raises(ValueError, match=f"impl='cpu' does not take this call: {text}"):
+            top_k_probs(bad, k, "cpu")
+
+
 def test_refusals():
     logits = torch.randn(2, 9)
     with pytest.raises(ValueError, match=r"k must be in 1\.\.9, got 10"):
         top_k_probs(logits, 10)
-    with pytest.raises(ValueError, match=r"impl must be one of .*got 'cpu'"):
-        top_k_probs(logits, 2, "cpu")
+    with pytest.raises(ValueError, match=r"impl must be one of .*got 'mps'"):
+        top_k_probs(logits, 2, "mps")
     with pytest.raises((RuntimeError, ValueError), match="triton"):
         top_k_probs(logits, 2, "triton")
 

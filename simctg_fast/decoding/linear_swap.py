@@ -1,16 +1,17 @@
-"""Linear layers that read their weights once per step, and two small modules without their waste, for a ``with`` block.
+"""Linear layers that read their weights once per step, and small modules without their waste, for a ``with`` block.
 
 A decoding step multiplies ``batch · top_k`` rows with every weight of the model; :mod:`simctg_fast.ops.linear` does
 that at the price of one row. :func:`fast_linears` gives the model's `torch.nn.Linear` and `Conv1D` modules a
 ``forward`` of their own that uses it. Each call decides for itself: whatever the kernel does not take (many rows,
 gradients, autocast, another dtype, tracing) runs the module's own forward. Weights are looked up at each call, so an
 update, a LoRA merge or a replaced parameter counts at once. Only ``forward`` is put in place, not ``__call__``: hooks
-run as always. GPT-2's `NewGELUActivation` (eight tensor operations) becomes one pass, `Dropout` outside of training
-nothing at all.
+run as always. GPT-2's `NewGELUActivation` (eight tensor operations) and the norms of T5 and Llama (six) become one pass
+each, `Dropout` outside of training nothing at all.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -29,6 +30,7 @@ from ..ops import _backends
 from ..ops.gelu import run_kernel as run_gelu
 from ..ops.linear import MAX_ROWS, run_kernel
 from ..ops.linear import pack as pack_weight
+from ..ops.rms_norm import run_kernel as run_rms_norm
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +167,25 @@ def _dropout_forward(self: Dropout, input: Tensor) -> Tensor:
     return _DROPOUT_FORWARD(self, input) if self.training else input
 
 
-for _forward in (_linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward):
+def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
+    weight, epsilon = self._parameters.get("weight"), self.__dict__["variance_epsilon"]
+    if (
+        type(hidden_states) is Tensor
+        and type(weight) is Parameter
+        and hidden_states.dtype is weight.dtype is torch.float32
+        and hidden_states.is_cpu
+        and weight.is_cpu
+        and hidden_states.is_contiguous()
+        and weight.is_contiguous()
+        and hidden_states.shape[-1:] == weight.shape
+        and not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad))
+        and _is_plain_eager()
+    ):
+        return run_rms_norm(hidden_states, weight, epsilon)
+    return type(self).forward(self, hidden_states)
+
+
+for _forward in (_linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward, _rms_norm_forward):
     _forward.__name__ = "forward"
 # The class's forward, ours, and for linear layers whether the weight is [in, out].
 _FORWARDS: dict[type[Module], tuple[Any, Any, bool | None]] = {
@@ -176,8 +196,32 @@ _FORWARDS: dict[type[Module], tuple[Any, Any, bool | None]] = {
 }
 
 
+def _code(kind: type[Module]) -> tuple[Any, ...]:
+    code = kind.forward.__code__
+    return code.co_code, code.co_consts, code.co_names
+
+
+@functools.cache
+def _rms_norms() -> tuple[Any, ...]:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    return _code(LlamaRMSNorm), _code(T5LayerNorm)
+
+
+def _is_rms_norm(kind: type[Module]) -> bool:
+    """Whether it computes what T5's or Llama's does: transformers gives most models a copy of one of these."""
+    named = kind.__name__.endswith(("RMSNorm", "LayerNorm")) and hasattr(kind.forward, "__code__")
+    if not named or not kind.__module__.startswith("transformers.models.") or _code(kind) not in _rms_norms():
+        return False
+    _FORWARDS[kind] = (kind.forward, _rms_norm_forward, None)
+    return True
+
+
 def _is_eligible(module: Module) -> bool:
-    if type(module) not in _FORWARDS or type(module).forward is not _FORWARDS[type(module)][0]:
+    if (type(module) not in _FORWARDS and not _is_rms_norm(type(module))) or type(module).forward is not _FORWARDS[
+        type(module)
+    ][0]:
         return False
     if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:  # accelerate's, or somebody else's
         return False
@@ -254,8 +298,9 @@ def fast_linears(
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
-    contiguous float32 weight on the CPU, and `NewGELUActivation` and `Dropout`. Blocks may be nested, and other threads
-    may use the model meanwhile. On the way out, also by an exception, every module is as it was found.
+    contiguous float32 weight on the CPU, and `NewGELUActivation`, `Dropout` and root mean square norms. Blocks may be
+    nested, and other threads may use the model meanwhile. On the way out, also by an exception, every module is as it
+    was found.
 
     Args:
         model: any module.

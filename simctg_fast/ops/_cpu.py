@@ -272,3 +272,41 @@ def decode_attention_cpu(
         torch.get_num_threads(),
     )
     return out
+
+
+# ---- top_k_probs ----------------------------------------------------------------------------------------------------
+
+_MOST_CANDIDATES = 64  # the list they are kept in is searched from its end
+
+
+def _top_k_obstacle(logits: Tensor, k: int) -> str | None:
+    if k > _MOST_CANDIDATES:
+        return f"k is {k}, must be at most {_MOST_CANDIDATES}"
+    if logits.dim() != 2:
+        return f"logits has shape {tuple(logits.shape)}, must be (B, V)"
+    return _obstacle(logits=logits)
+
+
+def top_k_supported(logits: Tensor, k: int) -> bool:
+    """Whether :func:`top_k_cpu` takes these arguments."""
+    return _has_kernels() and _top_k_obstacle(logits, k) is None
+
+
+def top_k_cpu(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most probable of ``logits (B, V)`` float32: ``probs (B, k)`` float32, falling, and ``tokens (B, k)`` int64,
+    of equals the lower first. A row without probabilities is NaN.
+
+    Raises:
+        RuntimeError: no C++ extension. ValueError: arguments it does not take.
+    """
+    extension = _backends.require_extension()
+    problem = _top_k_obstacle(logits, k)
+    if problem is not None:
+        raise ValueError(f"impl='cpu' does not take this call: {problem}")
+    logits = logits.contiguous()
+    rows, count = logits.shape
+    probs, tokens = logits.new_empty((rows, k)), logits.new_empty((rows, k), dtype=torch.int64)
+    extension.top_k_probs(
+        logits.data_ptr(), rows, count, k, probs.data_ptr(), tokens.data_ptr(), torch.get_num_threads()
+    )
+    return probs, tokens

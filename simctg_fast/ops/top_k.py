@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import _backends
+from . import _backends, _cpu
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define("top_k_probs(Tensor logits, int k) -> (Tensor, Tensor)")
 
-IMPLS = ("auto", "torch", "triton")
+IMPLS = ("auto", "torch", "cpu", "triton")
 
 
 def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,14 +18,17 @@ def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch
     Args:
         logits: ``(B, V)`` of any float dtype; −inf for banned tokens.
         k: 1 … V.
-        impl: ``"auto"``, ``"torch"``, or ``"triton"`` (CUDA, k up to 64: one pass over the logits).
+        impl: ``"auto"``, ``"torch"``, ``"cpu"`` (C++, float32, k up to 64) or ``"triton"`` (CUDA, k up to 64); the last
+            two look for the tokens only where they can be.
 
     Returns:
-        ``probs (B, k)`` in float32 (float64 for float64), and ``tokens (B, k)`` int64. ``"triton"`` puts the lower of
-        equal tokens first. A row without probabilities (NaN, +inf, or every token banned) has NaN among its own.
+        ``probs (B, k)`` in float32 (float64 for float64), and ``tokens (B, k)`` int64. ``"cpu"`` and ``"triton"`` put
+        the lower of equal tokens first. A row without probabilities (NaN, +inf, or every token banned) has NaN among
+        its own.
 
     Raises:
-        ValueError: an unknown ``impl``, k outside its range, or operands that ``"triton"`` does not take.
+        ValueError: an unknown ``impl``, k outside its range, or operands that ``"cpu"`` or ``"triton"`` does not take.
+        RuntimeError: an ``impl`` that this installation lacks.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
@@ -33,7 +36,7 @@ def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch
         raise ValueError(f"k must be in 1..{logits.shape[-1]}, got {k}")
     if impl == "auto":
         if logits.device.type != "cuda" and not torch.compiler.is_dynamo_compiling():
-            return _torch(logits, k)
+            return _run(logits, k)
         return torch.ops.simctg_fast.top_k_probs(logits, k)
     return _torch(logits, k) if impl == "torch" else _run(logits, k, impl)
 
@@ -41,6 +44,8 @@ def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch
 def _run(logits, k, impl="auto"):
     if impl == "triton":
         _backends.require_triton(logits.device)
+    elif impl == "cpu" or _cpu.top_k_supported(logits, k):
+        return _cpu.top_k_cpu(logits, k)
     elif logits.device.type != "cuda" or not _backends.has_triton():
         return _torch(logits, k)
     from simctg_fast.kernels import top_k as kernels
