@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from .journal import Key, id_key
-from .requests import Request, RequestError, decode_line
+from .requests import Request, RequestError, decode_line, line_id
 
 Parse = Callable[..., Request]
 
@@ -54,15 +54,12 @@ class InputLines:
     def _item(self, line: bytes, number: int) -> Request | tuple[RequestError, int]:
         try:
             given = decode_line(line)
-            request_id = given["custom_id"] if "custom_id" in given else given.get("id", f"line-{number}")
-            openai = "custom_id" in given
-            usable = isinstance(request_id, str | int) and not isinstance(request_id, bool)
-            if usable:
-                key = id_key(request_id)
-                first = self._seen.setdefault(key, number)
+            request_id = line_id(given, number)
+            if isinstance(request_id, str | int) and not isinstance(request_id, bool):
+                first = self._seen.setdefault(id_key(request_id), number)
                 if first != number:
                     message = f"id {request_id!r} was used by line {first} before"
-                    return RequestError("duplicate_id", message, openai=openai), number
+                    return RequestError("duplicate_id", message, openai="custom_id" in given), number
             return self.parse(given, line=number)
         except RequestError as error:
             if not line.endswith(b"\n") and error.kind in ("invalid_json", "invalid_utf8"):

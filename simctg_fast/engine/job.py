@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import platform
@@ -19,8 +18,8 @@ from ..assets import resolve_model
 from .engine import Engine, check_options
 from .inputs import InputLines
 from .journal import Journal
-from .manifest import check_manifest, manifest_path, model_fingerprint, write_manifest
-from .parameters import NAMES
+from .manifest import check_manifest, model_fingerprint, write_manifest
+from .parameters import NAMES, Parameters
 from .progress import Progress
 from .requests import Request, RequestError, parse_request
 from .results import Record, from_request_error
@@ -58,7 +57,7 @@ class JobOptions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        check_options(self.strategy, self.slots, self.memory, self.seed, self.batching, self.parameters)
+        self.defaults()
         for name in ("num_shards", "shard_id"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -70,9 +69,13 @@ class JobOptions:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
+    def defaults(self) -> Parameters:
+        """Of the requests. Raises ValueError for an option outside its range."""
+        return check_options(self.strategy, self.slots, self.memory, self.seed, self.batching, self.parameters)
+
     def config(self) -> dict[str, Any]:
         """What decides the output: kept in the manifest and compared when a run goes on."""
-        resolved = check_options(self.strategy, self.slots, self.memory, self.seed, self.batching, self.parameters)
+        resolved = self.defaults()
         config = asdict(self)
         for name in ("input", "output", "model", "parameters"):
             del config[name]
@@ -208,9 +211,8 @@ class Job:
                 return self._answer(journal, lines, itertools.chain(head, items), answers, size)
 
     def _parser(self) -> Callable[..., Request]:
-        o = self.options
-        defaults = check_options(o.strategy, o.slots, o.memory, o.seed, o.batching, o.parameters)
-        return lambda given, line: parse_request(given, defaults, o.strategy, line=line)
+        defaults, strategy = self.options.defaults(), self.options.strategy
+        return lambda given, line: parse_request(given, defaults, strategy, line=line)
 
     @contextmanager
     def _open(self) -> Iterator[Answers]:
@@ -233,7 +235,7 @@ class Job:
         logger.warning("%s: finishing what is in work%s", signal.Signals(self.signal or 0).name, again)
 
     def _interrupt(self) -> None:
-        """End the job at once, from a handler of signals; a record that is being written is still written and counted."""
+        """End the job at once, from a handler of signals; a record that is being written is still finished."""
         self.interrupted = True
         if not self.writing:
             raise KeyboardInterrupt
@@ -348,9 +350,4 @@ def _about(options: JobOptions) -> dict[str, Any]:
     }
 
 
-def describe_config(options: JobOptions) -> str:
-    """The resolved configuration as one line of JSON."""
-    return json.dumps(options.config(), sort_keys=True)
-
-
-__all__ = ["OPTION_NAMES", "Job", "JobOptions", "describe_config", "make_options", "manifest_path", "read_config"]
+__all__ = ["OPTION_NAMES", "Job", "JobOptions", "make_options", "read_config"]

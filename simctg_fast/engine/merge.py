@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .journal import Key, id_key, record_key
 from .manifest import digest, manifest_path
+from .requests import line_id
 
 
 def merge(outputs: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str], order: str | None = None) -> int:
@@ -68,7 +69,7 @@ def _places(path: str | os.PathLike[str]) -> dict[Key, int]:
         for number, line in enumerate(lines, start=1):
             try:
                 given = json.loads(line)
-                key = id_key(given["custom_id"] if "custom_id" in given else given.get("id", f"line-{number}"))
+                key = id_key(line_id(given, number))
             except (ValueError, TypeError, AttributeError):
                 continue
             places.setdefault(key, number)

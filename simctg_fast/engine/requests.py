@@ -59,6 +59,11 @@ def decode_line(line: bytes) -> dict[str, Any]:
     return value
 
 
+def line_id(given: Mapping[str, Any], number: int) -> Any:
+    """The id by which line ``number`` is known, whatever it is: nothing is checked."""
+    return given["custom_id"] if "custom_id" in given else given.get("id", f"line-{number}")
+
+
 def parse_request(
     given: Mapping[str, Any], defaults: Parameters, strategy: str, *, line: int | None = None, number: int | None = None
 ) -> Request:

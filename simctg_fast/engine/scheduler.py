@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,8 +97,15 @@ class SlotScheduler:
         on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
         self.rows_independent = on_cpu and self.slots > 1 and decoder.rows_are_independent()
 
-    def _running(self) -> _Running:
-        return _Running(self)
+    @contextmanager
+    def _running(self) -> Iterator[SlotDecoder]:
+        """The model's hooks and fast layers, for the length of a ``with`` block."""
+        with fast_linears(self.model, max_rows=KERNEL_ROWS):
+            try:
+                self._reopen()
+                yield self._decoder
+            finally:
+                self._close()
 
     @property
     def _decoder(self) -> SlotDecoder:
@@ -362,31 +369,13 @@ class SlotScheduler:
         self._reopen()
         self.ended += failed
 
-    def _reopen(self) -> None:
+    def _close(self) -> None:
         if self.decoder is not None:
             self.decoder.__exit__(None, None, None)
         self.decoder = None
+
+    def _reopen(self) -> None:
+        self._close()
         release()
         self.decoder = SlotDecoder(self.model, self.slots, self.strategy.candidates, self.strategy.needs_history)
         self.decoder.__enter__()
-
-
-class _Running:
-    """The model's hooks and fast layers, for the length of a ``with`` block."""
-
-    def __init__(self, scheduler: SlotScheduler):
-        self.scheduler = scheduler
-
-    def __enter__(self) -> SlotDecoder:
-        s = self.scheduler
-        self.stack = ExitStack()
-        self.stack.enter_context(fast_linears(s.model, max_rows=KERNEL_ROWS))
-        s._reopen()
-        return s._decoder
-
-    def __exit__(self, *exc: object) -> None:
-        s = self.scheduler
-        if s.decoder is not None:
-            s.decoder.__exit__(None, None, None)
-        s.decoder = None
-        self.stack.close()
