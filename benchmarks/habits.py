@@ -35,6 +35,7 @@ def loop(options: argparse.Namespace) -> list[Row]:
     from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
     from simctg_fast import generate
+    from simctg_fast.decoding.prefix_cache import CACHE_NAME
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -44,8 +45,8 @@ def loop(options: argparse.Namespace) -> list[Row]:
     prompt, count = 32, options.new_tokens
 
     def step(ids, state):
-        output = model(ids, past_key_values=DynamicCache() if state is None else state)
-        return output.logits, output.past_key_values
+        output = model(ids, **{CACHE_NAME: DynamicCache() if state is None else state})
+        return output.logits, output[CACHE_NAME]
 
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
     settings |= {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}

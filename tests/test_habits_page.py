@@ -10,18 +10,30 @@ import torch
 
 import simctg_fast
 
+from . import toy_t5
+
 ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 PAGE = (ROOT / "benchmarks" / "habits.md").read_text(encoding="utf-8")
 
 
-def test_the_blocks_run_in_order(capsys):
+def test_the_blocks_run_in_order(tmp_path, monkeypatch):
+    (tmp_path / "t5_folder").mkdir()
+    toy_t5.train(tmp_path / "t5_folder", steps=2)
+    (tmp_path / "simctg_folder").symlink_to(simctg_fast.bundled_model_path())
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-        assert len(block.strip().splitlines()) <= 12, "short enough to read at a glance"
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    written = []
+    for block in blocks:
+        lines = [line for line in block.splitlines() if line.strip()]
+        assert len(lines) <= 5
         exec(compile(block, "habits.md", "exec"), names)
-    assert names["ids"].shape == (11,)
+        if "ids" in lines[-1]:
+            written.append(tuple(names["ids"].shape))
+    assert len(blocks) == 8
+    assert written == [(11,), (1, 11), (11,), (11,)]
     assert len({each["generated_text"] for each in names["several"]}) == 3
-    assert len(names["texts"]) == 2
+    assert len(names["texts"]) == len(names["answers"]) == 2
     assert names["vectors"].shape == (2, names["states"].values.shape[1])
     assert names["states"][1].ndim == 2
     assert isinstance(names["texts"][0], str)
