@@ -246,7 +246,8 @@ class Provider:
         return answer["seconds"]
 
     def round(self, requests: list[dict], number: int) -> None:
-        if self.size is None:  # no size worked
+        if self.size is None:
+            self.rounds.append({"failed": "no size worked"})
             return
         answer = self._run(requests, self.size, number=number)
         note(f"  {self.label}: {describe(answer)}")
@@ -338,23 +339,24 @@ def compare(options: argparse.Namespace, oracle: str | None) -> None:
         providers.insert(1, Ours("greedy search on slots", "greedy", None, [options.slots], options))
     if oracle is None:
         providers = [provider for provider in providers if "4.55.4" not in provider.name]
-    begin = restore(options.state, providers)
+    restore(options.state, providers)
     try:
         for provider in providers:
             provider.start(oracle if "4.55.4" in provider.name else sys.executable)
         requests = workload(options.requests, providers[0].process.ready["vocabulary"])
         for provider in providers:
             provider.scout(requests)
-        save(options.state, providers)
-        for number in range(begin, options.rounds)[: options.rounds_now]:
+            save(options.state, providers)
+        for number in range(0 if options.scout else options.rounds):
             note(f"round {number + 1} of {options.rounds}")
             for provider in providers:
-                waiting = {other.name: other.process.cpu_seconds() for other in providers if other is not provider}
+                if len(provider.rounds) > number:  # in an earlier call
+                    continue
+                waiting = {other: other.process.cpu_seconds() for other in providers if other is not provider}
                 provider.round(requests, number)
-                for other in providers:
-                    if other is not provider:
-                        check_idle(other, waiting[other.name], provider.rounds[-1:])
-            save(options.state, providers)
+                for other, before in waiting.items():
+                    check_idle(other, before, provider.rounds[-1:])
+                save(options.state, providers)
     finally:
         for provider in providers:
             if provider.process is not None:
@@ -374,15 +376,14 @@ def save(path: Path | None, providers: list[Provider]) -> None:
         path.write_text(json.dumps({p.name: {"size": p.size, "rounds": p.rounds} for p in providers}))
 
 
-def restore(path: Path | None, providers: list[Provider]) -> int:
-    """Takes over the rounds of an earlier part of this run; returns how many there were."""
+def restore(path: Path | None, providers: list[Provider]) -> None:
+    """Take over what an earlier call of this run has kept."""
     if path is None or not path.exists():
-        return 0
+        return
     kept = json.loads(path.read_text())
     for provider in providers:
         if provider.name in kept:
             provider.size, provider.rounds = kept[provider.name]["size"], kept[provider.name]["rounds"]
-    return max(len(provider.rounds) for provider in providers)
 
 
 def describe(answer: dict) -> str:
@@ -404,8 +405,7 @@ def report(ours: Provider, providers: list[Provider], options: argparse.Namespac
     for provider in providers:
         rate = provider.rate()
         if not rate:
-            reason = provider.rounds[0]["failed"] if provider.rounds else "no size ran"
-            print(f"{provider.name:60}did not run: {reason}")
+            print(f"{provider.name:60}did not run: {provider.rounds[0]['failed']}")
             continue
         ratios = [
             (mine["useful"] / mine["seconds"]) / (other["useful"] / other["seconds"])
@@ -572,8 +572,8 @@ def main() -> None:
     )
     parser.add_argument("--thin-requests", type=int, default=4, help="generate_batch answers every N-th request")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rounds-now", type=int, help="no more of the rounds in this call; --state keeps them")
-    parser.add_argument("--state", type=Path, help="JSON file in which rounds are kept, for a run in several calls")
+    parser.add_argument("--scout", action="store_true", help="choose the sizes only")
+    parser.add_argument("--state", type=Path, help="JSON file that keeps what is there: a run that was ended goes on")
     parser.add_argument("--ours-greedy", action="store_true", help="a row for greedy search on slots as well")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few requests: does it run at all?")
     parser.add_argument("--top-k", type=int, default=4)

@@ -197,8 +197,6 @@ class Job:
         with Journal(o.output) as journal:
             if journal.size:
                 check_manifest(o.output, config)
-            else:
-                write_manifest(o.output, config, _about(o))
             lines = InputLines(o.input, self._parser(), journal.done, o.num_shards, o.shard_id)
             items = iter(lines)
             head = []  # bad lines, and the first request that is left
@@ -208,6 +206,8 @@ class Job:
                     break
             is_left = bool(head) and isinstance(head[-1], Request)
             with self._open() if is_left else nullcontext(_no_answers) as answers:
+                if not journal.size:
+                    write_manifest(o.output, config, _about(o))
                 return self._answer(journal, lines, itertools.chain(head, items), answers, size)
 
     def _parser(self) -> Callable[..., Request]:

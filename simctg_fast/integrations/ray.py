@@ -213,6 +213,7 @@ class _cluster:
             # Logical processors: a cluster of two would have none left for reading beside two workers.
             settings |= {"num_cpus": max(4, 2 * self.workers, os.cpu_count() or 1), "include_dashboard": False}
         self.ray.init(logging_level=logging.ERROR, **settings)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and timings are not the user's
 
     def __exit__(self, *exc: object) -> None:
         if self.ours:
