@@ -183,13 +183,17 @@ constexpr int tile_rows(int vectors) {
     return vectors == 4 ? 2 : vectors == 2 ? 6 : 8;
 }
 
+constexpr int64_t kAxpyHeight = 32;    // k's in a piece of the weight, at most
+constexpr int64_t kPageFloats = 1024;  // rows so far apart, or a multiple of it, meet in a few lines of the first cache
+
 struct AxpyStep {
     const float* x;
     int64_t x_stride;
     const float* w;
     int64_t w_stride;
     int64_t count;       // k's
-    const float* ahead;  // weight to fetch meanwhile, one row of w_stride for each k
+    const float* ahead;  // weight to fetch meanwhile, one row of ahead_stride for each k
+    int64_t ahead_stride;
     float* sums;         // carried from one step of a chunk to the next
     int64_t sums_stride;
     bool first;          // the chunk begins here
@@ -204,6 +208,7 @@ void axpy_step(const AxpyStep& step, Mask mask) {
     const auto get = [&](const float* p) { return Masked ? load(p, mask) : load(p); };
     const auto put = [&](float* p, Vec v) { Masked ? store(p, v, mask) : store(p, v); };
     const int64_t x_stride = step.x_stride, w_stride = step.w_stride, count = step.count;
+    const int64_t ahead_stride = step.ahead_stride;
     const float *x = step.x, *w = step.w, *ahead = step.ahead;
     Vec acc[Rows][Vectors];
 #pragma GCC unroll 8
@@ -215,7 +220,7 @@ void axpy_step(const AxpyStep& step, Mask mask) {
     }
     for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 8
-        for (int line = 0; line < Lines; ++line) prefetch_l2(ahead + k * w_stride + line * kLineFloats);
+        for (int line = 0; line < Lines; ++line) prefetch_l2(ahead + k * ahead_stride + line * kLineFloats);
         Vec b[Vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) b[v] = get(w + k * w_stride + v * kLanes);
@@ -263,11 +268,27 @@ SIMCTG_INLINE void axpy_step(int rows, const AxpyStep& step, Mask mask) {
 }
 
 // A piece of the weight, Vectors · kLanes wide and `step.count` rows high, against all rows of x. `step` describes the
-// whole height of x. `fetch`: step.ahead is to be fetched.
+// whole height of x. `fetch`: step.ahead is to be fetched. Where its rows would push each other out of the cache between
+// two row tiles, the piece is copied first.
 template <int Vectors, bool Masked>
-SIMCTG_INLINE void axpy_piece(const AxpyStep& step, int64_t rows, bool fetch, Mask mask) {
+SIMCTG_INLINE void axpy_piece(AxpyStep step, int64_t rows, bool fetch, Mask mask) {
     constexpr int lines = static_cast<int>(Vectors * kLanes / kLineFloats);
     const int64_t tiles = (rows + tile_rows(Vectors) - 1) / tile_rows(Vectors);
+    constexpr bool copies = kRegisters == 16 && !Masked;
+    float copy[copies ? kAxpyHeight * Vectors * kLanes : 1];
+    if constexpr (copies) {
+        if (tiles > 2 && step.w_stride % kPageFloats == 0) {
+            constexpr int64_t width = Vectors * kLanes;
+            for (int64_t k = 0; k < step.count; ++k) {
+#pragma GCC unroll 8
+                for (int v = 0; v < Vectors; ++v) {
+                    store(copy + k * width + v * kLanes, load(step.w + k * step.w_stride + v * kLanes));
+                }
+            }
+            step.w = copy;
+            step.w_stride = width;
+        }
+    }
     for (int64_t index = 0; index < tiles; ++index) {
         const RowTile tile(rows, tiles, index);
         AxpyStep part = step;
@@ -305,7 +326,7 @@ SIMCTG_INLINE void axpy_sweep(int64_t n, int64_t end, int64_t rows, bool fetch, 
 template <int Vectors, int64_t Height>
 void axpy_chunks(const Linear& call, int64_t begin, int64_t end, int64_t first_chunk, int64_t last_chunk, float* sums,
                  int64_t sums_stride, bool finish, bool follows) {
-    static_assert(kChunk % Height == 0, "a chunk is a whole number of steps");
+    static_assert(kChunk % Height == 0 && Height <= kAxpyHeight, "a chunk is a whole number of steps");
     const int64_t stride = call.weight_stride, k_end = smaller(last_chunk * kChunk, call.in_features);
     for (int64_t k = first_chunk * kChunk; k < k_end; k += Height) {
         const int64_t chunk = k / kChunk, count = smaller(Height, k_end - k);
@@ -320,6 +341,7 @@ void axpy_chunks(const Linear& call, int64_t begin, int64_t end, int64_t first_c
             step.w_stride = stride;
             step.count = count;
             step.ahead = step.w + count * stride;
+            step.ahead_stride = stride;
             step.sums = chunk_sums + (n - begin);
             step.sums_stride = sums_stride;
             step.first = k % kChunk == 0;

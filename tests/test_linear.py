@@ -43,9 +43,10 @@ def bound(x, weight, bias, transposed):
 
 
 # One more and one less than a vector (4, 8, 16), a register tile (8, 48, 64 columns), a cut between threads (192) and a
-# chunk of summation (384); 1100 is past the block in which row tiles share a tile of the weight.
+# chunk of summation (384); 1100 is past the block in which row tiles share a tile of the weight; 1024 floats
+# are a page.
 IN_FEATURES = (1, 3, 16, 17, 100, 383, 384, 385, 770, 1100)
-OUT_FEATURES = (1, 5, 15, 16, 17, 31, 33, 47, 65, 130, 193, 300)
+OUT_FEATURES = (1, 5, 15, 16, 17, 31, 33, 47, 65, 130, 193, 300, 1024)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 24, 25, 31, 32, 33, 64)
 
 
@@ -65,7 +66,7 @@ def test_accuracy_on_odd_shapes(isa, transposed, threads):
 @pytest.mark.parametrize("packed", [False, True], ids=["in_place", "packed"])
 def test_a_row_depends_on_nothing_but_itself(isa, transposed, packed, threads):
     """The same bits alone, among 2 to 64 rows, and on 1 to 7 threads of either kind."""
-    for in_features, out_features in [(770, 300), (385, 65), (1100, 33)]:
+    for in_features, out_features in [(770, 300), (385, 65), (1100, 33), (100, 1024)]:
         x, weight, bias = draw(MAX_ROWS, in_features, out_features, transposed=transposed)
         data = pack(weight, transposed) if packed else None
         threads(1)
