@@ -2,6 +2,7 @@
 
     python benchmarks/habits.py loop      # generate(step, ...) against the bare calls it makes, GPT-2-small shape
     python benchmarks/habits.py text      # ContrastiveGenerator against the tutorial's class and 4.55.4's search
+    python benchmarks/habits.py text --threads 1 --clock cpu    # where others use the machine too: processor time
 
 ``loop`` compares `simctg_fast.generate` with a loop that calls the same model and the same processors and does nothing
 else: what is on top is the library's. ``text`` is a T5-small shape, 16 texts, 64 new tokens, k = 3, random weights;
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import RESULTS, Row, Worker, append_csv, interleaved, processor, quantiles
 
 ROOT = Path(__file__).resolve().parent.parent
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PROVIDERS = ("ours", "tutorial's class", "4.55.4 contrastive")
 
 
@@ -54,12 +56,12 @@ def loop(options: argparse.Namespace) -> list[Row]:
     for batch in (1, 4):
         ids = torch.randint(1, config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(1))
 
-        def timed(function):
+        def timed(function, clock=CLOCKS[options.clock]):
             def run() -> float:
                 torch.manual_seed(0)
-                start = time.perf_counter()
+                start = clock()
                 function()
-                return time.perf_counter() - start
+                return clock() - start
 
             return run
 
@@ -173,9 +175,10 @@ def worker(folder: Path, threads: int) -> None:
         count = request["new_tokens"]
         run = _provider(request["provider"], model, tokenizer, count)
         with torch.inference_mode():
-            start = time.perf_counter()
+            clock = CLOCKS[request["clock"]]
+            start = clock()
             answers = run(texts)
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
         inputs = tokenizer(texts)["input_ids"]
         print(json.dumps({"seconds": seconds, "texts": answers, "inputs": inputs}), flush=True)
 
@@ -233,7 +236,8 @@ def text(options: argparse.Namespace) -> list[Row]:
             for name in providers
         }
         try:
-            first = {name: each.ask(provider=name, new_tokens=options.new_tokens) for name, each in workers.items()}
+            request = {"new_tokens": options.new_tokens, "clock": options.clock}
+            first = {name: each.ask(provider=name, **request) for name, each in workers.items()}
             if oracle:
                 ours, theirs = first["ours"], first["4.55.4 contrastive"]
                 if ours["inputs"] != theirs["inputs"]:
@@ -246,7 +250,7 @@ def text(options: argparse.Namespace) -> list[Row]:
                     return []
             seconds = interleaved(
                 {
-                    name: lambda name=name, each=each: each.ask(provider=name, new_tokens=options.new_tokens)["seconds"]
+                    name: lambda name=name, each=each: each.ask(provider=name, **request)["seconds"]
                     for name, each in workers.items()
                 },
                 options.repeats,
@@ -264,7 +268,9 @@ def text(options: argparse.Namespace) -> list[Row]:
 
 def _row(kernel: str, provider: str, x_name: str, x_value: str, values: list[float], options, metric: str) -> Row:
     p20, p50, p80 = quantiles(values)
-    config = json.dumps({name: getattr(options, name) for name in ("model", "new_tokens", "threads", "repeats")})
+    config = json.dumps(
+        {name: getattr(options, name) for name in ("model", "new_tokens", "threads", "repeats", "clock")}
+    )
     import torch
 
     version = json.dumps({"torch": torch.__version__})
@@ -277,6 +283,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--model", choices=("small", "tiny"), default="small")
     parser.add_argument("--no-oracle", action="store_true", help="leave transformers 4.55.4 out")
     parser.add_argument("--csv", type=Path, default=RESULTS / "habits.csv")
@@ -285,7 +292,7 @@ def main() -> None:
     if options.part == "worker":
         worker(options.folder, options.threads)
         return
-    print(f"{processor()}, {options.threads} threads, float32")
+    print(f"{processor()}, {options.threads} threads, {options.clock} clock, float32")
     append_csv(options.csv, {"loop": loop, "text": text}[options.part](options))
 
 
