@@ -66,10 +66,12 @@ gpu: ## Checks and speed on a CUDA device, with the system's own python3 and tor
 	@PYTHONPATH=. $(PYTHON) $(BUILD_EXT)
 	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(PART)
 
-# For that machine's Python: pure ones, and tokenizers, whose wheel serves Python 3.9 and every one after it.
+# For that machine's Python: pure ones, and tokenizers, whose wheel serves Python 3.9 and every one after it. requests
+# and what it needs: transformers 5 no longer brings it.
 oracle-wheels: ## transformers 4.55.4 and what it pins, into .oracle-wheels, to take along to `make gpu`
 	@mkdir -p .oracle-wheels
-	@$(PYTHON) $(PIP_DOWNLOAD) transformers==4.55.4 'tokenizers==0.21.4' 'huggingface_hub==0.36.0'
+	@$(PYTHON) $(PIP_DOWNLOAD) transformers==4.55.4 'tokenizers==0.21.4' 'huggingface_hub==0.36.0' \
+		requests urllib3 idna certifi charset_normalizer
 	@ls .oracle-wheels
 
 aot: $(DEV) ## Registers, spills, shared memory and instructions of the decoding kernels, compiled for GPUs that are not here

@@ -9,7 +9,7 @@ where no program of this launch reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -37,23 +37,36 @@ class Config:
     num_stages: int
 
 
-# (architecture, bytes of an element of the product)
+# (architecture, bytes of an element of the product): up to 16 candidates
 CONFIGS = {
     (80, 2): Config(32, 64, 4, 4),
-    (80, 4): Config(32, 32, 4, 4),
+    (80, 4): Config(32, 32, 4, 3),
     (90, 2): Config(32, 128, 4, 5),
     (90, 4): Config(32, 64, 4, 5),
     (100, 2): Config(32, 128, 4, 5),
     (100, 4): Config(32, 64, 4, 5),
 }
+# More candidates need the registers of twice the warps, and float32 shallower pipelines.
+WIDE = {
+    (80, 2): Config(32, 64, 8, 4),
+    (80, 4): Config(32, 64, 8, 3),
+    (90, 2): Config(32, 128, 8, 5),
+    (90, 4): Config(32, 64, 8, 5),
+    (100, 2): Config(32, 128, 8, 5),
+    (100, 4): Config(32, 64, 8, 3),
+}
+_WIDE_THREEFOLD = Config(16, 64, 8, 3)  # tf32x3 holds three products' operands
+# Widths that are no multiple of 16 are read an element at a time.
+_UNALIGNED, _UNALIGNED_WIDE = Config(32, 16, 4, 1), Config(16, 16, 4, 2)
 
-_UNALIGNED = Config(32, 16, 4, 2)  # widths that are no multiple of 16 are read an element at a time
 
-
-def config_of(arch: int, size: int, width: int, block_k: int) -> Config:
-    config = _UNALIGNED if width % 16 else CONFIGS[arch, size]
-    # More than 16 candidates need the registers of twice the warps.
-    return config if block_k == 16 else replace(config, num_warps=2 * config.num_warps)
+def config_of(arch: int, size: int, width: int, block_k: int, exact: bool) -> Config:
+    """``size``: bytes of an element of the product; ``exact``: no tf32x3."""
+    if width % 16:
+        return _UNALIGNED if block_k == 16 else _UNALIGNED_WIDE
+    if block_k == 16:
+        return CONFIGS[arch, size]
+    return WIDE[arch, size] if exact else _WIDE_THREEFOLD
 
 
 @triton.jit
@@ -198,7 +211,8 @@ def _launch(hidden_states, history, length, lengths, mask, probs, penalty_alpha,
     widen = states.dtype != history.dtype
     size = 4 if widen else history.element_size()
     block_k = max(16, triton.next_power_of_2(k))
-    config = config_of(architecture(states.device), size, width, block_k)
+    exact = size == 2 or precise()
+    config = config_of(architecture(states.device), size, width, block_k, exact)
     # Under a capture the length moves while the launch stays, so the split follows the capacity.
     splits = plan(states.device, batch, capacity if lengths is not None else max(1, length), config.block_t)
     select = probs is not None
@@ -222,7 +236,7 @@ def _launch(hidden_states, history, length, lengths, mask, probs, penalty_alpha,
             float(penalty_alpha), length, splits, k, width, capacity,
             HAS_MASK=mask is not None, HAS_LENGTHS=lengths is not None, SELECT=select, KEEP=keep, WIDEN=widen,
             EVEN=width % config.block_d == 0,
-            PRECISION="ieee" if size == 2 or precise() else "tf32x3",
+            PRECISION="ieee" if exact else "tf32x3",
             SPLIT=splits > 1, BLOCK_S=triton.next_power_of_2(splits), BLOCK_K=block_k,
             BLOCK_T=config.block_t, BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -47,15 +47,17 @@ CONFIGS = {
     (90, 2, 256): Config(32, 4, 3),
     (90, 4, 64): Config(32, 4, 4),
     (90, 4, 128): Config(16, 4, 3),
-    (90, 4, 256): Config(16, 4, 3),
+    (90, 4, 256): Config(16, 8, 3),
     (100, 2, 64): Config(64, 4, 4),
     (100, 2, 128): Config(64, 4, 4),
     (100, 2, 256): Config(32, 4, 3),
     (100, 4, 64): Config(32, 4, 4),
     (100, 4, 128): Config(16, 4, 3),
-    (100, 4, 256): Config(16, 4, 3),
+    (100, 4, 256): Config(16, 8, 3),
 }
-# Tiles of more than 32 rows: masks and biases of them need the registers of twice the warps.
+# Taller tiles. Of 32 rows, masks and biases leave registers for fewer positions; of more, they need those of twice the
+# warps.
+MIDDLE = {(arch, 2, 128): Config(32, 4, 4) for arch in (80, 90, 100)}
 TALL = {
     (80, 2, 64): Config(32, 8, 4),
     (80, 2, 128): Config(32, 8, 4),
@@ -239,7 +241,16 @@ def padded(dim: int) -> int:
 
 def config_of(arch: int, size: int, dim: int, value_dim: int, block_m: int) -> Config:
     head = max(64, padded(dim), padded(value_dim))
-    return TALL[arch, size, head] if block_m > 32 else CONFIGS[arch, size, head]
+    key = (arch, size, head)
+    if block_m > 32:
+        return TALL[key]
+    return MIDDLE.get(key, CONFIGS[key]) if block_m == 32 else CONFIGS[key]
+
+
+def exact_products(arch: int, size: int, dim: int, value_dim: int) -> bool:
+    """Whether products are exact whatever torch's knob says: half precision, and heads too wide for the registers that
+    tf32x3 needs on sm_80."""
+    return size == 2 or (arch == 80 and max(padded(dim), padded(value_dim)) > 128)
 
 
 def plan(device: torch.device, tiles: int, positions: int) -> int:
@@ -284,10 +295,11 @@ def shared_prefix_attention(
     if out.numel() == 0:
         return out
     candidates, groups = rows // batch, heads // kv_heads
-    block_m = tile_rows(candidates * groups, query.element_size(), dim, value_dim)
+    arch, size = architecture(query.device), query.element_size()
+    block_m = tile_rows(candidates * groups, size, dim, value_dim)
     block_v = padded(value_dim)
     tiles = triton.cdiv(candidates * groups, block_m)
-    config = config_of(architecture(query.device), query.element_size(), dim, value_dim, block_m)
+    config = config_of(arch, size, dim, value_dim, block_m)
     programs = batch * kv_heads * tiles
     # Under a capture the lengths move while the launch stays, so the split follows the capacity.
     splits = plan(query.device, programs, positions if lengths is not None else length - window_start)
@@ -318,7 +330,7 @@ def shared_prefix_attention(
             HAS_MASK=mask is not None, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None, HAS_LENGTHS=lengths is not None, HAS_STARTS=starts is not None,
             HAS_WINDOW=window is not None and own, SPLIT=split,
-            PRECISION="ieee" if query.element_size() == 2 or precise() else "tf32x3",
+            PRECISION="ieee" if exact_products(arch, size, dim, value_dim) or precise() else "tf32x3",
             BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded(dim), BLOCK_V=block_v,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -184,6 +184,10 @@ MORE_SCANS = [
     for dtype in ROUNDING
     for masked in (False, True)
 ]
+MORE_SCANS += [
+    {"batch": 2, "k": k, "lengths": [70, 33], "capacity": 80, "width": 16384, "dtype": dtype}
+    for k, dtype in ((4, torch.float16), (20, torch.float32))
+]
 
 
 def attention_operands(
@@ -301,7 +305,12 @@ MORE_ATTENTIONS = [
     | {"dtype": dtype, "k": k, "heads": heads, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim, "length": 300}
     | extra
     for dtype in ROUNDING
-    for k, heads, kv_heads, dim, value_dim in ((1, 8, 2, 32, 32), (8, 12, 12, 72, 72), (3, 4, 1, 256, 128))
+    for k, heads, kv_heads, dim, value_dim in (
+        (1, 8, 2, 32, 32),
+        (8, 12, 12, 72, 72),
+        (3, 4, 1, 256, 128),
+        (5, 14, 2, 112, 112),
+    )
     for extra in (
         {"lengths": [299, 257], "starts": [256, 0]},
         {"window": 100, "softcap": 2.0, "sinks": True},
@@ -336,6 +345,22 @@ def check_rows_are_their_own() -> None:
     after = kernels.shared_prefix_attention(**arguments)
     assert torch.equal(before[:4], after[:4])
     assert not torch.equal(before[4:], after[4:])
+
+
+def check_same_bits_each_time() -> None:
+    """A launch that is split leaves its counters as it found them, and merges in the same order."""
+    from simctg_fast.kernels import candidate_select, shared_prefix_attention, top_k
+
+    arguments = attention_operands(**PLAIN | {"length": 520, "kv_heads": 1, "heads": 2, "lengths": [520, 311]})
+    states, history = scan_operands(2, 4, [140, 70], 140, 16, torch.float32)
+    logits = torch.randn(1, 4200)
+    for run in (
+        lambda: (shared_prefix_attention.shared_prefix_attention(**arguments),),
+        lambda: candidate_select.candidate_scan(states, history, 0, None, torch.tensor([140, 70])),
+        lambda: top_k.top_k_probs(logits, 2),
+    ):
+        for one, other in zip(run(), run(), strict=True):
+            assert torch.equal(one, other)
 
 
 def check_commit() -> None:
@@ -449,7 +474,8 @@ def test_candidate_select_interpreted():
 
 def test_shared_prefix_attention_interpreted():
     run(
-        "t.check_attention_sees_nothing(); t.check_rows_are_their_own(); [t.check_attention(**c) for c in t.ATTENTIONS]"
+        "t.check_attention_sees_nothing(); t.check_rows_are_their_own(); t.check_same_bits_each_time()\n"
+        "[t.check_attention(**c) for c in t.ATTENTIONS]"
     )
 
 
@@ -462,8 +488,13 @@ def test_prefix_commit_and_top_k_interpreted():
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_kernels_on_the_grid_interpreted():
-    run(
-        "[t.check_scan(**case) for case in t.MORE_SCANS]; [t.check_attention(**case) for case in t.MORE_ATTENTIONS]\n"
-        "[t.check_top_k(b, v, k) for b, v in ((1, 64), (3, 20000)) for k in (1, 2, 50, 64)]"
-    )
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(f"[t.check_scan(**case) for case in t.MORE_SCANS[{part}::3]]" for part in range(3)),
+        *(f"[t.check_attention(**case) for case in t.MORE_ATTENTIONS[{part}::2]]" for part in range(2)),
+        *(f"[t.check_top_k(b, v, {k}) for b, v in ((1, 64), (2, 9000))]" for k in (1, 2, 50, 64)),
+    ],
+)
+def test_kernels_on_the_grid_interpreted(code):
+    run(code)
