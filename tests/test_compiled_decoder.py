@@ -247,7 +247,7 @@ def test_an_exception_leaves_the_model_as_it_was():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
 def test_captured_and_compiled_with_inductor(name, steps):
-    """Compiled code inside the CUDA graph; buffers grow on the way, so it is captured twice."""
+    """Compiled code inside the CUDA graph."""
     model = build(name).cuda()
     inputs = {key: x.cuda() for key, x in left_padded(7, 4, 2).items()}
     kept = []
