@@ -285,12 +285,20 @@ class Static(Provider):
         first = thin * (2 * number + 1) // (2 * rounds)
         chosen = list(range(len(batches)))[first::thin] or [len(batches) // 2]
         if steps is not None:
-            chosen = [len(batches) // 2]
+            chosen = [self._typical(batches)]
         answer = self.ask(run="static", kind=self.kind, size=size, batches=chosen, steps=steps, **search(self.options))
         if "failed" not in answer:
             # Of the batches that ran their seconds a step, of all batches the steps.
             answer["useful"] = answer["steps"] * size * self._full(requests, size)
         return answer
+
+    @staticmethod
+    def _typical(batches: list[list[dict]]) -> int:
+        """The batch whose prompts are as long as rows are in the average step: longer rows cost more."""
+        widths = [max(len(r["ids"]) for r in batch) for batch in batches]
+        steps = [max(r["new"] for r in batch) for batch in batches]
+        length = sum(n * (width + n / 2) for n, width in zip(steps, widths, strict=True)) / sum(steps)
+        return min(range(len(batches)), key=lambda index: abs(widths[index] - length))
 
     def _full(self, requests: list[dict], size: int) -> float:
         """Tokens that were asked for, of all that the static batches' rows compute."""
@@ -568,9 +576,9 @@ def main() -> None:
     parser.add_argument("--greedy-sizes", default="8,16,32,64", help="of transformers' greedy search")
     parser.add_argument("--concurrency", default="16,32,64", help="requests at a time of generate_batch")
     parser.add_argument(
-        "--thin", type=int, default=12, help="of static batches of 8 every N-th runs, of 16 twice as many"
+        "--thin", type=int, default=24, help="of static batches of 8 every N-th runs, of 16 twice as many"
     )
-    parser.add_argument("--thin-requests", type=int, default=4, help="generate_batch answers every N-th request")
+    parser.add_argument("--thin-requests", type=int, default=8, help="generate_batch answers every N-th request")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--scout", action="store_true", help="choose the sizes only")
     parser.add_argument("--state", type=Path, help="JSON file that keeps what is there: a run that was ended goes on")
