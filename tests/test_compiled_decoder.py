@@ -16,6 +16,9 @@ from torch._dynamo.utils import counters
 from simctg_fast.decoding import compiled_decoder, decode_step
 from simctg_fast.decoding.contrastive_search import ContrastiveSearch, _Run
 from simctg_fast.decoding.decode_step import DecodeStep
+from simctg_fast.decoding.support import recall
+from simctg_fast.engine.scheduler import SlotScheduler
+from simctg_fast.engine.strategies import Contrastive
 
 from .decoding_models import PAD, build, left_padded, prompt
 from .test_model_untouched import assert_untouched, snapshot
@@ -257,3 +260,33 @@ def test_captured_and_compiled_with_inductor(name, steps):
     assert kept[-1].not_captured is kept[-1].not_compiled is None
     assert kept[-1].graph is not None
     assert torch.equal(ours.cpu(), generate(build(name), left_padded(7, 4, 2), decode_step=False, max_new_tokens=60))
+
+
+# ---- models that their owner compiled -------------------------------------------------------------------------------
+
+
+def _forward_replaced(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def _one_layer(model):
+    model.model.layers[0].compile(backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [lambda model: model.compile(backend="eager"), _forward_replaced, _one_layer])
+def test_a_compiled_model_is_decoded_as_it_was_written(compiled):
+    model, inputs = build("llama"), plain()
+    expected = generate(build("llama"), inputs, decode_step=False)
+    compiled(model)
+    assert torch.equal(generate(model, inputs, decode_step=False), expected)
+    assert recall(model).path == "shared_prefix"
+    assert not counters["stats"]["unique_graphs"]
+    model(**inputs)  # compiled as ever
+    assert counters["stats"]["unique_graphs"]
+
+
+def test_the_engine_decodes_a_compiled_model_in_slots():
+    model = build("llama")
+    model.compile(backend="eager")
+    assert isinstance(SlotScheduler.open(model, Contrastive(4), 2, None, 8), SlotScheduler)
+    assert not counters["stats"]["unique_graphs"]

@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,20 @@ def obstacle(decoder: torch.nn.Module | None) -> str | None:
         if "forward" in vars(decoder) and id(decoder) not in _routed:
             return f"the forward of its {type(decoder).__name__} was replaced"
     return None
+
+
+def as_written(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Forwards of a model that its owner compiled, as a whole or in parts, run uncompiled within the block: a prefix
+    that grows and rows that vary would be compiled again and again, and what the attention function has to know is not
+    in the trace. Only then is the compiler touched, whose stance is that of the process."""
+    if any(_is_compiled(module) for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
+from .compiled_decoder import as_written
 from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_step
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .linear_swap import fast_linears
@@ -284,6 +285,8 @@ class _Run:
         k = 1 if self.penalty_alpha == 0 and self.strategy.temperature is None else self.top_k
         rows = self.input_ids.shape[0] * k
         with ExitStack() as stack:
+            if self.strategy.decode_step != "compiled":
+                stack.enter_context(as_written(self.model))
             self.tap = stack.enter_context(HiddenStatesTap(self.model))
             if self.strategy.fast_linear:
                 stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))

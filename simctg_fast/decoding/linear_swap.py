@@ -212,16 +212,19 @@ def _rms_norms() -> tuple[Any, ...]:
 def _is_rms_norm(kind: type[Module]) -> bool:
     """Whether it computes what T5's or Llama's does: transformers gives most models a copy of one of these."""
     named = kind.__name__.endswith(("RMSNorm", "LayerNorm")) and hasattr(kind.forward, "__code__")
-    if not named or not kind.__module__.startswith("transformers.models.") or _code(kind) not in _rms_norms():
+    if not named or kind.forward.__code__.co_freevars:  # a decorator's code says nothing of what it wraps
+        return False
+    if not kind.__module__.startswith("transformers.models.") or _code(kind) not in _rms_norms():
         return False
     _FORWARDS[kind] = (kind.forward, _rms_norm_forward, None)
     return True
 
 
 def _is_eligible(module: Module) -> bool:
-    if (type(module) not in _FORWARDS and not _is_rms_norm(type(module))) or type(module).forward is not _FORWARDS[
-        type(module)
-    ][0]:
+    kind = type(module)
+    if kind not in _FORWARDS and not _is_rms_norm(kind):
+        return False
+    if kind.forward is not _FORWARDS[kind][0]:
         return False
     if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:  # accelerate's, or somebody else's
         return False

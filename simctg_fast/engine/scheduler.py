@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..decoding.compiled_decoder import as_written
 from ..decoding.linear_swap import fast_linears
 from ..decoding.slots import SlotDecoder, SlotsUnsupportedError
 from ..loading import context_length
@@ -100,7 +101,7 @@ class SlotScheduler:
     @contextmanager
     def _running(self) -> Iterator[SlotDecoder]:
         """The model's hooks and fast layers, for the length of a ``with`` block."""
-        with fast_linears(self.model, max_rows=KERNEL_ROWS):
+        with as_written(self.model), fast_linears(self.model, max_rows=KERNEL_ROWS):
             try:
                 self._reopen()
                 yield self._decoder
