@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from ..decoding.prefix_cache import CACHE_NAME
 from ..distributed import sum_over_processes, world_size
 from ..functional import contrastive_loss, contrastive_loss_items
 from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, count_labels, isotropy_sums, real_tokens
@@ -192,7 +193,7 @@ class SimCTGTrainerMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         if ignore_keys is None:
-            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values", "cache"])
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [CACHE_NAME])
         ignore_keys = [*ignore_keys, *HIDDEN_STATES]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs)
 
