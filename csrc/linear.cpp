@@ -29,16 +29,17 @@ thread_local Scratch x_scratch;  // the caller's; `scratch` is of whichever thre
 
 constexpr int64_t kSmallWork = 1 << 16;  // multiply-adds below which waking a thread costs more than it saves
 constexpr int64_t kTasksPerThread = 4;   // enough to even out threads that are held up
-constexpr int64_t kStep = 192;           // columns: a multiple of every tile width and of a panel
+constexpr int64_t kStep = 192;           // columns: a multiple of the pieces of rows_are_inputs, long enough to stream
+constexpr int64_t kDotStep = 48;         // columns: a multiple of the tiles of rows_are_outputs
 constexpr int64_t kSplitRows = 16;       // up to here rows_are_inputs is split over k as well
 constexpr int64_t kCopiedRows = 16;      // from here on a copy of x pays that a product finds in the cache
 
-// Calls fill(begin, end) over ranges of columns of at least kStep, in parallel.
+// Calls fill(begin, end) over ranges of columns, cut at multiples of `step`, in parallel.
 template <class Fill>
-void split_columns(int64_t columns, int num_threads, int64_t tasks_per_thread, const Fill& fill) {
-    const int64_t units = ceil_div(columns, kStep), tasks = std::min(units, num_threads * tasks_per_thread);
+void split_columns(int64_t columns, int64_t step, int num_threads, int64_t tasks_per_thread, const Fill& fill) {
+    const int64_t units = ceil_div(columns, step), tasks = std::min(units, num_threads * tasks_per_thread);
     parallel_for(tasks, num_threads, [&](int64_t task) {
-        fill(units * task / tasks * kStep, std::min(columns, units * (task + 1) / tasks * kStep));
+        fill(units * task / tasks * step, std::min(columns, units * (task + 1) / tasks * step));
     });
 }
 
@@ -49,7 +50,7 @@ void run_rows_are_inputs(const Linear& call, int num_threads) {
     const LinearKernels& k = kernels();
     const int64_t chunks = ceil_div(call.in_features, kChunk);
     if (num_threads == 1 || call.rows > kSplitRows || chunks == 1) {
-        return split_columns(call.out_features, num_threads, num_threads == 1 ? 1 : 2, [&](int64_t begin, int64_t end) {
+        return split_columns(call.out_features, kStep, num_threads, num_threads == 1 ? 1 : 2, [&](int64_t begin, int64_t end) {
             const int64_t stride = ceil_div(end - begin, 16) * 16;
             k.rows_are_inputs(call, begin, end, 0, chunks, scratch.get(call.rows * stride), stride, true);
         });
@@ -114,13 +115,12 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
     if (layout == WeightLayout::rows_are_outputs) {
         check(call.weight_stride >= call.in_features, "weight_stride", call.weight_stride, ">= in_features");
         const Linear apart = rows_apart(call);
-        split_columns(call.out_features, num_threads, kTasksPerThread,
+        split_columns(call.out_features, kDotStep, num_threads, kTasksPerThread,
                       [&](int64_t begin, int64_t end) { k.rows_are_outputs(apart, begin, end, scratch.get(kDotSums)); });
     } else if (layout == WeightLayout::panels) {
-        split_columns(call.out_features, num_threads, kTasksPerThread,
-                      [&](int64_t begin, int64_t end) {
-                          k.panels(call, begin, end, scratch.get(call.rows * kPanelWidth));
-                      });
+        split_columns(call.out_features, k.panel_width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
+            k.panels(call, begin, end, scratch.get(call.rows * k.panel_width));
+        });
     } else {
         check(call.weight_stride >= call.out_features, "weight_stride", call.weight_stride, ">= out_features");
         run_rows_are_inputs(call, num_threads);
@@ -130,7 +130,8 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
 int64_t packed_linear_size(int64_t in_features, int64_t out_features) {
     check(in_features >= 0, "in_features", in_features, ">= 0");
     check(out_features >= 0, "out_features", out_features, ">= 0");
-    return ceil_div(out_features, kPanelWidth) * kPanelWidth * in_features;
+    const int64_t width = kernels().panel_width;
+    return ceil_div(out_features, width) * width * in_features;
 }
 
 void pack_linear(const float* weight, int64_t weight_stride, WeightLayout from, int64_t in_features,
@@ -139,20 +140,25 @@ void pack_linear(const float* weight, int64_t weight_stride, WeightLayout from, 
     const bool outputs = from == WeightLayout::rows_are_outputs;
     check(num_threads >= 1, "num_threads", num_threads, ">= 1");
     check(weight_stride >= (outputs ? in_features : out_features), "weight_stride", weight_stride, "at least a row");
-    parallel_for(ceil_div(out_features, kPanelWidth), num_threads, [&](int64_t panel) {
-        float* target = packed + panel * kPanelWidth * in_features;
-        const int64_t begin = panel * kPanelWidth, columns = std::min(kPanelWidth, out_features - begin);
-        std::fill(target, target + kPanelWidth * in_features, 0.0f);
+    const LinearKernels& kernel = kernels();
+    const int64_t width = kernel.panel_width;
+    parallel_for(ceil_div(out_features, width), num_threads, [&](int64_t panel) {
+        float* target = packed + panel * width * in_features;
+        const int64_t begin = panel * width, columns = std::min(width, out_features - begin);
         const int64_t stride_k = outputs ? 1 : weight_stride, stride_n = outputs ? weight_stride : 1;
         const float* source = weight + begin * stride_n;
+        if (outputs && columns == width && kernel.pack_rows) {
+            return kernel.pack_rows(source, weight_stride, in_features, target);
+        }
+        if (columns < width) std::fill(target, target + width * in_features, 0.0f);
         constexpr int64_t block = 32;  // k's: a square that the first cache holds whichever way it is walked
         for (int64_t k = 0; k < in_features; k += block) {
             const int64_t k_end = std::min(in_features, k + block);
             for (int64_t n = 0; outputs && n < columns; ++n) {
-                for (int64_t i = k; i < k_end; ++i) target[i * kPanelWidth + n] = source[n * stride_n + i];
+                for (int64_t i = k; i < k_end; ++i) target[i * width + n] = source[n * stride_n + i];
             }
             for (int64_t i = k; !outputs && i < k_end; ++i) {
-                for (int64_t n = 0; n < columns; ++n) target[i * kPanelWidth + n] = source[i * stride_k + n];
+                for (int64_t n = 0; n < columns; ++n) target[i * width + n] = source[i * stride_k + n];
             }
         }
     });

@@ -6,10 +6,11 @@
 namespace simctg {
 
 constexpr int64_t kChunk = 384;      // k's that are summed before they join the total of a rows_are_inputs product
-constexpr int64_t kPanelWidth = 64;  // columns in a panel of the packed layout: [panels][in_features][kPanelWidth]
 constexpr int64_t kDotSums = 1 << 15;  // floats of scratch for rows_are_outputs: a fraction of the second cache
 
 struct LinearKernels {
+    int64_t panel_width;  // columns in a panel of the packed layout: [panels][in_features][panel_width]
+
     // `sums` [kDotSums], aligned to a vector, is scratch.
     void (*rows_are_outputs)(const Linear& call, int64_t begin, int64_t end, float* sums);
 
@@ -23,8 +24,11 @@ struct LinearKernels {
     void (*add_chunks)(const Linear& call, int64_t begin, int64_t end, int64_t chunks, const float* sums,
                        int64_t sums_stride);
 
-    // begin is a multiple of kPanelWidth, end as well unless the row ends there; `sums` [rows, kPanelWidth] is scratch.
+    // begin is a multiple of panel_width, end as well unless the row ends there; `sums` [rows, panel_width] is scratch.
     void (*panels)(const Linear& call, int64_t begin, int64_t end, float* sums);
+
+    // panel[k, n] = weight[n, k] for a whole panel. Null: nothing faster than plain loops.
+    void (*pack_rows)(const float* weight, int64_t stride, int64_t in_features, float* panel);
 };
 
 const LinearKernels& linear_kernels_generic();

@@ -16,6 +16,7 @@ namespace simctg {
 namespace {
 
 constexpr int64_t kLineFloats = 16;
+constexpr int64_t kPanelWidth = (kRegisters == 32 ? 4 : 2) * kLanes;  // a register tile
 
 // Loaded once: GCC would rather read it from memory again in every multiplication, and loads are what a core has least of.
 SIMCTG_INLINE Vec in_register(Vec v) {
@@ -191,9 +192,9 @@ struct AxpyStep {
     int64_t x_stride;
     const float* w;
     int64_t w_stride;
-    int64_t count;       // k's
-    const float* ahead;  // weight to fetch meanwhile, one row of ahead_stride for each k
-    int64_t ahead_stride;
+    int64_t count;         // k's
+    const float* ahead;    // weight to fetch meanwhile
+    int64_t ahead_stride;  // from one request to the next
     float* sums;         // carried from one step of a chunk to the next
     int64_t sums_stride;
     bool first;          // the chunk begins here
@@ -203,12 +204,14 @@ struct AxpyStep {
     const float* bias;   // to be added with the last chunk
 };
 
-template <int Rows, int Vectors, int Lines, bool Masked>
+// Asks for `Lines` lines of what is ahead every `Every` k's.
+template <int Rows, int Vectors, int Lines, bool Masked, int Every>
 void axpy_step(const AxpyStep& step, Mask mask) {
     const auto get = [&](const float* p) { return Masked ? load(p, mask) : load(p); };
     const auto put = [&](float* p, Vec v) { Masked ? store(p, v, mask) : store(p, v); };
-    const int64_t x_stride = step.x_stride, w_stride = step.w_stride, count = step.count;
-    const int64_t ahead_stride = step.ahead_stride;
+    const int64_t x_stride = step.x_stride, count = step.count;
+    // Of a panel, the stride is known when this is compiled.
+    const int64_t w_stride = Every > 1 ? Vectors * kLanes : step.w_stride;
     const float *x = step.x, *w = step.w, *ahead = step.ahead;
     Vec acc[Rows][Vectors];
 #pragma GCC unroll 8
@@ -218,19 +221,25 @@ void axpy_step(const AxpyStep& step, Mask mask) {
             acc[r][v] = step.first ? zeros() : get(step.sums + r * step.sums_stride + v * kLanes);
         }
     }
-    for (int64_t k = 0; k < count; ++k) {
-#pragma GCC unroll 8
-        for (int line = 0; line < Lines; ++line) prefetch_l2(ahead + k * ahead_stride + line * kLineFloats);
+    const auto multiply = [&](int64_t k) __attribute__((always_inline)) {
         Vec b[Vectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v) b[v] = get(w + k * w_stride + v * kLanes);
+        for (int v = 0; v < Vectors; ++v) b[v] = in_register(get(w + k * w_stride + v * kLanes));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
             const Vec a = broadcast(x[r * x_stride + k]);
 #pragma GCC unroll 8
             for (int v = 0; v < Vectors; ++v) acc[r][v] = multiply_add(a, b[v], acc[r][v]);
         }
+    };
+    int64_t k = 0;
+    for (; k + Every <= count; k += Every, ahead += step.ahead_stride) {
+#pragma GCC unroll 8
+        for (int line = 0; line < Lines; ++line) prefetch_l2(ahead + line * kLineFloats);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < Every; ++i) multiply(k + i);
     }
+    for (; Every > 1 && k < count; ++k) multiply(k);
     if (step.y == nullptr) {
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
@@ -252,18 +261,18 @@ void axpy_step(const AxpyStep& step, Mask mask) {
     }
 }
 
-template <int Vectors, int Lines, bool Masked>
+template <int Vectors, int Lines, bool Masked, int Every = 1>
 SIMCTG_INLINE void axpy_step(int rows, const AxpyStep& step, Mask mask) {
     constexpr int most = tile_rows(Vectors);
     switch (rows) {
-        case 1: return axpy_step<1, Vectors, Lines, Masked>(step, mask);
-        case 2: return axpy_step<2, Vectors, Lines, Masked>(step, mask);
-        case 3: if constexpr (most >= 3) return axpy_step<3, Vectors, Lines, Masked>(step, mask); break;
-        case 4: if constexpr (most >= 4) return axpy_step<4, Vectors, Lines, Masked>(step, mask); break;
-        case 5: if constexpr (most >= 5) return axpy_step<5, Vectors, Lines, Masked>(step, mask); break;
-        case 6: if constexpr (most >= 6) return axpy_step<6, Vectors, Lines, Masked>(step, mask); break;
-        case 7: if constexpr (most >= 7) return axpy_step<7, Vectors, Lines, Masked>(step, mask); break;
-        case 8: if constexpr (most >= 8) return axpy_step<8, Vectors, Lines, Masked>(step, mask); break;
+        case 1: return axpy_step<1, Vectors, Lines, Masked, Every>(step, mask);
+        case 2: return axpy_step<2, Vectors, Lines, Masked, Every>(step, mask);
+        case 3: if constexpr (most >= 3) return axpy_step<3, Vectors, Lines, Masked, Every>(step, mask); break;
+        case 4: if constexpr (most >= 4) return axpy_step<4, Vectors, Lines, Masked, Every>(step, mask); break;
+        case 5: if constexpr (most >= 5) return axpy_step<5, Vectors, Lines, Masked, Every>(step, mask); break;
+        case 6: if constexpr (most >= 6) return axpy_step<6, Vectors, Lines, Masked, Every>(step, mask); break;
+        case 7: if constexpr (most >= 7) return axpy_step<7, Vectors, Lines, Masked, Every>(step, mask); break;
+        case 8: if constexpr (most >= 8) return axpy_step<8, Vectors, Lines, Masked, Every>(step, mask); break;
     }
 }
 
@@ -386,7 +395,76 @@ void add_chunks(const Linear& call, int64_t begin, int64_t end, int64_t chunks, 
     }
 }
 
+// A panel against all rows of x, where registers are few: a block of it stays in the first cache while the row tiles pass
+// by, and they share the asking for the next one.
+constexpr int64_t kPanelBlock = 128;  // k's: 8 kB of the panel, and 3 kB of x for a row tile
+constexpr int kPanelEvery = 8;        // k's between two requests
+static_assert(kChunk % kPanelBlock == 0, "a chunk is a whole number of blocks");
+
+template <int Lines>
+void panel_tiles(AxpyStep step, int64_t rows, int64_t tiles, bool fetch) {
+    constexpr int vectors = static_cast<int>(kPanelWidth / kLanes);
+    const AxpyStep whole = step;
+    const int64_t lines = step.count * kPanelWidth / kLineFloats, share = step.count / kPanelEvery * Lines;
+    step.ahead_stride = Lines * kLineFloats;
+    for (int64_t index = 0; index < tiles; ++index) {
+        const RowTile tile(rows, tiles, index);
+        step.x = whole.x + tile.begin * whole.x_stride;
+        step.sums = whole.sums + tile.begin * whole.sums_stride;
+        if (whole.y) step.y = whole.y + tile.begin * whole.y_stride;
+        step.ahead = whole.ahead + index * share * kLineFloats;
+        if (fetch && index * share < lines) axpy_step<vectors, Lines, false, kPanelEvery>(tile.count, step, Mask());
+        else axpy_step<vectors, 0, false, kPanelEvery>(tile.count, step, Mask());
+    }
+}
+
+void panel_blocks(const Linear& call, int64_t begin, int64_t end, float* sums) {
+    const int64_t most = tile_rows(static_cast<int>(kPanelWidth / kLanes)), tiles = (call.rows + most - 1) / most;
+    for (int64_t n = begin; n < end; n += kPanelWidth) {
+        for (int64_t k = 0; k < call.in_features; k += kPanelBlock) {
+            const int64_t count = smaller(kPanelBlock, call.in_features - k);
+            const bool last = k + count == call.in_features, chunk_ends = last || (k + count) % kChunk == 0;
+            AxpyStep step{};
+            step.x = call.x + k;
+            step.x_stride = call.x_stride;
+            step.w = call.weight + n * call.in_features + k * kPanelWidth;
+            step.w_stride = kPanelWidth;
+            step.count = count;
+            step.ahead = step.w + count * kPanelWidth;  // panels follow one another
+            step.sums = sums;
+            step.sums_stride = kPanelWidth;
+            step.first = k % kChunk == 0;
+            step.y = chunk_ends ? call.y + n : nullptr;
+            step.y_stride = call.y_stride;
+            step.add = k >= kChunk;
+            step.bias = last && call.bias ? call.bias + n : nullptr;
+            const bool fetch = !last || n + kPanelWidth < end;
+            if (n + kPanelWidth > end) {
+                for (int64_t lane = 0; n + lane < end; lane += kLanes) {
+                    AxpyStep part = step;
+                    part.w += lane;
+                    part.sums += lane;
+                    if (part.y) part.y += lane;
+                    if (part.bias) part.bias += lane;
+                    axpy_piece<1, true>(part, call.rows, false, first_lanes(smaller<int64_t>(kLanes, end - n - lane)));
+                }
+            } else if (tiles == 1) {
+                panel_tiles<8>(step, call.rows, tiles, fetch);
+            } else if (tiles == 2) {
+                panel_tiles<4>(step, call.rows, tiles, fetch);
+            } else if (tiles == 3) {
+                panel_tiles<3>(step, call.rows, tiles, fetch);
+            } else if (tiles < 8) {
+                panel_tiles<2>(step, call.rows, tiles, fetch);
+            } else {
+                panel_tiles<1>(step, call.rows, tiles, fetch);
+            }
+        }
+    }
+}
+
 void panels(const Linear& call, int64_t begin, int64_t end, float* sums) {
+    if constexpr (kRegisters < 32) return panel_blocks(call, begin, end, sums);
     const AxpyChunks run = axpy_for(call.rows);
     const int64_t chunks = (call.in_features + kChunk - 1) / kChunk;
     for (int64_t n = begin; n < end; n += kPanelWidth) {
@@ -399,7 +477,45 @@ void panels(const Linear& call, int64_t begin, int64_t end, float* sums) {
     }
 }
 
-constexpr LinearKernels kLinearKernels{rows_are_outputs, rows_are_inputs, add_chunks, panels};
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Eight rows of the source become eight columns of the target.
+SIMCTG_INLINE void transpose8(const float* source, int64_t stride, float* target) {
+    const float* lower = source + 4 * stride;
+    const auto rows = [&](int r, int k) __attribute__((always_inline)) {  // four of row r, four of row r + 4
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(source + r * stride + k)),
+                                    _mm_loadu_ps(lower + r * stride + k), 1);
+    };
+#pragma GCC unroll 2
+    for (int k = 0; k < 8; k += 4) {
+        const Vec a = rows(0, k), b = rows(1, k), c = rows(2, k), d = rows(3, k);
+        const Vec ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+        const Vec ab_high = _mm256_unpackhi_ps(a, b), cd_high = _mm256_unpackhi_ps(c, d);
+        store(target + (k + 0) * kPanelWidth, _mm256_shuffle_ps(ab, cd, 0x44));
+        store(target + (k + 1) * kPanelWidth, _mm256_shuffle_ps(ab, cd, 0xEE));
+        store(target + (k + 2) * kPanelWidth, _mm256_shuffle_ps(ab_high, cd_high, 0x44));
+        store(target + (k + 3) * kPanelWidth, _mm256_shuffle_ps(ab_high, cd_high, 0xEE));
+    }
+}
+
+void pack_rows(const float* weight, int64_t stride, int64_t in_features, float* panel) {
+    int64_t k = 0;
+    for (; k + 8 <= in_features; k += 8) {
+#pragma GCC unroll 2
+        for (int64_t n = 0; n < kPanelWidth; n += 8) {
+            transpose8(weight + n * stride + k, stride, panel + k * kPanelWidth + n);
+        }
+    }
+    for (; k < in_features; ++k) {
+        for (int64_t n = 0; n < kPanelWidth; ++n) panel[k * kPanelWidth + n] = weight[n * stride + k];
+    }
+}
+
+#else
+constexpr void (*pack_rows)(const float*, int64_t, int64_t, float*) = nullptr;
+#endif
+
+constexpr LinearKernels kLinearKernels{kPanelWidth, rows_are_outputs, rows_are_inputs, add_chunks, panels, pack_rows};
 
 }  // namespace
 }  // namespace simctg

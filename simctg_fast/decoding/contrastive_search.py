@@ -26,6 +26,7 @@ from .paths import PATHS, Choose, HeadUnsupportedError, Path, PathUnsupportedErr
 from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
 from .support import forget, make_report, recall, remember
+from .t5_blocks import fast_t5_blocks
 
 logger = logging.getLogger("simctg_fast")
 
@@ -290,6 +291,7 @@ class _Run:
             self.tap = stack.enter_context(HiddenStatesTap(self.model))
             if self.strategy.fast_linear:
                 stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))
+                stack.enter_context(fast_t5_blocks(self.model))
             logits = self._open()
             if hasattr(self.model, "_optimize_model_for_decode"):
                 stack.enter_context(self.model._optimize_model_for_decode())

@@ -32,7 +32,7 @@ class HiddenStatesTap:
 
     def __init__(self, model):
         self.model, self.head = model, model.get_output_embeddings()
-        self.decoder = _decoder_of(model)
+        self.decoder = decoder_of(model)
         self._hooks: list[RemovableHandle] = []
         self._owner = threading.get_ident()
         self._listening = False
@@ -99,7 +99,7 @@ class HiddenStatesTap:
                 self._heard.last_layer.append(states)
 
 
-def _decoder_of(model: torch.nn.Module) -> torch.nn.Module | None:
+def decoder_of(model: torch.nn.Module) -> torch.nn.Module | None:
     """The part of ``model`` whose ``last_hidden_state`` goes to the output embedding, if there is one."""
     get_decoder = getattr(model, "get_decoder", None)
     for found in (get_decoder() if callable(get_decoder) else None, getattr(model, "base_model", None)):

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops import _backends
 from ..ops.gelu import run_kernel as run_gelu
-from ..ops.linear import MAX_ROWS, run_kernel
+from ..ops.linear import MAX_ROWS, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
 from ..ops.rms_norm import run_kernel as run_rms_norm
 
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 PACK = ("auto", True, False)
 _MEMORY_SHARE = 0.25  # of the free memory, at most, goes into packed copies
+_PACKED_ROWS = 12  # from here on packed copies are faster by more than they cost
 
 _LINEAR_FORWARD = Linear.forward
 _CONV1D_FORWARD = Conv1D.forward
@@ -80,8 +81,12 @@ class _Patched:
         self.module, self.users = module, 0
         self.packed: _Packed | None = None
 
+    @property
+    def is_linear(self) -> bool:
+        return _FORWARDS[type(self.module)][2] is not None
 
-def _is_plain_eager() -> bool:
+
+def is_plain_eager() -> bool:
     """Nothing follows the computation: no autocast, no compiler or tracer, no dispatch mode, no function transform."""
     return not (
         torch.is_autocast_enabled("cpu")
@@ -92,14 +97,14 @@ def _is_plain_eager() -> bool:
     )
 
 
-def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int) -> bool:
-    if type(x) is not Tensor or not _is_plain_eager():
+def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int, packed: Tensor | None) -> bool:
+    if type(x) is not Tensor or not is_plain_eager():
         return False
     if x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1] != in_features:
         return False
     if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
         return False
-    if not 0 < x.numel() <= _rows.limit * in_features or out_features == 0:
+    if x.numel() == 0 or out_features == 0 or (packed is None and x.numel() > _rows.limit * in_features):
         return False
     if bias is not None and not (
         type(bias) is Parameter
@@ -130,13 +135,14 @@ def _current_packed(module: Module, weight: Tensor) -> Tensor | None:
 # pickling one stores "the method `forward` of this module", which is the class's own when it is loaded.
 
 
-def _linear_forward(self: Linear, input: Tensor) -> Tensor:
+def linear_forward(self: Linear, input: Tensor) -> Tensor:
     parameters = self._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is Parameter:
         out_features, in_features = weight.shape
-        if _takes(input, weight, bias, in_features, out_features):
-            return run_kernel(input, weight, bias, False, _current_packed(self, weight))
+        packed = _current_packed(self, weight)
+        if _takes(input, weight, bias, in_features, out_features, packed):
+            return run_kernel(input, weight, bias, False, packed)
     return _LINEAR_FORWARD(self, input)
 
 
@@ -145,8 +151,9 @@ def _conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is Parameter:
         in_features, out_features = weight.shape
-        if _takes(x, weight, bias, in_features, out_features):
-            return run_kernel(x, weight, bias, True, _current_packed(self, weight))
+        packed = _current_packed(self, weight)
+        if _takes(x, weight, bias, in_features, out_features, packed):
+            return run_kernel(x, weight, bias, True, packed)
     return _CONV1D_FORWARD(self, x)
 
 
@@ -157,7 +164,7 @@ def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
         and input.is_cpu
         and input.is_contiguous()
         and not (torch.is_grad_enabled() and input.requires_grad)
-        and _is_plain_eager()
+        and is_plain_eager()
     ):
         return run_gelu(input)
     return _NEW_GELU_FORWARD(self, input)
@@ -179,17 +186,17 @@ def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
         and weight.is_contiguous()
         and hidden_states.shape[-1:] == weight.shape
         and not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad))
-        and _is_plain_eager()
+        and is_plain_eager()
     ):
         return run_rms_norm(hidden_states, weight, epsilon)
     return type(self).forward(self, hidden_states)
 
 
-for _forward in (_linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward, _rms_norm_forward):
+for _forward in (linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward, _rms_norm_forward):
     _forward.__name__ = "forward"
 # The class's forward, ours, and for linear layers whether the weight is [in, out].
 _FORWARDS: dict[type[Module], tuple[Any, Any, bool | None]] = {
-    Linear: (_LINEAR_FORWARD, _linear_forward, False),
+    Linear: (_LINEAR_FORWARD, linear_forward, False),
     Conv1D: (_CONV1D_FORWARD, _conv1d_forward, True),
     NewGELUActivation: (_NEW_GELU_FORWARD, _new_gelu_forward, None),
     Dropout: (_DROPOUT_FORWARD, _dropout_forward, None),
@@ -218,6 +225,11 @@ def _is_rms_norm(kind: type[Module]) -> bool:
         return False
     _FORWARDS[kind] = (kind.forward, _rms_norm_forward, None)
     return True
+
+
+def has_own_forward(module: Module) -> bool:
+    """Whether a call runs the forward of the module's class, or one that is ours for the time being."""
+    return ("forward" not in module.__dict__ or id(module) in _patched) and "_hf_hook" not in module.__dict__
 
 
 def _is_eligible(module: Module) -> bool:
@@ -275,12 +287,19 @@ def _free_memory() -> int | None:
     return None
 
 
+def _to_pack(entries: list[_Patched]) -> list[tuple[_Patched, Tensor, bool]]:
+    """Layers without a packed copy, their weights, and whether these lie transposed."""
+    layers = [(e, e.module._parameters["weight"], _FORWARDS[type(e.module)][2]) for e in entries if e.is_linear]
+    return [
+        (entry, weight, bool(transposed))
+        for entry, weight, transposed in layers
+        if entry.packed is None and weight is not None and not weight.is_inference()
+    ]
+
+
 def _pack_all(entries: list[_Patched]) -> None:
-    linear = [e for e in entries if _FORWARDS[type(e.module)][2] is not None]
-    weights = [(e, e.module._parameters["weight"]) for e in linear if e.packed is None]
-    todo = [(e, weight) for e, weight in weights if weight is not None and not weight.is_inference()]
-    needed = sum(4 * weight.numel() for _, weight in todo)
-    free = _free_memory()
+    todo = _to_pack(entries)
+    needed, free = sum(4 * packed_size(weight, transposed) for _, weight, transposed in todo), _free_memory()
     if free is None or needed > _MEMORY_SHARE * free:
         known = "unknown" if free is None else f"{free / 2**20:.0f} MiB"
         logger.warning(
@@ -290,8 +309,19 @@ def _pack_all(entries: list[_Patched]) -> None:
             known,
         )
         return
-    for entry, weight in todo:
-        entry.packed = _Packed(weight, bool(_FORWARDS[type(entry.module)][2]))
+    for entry, weight, transposed in todo:
+        entry.packed = _Packed(weight, transposed)
+
+
+def packing_pays(model: Module, rows: int) -> bool:
+    """Whether ``fast_linears(model, pack=True)`` is faster than reading in place, and fits, for products of that many
+    rows. With AVX2 they take 1.15 to 1.45 times as long in place; with AVX-512 no longer (`benchmarks/linear.py`)."""
+    extension = _backends.extension()
+    if extension is None or extension.active_isa() != "avx2" or rows < _PACKED_ROWS:
+        return False
+    free = _free_memory()
+    sizes = (4 * module.weight.numel() for module in model.modules() if type(module) in (Linear, Conv1D))
+    return free is not None and sum(sizes) <= _MEMORY_SHARE * free
 
 
 @contextmanager
@@ -307,11 +337,13 @@ def fast_linears(
 
     Args:
         model: any module.
-        rows_hint: rows the caller is going to multiply at a time. Above ``max_rows`` the block changes nothing.
+        rows_hint: rows the caller is going to multiply at a time. Above ``max_rows``, and without ``pack``, the block
+            changes nothing.
         pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
             of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
             its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
-            seen. ``"auto"`` does not pack: reading in place measured as fast (`benchmarks/linear.py`).
+            seen. Packed layers take any number of rows. ``"auto"`` does not pack: the copies cost memory, and time at
+            the beginning; see :func:`packing_pays`.
 
         max_rows: products of more rows than this are left to the modules. A caller to whom it matters that a row's
             result does not depend on the other rows may go above `MAX_ROWS`, where the kernel is no longer faster. It
@@ -331,7 +363,7 @@ def fast_linears(
     before = _rows.limit
     _rows.limit = max(before, max_rows)
     try:
-        if rows_hint <= max_rows and _backends.extension() is not None:
+        if (rows_hint <= max_rows or pack is True) and _backends.extension() is not None:
             with _lock:
                 for module in model.modules():
                     entry = _add(module)

@@ -193,13 +193,13 @@ def _original_name(config) -> str:
     return name if name != NAME else "sdpa"
 
 
-def _current_step() -> SharedPrefixStep | None:
+def current_step() -> SharedPrefixStep | None:
     # `is_compiling` is true in every thread while one of them compiles; this is true in what is traced alone.
     return traced.step if torch.compiler.is_dynamo_compiling() else getattr(_step, "value", None)
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    step = _current_step()
+    step = current_step()
     if step is not None:
         return step.attend(module, query, key, value, attention_mask, **kwargs)
     name = _original_name(module.config)
@@ -209,7 +209,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def _mask(*args, **kwargs):
-    step = _current_step()
+    step = current_step()
     if step is not None:
         return step.make_mask(*args, **kwargs)
     name = _original_name(kwargs.get("config"))

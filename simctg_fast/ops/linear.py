@@ -115,14 +115,21 @@ def run_kernel(
     return y
 
 
+def packed_size(weight: Tensor, transposed: bool) -> int:
+    """Floats in the packed copy of a weight."""
+    in_features, out_features = weight.shape if transposed else weight.shape[::-1]
+    return int(_backends.require_extension().packed_linear_size(in_features, out_features))
+
+
 def pack(weight: Tensor, transposed: bool) -> Tensor:
-    """A copy of a float32 CPU weight in the order in which the kernel walks it: 64 outputs beside each other, input
-    after input. It serves any number of rows; a transposed weight gives the same bits packed and in place."""
+    """A copy of a float32 CPU weight in the order in which the kernel walks it: a panel of outputs beside each other,
+    input after input. It serves any number of rows; a transposed weight gives the same bits packed and in place. It is
+    for the instruction set that is in use now."""
     extension = _backends.require_extension()
     in_features, out_features = weight.shape if transposed else weight.shape[::-1]
     layout = extension.WeightLayout.rows_are_inputs if transposed else extension.WeightLayout.rows_are_outputs
     weight = weight.detach().contiguous()
-    packed = weight.new_empty(extension.packed_linear_size(in_features, out_features))
+    packed = weight.new_empty(packed_size(weight, transposed))
     extension.pack_linear(
         weight.data_ptr(),
         weight.shape[1],
