@@ -47,7 +47,8 @@ void viterbi_backtrace(const std::string& dtype, address backpointers, std::arra
 }
 
 // `numbers` holds the fields of one CommitItem after another.
-void prefix_commit(const std::vector<int64_t>& numbers, address winners, address positions, int64_t batch) {
+void prefix_commit(const std::vector<int64_t>& numbers, address winners, address positions, int64_t batch,
+                   int num_threads) {
     constexpr std::size_t fields = 9;
     if (numbers.size() % fields) throw std::invalid_argument("numbers must hold 9 entries an item");
     std::vector<simctg::CommitItem> items(numbers.size() / fields);
@@ -56,7 +57,7 @@ void prefix_commit(const std::vector<int64_t>& numbers, address winners, address
         items[i] = {pointer<char>(n[0]), n[1], n[2], n[3], pointer<const char>(n[4]), n[5], n[6], n[7], n[8]};
     }
     simctg::prefix_commit(items.data(), static_cast<int64_t>(items.size()), pointer<const int64_t>(winners),
-                          pointer<const int64_t>(positions), batch);
+                          pointer<const int64_t>(positions), batch, num_threads);
 }
 
 }  // namespace
@@ -67,7 +68,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("strides"), py::arg("last"), py::arg("lengths"), py::arg("path"), py::arg("num_threads"),
           release_gil());
     m.def("prefix_commit", &prefix_commit, py::arg("numbers"), py::arg("winners"), py::arg("positions"),
-          py::arg("batch"), release_gil());
+          py::arg("batch"), py::arg("num_threads"), release_gil());
 
     bind_decoding(m);
 

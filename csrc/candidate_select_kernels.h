@@ -18,7 +18,7 @@ void normalize(const CandidateScan& call, int64_t b, float* unit) {
         const Vec divisor = broadcast(norm < 1e-12f ? 1e-12f : norm);
         for (int64_t d = 0; d < call.dim; d += kLanes) {
             const Mask mask = first_lanes(smaller<int64_t>(kLanes, call.dim - d));
-            store(unit + c * call.dim + d, div(load(state + d, mask), divisor), mask);
+            store_first(unit + c * call.dim + d, div(load(state + d, mask), divisor), call.dim - d);
         }
     }
 }

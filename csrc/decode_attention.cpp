@@ -25,6 +25,7 @@ const AttentionKernels& kernels() {
 
 thread_local Scratch work_scratch, partial_scratch;
 
+constexpr int64_t kTasksPerThread = 8;   // enough to even out rows of different length
 constexpr int64_t kSmallWork = 1 << 16;  // floats of keys and values below which waking a thread costs more than it saves
 
 void check(bool valid, const std::string& name, int64_t value, const std::string& allowed) {
@@ -66,19 +67,33 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
     if (heads == 0 || rows == 0) return;
     if (heads * call.length * (call.dim + call.value_dim) < kSmallWork) num_threads = 1;
 
-    const auto run_cut = [&](int64_t b, int64_t g, const Range& range, int64_t cut, float* partial) {
+    const auto run_cut = [&](int64_t b, int64_t g, const Range& range, int64_t cut, const float* next, float* partial) {
         const int64_t begin = std::max(range.begin, (range.first_cut + cut) * kSplit);
         const int64_t end = std::min(range.end, (range.first_cut + cut + 1) * kSplit);
-        k.attend(call, b, g, begin, end, work_scratch.get(attention_scratch(rows, call.dim)), partial);
+        k.attend(call, b, g, begin, end, next, work_scratch.get(attention_scratch(rows, call.dim)), partial);
     };
     const int64_t most_cuts = (call.length + kSplit - 1) / kSplit;
     if (most_cuts <= 1 || heads >= 4 * int64_t{num_threads} || num_threads == 1) {
-        parallel_for(heads, num_threads, [&](int64_t task) {
-            const int64_t b = task / call.kv_heads, g = task % call.kv_heads;
-            const Range range(call, b);
-            float* partials = partial_scratch.get(std::max<int64_t>(1, range.cuts) * cut_floats);
-            for (int64_t cut = 0; cut < range.cuts; ++cut) run_cut(b, g, range, cut, partials + cut * cut_floats);
-            k.finish(call, b, g, range.cuts, partials);
+        // Heads that follow one another: each has the next one's keys fetched.
+        const int64_t tasks = std::min(heads, kTasksPerThread * num_threads);
+        parallel_for(tasks, num_threads, [&](int64_t task) {
+            const int64_t last = heads * (task + 1) / tasks;
+            for (int64_t head = heads * task / tasks; head < last; ++head) {
+                const int64_t b = head / call.kv_heads, g = head % call.kv_heads;
+                const Range range(call, b);
+                const float* next = nullptr;
+                if (head + 1 < last) {
+                    const int64_t next_b = (head + 1) / call.kv_heads, next_g = (head + 1) % call.kv_heads;
+                    next = call.key + next_b * call.key_batch + next_g * call.key_head +
+                           Range(call, next_b).begin * call.key_position;
+                }
+                float* partials = partial_scratch.get(std::max<int64_t>(1, range.cuts) * cut_floats);
+                for (int64_t cut = 0; cut < range.cuts; ++cut) {
+                    const bool ends = cut + 1 == range.cuts;
+                    run_cut(b, g, range, cut, ends ? next : nullptr, partials + cut * cut_floats);
+                }
+                k.finish(call, b, g, range.cuts, partials);
+            }
         });
         return;
     }
@@ -93,7 +108,7 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
         const int64_t b = head / call.kv_heads, g = head % call.kv_heads;
         const Range range(call, b);
         float* partials = all + head * most_cuts * cut_floats;
-        if (cut < range.cuts) run_cut(b, g, range, cut, partials + cut * cut_floats);
+        if (cut < range.cuts) run_cut(b, g, range, cut, nullptr, partials + cut * cut_floats);
         if (missing[head].fetch_sub(1, std::memory_order_acq_rel) == 1) k.finish(call, b, g, range.cuts, partials);
     });
 }

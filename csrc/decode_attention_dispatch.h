@@ -20,9 +20,10 @@ static inline int64_t attention_scratch(int64_t rows, int64_t dim) {
 }
 
 struct AttentionKernels {
-    // The positions begin..end-1, kSplit at most, for the query rows of sequence b and key/value head g.
-    void (*attend)(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, float* scratch,
-                   float* partial);
+    // The positions begin..end-1, kSplit at most, for the query rows of sequence b and key/value head g. `next`: keys
+    // that are read after them, to be fetched meanwhile, or null.
+    void (*attend)(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, const float* next,
+                   float* scratch, float* partial);
     // Adds up partials [cuts, candidates · groups, stride], the new key and the sink, and writes `out`. Changes them.
     void (*finish)(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, float* partials);
 };

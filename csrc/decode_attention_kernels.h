@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kBlock = 64;
 constexpr int64_t kLinePair = 32;  // floats in two cache lines
 constexpr float kMinusInfinity = -__builtin_inff();
-constexpr int kValueVectors = kLanes == 16 ? 4 : 2;  // vectors of the output in a register tile
+// Vectors of the output in a register tile.
+constexpr int value_vectors(int rows) { return kRegisters == 32 || rows <= 3 ? 4 : 2; }
 
 static_assert(kSplit % kBlock == 0 && kBlock % kLanes == 0, "blocks are whole vectors, cuts whole blocks");
 
@@ -130,9 +131,10 @@ SIMCTG_INLINE void add_values(const float* weights, const float* values, int64_t
 template <int Rows>
 void add_values(const float* weights, const float* values, int64_t stride, int64_t count, int64_t value_dim,
                 float* output, int64_t output_stride, Ahead ahead) {
+    constexpr int vectors = value_vectors(Rows);
     int64_t d = 0;
-    for (; d + kValueVectors * kLanes <= value_dim; d += kValueVectors * kLanes) {
-        add_values<Rows, kValueVectors, false>(weights, values + d, stride, count, Mask(), output + d, output_stride,
+    for (; d + vectors * kLanes <= value_dim; d += vectors * kLanes) {
+        add_values<Rows, vectors, false>(weights, values + d, stride, count, Mask(), output + d, output_stride,
                                                {ahead.rows ? ahead.rows + d : nullptr, ahead.stride});
     }
     for (; d < value_dim; d += kLanes) {
@@ -152,8 +154,8 @@ SIMCTG_INLINE void add_values(int rows, const float* weights, const float* value
     }
 }
 
-void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, float* scratch,
-            float* partial) {
+void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, const float* next,
+            float* scratch, float* partial) {
     const int64_t rows = call.candidates * call.groups, value_dim = call.value_dim, count = end - begin;
     const int64_t query_stride = (call.dim + 15) / 16 * 16, output_stride = partial_stride(value_dim);
     float *queries = scratch, *scores = queries + rows * query_stride, *closed = scores + rows * kSplit;
@@ -212,11 +214,15 @@ void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, in
     for (int64_t j = 0; j < count; j += kBlock) {
         if (skip[j / kBlock]) continue;
         for (int64_t first = 0; first < rows; first += kDotTileRows) {
-            const bool more = first == 0 && j + 2 * kBlock <= count;
+            Ahead ahead{};
+            if (first == 0 && j + 2 * kBlock <= count) {
+                ahead = {values + (j + kBlock) * call.value_position, call.value_position};
+            } else if (first == 0 && j + kBlock >= count) {
+                ahead = {next, call.key_position};
+            }
             add_values(static_cast<int>(smaller<int64_t>(kDotTileRows, rows - first)), scores + first * kSplit + j,
                        values + j * call.value_position, call.value_position, smaller(kBlock, count - j), value_dim,
-                       partial + first * output_stride, output_stride,
-                       {more ? values + (j + kBlock) * call.value_position : nullptr, call.value_position});
+                       partial + first * output_stride, output_stride, ahead);
         }
     }
 }
@@ -251,11 +257,12 @@ void finish(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, flo
             largest = larger(largest, *PartialRow(partials + cut * cut_floats, i, value_dim).largest);
         }
         const float reference = reference_score(largest);
-        const float own_weight = exponential_of(own - reference);
-        float total = exponential_of(sink - reference) + own_weight;
+        const float own_weight = own == kMinusInfinity ? 0.0f : exponential_of(own - reference);
+        float total = (sink == kMinusInfinity ? 0.0f : exponential_of(sink - reference)) + own_weight;
         for (int64_t cut = 0; cut < cuts; ++cut) {
             const PartialRow part(partials + cut * cut_floats, i, value_dim);
-            *part.largest = exponential_of(*part.largest - reference);  // from here on, the weight of the part
+            // From here on, the weight of the part.
+            *part.largest = *part.largest == reference ? 1.0f : exponential_of(*part.largest - reference);
             total += *part.sum * *part.largest;
         }
         float* out = call.out + (row * call.kv_heads * call.groups + head) * value_dim;
@@ -267,7 +274,7 @@ void finish(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, flo
                 const PartialRow part(partials + cut * cut_floats, i, value_dim);
                 sum = multiply_add(load(part.output + d), broadcast(*part.largest), sum);
             }
-            store(out + d, div(sum, broadcast(total)), mask);
+            store_first(out + d, div(sum, broadcast(total)), value_dim - d);
         }
     }
 }

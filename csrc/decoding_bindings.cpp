@@ -5,7 +5,10 @@
 
 #include <array>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
+#include "block_layers.h"
 #include "candidate_select.h"
 #include "decode_attention.h"
 #include "gelu.h"
@@ -75,6 +78,31 @@ void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key
     simctg::decode_attention(call, num_threads);
 }
 
+simctg::RmsNorm rms_norm_of(const std::pair<address, float>& norm) {
+    return {pointer<const float>(norm.first), norm.second};
+}
+
+void norm_linears(address x, int64_t rows, std::pair<address, float> norm,
+                  const std::vector<const simctg::LinearLayer*>& layers, const std::vector<address>& y,
+                  int num_threads) {
+    std::vector<float*> results;
+    for (const address result : y) results.push_back(pointer<float>(result));
+    simctg::norm_linears(pointer<const float>(x), rows, rms_norm_of(norm), layers, results, num_threads);
+}
+
+void linear_residual(address x, int64_t rows, const simctg::LinearLayer& layer, address residual, address y,
+                     int num_threads) {
+    simctg::linear_residual(pointer<const float>(x), rows, layer, pointer<const float>(residual), pointer<float>(y),
+                            num_threads);
+}
+
+void feed_forward(address x, int64_t rows, std::pair<address, float> norm, const simctg::LinearLayer& inner,
+                  const simctg::LinearLayer* gate, simctg::Activation act, const simctg::LinearLayer& outer, address y,
+                  int num_threads) {
+    simctg::feed_forward(pointer<const float>(x), rows, rms_norm_of(norm), inner, gate, act, outer, pointer<float>(y),
+                         num_threads);
+}
+
 void gelu_tanh(address x, address y, int64_t count, int num_threads) {
     simctg::gelu_tanh(pointer<const float>(x), pointer<float>(y), count, num_threads);
 }
@@ -119,6 +147,23 @@ void bind_decoding(py::module_& m) {
     m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
     m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
           py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
+    py::enum_<simctg::Activation>(m, "Activation")
+        .value("relu", simctg::Activation::relu)
+        .value("gelu_tanh", simctg::Activation::gelu_tanh);
+    py::class_<simctg::LinearLayer>(m, "LinearLayer")
+        .def(py::init([](simctg::WeightLayout layout, address weight, address bias, int64_t in_features,
+                         int64_t out_features) {
+                 return simctg::LinearLayer{layout, pointer<const float>(weight), pointer<const float>(bias),
+                                            in_features, out_features};
+             }),
+             py::arg("layout"), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"));
+    m.def("norm_linears", &norm_linears, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("layers"), py::arg("y"),
+          py::arg("num_threads"), release_gil());
+    m.def("linear_residual", &linear_residual, py::arg("x"), py::arg("rows"), py::arg("layer"), py::arg("residual"),
+          py::arg("y"), py::arg("num_threads"), release_gil());
+    m.def("feed_forward", &feed_forward, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("inner"),
+          py::arg("gate").none(true), py::arg("act"), py::arg("outer"), py::arg("y"), py::arg("num_threads"),
+          release_gil());
     m.def("decode_attention", &decode_attention, py::arg("sizes"), py::arg("query"), py::arg("key"), py::arg("value"),
           py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
           py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),

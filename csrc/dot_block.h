@@ -9,7 +9,10 @@ namespace {
 constexpr int kDotTileRows = 4;
 
 // Columns that are worked on together with so many rows.
-constexpr int dot_tile_columns(int rows) { return (kLanes == 16 ? 16 : 8) / (rows == 3 ? 4 : rows); }
+constexpr int dot_tile_columns(int rows) {
+    if (kRegisters == 32) return 16 / (rows == 3 ? 4 : rows);
+    return rows == 1 ? 8 : 12 / rows;  // twelve sums, and what they are made of
+}
 
 // Rows to be fetched while others are worked on, the j-th beside the j-th. Null: none.
 struct Ahead {
@@ -38,7 +41,7 @@ SIMCTG_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, in
         for (int r = 0; r < Rows; ++r) x[r] = get(a + r * a_stride + d);
 #pragma GCC unroll 16
         for (int c = 0; c < Columns; ++c) {
-            const Vec y = get(b + c * b_stride + d);
+            const Vec y = in_register(get(b + c * b_stride + d));
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) acc[r * Columns + c] = multiply_add(x[r], y, acc[r * Columns + c]);
         }

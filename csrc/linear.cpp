@@ -30,6 +30,7 @@ thread_local Scratch x_scratch;  // the caller's; `scratch` is of whichever thre
 constexpr int64_t kSmallWork = 1 << 16;  // multiply-adds below which waking a thread costs more than it saves
 constexpr int64_t kTasksPerThread = 4;   // enough to even out threads that are held up
 constexpr int64_t kStep = 192;           // columns: a multiple of the pieces of rows_are_inputs, long enough to stream
+constexpr double kSparseShare = 0.35;    // of x, at most, for which entries one by one are faster than all of them
 constexpr int64_t kDotStep = 48;         // columns: a multiple of the tiles of rows_are_outputs
 constexpr int64_t kSplitRows = 16;       // up to here rows_are_inputs is split over k as well
 constexpr int64_t kCopiedRows = 16;      // from here on a copy of x pays that a product finds in the cache
@@ -125,6 +126,45 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
         check(call.weight_stride >= call.out_features, "weight_stride", call.weight_stride, ">= out_features");
         run_rows_are_inputs(call, num_threads);
     }
+}
+
+void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {
+    const LinearKernels& k = kernels();
+    check(num_threads >= 1, "num_threads", num_threads, ">= 1");
+    check(call.rows >= 0, "rows", call.rows, ">= 0");
+    check(call.in_features >= 0, "in_features", call.in_features, ">= 0");
+    const int64_t elements = call.rows * call.in_features;
+    if (layout == WeightLayout::panels && k.sparse_panels && elements > 0) {
+        const int64_t blocks = ceil_div(call.in_features, kSparseBlock), counts = call.rows * blocks;
+        float* memory = x_scratch.get(counts + ceil_div(counts * kSparseRoom, sizeof(float)));
+        const SparseRows rows{reinterpret_cast<uint8_t*>(memory + counts), reinterpret_cast<int32_t*>(memory), blocks};
+        std::atomic<int64_t> found{0};
+        parallel_for(call.rows, elements < kSmallWork ? 1 : num_threads, [&](int64_t m) {
+            int64_t of_row = 0;
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t entry = m * blocks + b, first = b * kSparseBlock;
+                const int64_t count =
+                    k.find_entries(call.x + m * call.x_stride + first, std::min(kSparseBlock, call.in_features - first),
+                                   rows.entries + entry * kSparseRoom);
+                rows.counts[entry] = static_cast<int32_t>(count);
+                of_row += count;
+            }
+            found.fetch_add(of_row, std::memory_order_relaxed);
+        });
+        if (found.load() < kSparseShare * static_cast<double>(elements)) {
+            check(call.rows < 2 || call.y_stride >= call.out_features, "y_stride", call.y_stride, ">= out_features");
+            if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
+            const int64_t width = kSparsePanels * k.panel_width;
+            return split_columns(call.out_features, width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
+                k.sparse_panels(call, rows, begin, end, scratch.get(call.rows * width));
+            });
+        }
+    }
+    float* x = const_cast<float*>(call.x);
+    for (int64_t m = 0; m < call.rows; ++m, x += call.x_stride) {
+        for (int64_t i = 0; i < call.in_features; ++i) x[i] = x[i] <= 0.0f ? 0.0f : x[i];
+    }
+    linear(call, layout, num_threads);
 }
 
 int64_t packed_linear_size(int64_t in_features, int64_t out_features) {

@@ -8,6 +8,18 @@ namespace simctg {
 constexpr int64_t kChunk = 384;      // k's that are summed before they join the total of a rows_are_inputs product
 constexpr int64_t kDotSums = 1 << 15;  // floats of scratch for rows_are_outputs: a fraction of the second cache
 
+constexpr int64_t kSparsePanels = 4;  // panels that are worked on together
+constexpr int64_t kSparseBlock = 64;  // k's whose entries stand together; a chunk is a whole number of blocks
+constexpr int64_t kSparseRoom = kSparseBlock + 8;  // bytes kept for a block's entries: eight are written at a time
+static_assert(kChunk % kSparseBlock == 0 && kSparseBlock <= 256, "a chunk is whole blocks, an entry fits a byte");
+
+// Where x is above 0, or NaN: of row m and block b, the k's within the block, from (m · blocks + b) · kSparseRoom on.
+struct SparseRows {
+    uint8_t* entries;
+    int32_t* counts;  // [rows, blocks]
+    int64_t blocks;
+};
+
 struct LinearKernels {
     int64_t panel_width;  // columns in a panel of the packed layout: [panels][in_features][panel_width]
 
@@ -26,6 +38,12 @@ struct LinearKernels {
 
     // begin is a multiple of panel_width, end as well unless the row ends there; `sums` [rows, panel_width] is scratch.
     void (*panels)(const Linear& call, int64_t begin, int64_t end, float* sums);
+
+    // The entries of `count` elements of x, kSparseBlock at most; how many. Null, as the next: there is no such kernel.
+    int64_t (*find_entries)(const float* x, int64_t count, uint8_t* entries);
+
+    // As `panels`, of max(x, 0). `sums` [rows, kSparsePanels · panel_width] is scratch.
+    void (*sparse_panels)(const Linear& call, const SparseRows& rows, int64_t begin, int64_t end, float* sums);
 
     // panel[k, n] = weight[n, k] for a whole panel. Null: nothing faster than plain loops.
     void (*pack_rows)(const float* weight, int64_t stride, int64_t in_features, float* panel);

@@ -18,14 +18,6 @@ namespace {
 constexpr int64_t kLineFloats = 16;
 constexpr int64_t kPanelWidth = (kRegisters == 32 ? 4 : 2) * kLanes;  // a register tile
 
-// Loaded once: GCC would rather read it from memory again in every multiplication, and loads are what a core has least of.
-SIMCTG_INLINE Vec in_register(Vec v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    asm("" : "+x"(v));
-#endif
-    return v;
-}
-
 // Tile `index` when `rows` are cut into `tiles` of nearly equal height.
 struct RowTile {
     int64_t begin;
@@ -390,7 +382,7 @@ void add_chunks(const Linear& call, int64_t begin, int64_t end, int64_t chunks, 
                 total = add(total, load(part + chunk * call.rows * sums_stride, mask));
             }
             if (call.bias) total = add(total, load(call.bias + n, mask));
-            store(call.y + row * call.y_stride + n, total, mask);
+            store_first(call.y + row * call.y_stride + n, total, end - n);
         }
     }
 }
@@ -511,11 +503,101 @@ void pack_rows(const float* weight, int64_t stride, int64_t in_features, float* 
     }
 }
 
+// For each mask of eight lanes, the numbers of those that are set, a byte each, the lowest first.
+struct SetLanes {
+    uint64_t lanes[256];
+    constexpr SetLanes() : lanes() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int count = 0;
+            for (uint64_t lane = 0; lane < 8; ++lane) {
+                if (mask >> lane & 1) lanes[mask] |= lane << 8 * count++;
+            }
+        }
+    }
+};
+constexpr SetLanes kSetLanes;
+
+int64_t find_entries(const float* x, int64_t count, uint8_t* entries) {
+    int64_t found = 0;
+    for (int64_t k = 0; k < count; k += kLanes) {
+        const Vec v = k + kLanes <= count ? load(x + k) : load(x + k, first_lanes(count - k));
+        const int mask = _mm256_movemask_ps(_mm256_cmp_ps(v, zeros(), _CMP_NLE_UQ));
+        const uint64_t lanes = kSetLanes.lanes[mask] + 0x0101010101010101u * static_cast<uint64_t>(k);
+        __builtin_memcpy(entries + found, &lanes, sizeof lanes);
+        found += __builtin_popcount(static_cast<unsigned>(mask));
+    }
+    return found;
+}
+
+// `sums` += the entries' rows of Panels panels, panel_floats apart.
+template <int Panels>
+SIMCTG_INLINE void sparse_step(const float* x, const uint8_t* entries, int64_t count, const float* panels,
+                               int64_t panel_floats, bool first, float* sums) {
+    Vec acc[2 * Panels];
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * Panels; ++v) acc[v] = first ? zeros() : load(sums + v * kLanes);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t k = entries[i];
+        const Vec a = broadcast(x[k]);
+        const float* w = panels + k * kPanelWidth;
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * Panels; ++v) {
+            acc[v] = multiply_add(a, load(w + v / 2 * panel_floats + v % 2 * kLanes), acc[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * Panels; ++v) store(sums + v * kLanes, acc[v]);
+}
+
+template <int Panels>
+void sparse_group(const Linear& call, const SparseRows& x, int64_t begin, int64_t end, float* sums) {
+    const int64_t panel_floats = call.in_features * kPanelWidth, width = Panels * kPanelWidth;
+    const float* panels = call.weight + begin * call.in_features;
+    for (int64_t block = 0; block < x.blocks; ++block) {
+        const int64_t k = block * kSparseBlock, k_end = smaller(k + kSparseBlock, call.in_features);
+        const bool last = k_end == call.in_features, chunk_ends = last || k_end % kChunk == 0;
+        // The next block's lines, shared among the rows.
+        const float* ahead = panels + k_end * kPanelWidth;
+        const int64_t lines = last ? 0 : smaller(kSparseBlock, call.in_features - k_end);
+        const int64_t share = (Panels * lines + call.rows - 1) / call.rows;
+        int64_t asked = 0;
+        for (int64_t m = 0; m < call.rows; ++m) {
+            for (int64_t i = 0; i < share && asked < Panels * lines; ++i, ++asked) {
+                prefetch_l2(ahead + asked / lines * panel_floats + asked % lines * kLineFloats);
+            }
+            const int64_t entry = m * x.blocks + block;
+            float* row_sums = sums + m * width;
+            sparse_step<Panels>(call.x + m * call.x_stride + k, x.entries + entry * kSparseRoom, x.counts[entry],
+                                panels + k * kPanelWidth, panel_floats, k % kChunk == 0, row_sums);
+            if (!chunk_ends) continue;
+            float* y = call.y + m * call.y_stride + begin;
+            for (int64_t n = 0; n < end - begin; n += kLanes) {
+                const int64_t columns = end - begin - n;
+                const Mask mask = first_lanes(smaller<int64_t>(kLanes, columns));
+                Vec total = load(row_sums + n);
+                if (k >= kChunk) total = add(load(y + n, mask), total);
+                if (last && call.bias) total = add(total, load(call.bias + begin + n, mask));
+                store_first(y + n, total, columns);
+            }
+        }
+    }
+}
+
+void sparse_panels(const Linear& call, const SparseRows& rows, int64_t begin, int64_t end, float* sums) {
+    constexpr int64_t width = kSparsePanels * kPanelWidth;
+    int64_t n = begin;
+    for (; n + width <= end; n += width) sparse_group<kSparsePanels>(call, rows, n, n + width, sums);
+    for (; n < end; n += kPanelWidth) sparse_group<1>(call, rows, n, smaller(n + kPanelWidth, end), sums);
+}
+
 #else
+constexpr int64_t (*find_entries)(const float*, int64_t, uint8_t*) = nullptr;
+constexpr void (*sparse_panels)(const Linear&, const SparseRows&, int64_t, int64_t, float*) = nullptr;
 constexpr void (*pack_rows)(const float*, int64_t, int64_t, float*) = nullptr;
 #endif
 
-constexpr LinearKernels kLinearKernels{kPanelWidth, rows_are_outputs, rows_are_inputs, add_chunks, panels, pack_rows};
+constexpr LinearKernels kLinearKernels{kPanelWidth, rows_are_outputs, rows_are_inputs, add_chunks, panels,
+                                       find_entries, sparse_panels,    pack_rows};
 
 }  // namespace
 }  // namespace simctg

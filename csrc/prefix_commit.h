@@ -17,6 +17,6 @@ struct CommitItem {
 // buffer[b, h, positions[b]] = rows[winners[b], h] for every item, every b < batch and every head. Without positions
 // (null), `buffer` is at the position to write.
 void prefix_commit(const CommitItem* items, int64_t count, const int64_t* winners, const int64_t* positions,
-                   int64_t batch);
+                   int64_t batch, int num_threads);
 
 }  // namespace simctg

@@ -244,6 +244,20 @@ SIMCTG_INLINE void sum16(const Vec* v, float* out) {
 }
 #endif
 
+// The first `count` lanes, all of them where it is no less: AMD takes a dozen cycles for a masked store, whatever the mask.
+SIMCTG_INLINE void store_first(float* p, Vec v, int64_t count) {
+    if (count >= kLanes) store(p, v);
+    else store(p, v, first_lanes(count));
+}
+
+// Loaded once: GCC would rather read it from memory again in every multiplication, and loads are what a core has least of.
+SIMCTG_INLINE Vec in_register(Vec v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 // Sums of `Count` vectors.
 template <int Count>
 SIMCTG_INLINE void sum_all(const Vec* v, float* out) {

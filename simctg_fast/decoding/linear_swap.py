@@ -27,6 +27,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import _backends
+from ..ops.block_layers import native_layer
 from ..ops.gelu import run_kernel as run_gelu
 from ..ops.linear import MAX_ROWS, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
@@ -129,6 +130,33 @@ def _current_packed(module: Module, weight: Tensor) -> Tensor | None:
         return packed.data
     entry.packed = None  # the weight has changed since
     return None
+
+
+class NativeLinear:
+    """A `Linear` as :mod:`simctg_fast.ops.block_layers` takes it, made anew when its weight has moved."""
+
+    __slots__ = ("address", "layer", "module")
+
+    def __init__(self, module: Linear):
+        self.module = module
+        self.address = 0
+        self.layer: Any = None
+
+    def refresh(self, rows: int) -> bool:
+        """Bring it up to date for a product of so many rows; False if that is not for the kernel."""
+        parameters = self.module._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if type(weight) is not Parameter or bias is not None:
+            return False
+        packed = _current_packed(self.module, weight)
+        if packed is None and rows > _rows.limit:
+            return False
+        address = (weight if packed is None else packed).data_ptr()
+        if address != self.address:
+            if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
+                return False
+            self.layer, self.address = native_layer(weight, None, False, packed), address
+        return True
 
 
 # They are bound methods of the modules, under the name of what they replace: copying a module copies the binding, and

@@ -1,7 +1,7 @@
 """The decoder blocks of T5 and mT5 in a step of ours, without the two dozen module calls that each of them is made of.
 
 With few rows a block's own Python takes as long as a third of its arithmetic. :func:`fast_t5_blocks` gives the blocks a
-``forward`` that calls the same kernels in the same order, on the same weights, and so writes the same bits. Each call
+``forward`` of five calls: the same kernels in the same order, on the same weights, and so the same bits. Each call
 decides for itself: outside of a step over shared prefixes, in training, with hooks on a part of the block, or with
 anything else than plain float32 layers on the CPU, the block's own forward runs.
 """
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Embedding, Linear, Module, ModuleList, ReLU
+from transformers.activations import NewGELUActivation
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.mt5 import modeling_mt5 as mt5
 from transformers.models.t5 import modeling_t5 as t5
 
 from ..ops import _backends
-from ..ops.rms_norm import run_kernel as run_rms_norm
-from .linear_swap import has_own_forward, is_plain_eager, linear_forward
-from .prefix_cache import CACHE_NAME
+from ..ops.block_layers import Norm, feed_forward, linear_residual, norm_linears
+from .linear_swap import NativeLinear, has_own_forward, is_plain_eager
+from .prefix_cache import CACHE_NAME, next_capacity
 from .shared_prefix import SharedPrefixStep, current_step
 
 _BLOCKS = (t5.T5Block, mt5.MT5Block)
@@ -40,6 +41,7 @@ _PARTS = {
         *(Linear, Dropout, Embedding, ModuleList),
     )
 }
+_ACTS = {ReLU: "relu", NewGELUActivation: "gelu_tanh"}
 # Arguments under which a block does what it always does.
 _HARMLESS = frozenset({CACHE_NAME, "use_cache", "return_dict"})
 
@@ -53,11 +55,14 @@ class _Plan:
     def __init__(self, block: Module):
         self.block, self.users = block, 0
         own, cross, last = block.layer
-        self.attention, self.cross, self.dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
-        self.norms = (own.layer_norm, cross.layer_norm, last.layer_norm)
-        self.gated = hasattr(self.dense, "wi_1")
-        self.act = self.dense.act
-        self.parts = list(block.modules())
+        self.own, self.cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
+        self.norms = [own.layer_norm, cross.layer_norm, last.layer_norm]
+        self.inner = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
+        self.outer, self.act = dense.wo, _ACTS[type(dense.act)]
+        self.parts = [module for module in block.modules() if module is not block]
+        self.bias: Tensor | None = None
+        self.bias_of = (0, 0)  # the version and the address of the weight it was made from
+        self.natives = {id(module): NativeLinear(module) for module in self.parts if type(module) is Linear}
 
     def takes(self, hidden_states: Any, arguments: dict[str, Any]) -> bool:
         """Whether what a call brings, and the block as it is now, are what the kernels are for."""
@@ -65,14 +70,34 @@ class _Plan:
             return False
         if torch.is_grad_enabled() or not hidden_states.is_contiguous() or hidden_states.shape[1] != 1:
             return False
-        if any(not (value is None or value is False or name in _HARMLESS) for name, value in arguments.items()):
-            return False
-        for part in self.parts:
-            if part.training or (part is not self.block and (part._forward_hooks or part._forward_pre_hooks)):
+        for name, value in arguments.items():
+            if not (value is None or value is False or name in _HARMLESS):
                 return False
-        return is_plain_eager() and all(
-            norm.weight.dtype is torch.float32 and norm.weight.is_cpu for norm in self.norms
-        )
+        for part in self.parts:
+            if part.training or part._forward_hooks or part._forward_pre_hooks:
+                return False
+        rows = hidden_states.shape[0]
+        return is_plain_eager() and all(native.refresh(rows) for native in self.natives.values())
+
+    def native(self, module: Linear) -> Any:
+        return self.natives[id(module)].layer
+
+    def relative_bias(self, width: int, seen: int) -> Tensor:
+        """``(1, H, 1, width)``, for a query behind ``seen`` keys."""
+        attention, weight = self.own, self.own.relative_attention_bias.weight
+        if width != seen + 1:
+            bias: Tensor = attention.compute_bias(1, width, device=weight.device, past_seen_tokens=seen)
+            return bias
+        # It depends on the distance alone: the last `width` of a longer one.
+        state = (weight._version, weight.data_ptr())
+        if self.bias is None or self.bias.shape[-1] < width or self.bias_of != state:
+            longest = next_capacity(width, None)
+            self.bias = attention.compute_bias(1, longest, device=weight.device, past_seen_tokens=longest - 1).contiguous()
+            self.bias_of = state
+        return self.bias[..., -width:]
+
+    def norm(self, index: int) -> Norm:
+        return self.norms[index].weight, self.norms[index].variance_epsilon
 
 
 def _is_eligible(block: Module) -> bool:
@@ -80,6 +105,8 @@ def _is_eligible(block: Module) -> bool:
     if not block.is_decoder or "forward" in block.__dict__:
         return False
     act = getattr(getattr(block.layer[-1], "DenseReluDense", None), "act", None)
+    if type(act) not in _ACTS:
+        return False
     return all(
         module is act or (_PARTS.get(type(module)) is type(module).forward and has_own_forward(module))
         for module in block.modules()
@@ -115,58 +142,72 @@ def _block_forward(
             encoder_decoder_position_bias,
             **arguments,
         )
-    hidden_states, position_bias = _attend(plan, step, hidden_states, attention_mask, position_bias, cache, own=True)
-    hidden_states, cross_bias = _attend(
-        plan, step, hidden_states, encoder_attention_mask, encoder_decoder_position_bias, cache, own=False
+    hidden_states, position_bias = _self_attention(plan, step, hidden_states, attention_mask, position_bias, cache)
+    hidden_states, cross_bias = _cross_attention(
+        plan, step, hidden_states, encoder_attention_mask, encoder_decoder_position_bias, cache
     )
-    normed, dense = _norm(plan.norms[2], hidden_states), plan.dense
-    if plan.gated:
-        inner = plan.act(linear_forward(dense.wi_0, normed)).mul_(linear_forward(dense.wi_1, normed))
-    elif type(plan.act) is ReLU:
-        inner = linear_forward(dense.wi, normed).relu_()
-    else:
-        inner = plan.act(linear_forward(dense.wi, normed))
-    return linear_forward(dense.wo, inner).add_(hidden_states), position_bias, cross_bias
+    inner = [plan.native(module) for module in plan.inner]
+    hidden_states = feed_forward(
+        hidden_states, plan.norm(2), inner[0], inner[1] if len(inner) > 1 else None, plan.act, plan.native(plan.outer)
+    )
+    return hidden_states, position_bias, cross_bias
 
 
 _block_forward.__name__ = "forward"  # so that a pickled block names its class's own
 
 
-def _norm(norm: Module, x: Tensor) -> Tensor:
-    return run_rms_norm(x, norm.weight, norm.variance_epsilon)
-
-
-def _attend(
+def _self_attention(
     plan: _Plan,
     step: SharedPrefixStep,
     hidden_states: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
     cache: EncoderDecoderCache,
-    *,
-    own: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Self-attention or cross-attention with what comes before and behind it: the new hidden states and the bias."""
-    attention, index = (plan.attention, 0) if own else (plan.cross, 1)
-    rows, heads, dim = hidden_states.shape[0], attention.n_heads, attention.key_value_proj_dim
-    normed = _norm(plan.norms[index], hidden_states)
+    attention, layers = plan.own, cache.self_attention_cache
     # One position a row: (rows, heads, 1, dim) without a transposition.
-    query = linear_forward(attention.q, normed).view(rows, heads, 1, dim)
-    if own:
-        seen = cache.self_attention_cache.get_seq_length(attention.layer_idx)
-        new = (linear_forward(attention.k, normed), linear_forward(attention.v, normed))
-        key, value = cache.self_attention_cache.update(
-            new[0].view(rows, heads, 1, dim), new[1].view(rows, heads, 1, dim), attention.layer_idx
-        )
-    else:
-        seen, layer = 0, cache.cross_attention_cache.layers[attention.layer_idx]
-        key, value = layer.keys, layer.values
+    shape = (hidden_states.shape[0], attention.n_heads, 1, attention.key_value_proj_dim)
+    query, new_key, new_value = new = [hidden_states.new_empty(shape) for _ in range(3)]
+    projections = [plan.native(module) for module in (attention.q, attention.k, attention.v)]
+    norm_linears(hidden_states, plan.norm(0), projections, new)
+    seen = layers.get_seq_length(attention.layer_idx)
+    key, value = layers.update(new_key, new_value, attention.layer_idx)
     if bias is None and attention.has_relative_attention_bias:
-        bias = attention.compute_bias(1, key.shape[-2], device=query.device, past_seen_tokens=seen)
-    elif bias is None:
-        bias = query.new_zeros((1, heads, 1, key.shape[-2]))
+        bias = plan.relative_bias(key.shape[-2], seen)
+    return _attended(plan, step, attention, query, key, value, mask, bias, hidden_states)
+
+
+def _cross_attention(
+    plan: _Plan,
+    step: SharedPrefixStep,
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    cache: EncoderDecoderCache,
+) -> tuple[Tensor, Tensor]:
+    attention = plan.cross
+    layer = cache.cross_attention_cache.layers[attention.layer_idx]
+    query = hidden_states.new_empty((hidden_states.shape[0], attention.n_heads, 1, attention.key_value_proj_dim))
+    norm_linears(hidden_states, plan.norm(1), [plan.native(attention.q)], [query])
+    return _attended(plan, step, attention, query, layer.keys, layer.values, mask, bias, hidden_states)
+
+
+def _attended(
+    plan: _Plan,
+    step: SharedPrefixStep,
+    attention: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The new hidden states, and the bias for the next block."""
+    if bias is None:
+        bias = query.new_zeros((1, attention.n_heads, 1, key.shape[-2]))
     out, _ = step.attend(attention, query, key, value, mask, scaling=attention.scaling, position_bias=bias)
-    return linear_forward(attention.o, out.view(rows, 1, heads * dim)).add_(hidden_states), bias
+    return linear_residual(out, plan.native(attention.o), residual), bias
 
 
 @contextmanager

@@ -55,7 +55,13 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
             buffer.shape[3] * size,
         )
     winners = winners.contiguous()
-    extension.prefix_commit(numbers, winners.data_ptr(), 0 if each is None else each.data_ptr(), winners.shape[0])
+    extension.prefix_commit(
+        numbers,
+        winners.data_ptr(),
+        0 if each is None else each.data_ptr(),
+        winners.shape[0],
+        torch.get_num_threads(),
+    )
 
 
 class CommitPlan:
