@@ -58,11 +58,12 @@ _rows = _Rows()
 class _Packed:
     """A packed copy, and what the weight was when it was made."""
 
-    __slots__ = ("address", "data", "version", "weight")
+    __slots__ = ("address", "any_rows", "data", "version", "weight")
 
     def __init__(self, weight: Tensor, transposed: bool):
         self.weight, self.version, self.address = weight, weight._version, weight.data_ptr()
         self.data = pack_weight(weight, transposed)
+        self.any_rows = _packed_wins()  # however many, no general product is faster
 
     def is_current(self, weight: Tensor) -> bool:
         return (
@@ -71,6 +72,13 @@ class _Packed:
             and self.version == weight._version
             and self.address == weight.data_ptr()
         )
+
+
+def _packed_wins() -> bool:
+    """Whether packed weights are faster than those in place, by a product of a dozen rows and more: measured with AVX2
+    (1.15 to 1.45 times), not with AVX-512 (`benchmarks/linear.py`)."""
+    extension = _backends.extension()
+    return extension is not None and extension.active_isa() == "avx2"
 
 
 class _Patched:
@@ -98,14 +106,16 @@ def is_plain_eager() -> bool:
     )
 
 
-def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int, packed: Tensor | None) -> bool:
+def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int, packed: _Packed | None) -> bool:
     if type(x) is not Tensor or not is_plain_eager():
         return False
     if x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1] != in_features:
         return False
     if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
         return False
-    if x.numel() == 0 or out_features == 0 or (packed is None and x.numel() > _rows.limit * in_features):
+    if x.numel() == 0 or out_features == 0:
+        return False
+    if x.numel() > _rows.limit * in_features and not (packed is not None and packed.any_rows):
         return False
     if bias is not None and not (
         type(bias) is Parameter
@@ -121,13 +131,11 @@ def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int, 
     )
 
 
-def _current_packed(module: Module, weight: Tensor) -> Tensor | None:
+def _current_packed(module: Module, weight: Tensor) -> _Packed | None:
     entry = _patched.get(id(module))
     packed = None if entry is None else entry.packed
-    if entry is None or packed is None:
-        return None
-    if packed.is_current(weight):
-        return packed.data
+    if entry is None or packed is None or packed.is_current(weight):
+        return packed
     entry.packed = None  # the weight has changed since
     return None
 
@@ -149,13 +157,14 @@ class NativeLinear:
         if type(weight) is not Parameter or bias is not None:
             return False
         packed = _current_packed(self.module, weight)
-        if packed is None and rows > _rows.limit:
+        if rows > _rows.limit and not (packed is not None and packed.any_rows):
             return False
-        address = (weight if packed is None else packed).data_ptr()
+        data = None if packed is None else packed.data
+        address = (weight if data is None else data).data_ptr()
         if address != self.address:
             if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
                 return False
-            self.layer, self.address = native_layer(weight, None, False, packed), address
+            self.layer, self.address = native_layer(weight, None, False, data), address
         return True
 
 
@@ -170,7 +179,7 @@ def linear_forward(self: Linear, input: Tensor) -> Tensor:
         out_features, in_features = weight.shape
         packed = _current_packed(self, weight)
         if _takes(input, weight, bias, in_features, out_features, packed):
-            return run_kernel(input, weight, bias, False, packed)
+            return run_kernel(input, weight, bias, False, None if packed is None else packed.data)
     return _LINEAR_FORWARD(self, input)
 
 
@@ -181,7 +190,7 @@ def _conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
         in_features, out_features = weight.shape
         packed = _current_packed(self, weight)
         if _takes(x, weight, bias, in_features, out_features, packed):
-            return run_kernel(x, weight, bias, True, packed)
+            return run_kernel(x, weight, bias, True, None if packed is None else packed.data)
     return _CONV1D_FORWARD(self, x)
 
 
@@ -342,10 +351,9 @@ def _pack_all(entries: list[_Patched]) -> None:
 
 
 def packing_pays(model: Module, rows: int) -> bool:
-    """Whether ``fast_linears(model, pack=True)`` is faster than reading in place, and fits, for products of that many
-    rows. With AVX2 they take 1.15 to 1.45 times as long in place; with AVX-512 no longer (`benchmarks/linear.py`)."""
-    extension = _backends.extension()
-    if extension is None or extension.active_isa() != "avx2" or rows < _PACKED_ROWS:
+    """Whether ``fast_linears(model, pack=True)`` is faster than reading in place for products of so many rows, some tens
+    of them, and its copies fit in memory."""
+    if rows < _PACKED_ROWS or not _packed_wins():
         return False
     free = _free_memory()
     sizes = (4 * module.weight.numel() for module in model.modules() if type(module) in (Linear, Conv1D))
@@ -370,8 +378,8 @@ def fast_linears(
         pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
             of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
             its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
-            seen. Packed layers take any number of rows. ``"auto"`` does not pack: the copies cost memory, and time at
-            the beginning; see :func:`packing_pays`.
+            seen. With AVX2, packed layers take any number of rows. ``"auto"`` does not pack: the copies cost memory,
+            and time at the beginning; see :func:`packing_pays`.
 
         max_rows: products of more rows than this are left to the modules. A caller to whom it matters that a row's
             result does not depend on the other rows may go above `MAX_ROWS`, where the kernel is no longer faster. It

@@ -92,8 +92,8 @@ class _Plan:
         state = (weight._version, weight.data_ptr())
         if self.bias is None or self.bias.shape[-1] < width or self.bias_of != state:
             longest = next_capacity(width, None)
-            self.bias = attention.compute_bias(1, longest, device=weight.device, past_seen_tokens=longest - 1).contiguous()
-            self.bias_of = state
+            made = attention.compute_bias(1, longest, device=weight.device, past_seen_tokens=longest - 1)
+            self.bias, self.bias_of = made.contiguous(), state
         return self.bias[..., -width:]
 
     def norm(self, index: int) -> Norm:
@@ -223,9 +223,8 @@ def fast_t5_blocks(model: Module) -> Iterator[int]:
     try:
         if _backends.extension() is not None:
             with _lock:
-                for block in model.modules():
-                    if isinstance(block, _BLOCKS) and (plan := _add(block)) is not None:
-                        plans.append(plan)
+                found = (_add(block) for block in model.modules() if isinstance(block, _BLOCKS))
+                plans.extend(plan for plan in found if plan is not None)
         yield len(plans)
     finally:
         with _lock:

@@ -15,6 +15,7 @@ import torch
 from ..decoding.compiled_decoder import as_written
 from ..decoding.linear_swap import fast_linears
 from ..decoding.slots import SlotDecoder, SlotsUnsupportedError
+from ..decoding.t5_blocks import fast_t5_blocks
 from ..loading import context_length
 from .memory import free_bytes, is_out_of_memory, release
 from .observe import StepRecord
@@ -101,7 +102,7 @@ class SlotScheduler:
     @contextmanager
     def _running(self) -> Iterator[SlotDecoder]:
         """The model's hooks and fast layers, for the length of a ``with`` block."""
-        with as_written(self.model), fast_linears(self.model, max_rows=KERNEL_ROWS):
+        with as_written(self.model), fast_linears(self.model, max_rows=KERNEL_ROWS), fast_t5_blocks(self.model):
             try:
                 self._reopen()
                 yield self._decoder

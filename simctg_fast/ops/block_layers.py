@@ -1,8 +1,8 @@
 """The stretches of a transformer block between its attentions, each in one call of the C++ extension.
 
-Without the C++ extension there is none of this, and no operator: it is for :mod:`simctg_fast.decoding`, which has checked
-what it hands in. Arrays are float32 on the CPU, contiguous; results have the bits of the single kernels
-(`simctg_fast.ops.rms_norm`, `linear`, `gelu`) one after the other.
+Plain functions that need the extension, for :mod:`simctg_fast.decoding`, which has checked what it hands in: float32 on
+the CPU, contiguous. Results have the bits of the single kernels (:mod:`.rms_norm`, :mod:`.linear`, :mod:`.gelu`) in
+turn.
 """
 
 from __future__ import annotations
