@@ -351,8 +351,8 @@ def _pack_all(entries: list[_Patched]) -> None:
 
 
 def packing_pays(model: Module, rows: int) -> bool:
-    """Whether ``fast_linears(model, pack=True)`` is faster than reading in place for products of so many rows, some tens
-    of them, and its copies fit in memory."""
+    """Whether ``fast_linears(model, pack=True)`` is faster than reading in place for some tens of products of so many
+    rows, and its copies fit in memory."""
     if rows < _PACKED_ROWS or not _packed_wins():
         return False
     free = _free_memory()
