@@ -356,8 +356,8 @@ def packing_pays(model: Module, rows: int) -> bool:
     if rows < _PACKED_ROWS or not _packed_wins():
         return False
     free = _free_memory()
-    sizes = (4 * module.weight.numel() for module in model.modules() if type(module) in (Linear, Conv1D))
-    return free is not None and sum(sizes) <= _MEMORY_SHARE * free
+    layers = (module for module in model.modules() if isinstance(module, (Linear, Conv1D)))
+    return free is not None and sum(4 * layer.weight.numel() for layer in layers) <= _MEMORY_SHARE * free
 
 
 @contextmanager

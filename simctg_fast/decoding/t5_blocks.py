@@ -54,7 +54,8 @@ class _Plan:
 
     def __init__(self, block: Module):
         self.block, self.users = block, 0
-        own, cross, last = block.layer
+        layers: Any = block.layer
+        own, cross, last = layers
         self.own, self.cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
         self.norms = [own.layer_norm, cross.layer_norm, last.layer_norm]
         self.inner = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
@@ -100,7 +101,7 @@ class _Plan:
         return self.norms[index].weight, self.norms[index].variance_epsilon
 
 
-def _is_eligible(block: Module) -> bool:
+def _is_eligible(block: Any) -> bool:
     """Whether the block is made of what transformers makes it of, nothing of it replaced or wrapped."""
     if not block.is_decoder or "forward" in block.__dict__:
         return False
@@ -132,7 +133,7 @@ def _block_forward(
         or not cache.is_updated.get(plan.cross.layer_idx)
         or not plan.takes(hidden_states, arguments)
     ):
-        return type(self).forward(  # type: ignore[no-any-return]
+        return type(self).forward(
             self,
             hidden_states,
             attention_mask,
@@ -195,7 +196,7 @@ def _cross_attention(
 def _attended(
     plan: _Plan,
     step: SharedPrefixStep,
-    attention: Module,
+    attention: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
