@@ -135,7 +135,7 @@ void add_values(const float* weights, const float* values, int64_t stride, int64
     int64_t d = 0;
     for (; d + vectors * kLanes <= value_dim; d += vectors * kLanes) {
         add_values<Rows, vectors, false>(weights, values + d, stride, count, Mask(), output + d, output_stride,
-                                               {ahead.rows ? ahead.rows + d : nullptr, ahead.stride});
+                                         {ahead.rows ? ahead.rows + d : nullptr, ahead.stride});
     }
     for (; d < value_dim; d += kLanes) {
         const Mask mask = first_lanes(smaller<int64_t>(kLanes, value_dim - d));

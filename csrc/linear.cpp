@@ -30,9 +30,9 @@ thread_local Scratch x_scratch;  // the caller's; `scratch` is of whichever thre
 constexpr int64_t kSmallWork = 1 << 16;  // multiply-adds below which waking a thread costs more than it saves
 constexpr int64_t kTasksPerThread = 4;   // enough to even out threads that are held up
 constexpr int64_t kStep = 192;           // columns: a multiple of the pieces of rows_are_inputs, long enough to stream
-constexpr double kSparseShare = 0.35;    // of x, at most, for which entries one by one are faster than all of them
 constexpr int64_t kDotStep = 48;         // columns: a multiple of the tiles of rows_are_outputs
 constexpr int64_t kSplitRows = 16;       // up to here rows_are_inputs is split over k as well
+constexpr double kSparseShare = 0.35;    // of x, at most, where going from entry to entry is faster
 constexpr int64_t kCopiedRows = 16;      // from here on a copy of x pays that a product finds in the cache
 
 // Calls fill(begin, end) over ranges of columns, cut at multiples of `step`, in parallel.

@@ -30,8 +30,8 @@ enum class WeightLayout {
 // row.
 void linear(const Linear& call, WeightLayout layout, int num_threads);
 
-// y = max(x, 0) · W + b, with the bits of linear() on max(x, 0): what is zero is not multiplied where many are. NaN goes
-// where plain arithmetic takes it, infinite weights count only where they meet something. `x` may be overwritten.
+// y = max(x, 0) · W + b, with the bits of linear() on max(x, 0) if W is finite: what is zero is not multiplied where most
+// is. `x` may be overwritten.
 void relu_linear(const Linear& call, WeightLayout layout, int num_threads);
 
 // Floats in the packed copy of a weight.

@@ -389,7 +389,8 @@ void add_chunks(const Linear& call, int64_t begin, int64_t end, int64_t chunks, 
 
 // A panel against all rows of x, where registers are few: a block of it stays in the first cache while the row tiles pass
 // by, and they share the asking for the next one.
-constexpr int64_t kPanelBlock = 128;  // k's: 8 kB of the panel, and 3 kB of x for a row tile
+constexpr int64_t kPanelBlock = 128;  // k's: 8 kB of a panel 16 wide, and 3 kB of x for a row tile
+constexpr int64_t kPanelRows = 64;    // of x, for which all panels pass before the next: the second cache holds them
 constexpr int kPanelEvery = 8;        // k's between two requests
 static_assert(kChunk % kPanelBlock == 0, "a chunk is a whole number of blocks");
 
@@ -456,7 +457,18 @@ void panel_blocks(const Linear& call, int64_t begin, int64_t end, float* sums) {
 }
 
 void panels(const Linear& call, int64_t begin, int64_t end, float* sums) {
-    if constexpr (kRegisters < 32) return panel_blocks(call, begin, end, sums);
+    if constexpr (kRegisters < 32) {
+        const int64_t parts = (call.rows + kPanelRows - 1) / kPanelRows;
+        for (int64_t i = 0; i < parts; ++i) {
+            const RowTile tile(call.rows, parts, i);
+            Linear part = call;
+            part.x += tile.begin * call.x_stride;
+            part.y += tile.begin * call.y_stride;
+            part.rows = tile.count;
+            panel_blocks(part, begin, end, sums);
+        }
+        return;
+    }
     const AxpyChunks run = axpy_for(call.rows);
     const int64_t chunks = (call.in_features + kChunk - 1) / kChunk;
     for (int64_t n = begin; n < end; n += kPanelWidth) {

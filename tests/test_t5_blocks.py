@@ -1,8 +1,11 @@
 """T5's decoder blocks in five calls: the bits of their modules, and a step aside wherever something is unusual."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from transformers.models.t5 import modeling_t5
 
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding import t5_blocks
+from simctg_fast.decoding import linear_swap, t5_blocks
 from simctg_fast.decoding.linear_swap import fast_linears
 from simctg_fast.decoding.t5_blocks import fast_t5_blocks
 from simctg_fast.ops import _backends
@@ -91,8 +94,7 @@ def test_the_bias_of_a_distance_is_kept_until_its_weight_changes(taken, monkeypa
             expected = original(attention, 1, seen + 1, past_seen_tokens=seen)
             assert torch.equal(plan.relative_bias(seen + 1, seen), expected)
         assert len(made) == 2, "once for the first 513, once for what is longer"
-        with torch.no_grad():
-            attention.relative_attention_bias.weight.add_(1)
+        attention.relative_attention_bias.weight.data.add_(1)
         assert torch.equal(plan.relative_bias(9, 8), original(attention, 1, 9, past_seen_tokens=8))
         assert torch.equal(plan.relative_bias(5, 8), original(attention, 1, 5, past_seen_tokens=8))
 
@@ -117,11 +119,29 @@ def own_act(model):
     model.decoder.block[1].layer[2].DenseReluDense.act = torch.nn.SiLU()
 
 
+def act_with_its_own_forward(model):
+    model.decoder.block[1].layer[2].DenseReluDense.act.forward = torch.tanh
+
+
+def a_weight_that_is_no_parameter(model):
+    layer = model.decoder.block[1].layer[1].EncDecAttention.q
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+
+
+def an_expanded_norm(model):
+    model.decoder.block[1].layer[0].layer_norm.weight = torch.nn.Parameter(torch.full((1,), 0.5).expand(24))
+
+
 def a_bias(model):
     model.decoder.block[1].layer[1].EncDecAttention.o.bias = torch.nn.Parameter(torch.ones(24))
 
 
-@pytest.mark.parametrize("change", [hook, own_forward, own_linear, own_act, a_bias])
+CHANGES = (hook, own_forward, own_linear, own_act, act_with_its_own_forward, a_weight_that_is_no_parameter)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, an_expanded_norm, a_bias])
 def test_a_block_that_is_not_as_it_was_made(change, taken, monkeypatch):
     model = make()
     change(model)
@@ -153,6 +173,8 @@ def test_a_class_that_was_changed(monkeypatch, taken):
 def test_what_is_recorded(output, taken):
     model = make()
     ids = torch.tensor([[5, 6, 7]])
+    write(model)
+    before = len(taken)
     common = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, output: True}
     ours = model.generate(ids, custom_generate=ContrastiveSearch(0.6, 4), **common)
     slow = model.generate(ids, custom_generate=ContrastiveSearch(0.6, 4, fast_linear=False), **common)
@@ -161,6 +183,95 @@ def test_what_is_recorded(output, taken):
     for one, other in zip(getattr(ours, name), getattr(slow, name), strict=True):
         assert len(one) == len(other)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len(taken) == before, "every output has to be seen"
+
+
+@contextmanager
+def stepping(model):
+    """A step in which blocks may be called one by one, and what to call them with."""
+    with torch.no_grad(), fast_linears(model), fast_t5_blocks(model):
+        yield lambda: t5_blocks._plans[id(model.decoder.block[0])].begin(torch.randn(4, 1, 24), {})
+
+
+def a_transposed_view(attention):
+    attention.q.weight = torch.nn.Parameter(attention.q.weight.t())
+
+
+def some_rows(attention):
+    attention.q.weight = torch.nn.Parameter(attention.q.weight[:8])
+
+
+def another_layer(attention):
+    attention.q = torch.nn.Linear(24, 24, bias=False)
+
+
+def a_forward(attention):
+    attention.k.forward = lambda x: x
+
+
+def training(attention):
+    attention.v.train()
+
+
+@pytest.mark.parametrize("change", [a_transposed_view, some_rows, another_layer, a_forward, training])
+def test_a_change_within_the_block(change):
+    model = make(d_kv=8, num_heads=3)
+    with stepping(model) as begin:
+        assert begin() is not None
+        change(model.decoder.block[0].layer[0].SelfAttention)
+        assert begin() is None
+
+
+def test_hooks_of_all_modules_run():
+    model, seen = make(), []
+    with stepping(model) as begin:
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: seen.append(1))
+        try:
+            assert begin() is None
+        finally:
+            handle.remove()
+        assert begin() is not None
+
+
+def test_a_packed_copy_that_goes_outlives_the_call_that_reads_it():
+    model = make()
+    linear, x = model.decoder.block[0].layer[0].SelfAttention.q, torch.randn(4, 1, 24)
+    with torch.no_grad(), fast_t5_blocks(model):
+        plan = t5_blocks._plans[id(model.decoder.block[0])]
+        with fast_linears(model.decoder, pack=True):
+            call = plan.begin(x, {})
+            copy_of_q = weakref.ref(linear_swap._patched[id(linear)].packed.data)
+        assert copy_of_q() is not None, "the call holds it"
+        assert plan.begin(x, {}).layers[0] is not call.layers[0], "the weight in place again"
+        del call
+        gc.collect()
+        assert copy_of_q() is None
+
+
+def test_weights_of_inference_mode(taken):
+    with torch.inference_mode():
+        model = make()
+        ids = torch.tensor([[5, 6, 7]])
+        settings = {"max_new_tokens": 4, "do_sample": False}
+        ours = model.generate(ids, custom_generate=ContrastiveSearch(0.6, 4), **settings)
+        assert len(taken) == 4 * LAYERS
+        slow = model.generate(ids, custom_generate=ContrastiveSearch(0.6, 4, fast_linear=False), **settings)
+        assert torch.equal(ours, slow)
+
+
+def test_few_entries_behind_the_relu(taken):
+    """So few that the zeros are left out where the layers are packed (AVX2)."""
+    model = make(d_ff=200)
+    for block in model.decoder.block:
+        dense = block.layer[2].DenseReluDense
+        with torch.no_grad():  # most rows of wi point away from every normed state
+            dense.wi.weight.abs_().mul_(torch.where(torch.rand(200, 1) < 0.1, 1.0, -1.0))
+            block.layer[2].layer_norm.weight.abs_()
+    tokens, logits = write(model)
+    packed_tokens, packed_logits = write(model, pack=True)
+    assert torch.equal(tokens, packed_tokens)
+    torch.testing.assert_close(logits, packed_logits, rtol=1e-4, atol=1e-4)
+    assert len(taken) == 2 * 9 * LAYERS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -141,38 +141,41 @@ def _current_packed(module: Module, weight: Tensor) -> _Packed | None:
 
 
 class NativeLinear:
-    """A `Linear` as :mod:`simctg_fast.ops.block_layers` takes it, made anew when its weight has moved."""
+    """A `Linear` without bias as :mod:`simctg_fast.ops.block_layers` takes it, made anew when the weight changes."""
 
-    __slots__ = ("address", "layer", "module")
+    __slots__ = ("module", "shape", "state")
 
     def __init__(self, module: Linear):
-        self.module = module
-        self.address = 0
-        self.layer: Any = None
+        self.module, self.shape = module, module.weight.shape
+        self.state: tuple[Tensor, Tensor, int, Any] | None = None
 
-    def refresh(self, rows: int) -> bool:
-        """Bring it up to date for a product of so many rows; False if that is not for the kernel."""
+    def current(self, rows: int) -> tuple[Tensor, Tensor, int, Any] | None:
+        """For a product of so many rows: what has to be kept alive meanwhile, and last the layer. None if the kernel is
+        not for it."""
         parameters = self.module._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
-        if type(weight) is not Parameter or bias is not None:
-            return False
+        weight = parameters.get("weight")
+        if type(weight) is not Parameter or parameters.get("bias") is not None:
+            return None
+        if weight.dtype is not torch.float32 or not weight.is_contiguous():
+            return None
         packed = _current_packed(self.module, weight)
         if rows > _rows.limit and not (packed is not None and packed.any_rows):
-            return False
-        data = None if packed is None else packed.data
-        address = (weight if data is None else data).data_ptr()
-        if address != self.address:
-            if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
-                return False
-            self.layer, self.address = native_layer(weight, None, False, data), address
-        return True
+            return None
+        data: Tensor = weight if packed is None else packed.data
+        state = self.state
+        if state is None or state[0] is not weight or state[1] is not data or state[2] != data.data_ptr():
+            if not weight.is_cpu or weight.shape != self.shape:
+                return None
+            layer = native_layer(weight, None, False, None if packed is None else data)
+            self.state = state = (weight, data, data.data_ptr(), layer)
+        return state
 
 
 # They are bound methods of the modules, under the name of what they replace: copying a module copies the binding, and
 # pickling one stores "the method `forward` of this module", which is the class's own when it is loaded.
 
 
-def linear_forward(self: Linear, input: Tensor) -> Tensor:
+def _linear_forward(self: Linear, input: Tensor) -> Tensor:
     parameters = self._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) is Parameter:
@@ -229,11 +232,11 @@ def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
     return type(self).forward(self, hidden_states)
 
 
-for _forward in (linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward, _rms_norm_forward):
+for _forward in (_linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward, _rms_norm_forward):
     _forward.__name__ = "forward"
 # The class's forward, ours, and for linear layers whether the weight is [in, out].
 _FORWARDS: dict[type[Module], tuple[Any, Any, bool | None]] = {
-    Linear: (_LINEAR_FORWARD, linear_forward, False),
+    Linear: (_LINEAR_FORWARD, _linear_forward, False),
     Conv1D: (_CONV1D_FORWARD, _conv1d_forward, True),
     NewGELUActivation: (_NEW_GELU_FORWARD, _new_gelu_forward, None),
     Dropout: (_DROPOUT_FORWARD, _dropout_forward, None),
@@ -265,8 +268,10 @@ def _is_rms_norm(kind: type[Module]) -> bool:
 
 
 def has_own_forward(module: Module) -> bool:
-    """Whether a call runs the forward of the module's class, or one that is ours for the time being."""
-    return ("forward" not in module.__dict__ or id(module) in _patched) and "_hf_hook" not in module.__dict__
+    """Whether a call runs the forward of the module's class, or the one that is ours for the time being."""
+    forward, known = module.__dict__.get("forward"), _FORWARDS.get(type(module))
+    ours = known is not None and getattr(forward, "__func__", None) is known[1]
+    return (forward is None or ours) and "_hf_hook" not in module.__dict__
 
 
 def _is_eligible(module: Module) -> bool:
@@ -355,9 +360,11 @@ def packing_pays(model: Module, rows: int) -> bool:
     rows, and its copies fit in memory."""
     if rows < _PACKED_ROWS or not _packed_wins():
         return False
+    layers = [module for module in model.modules() if type(module) in (Linear, Conv1D) and _is_eligible(module)]
+    weights = ((module._parameters["weight"], type(module) is Conv1D) for module in layers)
+    needed = sum(4 * packed_size(weight, transposed) for weight, transposed in weights if weight is not None)
     free = _free_memory()
-    layers = (module for module in model.modules() if isinstance(module, (Linear, Conv1D)))
-    return free is not None and sum(4 * layer.weight.numel() for layer in layers) <= _MEMORY_SHARE * free
+    return bool(layers) and free is not None and needed <= _MEMORY_SHARE * free
 
 
 @contextmanager
@@ -373,8 +380,8 @@ def fast_linears(
 
     Args:
         model: any module.
-        rows_hint: rows the caller is going to multiply at a time. Above ``max_rows``, and without ``pack``, the block
-            changes nothing.
+        rows_hint: rows the caller is going to multiply at a time. Above ``max_rows`` the block changes nothing, but
+            where packed layers take more.
         pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
             of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
             its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
@@ -399,7 +406,8 @@ def fast_linears(
     before = _rows.limit
     _rows.limit = max(before, max_rows)
     try:
-        if (rows_hint <= max_rows or pack is True) and _backends.extension() is not None:
+        wanted = rows_hint <= max_rows or (pack is True and _packed_wins())
+        if wanted and _backends.extension() is not None:
             with _lock:
                 for module in model.modules():
                     entry = _add(module)

@@ -3,7 +3,8 @@
 With few rows a block's own Python takes as long as a third of its arithmetic. :func:`fast_t5_blocks` gives the blocks a
 ``forward`` of five calls: the same kernels in the same order, on the same weights, and so the same bits. Each call
 decides for itself: outside of a step over shared prefixes, in training, with hooks on a part of the block, or with
-anything else than plain float32 layers on the CPU, the block's own forward runs.
+anything else than plain float32 layers on the CPU, the block's own forward runs. (A model that was once asked for
+``output_attentions`` keeps transformers' hooks on its attentions, and so this forward.)
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Dropout, Embedding, Linear, Module, ModuleList, ReLU
+from torch.nn import Dropout, Embedding, Linear, Module, ModuleList, Parameter, ReLU
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.mt5 import modeling_mt5 as mt5
@@ -38,7 +41,7 @@ _PARTS = {
         *(t5.T5DenseActDense, t5.T5DenseGatedActDense),
         *(mt5.MT5LayerSelfAttention, mt5.MT5LayerCrossAttention, mt5.MT5LayerFF, mt5.MT5Attention, mt5.MT5LayerNorm),
         *(mt5.MT5DenseActDense, mt5.MT5DenseGatedActDense),
-        *(Linear, Dropout, Embedding, ModuleList),
+        *(Linear, Dropout, Embedding, ModuleList, ReLU, NewGELUActivation),
     )
 }
 _ACTS = {ReLU: "relu", NewGELUActivation: "gelu_tanh"}
@@ -49,6 +52,15 @@ _lock = threading.RLock()
 _plans: dict[int, _Plan] = {}  # by id(block)
 
 
+@dataclass(slots=True)
+class _Call:
+    """What one forward of a block works with."""
+
+    layers: list[Any]  # as `_Plan.linears`
+    norms: list[Norm]
+    kept: list[Any]  # the tensors whose addresses the layers carry: another thread may replace them meanwhile
+
+
 class _Plan:
     """A block's parts, found once for a ``with`` block."""
 
@@ -57,60 +69,89 @@ class _Plan:
         layers: Any = block.layer
         own, cross, last = layers
         self.own, self.cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
+        self.act = _ACTS[type(dense.act)]
         self.norms = [own.layer_norm, cross.layer_norm, last.layer_norm]
-        self.inner = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
-        self.outer, self.act = dense.wo, _ACTS[type(dense.act)]
-        self.parts = [module for module in block.modules() if module is not block]
-        self.bias: Tensor | None = None
-        self.bias_of = (0, 0)  # the version and the address of the weight it was made from
-        self.natives = {id(module): NativeLinear(module) for module in self.parts if type(module) is Linear}
+        self.width = self.norms[0].weight.numel()
+        linears = [self.own.q, self.own.k, self.own.v, self.own.o, self.cross.q, self.cross.o, dense.wo]
+        linears += [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
+        self.linears = [NativeLinear(linear) for linear in linears]
+        self.places = [(parent._modules, name, part) for parent in block.modules() for name, part in _children(parent)]
+        self.bias: tuple[Tensor, Tensor] | None = None  # the weight it was made from, and the bias
 
-    def takes(self, hidden_states: Any, arguments: dict[str, Any]) -> bool:
-        """Whether what a call brings, and the block as it is now, are what the kernels are for."""
+    def begin(self, hidden_states: Any, arguments: dict[str, Any]) -> _Call | None:
+        """None unless what the call brings, and the block as it is now, are what the kernels are for."""
         if type(hidden_states) is not Tensor or hidden_states.dtype is not torch.float32 or not hidden_states.is_cpu:
-            return False
-        if torch.is_grad_enabled() or not hidden_states.is_contiguous() or hidden_states.shape[1] != 1:
-            return False
+            return None
+        rows, positions, width = hidden_states.shape
+        if torch.is_grad_enabled() or not hidden_states.is_contiguous() or positions != 1 or width != self.width:
+            return None
         for name, value in arguments.items():
             if not (value is None or value is False or name in _HARMLESS):
-                return False
-        for part in self.parts:
-            if part.training or part._forward_hooks or part._forward_pre_hooks:
-                return False
-        rows = hidden_states.shape[0]
-        return is_plain_eager() and all(native.refresh(rows) for native in self.natives.values())
-
-    def native(self, module: Linear) -> Any:
-        return self.natives[id(module)].layer
+                return None
+        if not is_plain_eager() or _has_any_global_hook():
+            return None
+        for siblings, name, part in self.places:
+            if siblings.get(name) is not part or part.training or part._forward_hooks or part._forward_pre_hooks:
+                return None
+            if "forward" in part.__dict__ and not has_own_forward(part):
+                return None
+        norms = [(norm._parameters.get("weight"), norm.variance_epsilon) for norm in self.norms]
+        states = [linear.current(rows) for linear in self.linears]
+        if not all(_is_plain(weight, width) for weight, _ in norms) or None in states:
+            return None
+        return _Call([state[3] for state in states], norms, states)  # type: ignore[index]
 
     def relative_bias(self, width: int, seen: int) -> Tensor:
         """``(1, H, 1, width)``, for a query behind ``seen`` keys."""
         attention, weight = self.own, self.own.relative_attention_bias.weight
         if width != seen + 1:
-            bias: Tensor = attention.compute_bias(1, width, device=weight.device, past_seen_tokens=seen)
-            return bias
-        # It depends on the distance alone: the last `width` of a longer one.
-        state = (weight._version, weight.data_ptr())
-        if self.bias is None or self.bias.shape[-1] < width or self.bias_of != state:
+            made: Tensor = attention.compute_bias(1, width, device=weight.device, past_seen_tokens=seen)
+            return made
+        # It depends on the distance alone: the last `width` of a longer one, while the few weights are what they were.
+        known = self.bias
+        if known is None or known[1].shape[-1] < width or not torch.equal(known[0], weight):
             longest = next_capacity(width, None)
             made = attention.compute_bias(1, longest, device=weight.device, past_seen_tokens=longest - 1)
-            self.bias, self.bias_of = made.contiguous(), state
-        return self.bias[..., -width:]
+            self.bias = known = (weight.detach().clone(), made.contiguous())
+        return known[1][..., -width:]
 
-    def norm(self, index: int) -> Norm:
-        return self.norms[index].weight, self.norms[index].variance_epsilon
+
+def _is_filled(cache: Any, cross: Any) -> bool:
+    """Whether the encoder's keys and values are in the cache."""
+    return isinstance(cache, EncoderDecoderCache) and bool(cache.is_updated.get(cross.layer_idx))
+
+
+def _children(parent: Module) -> list[tuple[str, Module]]:
+    return [(name, part) for name, part in parent._modules.items() if part is not None]
+
+
+def _is_plain(weight: Any, width: int) -> bool:
+    return (
+        type(weight) is Parameter
+        and weight.dtype is torch.float32
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and weight.shape == (width,)
+    )
 
 
 def _is_eligible(block: Any) -> bool:
     """Whether the block is made of what transformers makes it of, nothing of it replaced or wrapped."""
     if not block.is_decoder or "forward" in block.__dict__:
         return False
-    act = getattr(getattr(block.layer[-1], "DenseReluDense", None), "act", None)
-    if type(act) not in _ACTS:
+    if any(_PARTS.get(type(part)) is not type(part).forward or not has_own_forward(part) for part in block.modules()):
         return False
-    return all(
-        module is act or (_PARTS.get(type(module)) is type(module).forward and has_own_forward(module))
-        for module in block.modules()
+    own, cross, last = block.layer
+    own, cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
+    if type(dense.act) not in _ACTS:
+        return False
+    (width, inner), between = own.o.weight.shape, dense.wo.weight.shape[1]
+    widening = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
+    shapes = [(linear, (inner, width)) for linear in (own.q, own.k, own.v, cross.q)]
+    shapes += [(linear, (width, inner)) for linear in (own.o, cross.o)]
+    shapes += [(dense.wo, (width, between)), *((linear, (between, width)) for linear in widening)]
+    return all(linear.weight.shape == shape for linear, shape in shapes) and all(
+        attention.n_heads * attention.key_value_proj_dim == inner for attention in (own, cross)
     )
 
 
@@ -125,14 +166,10 @@ def _block_forward(
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     plan, step, cache = _plans.get(id(self)), current_step(), arguments.get(CACHE_NAME)
-    if (
-        plan is None
-        or step is None
-        or encoder_hidden_states is None
-        or not isinstance(cache, EncoderDecoderCache)
-        or not cache.is_updated.get(plan.cross.layer_idx)
-        or not plan.takes(hidden_states, arguments)
-    ):
+    call = None
+    if plan is not None and step is not None and encoder_hidden_states is not None and _is_filled(cache, plan.cross):
+        call = plan.begin(hidden_states, arguments)
+    if plan is None or step is None or cache is None or call is None:
         return type(self).forward(
             self,
             hidden_states,
@@ -143,58 +180,36 @@ def _block_forward(
             encoder_decoder_position_bias,
             **arguments,
         )
-    hidden_states, position_bias = _self_attention(plan, step, hidden_states, attention_mask, position_bias, cache)
-    hidden_states, cross_bias = _cross_attention(
-        plan, step, hidden_states, encoder_attention_mask, encoder_decoder_position_bias, cache
+    q, k, v, o, cross_q, cross_o, outer, inner, *gate = call.layers
+    rows, own, cross = hidden_states.shape[0], plan.own, plan.cross
+
+    # One position a row: (rows, heads, 1, dim) without a transposition.
+    shape = (rows, own.n_heads, 1, own.key_value_proj_dim)
+    query, new_key, new_value = new = [hidden_states.new_empty(shape) for _ in range(3)]
+    norm_linears(hidden_states, call.norms[0], [q, k, v], new)
+    seen = cache.self_attention_cache.get_seq_length(own.layer_idx)
+    key, value = cache.self_attention_cache.update(new_key, new_value, own.layer_idx)
+    if position_bias is None and own.has_relative_attention_bias:
+        position_bias = plan.relative_bias(key.shape[-2], seen)
+    out, position_bias = _attend(step, own, query, key, value, attention_mask, position_bias)
+    hidden_states = linear_residual(out, o, hidden_states)
+
+    layer = cache.cross_attention_cache.layers[cross.layer_idx]
+    query = hidden_states.new_empty((rows, cross.n_heads, 1, cross.key_value_proj_dim))
+    norm_linears(hidden_states, call.norms[1], [cross_q], [query])
+    out, cross_bias = _attend(
+        step, cross, query, layer.keys, layer.values, encoder_attention_mask, encoder_decoder_position_bias
     )
-    inner = [plan.native(module) for module in plan.inner]
-    hidden_states = feed_forward(
-        hidden_states, plan.norm(2), inner[0], inner[1] if len(inner) > 1 else None, plan.act, plan.native(plan.outer)
-    )
+    hidden_states = linear_residual(out, cross_o, hidden_states)
+
+    hidden_states = feed_forward(hidden_states, call.norms[2], inner, gate[0] if gate else None, plan.act, outer)
     return hidden_states, position_bias, cross_bias
 
 
 _block_forward.__name__ = "forward"  # so that a pickled block names its class's own
 
 
-def _self_attention(
-    plan: _Plan,
-    step: SharedPrefixStep,
-    hidden_states: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    cache: EncoderDecoderCache,
-) -> tuple[Tensor, Tensor]:
-    attention, layers = plan.own, cache.self_attention_cache
-    # One position a row: (rows, heads, 1, dim) without a transposition.
-    shape = (hidden_states.shape[0], attention.n_heads, 1, attention.key_value_proj_dim)
-    query, new_key, new_value = new = [hidden_states.new_empty(shape) for _ in range(3)]
-    projections = [plan.native(module) for module in (attention.q, attention.k, attention.v)]
-    norm_linears(hidden_states, plan.norm(0), projections, new)
-    seen = layers.get_seq_length(attention.layer_idx)
-    key, value = layers.update(new_key, new_value, attention.layer_idx)
-    if bias is None and attention.has_relative_attention_bias:
-        bias = plan.relative_bias(key.shape[-2], seen)
-    return _attended(plan, step, attention, query, key, value, mask, bias, hidden_states)
-
-
-def _cross_attention(
-    plan: _Plan,
-    step: SharedPrefixStep,
-    hidden_states: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    cache: EncoderDecoderCache,
-) -> tuple[Tensor, Tensor]:
-    attention = plan.cross
-    layer = cache.cross_attention_cache.layers[attention.layer_idx]
-    query = hidden_states.new_empty((hidden_states.shape[0], attention.n_heads, 1, attention.key_value_proj_dim))
-    norm_linears(hidden_states, plan.norm(1), [plan.native(attention.q)], [query])
-    return _attended(plan, step, attention, query, layer.keys, layer.values, mask, bias, hidden_states)
-
-
-def _attended(
-    plan: _Plan,
+def _attend(
     step: SharedPrefixStep,
     attention: Any,
     query: Tensor,
@@ -202,13 +217,12 @@ def _attended(
     value: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The new hidden states, and the bias for the next block."""
+    """What the candidates read, and the bias for the next block."""
     if bias is None:
         bias = query.new_zeros((1, attention.n_heads, 1, key.shape[-2]))
     out, _ = step.attend(attention, query, key, value, mask, scaling=attention.scaling, position_bias=bias)
-    return linear_residual(out, plan.native(attention.o), residual), bias
+    return out, bias
 
 
 @contextmanager
