@@ -315,9 +315,9 @@ def test_a_model_computes_the_same(make, pack, kernel_calls):
             logits = model(IDS).logits
             assert kernel_calls == [(12, pack is True)] * LAYERS[make]
             many = model(torch.zeros(1, MAX_ROWS + 1, dtype=torch.long)).logits
-            # Too many rows: the modules' own forward, but for packed layers where these are faster for any number.
-            any_rows = pack is True and extension.active_isa() == "avx2"
-            assert len(kernel_calls) == LAYERS[make] * (2 if any_rows else 1)
+            # Too many rows: the modules' own forward, but for packed layers where these are faster for more.
+            takes_more = pack is True and extension.active_isa() == "avx2"
+            assert len(kernel_calls) == LAYERS[make] * (2 if takes_more else 1)
         assert torch.allclose(many, model(torch.zeros(1, MAX_ROWS + 1, dtype=torch.long)).logits, atol=1e-5)
     assert torch.allclose(logits, expected, atol=1e-5)
     assert not torch.equal(logits, torch.zeros_like(logits))
@@ -514,6 +514,21 @@ def test_packing_stops_at_a_quarter_of_the_free_memory(monkeypatch, caplog, kern
     assert "more than 25% of the free memory (unknown)" in caplog.text
     monkeypatch.undo()
     assert 0 < linear_swap._free_memory() < 1 << 50
+
+
+@needs_extension
+def test_packed_layers_for_many_rows(isa, kernel_calls):
+    """More than the 64 rows that pass together; the bits do not depend on how many there are."""
+    layer = torch.nn.Linear(70, 40)
+    x = torch.randn(513, 70)
+    with torch.no_grad(), fast_linears(layer, 513, pack=True):
+        few, many, all_rows = layer(x[100:130]), layer(x[:512]), layer(x)
+    if isa != "avx2":
+        assert not kernel_calls
+        return
+    assert kernel_calls == [(30, True), (512, True)]
+    assert torch.equal(many[100:130], few)
+    assert torch.allclose(many, all_rows[:512], atol=1e-5)
 
 
 @needs_extension

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 PACK = ("auto", True, False)
 _MEMORY_SHARE = 0.25  # of the free memory, at most, goes into packed copies
 _PACKED_ROWS = 12  # from here on packed copies are faster by more than they cost
+_MOST_PACKED_ROWS = 512  # up to here they are faster than a general matrix product
 
 _LINEAR_FORWARD = Linear.forward
 _CONV1D_FORWARD = Conv1D.forward
@@ -58,12 +59,12 @@ _rows = _Rows()
 class _Packed:
     """A packed copy, and what the weight was when it was made."""
 
-    __slots__ = ("address", "any_rows", "data", "version", "weight")
+    __slots__ = ("address", "data", "most_rows", "version", "weight")
 
     def __init__(self, weight: Tensor, transposed: bool):
         self.weight, self.version, self.address = weight, weight._version, weight.data_ptr()
         self.data = pack_weight(weight, transposed)
-        self.any_rows = _packed_wins()  # however many, no general product is faster
+        self.most_rows = _MOST_PACKED_ROWS if _packed_wins() else 0
 
     def is_current(self, weight: Tensor) -> bool:
         return (
@@ -115,7 +116,7 @@ def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int, 
         return False
     if x.numel() == 0 or out_features == 0:
         return False
-    if x.numel() > _rows.limit * in_features and not (packed is not None and packed.any_rows):
+    if x.numel() > _most_rows(packed) * in_features:
         return False
     if bias is not None and not (
         type(bias) is Parameter
@@ -140,6 +141,10 @@ def _current_packed(module: Module, weight: Tensor) -> _Packed | None:
     return None
 
 
+def _most_rows(packed: _Packed | None) -> int:
+    return _rows.limit if packed is None else max(_rows.limit, packed.most_rows)
+
+
 class NativeLinear:
     """A `Linear` without bias as :mod:`simctg_fast.ops.block_layers` takes it, made anew when the weight changes."""
 
@@ -159,7 +164,7 @@ class NativeLinear:
         if weight.dtype is not torch.float32 or not weight.is_contiguous():
             return None
         packed = _current_packed(self.module, weight)
-        if rows > _rows.limit and not (packed is not None and packed.any_rows):
+        if rows > _most_rows(packed):
             return None
         data: Tensor = weight if packed is None else packed.data
         state = self.state
@@ -385,7 +390,7 @@ def fast_linears(
         pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
             of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
             its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
-            seen. With AVX2, packed layers take any number of rows. ``"auto"`` does not pack: the copies cost memory,
+            seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost memory,
             and time at the beginning; see :func:`packing_pays`.
 
         max_rows: products of more rows than this are left to the modules. A caller to whom it matters that a row's
