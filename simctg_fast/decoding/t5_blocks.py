@@ -222,7 +222,7 @@ def _attend(
     if bias is None:
         bias = query.new_zeros((1, attention.n_heads, 1, key.shape[-2]))
     out, _ = step.attend(attention, query, key, value, mask, scaling=attention.scaling, position_bias=bias)
-    return out, bias
+    return out.contiguous(), bias
 
 
 @contextmanager
