@@ -16,9 +16,9 @@ import logging
 import os
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,15 +85,11 @@ def _packed_wins() -> bool:
 class _Patched:
     """A module that has our forward: how many ``with`` blocks want it, and its packed copy if there is one."""
 
-    __slots__ = ("module", "packed", "users")
+    __slots__ = ("forward", "module", "packed", "users")
 
     def __init__(self, module: Module):
-        self.module, self.users = module, 0
+        self.module, self.forward, self.users = module, _FORWARDS[type(module)][1], 0
         self.packed: _Packed | None = None
-
-    @property
-    def is_linear(self) -> bool:
-        return _FORWARDS[type(self.module)][2] is not None
 
 
 def is_plain_eager() -> bool:
@@ -299,28 +295,44 @@ def _is_eligible(module: Module) -> bool:
     )
 
 
-def _add(module: Module) -> _Patched | None:
-    """One more user of our forward in ``module``; None if it cannot have it."""
-    entry = _patched.get(id(module))
+class Swapped(Protocol):
+    """A module whose forward is ours, and how many ``with`` blocks want it to be."""
+
+    module: Module
+    forward: Any
+    users: int
+
+
+S = TypeVar("S", bound=Swapped)
+
+
+def take_forward(swapped: dict[int, S], module: Module, make: Callable[[Module], S | None]) -> S | None:
+    """One more user of our forward in ``module``; None if ``make``, which decides for a new one, says so."""
+    entry = swapped.get(id(module))
     if entry is None:
-        if not _is_eligible(module):
+        entry = make(module)
+        if entry is None:
             return None
-        entry = _patched[id(module)] = _Patched(module)
+        swapped[id(module)] = entry
         # Module.__setattr__ would only put it where this does, after looking for parameters and buffers of that name.
-        module.__dict__["forward"] = types.MethodType(_FORWARDS[type(module)][1], module)
+        module.__dict__["forward"] = types.MethodType(entry.forward, module)
     entry.users += 1
     return entry
 
 
-def _remove(entry: _Patched) -> None:
+def give_forward_back(swapped: dict[int, S], entry: S) -> None:
+    """One user less; the last one restores the module, unless somebody has put another forward over ours."""
     entry.users -= 1
     if entry.users:
         return
-    module = entry.module
-    del _patched[id(module)]
-    ours = module.__dict__.get("forward")
-    if isinstance(ours, types.MethodType) and ours.__func__ is _FORWARDS[type(module)][1]:
-        del module.__dict__["forward"]
+    del swapped[id(entry.module)]
+    ours = entry.module.__dict__.get("forward")
+    if isinstance(ours, types.MethodType) and ours.__func__ is entry.forward:
+        del entry.module.__dict__["forward"]
+
+
+def _patch(module: Module) -> _Patched | None:
+    return _Patched(module) if _is_eligible(module) else None
 
 
 def _free_memory() -> int | None:
@@ -334,20 +346,26 @@ def _free_memory() -> int | None:
     return None
 
 
-def _to_pack(entries: list[_Patched]) -> list[tuple[_Patched, Tensor, bool]]:
-    """Layers without a packed copy, their weights, and whether these lie transposed."""
-    layers = [(e, e.module._parameters["weight"], _FORWARDS[type(e.module)][2]) for e in entries if e.is_linear]
-    return [
-        (entry, weight, bool(transposed))
-        for entry, weight, transposed in layers
-        if entry.packed is None and weight is not None and not weight.is_inference()
-    ]
+def _room_for(weights: Iterable[tuple[Tensor, bool]]) -> tuple[bool, int, int | None]:
+    """Whether packed copies of weights (each with how it lies) may be made, the bytes they take, and those that are
+    free."""
+    needed, free = sum(4 * packed_size(weight, transposed) for weight, transposed in weights), _free_memory()
+    return free is not None and needed <= _MEMORY_SHARE * free, needed, free
+
+
+def _weights(modules: Iterable[Module]) -> Iterator[tuple[Module, Tensor, bool]]:
+    """The linear layers among modules that are ours or could be, their weights, and whether these lie transposed."""
+    for module in modules:
+        transposed, weight = _FORWARDS[type(module)][2], module._parameters.get("weight")
+        if transposed is not None and weight is not None:
+            yield module, weight, transposed
 
 
 def _pack_all(entries: list[_Patched]) -> None:
-    todo = _to_pack(entries)
-    needed, free = sum(4 * packed_size(weight, transposed) for _, weight, transposed in todo), _free_memory()
-    if free is None or needed > _MEMORY_SHARE * free:
+    unpacked = [entry.module for entry in entries if entry.packed is None]
+    todo = [layer for layer in _weights(unpacked) if not layer[1].is_inference()]
+    fits, needed, free = _room_for((weight, transposed) for _, weight, transposed in todo)
+    if not fits:
         known = "unknown" if free is None else f"{free / 2**20:.0f} MiB"
         logger.warning(
             "pack=True would copy %.0f MiB of weights, more than %.0f%% of the free memory (%s): not packed.",
@@ -356,8 +374,8 @@ def _pack_all(entries: list[_Patched]) -> None:
             known,
         )
         return
-    for entry, weight, transposed in todo:
-        entry.packed = _Packed(weight, transposed)
+    for module, weight, transposed in todo:
+        _patched[id(module)].packed = _Packed(weight, transposed)
 
 
 def packing_pays(model: Module, rows: int) -> bool:
@@ -365,11 +383,8 @@ def packing_pays(model: Module, rows: int) -> bool:
     rows, and its copies fit in memory."""
     if rows < _PACKED_ROWS or not _packed_wins():
         return False
-    layers = [module for module in model.modules() if type(module) in (Linear, Conv1D) and _is_eligible(module)]
-    weights = ((module._parameters["weight"], type(module) is Conv1D) for module in layers)
-    needed = sum(4 * packed_size(weight, transposed) for weight, transposed in weights if weight is not None)
-    free = _free_memory()
-    return bool(layers) and free is not None and needed <= _MEMORY_SHARE * free
+    layers = list(_weights(module for module in model.modules() if _is_eligible(module)))
+    return bool(layers) and _room_for((weight, transposed) for _, weight, transposed in layers)[0]
 
 
 @contextmanager
@@ -415,7 +430,7 @@ def fast_linears(
         if wanted and _backends.extension() is not None:
             with _lock:
                 for module in model.modules():
-                    entry = _add(module)
+                    entry = take_forward(_patched, module, _patch)
                     if entry is not None:
                         entries.append(entry)
                 if pack is True:
@@ -425,4 +440,4 @@ def fast_linears(
         _rows.limit = before
         with _lock:
             for entry in entries:
-                _remove(entry)
+                give_forward_back(_patched, entry)

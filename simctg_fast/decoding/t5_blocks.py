@@ -10,7 +10,6 @@ anything else than plain float32 layers on the CPU, the block's own forward runs
 from __future__ import annotations
 
 import threading
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from transformers.models.t5 import modeling_t5 as t5
 
 from ..ops import _backends
 from ..ops.block_layers import Norm, feed_forward, linear_residual, norm_linears
-from .linear_swap import NativeLinear, has_own_forward, is_plain_eager
+from .linear_swap import NativeLinear, give_forward_back, has_own_forward, is_plain_eager, take_forward
 from .prefix_cache import CACHE_NAME, next_capacity
 from .shared_prefix import SharedPrefixStep, current_step
 
@@ -65,7 +64,7 @@ class _Plan:
     """A block's parts, found once for a ``with`` block."""
 
     def __init__(self, block: Module):
-        self.block, self.users = block, 0
+        self.module, self.forward, self.users = block, _block_forward, 0
         layers: Any = block.layer
         own, cross, last = layers
         self.own, self.cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
@@ -238,31 +237,15 @@ def fast_t5_blocks(model: Module) -> Iterator[int]:
     try:
         if _backends.extension() is not None:
             with _lock:
-                found = (_add(block) for block in model.modules() if isinstance(block, _BLOCKS))
+                blocks = (module for module in model.modules() if isinstance(module, _BLOCKS))
+                found = (take_forward(_plans, block, _plan) for block in blocks)
                 plans.extend(plan for plan in found if plan is not None)
         yield len(plans)
     finally:
         with _lock:
             for plan in plans:
-                _remove(plan)
+                give_forward_back(_plans, plan)
 
 
-def _add(block: Module) -> _Plan | None:
-    plan = _plans.get(id(block))
-    if plan is None:
-        if not _is_eligible(block):
-            return None
-        plan = _plans[id(block)] = _Plan(block)
-        block.__dict__["forward"] = types.MethodType(_block_forward, block)
-    plan.users += 1
-    return plan
-
-
-def _remove(plan: _Plan) -> None:
-    plan.users -= 1
-    if plan.users:
-        return
-    del _plans[id(plan.block)]
-    ours = plan.block.__dict__.get("forward")
-    if isinstance(ours, types.MethodType) and ours.__func__ is _block_forward:
-        del plan.block.__dict__["forward"]
+def _plan(block: Module) -> _Plan | None:
+    return _Plan(block) if _is_eligible(block) else None
