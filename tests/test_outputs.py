@@ -110,6 +110,8 @@ def test_attentions_take_another_path_for_this_call_only():
     plain = decode(model, inputs, new_tokens=NEW)
     out = decode(model, inputs, new_tokens=NEW, return_dict_in_generate=True, output_attentions=True)
     assert torch.equal(out.sequences, plain)
+    assert recall(model).path == "reorder"
+    assert torch.equal(decode(model, inputs, new_tokens=NEW), plain)
     assert recall(model).path == "shared_prefix"
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)

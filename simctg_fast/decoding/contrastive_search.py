@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
@@ -22,11 +22,12 @@ from .compiled_decoder import as_written
 from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_step
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .linear_swap import fast_linears
-from .paths import PATHS, Choose, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, grow_kwargs
+from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult
 from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
-from .support import forget, make_report, recall, remember
+from .support import Check, SupportReport, announce, forget, recall, remember
 from .t5_blocks import fast_t5_blocks
+from .trial import Call, Verdict, judge, own_cache
 
 logger = logging.getLogger("simctg_fast")
 
@@ -169,6 +170,13 @@ class _Run:
                 raise ValueError(
                     f"attention_mask has no real token in row {empty[0]} of the batch; allowed: at least 1"
                 )
+            if not self.is_encoder_decoder:
+                padded = (prompt[:, -1] == 0).nonzero().flatten().tolist()
+                if padded:
+                    raise ValueError(
+                        f"attention_mask is 0 at the end of row {padded[0]}: a prompt that is padded on the right is "
+                        "continued after its padding; allowed: padding on the left (tokenizer.padding_side='left')"
+                    )
         self.positions = position_table(model)
         embeds = None if self.is_encoder_decoder else self.model_kwargs.get("inputs_embeds")
         width = input_ids.shape[1] if embeds is None else embeds.shape[1]
@@ -187,6 +195,8 @@ class _Run:
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
         self.raw_logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
         self.prefill_outputs: Any = None
+        self.refused: dict[tuple[str, bool], str] = {}  # routes that gave up in the course of this call, and why
+        self.streamed = 0  # steps whose tokens the streamer has
         self.layers: list[tuple[torch.Tensor, ...]] = []  # hidden states, one entry a step
         self.attentions: list[tuple[torch.Tensor, ...]] = []
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
@@ -238,10 +248,8 @@ class _Run:
             logger.warning("use_cache=False: contrastive search recomputes every candidate's whole sequence (slow).")
         return kwargs
 
-    def _fresh_cache(self) -> Cache:
-        config = self.model.config.get_text_config(decoder=True)
-        cache = DynamicCache(config=config)
-        return EncoderDecoderCache(cache, DynamicCache(config=config)) if self.is_encoder_decoder else cache
+    def _fresh_cache(self) -> Any:
+        return own_cache(self.model, self.config, len(self.input_ids), self.criteria.max_length)
 
     def _check_callers_cache(self, name: str, cache: Any, kwargs: dict[str, Any]) -> None:
         """A cache that the caller passed in is filled at the end. One that holds tokens lacks their hidden states, so
@@ -283,20 +291,40 @@ class _Run:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def __call__(self):
-        k = 1 if self.penalty_alpha == 0 and self.strategy.temperature is None else self.top_k
-        rows = self.input_ids.shape[0] * k
         with ExitStack() as stack:
             if self.strategy.decode_step != "compiled":
                 stack.enter_context(as_written(self.model))
             self.tap = stack.enter_context(HiddenStatesTap(self.model))
+            while True:
+                verdict = self._verdict()
+                try:
+                    with self._ours():
+                        self._run(verdict)
+                    break
+                except (PathUnsupportedError, HeadUnsupportedError) as error:
+                    self._begin_again(verdict, error)
+        return self._result()
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """What stands in for the model's modules while a path runs."""
+        with ExitStack() as stack:
             if self.strategy.fast_linear:
+                rows = self.input_ids.shape[0] * self._candidates
                 stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))
                 stack.enter_context(fast_t5_blocks(self.model))
-            logits = self._open()
+            yield
+
+    @property
+    def _candidates(self) -> int:
+        return 1 if self.penalty_alpha == 0 and self.strategy.temperature is None else self.top_k
+
+    def _run(self, verdict: Verdict) -> None:
+        with ExitStack() as stack:
+            logits = self._open(verdict)
             if hasattr(self.model, "_optimize_model_for_decode"):
                 stack.enter_context(self.model._optimize_model_for_decode())
-            self._loop(logits, k)
-        return self._result()
+            self._loop(logits, self._candidates)
 
     def _loop(self, logits: torch.Tensor, k: int) -> None:
         input_ids, device = self.input_ids, self.input_ids.device
@@ -312,7 +340,7 @@ class _Run:
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
         asked = self.strategy.decode_step
-        static = device.type == "cuda" if asked == "auto" else bool(asked)  # still to be tried
+        static = device.type == "cuda" if asked == "auto" else bool(asked)
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
             self._check_room(step)
             processed = self.processors(input_ids, logits)
@@ -334,14 +362,13 @@ class _Run:
                 continue
             tokens = candidates.gather(1, result.selected.to(device)[:, None]).squeeze(1)
             decode = None
-            if static and not self.trials_left and not bool(bad.any()):
+            if static and not bool(bad.any()):
                 static = False
                 decode = self._decode_step(k, probs, candidates, result)
             if self.has_eos:
                 tokens = tokens * unfinished + pad_token.to(device) * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            if self.streamer is not None:
-                self.streamer.put(tokens.cpu())
+            self._stream(tokens, step)
             steps_needed += unfinished.max()
             unfinished = unfinished & ~self.criteria(input_ids, tuple(self.scores) if self.scores is not None else None)
             step += 1
@@ -383,9 +410,8 @@ class _Run:
             self._check_room(step)
             decode()
             self._check_compiled(decode)
+            self._stream(decode.input_ids[:, -1], step)
             step += 1
-            if self.streamer is not None:
-                self.streamer.put(decode.input_ids[:, -1].cpu())
             at_end = decode.input_ids.shape[1] == bound
             if step % interval == 0 or step >= closely or at_end:
                 self._check_nan(decode.bad, step - 1)
@@ -394,6 +420,11 @@ class _Run:
         self.input_ids = decode.input_ids[:, : decode.input_ids.shape[1] - (step - kept)].clone()
         self.surplus = step - kept
         self.not_captured, self.static_steps = decode.not_captured, step - first
+
+    def _stream(self, tokens: torch.Tensor, step: int) -> None:
+        if self.streamer is not None and step >= self.streamed:  # a call that began again says nothing twice
+            self.streamer.put(tokens.cpu())
+            self.streamed = step + 1
 
     def _check_room(self, step: int) -> None:
         """The candidates of the last token are run as well, so a table of positions ends one token earlier than for
@@ -431,106 +462,91 @@ class _Run:
         return choose
 
     def _step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
-        choose = self._choose(probs)
-        if self.trials_left:
-            result = self._trial_step(input_ids, candidates, choose)
-        else:
-            try:
-                result = self.opened.step(input_ids, candidates, choose)
-            except (PathUnsupportedError, HeadUnsupportedError) as error:
-                # The model has changed since this path was found to serve it.
-                forget(self.model)
-                self._fall_back(error, input_ids)
-                result = self._trial_step(input_ids, candidates, choose)
+        result = self.opened.step(input_ids, candidates, self._choose(probs))
         if self.history is not None:
             self.history.append(result.hidden_states)
         return result
 
     # ---- which path -----------------------------------------------------------------------------------------------
 
-    def _open(self) -> torch.Tensor:
-        """Open the path this model is known to take, or the first that will have it. Returns the prompt's logits."""
-        known = recall(self.model)
-        self.refusals: list[str] = []
-        asked = self.strategy.path
-        use_known = known is not None and not self.record["output_attentions"] and asked in ("auto", known.path)
-        if asked == "auto":
-            names = list(PATHS)[list(PATHS).index(known.path) :] if use_known else list(PATHS)
-            if self.model_kwargs.get("use_cache") is False:
-                names = ["uncached"]
-        else:
-            names = [asked]
-        self.routes = [(name, head) for name in names for head in (True, False)]
-        if use_known and not known.head:
-            self.routes = [route for route in self.routes if route != (known.path, True)]
-        if not self.tap.has_head:
-            self.routes = [route for route in self.routes if not route[1]]
-        self.trusted = (known.path, known.head) if use_known else None
-        return self._open_next(self.input_ids)
-
-    def _open_next(self, input_ids: torch.Tensor) -> torch.Tensor:
-        model_kwargs = grow_kwargs(self.model, self.model_kwargs, input_ids[:, self.input_ids.shape[1] :])
-        while self.routes:
-            name, head = self.routes.pop(0)
-            asked = bool(self.tap.arguments)
-            try:
-                self.opened: Path = PATHS[name](
-                    self.model,
-                    self.tap,
-                    head=head,
-                    generation_config=self.config,
-                    model_kwargs=model_kwargs,
-                    max_length=self.max_length,
-                    record=self.record,
-                )
-                logits, states, self.prefill_outputs = self.opened.prefill(input_ids)
-            except (PathUnsupportedError, HeadUnsupportedError) as error:
-                if not head and not asked and self.tap.arguments:  # only now known: the model has to be asked
-                    self.routes.insert(0, (name, head))
-                else:
-                    self._refuse(name, error)
-                continue
-            self.trials_left = 0 if self.trusted == (name, head) else self.opened.trial_steps
-            mask = self._prompt_mask(model_kwargs)
-            if mask is not None and mask.shape[1] != states.shape[1]:
-                raise ValueError(
-                    f"attention_mask covers {mask.shape[1]} positions, but the model made hidden states for "
-                    f"{states.shape[1]}; allowed: one entry a position"
-                )
-            greedy = self.top_k == 1 or (self.penalty_alpha == 0 and self.strategy.temperature is None)
-            self.history = None if greedy else HiddenStatesHistory(states, mask, self.max_length)
-            return logits.to(input_ids.device)
-        raise ValueError(
-            f"{type(self.model).__name__} cannot be decoded by contrastive search"
-            + (f" on path={self.strategy.path!r}" if self.strategy.path != "auto" else "")
-            + f": {'; '.join(self.refusals)}"
+    def _verdict(self) -> Verdict:
+        """How this model serves this kind of call: what is known of it, or what a trial finds."""
+        asked, use_cache = self.strategy.path, self.model_kwargs.get("use_cache") is not False
+        names = [name for name in PATHS if asked in ("auto", name)]
+        if not use_cache and asked == "auto":
+            names = ["uncached"]
+        refusals = []
+        if self.record["output_attentions"] and "shared_prefix" in names:
+            names.remove("shared_prefix")
+            refusals.append("shared_prefix: output_attentions needs the model's own attention")
+        for route, reason in self.refused.items():
+            refusals += [f"{route[0]}: {reason}"] if route[0] in names and not route[1] else []
+        routes = [(name, head) for name in names for head in (True, False)]
+        routes = [(n, h) for n, h in routes if (n, h) not in self.refused and (self.tap.has_head or not h)]
+        call = Call(
+            model=self.model,
+            input_ids=self.input_ids,
+            model_kwargs=self.model_kwargs,
+            generation_config=self.config,
+            top_k=self._candidates,
+            max_length=self.max_length,
+            table=self.positions,
         )
+        kind = (*call.kind(), *names) if asked == "auto" else None
+        verdict = None if kind is None or self.refused else recall(self.model, kind)
+        if verdict is None:
+            verdict = judge(call, self.tap, routes, refusals, self._ours)
+            if kind is not None and verdict is not None:
+                remember(self.model, kind, verdict)
+        elif verdict.asks:
+            self.tap.decoder = None
+        self.kind = kind
+        if verdict is None:
+            on = "" if asked == "auto" else f" on path={asked!r}"
+            reason = f"{type(self.model).__name__} cannot be decoded by contrastive search{on}: {'; '.join(refusals)}"
+            parts = [refusal.partition(":") for refusal in refusals]
+            checks = tuple(Check(name, False, why.strip()) for name, _, why in parts)
+            announce(SupportReport(type(self.model).__name__, "none", reason, False, checks))
+            raise ValueError(reason)
+        announce(verdict.report)
+        return verdict
 
-    def _refuse(self, name: str, error: Exception) -> None:
-        if isinstance(error, PathUnsupportedError):
-            self.routes = [route for route in self.routes if route[0] != name]
-            self.refusals.append(f"{name}: {error}")
-            logger.info("%s does not take path %s: %s", type(self.model).__name__, name, error)
+    def _open(self, verdict: Verdict) -> torch.Tensor:
+        """Run the prompt on the path that was found to serve. Returns its logits."""
+        name, head = verdict.route
+        self.whole_steps = verdict.whole_steps
+        self.opened: Path = PATHS[name](
+            self.model,
+            self.tap,
+            head=head,
+            generation_config=self.config,
+            model_kwargs=self.model_kwargs,
+            max_length=self.max_length,
+            record=self.record,
+        )
+        logits, states, self.prefill_outputs = self.opened.prefill(self.input_ids)
+        mask = self._prompt_mask(self.model_kwargs)
+        if mask is not None and mask.shape[1] != states.shape[1]:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} positions, but the model made hidden states for "
+                f"{states.shape[1]}; allowed: one entry a position"
+            )
+        self.history = None if self._candidates == 1 else HiddenStatesHistory(states, mask, self.max_length)
+        return logits.to(self.input_ids.device)
 
-    def _fall_back(self, error: Exception, input_ids: torch.Tensor) -> None:
-        """Open the next path at ``input_ids``; the logits it makes there are those the candidates came from."""
-        self._refuse(self.opened.name, error)
-        self._open_next(input_ids)
-        self.prefill_outputs = None
-
-    def _trial_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, choose: Choose) -> StepResult:
-        """A step that is checked; where it does not hold, the next path takes over from the same candidates."""
-        while True:
-            try:
-                result = self.opened.verified_step(input_ids, candidates, choose)
-                break
-            except (PathUnsupportedError, HeadUnsupportedError) as error:
-                self._fall_back(error, input_ids)
-        self.trials_left -= 1
-        found = not self.trials_left and self.strategy.path == "auto"
-        if found and not self.record["output_attentions"] and self.model_kwargs.get("use_cache"):
-            remember(self.model, make_report(self.model, self.opened.name, self.opened.head, self.refusals))
-        return result
+    def _begin_again(self, verdict: Verdict, error: Exception) -> None:
+        """The path that was found to serve does not serve this call after all: another one takes it from its start."""
+        name, head = verdict.route
+        logger.info("%s does not take path %s: %s", type(self.model).__name__, name, error)
+        if self.kind is not None:
+            forget(self.model, self.kind)
+        for route in [(name, True), (name, False)] if isinstance(error, PathUnsupportedError) else [(name, head)]:
+            self.refused[route] = str(error)
+        if self.model_kwargs.get(CACHE_NAME) is not None:
+            self.model_kwargs[CACHE_NAME] = self._fresh_cache()
+        for recorded in (self.scores, self.raw_logits, self.layers, self.attentions, self.cross_attentions):
+            if recorded:
+                recorded.clear()
 
     # ---- what is returned -----------------------------------------------------------------------------------------
 
@@ -541,18 +557,23 @@ class _Run:
         rows = outputs.rows if isinstance(outputs, StepResult) else None
         outputs = outputs.outputs if isinstance(outputs, StepResult) else outputs
 
-        def pick(layers):
+        def pick(layers, batch: int, position: int):
+            """The winners' rows, and where ``generate``'s own step is one position long, that one. Dimensions are
+            counted from the last: some models stack their layers in front."""
             if layers is None:
                 return ()
-            return tuple(layers) if rows is None else tuple(layer.index_select(0, rows) for layer in layers)
+            if rows is None:
+                return tuple(layers)
+            layers = [layer.index_select(layer.ndim + batch, rows) for layer in layers]
+            return tuple(layers if self.whole_steps else (layer.narrow(position, -1, 1) for layer in layers))
 
         prefix = "decoder_" if self.is_encoder_decoder else ""
         if self.record["output_hidden_states"]:
-            self.layers.append(pick(getattr(outputs, f"{prefix}hidden_states", None)))
+            self.layers.append(pick(getattr(outputs, f"{prefix}hidden_states", None), -3, -2))
         if self.record["output_attentions"]:
-            self.attentions.append(pick(getattr(outputs, f"{prefix}attentions", None)))
+            self.attentions.append(pick(getattr(outputs, f"{prefix}attentions", None), -4, -2))
             if self.is_encoder_decoder:
-                self.cross_attentions.append(pick(outputs.cross_attentions))
+                self.cross_attentions.append(pick(outputs.cross_attentions, -4, -2))
 
     def _result(self):
         cache = None

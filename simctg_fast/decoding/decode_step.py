@@ -33,10 +33,11 @@ from ..ops.prefix_commit import CommitPlan, prefix_commit
 from ..ops.top_k import top_k_probs
 from .compiled_decoder import compiled_decoder, obstacle
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
-from .paths import _RELATIVE_ERROR, SharedPrefixPath, StepResult
+from .paths import SharedPrefixPath, StepResult
 from .prefix_cache import CACHE_NAME, PrefixCacheLayer, next_capacity
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .support import autocast_dtype
+from .trial import RELATIVE_ERROR
 
 logger = logging.getLogger("simctg_fast")
 
@@ -284,7 +285,7 @@ class DecodeStep:
         difference = torch.where(finite, logits - expected, 0.0).norm(dim=-1)
         size = torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)
         dtype = autocast_dtype(self.device) or result.hidden_states.dtype
-        near = difference <= _RELATIVE_ERROR.get(dtype, 1e-1) * size
+        near = difference <= RELATIVE_ERROR.get(dtype, 1e-1) * size
         near &= (torch.isfinite(logits) == torch.isfinite(expected)).all(-1)
         same = (selected == result.selected.to(selected)).float().mean()
         return bool(near.all()) and float(same) >= (0.5 if torch.finfo(dtype).bits <= 16 else 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -32,6 +33,8 @@ class HiddenStatesTap:
 
     def __init__(self, model):
         self.model, self.head = model, model.get_output_embeddings()
+        if isinstance(self.head, torch.nn.Embedding):  # FSMT's: it is read at the input, and multiplied by elsewhere
+            self.head = None
         self.decoder = decoder_of(model)
         self._hooks: list[RemovableHandle] = []
         self._owner = threading.get_ident()
@@ -71,10 +74,19 @@ class HiddenStatesTap:
         self._listening = True
 
     def mute(self) -> Heard:
-        """Stop listening; returns what was heard."""
-        self._listening = False
+        """Stop listening; returns what was heard. (What ``select`` holds on to is let go: all of a step's tensors.)"""
+        self._listening, self._select = False, None
         heard, self._heard = self._heard, Heard()
         return heard
+
+    def last_layer(self, outputs: Any, heard: Heard) -> list[torch.Tensor]:
+        """Last-layer states ``(rows, T, D)`` of what was run while ``heard``, in order; empty where there are none."""
+        if heard.last_layer:
+            return heard.last_layer
+        self.decoder = None  # if it is not called, the model has to be asked
+        name = "decoder_hidden_states" if self.model.config.is_encoder_decoder else "hidden_states"
+        layers = getattr(outputs, name, None)
+        return [layers[-1]] if layers else []
 
     def _ours(self) -> bool:
         return self._listening and threading.get_ident() == self._owner

@@ -16,7 +16,8 @@ All give the same tokens. A path is opened by ``prefill`` and then driven by ``s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,11 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import utils as generation_utils
 from transformers.generation.configuration_utils import GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import ModelOutput
 
-from .hidden_states import Heard, HiddenStatesTap, last_position
+from .hidden_states import HiddenStatesTap, last_position
 from .prefix_cache import CACHE_NAME, PrefixCache, self_attention_cache
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
-from .support import autocast_dtype
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (B, k, D) -> index of the winner (B,)
 
@@ -39,8 +39,7 @@ _PREFILL_ONLY = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_O
     "pixel_values_videos",
     "input_features",
 }
-_KEY_VALUE_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer"})
-_RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+KEY_VALUE_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer"})
 
 
 class PathUnsupportedError(Exception):
@@ -66,7 +65,6 @@ class Path:
     """One generation call on one model. ``head``: whether winners are chosen before the output embedding."""
 
     name = ""
-    trial_steps = 1  # how many steps ``verified_step`` takes to know that the path serves a model
 
     def __init__(
         self,
@@ -88,14 +86,6 @@ class Path:
 
     # ---- what the paths share -------------------------------------------------------------------------------------
 
-    def last_layer(self, outputs: Any, heard: Heard) -> list[torch.Tensor]:
-        """Last-layer states ``(rows, T, D)`` of what was run while ``heard``, in order; empty where there are none."""
-        if heard.last_layer:
-            return heard.last_layer
-        self.tap.decoder = None  # if it is not called, the model has to be asked
-        layers = getattr(outputs, "decoder_hidden_states" if self.is_encoder_decoder else "hidden_states", None)
-        return [layers[-1]] if layers else []
-
     def prefill(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Run the prompt. Returns the next token's logits ``(B, V)`` float32, the states of all positions
         ``(B, L, D)``, and the model's output."""
@@ -107,7 +97,7 @@ class Path:
             outputs = self.model._prefill(input_ids, self.generation_config, kwargs)
         finally:
             heard = self.tap.mute()
-        parts = heard.head if self.head else self.last_layer(outputs, heard)
+        parts = heard.head if self.head else self.tap.last_layer(outputs, heard)
         shapes = [tuple(part.shape) for part in parts if isinstance(part, torch.Tensor)]
         positions = sum(shape[1] for shape in shapes if len(shape) == 3)
         chunked = self.generation_config.prefill_chunk_size is not None
@@ -157,27 +147,13 @@ class Path:
                 outputs = self.model(**model_inputs | self.tap.arguments, return_dict=True)
             finally:
                 heard = self.tap.mute()
-            select(self.last_layer(outputs, heard)[-1])
+            select(self.tap.last_layer(outputs, heard)[-1])
             logits = outputs.logits[:, -1].float().index_select(0, chosen["rows"])
         return StepResult(chosen["selected"], chosen["hidden_states"], logits, outputs, chosen["rows"])
 
     def step(self, input_ids: torch.Tensor, candidates: torch.Tensor, choose: Choose) -> StepResult:
         """Try ``candidates (B, k)`` after ``input_ids (B, L)``, and keep the winners."""
         raise NotImplementedError
-
-    def verified_step(self, input_ids: torch.Tensor, candidates: torch.Tensor, choose: Choose) -> StepResult:
-        """``step`` on a model that this path has not served before, with what it takes to trust the result."""
-        return self.step(input_ids, candidates, choose)
-
-    def _compare(self, states: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, against: str) -> None:
-        error = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-12)
-        # A state that is not finite (an overflow in float16) proves nothing, as long as both are.
-        error = error.masked_fill(~expected.isfinite().all(dim=-1) & ~states.isfinite().all(dim=-1), 0.0)
-        allowed = _RELATIVE_ERROR.get(autocast_dtype(states.device) or dtype, 1e-1)
-        if not bool((error <= allowed).all()):
-            raise PathUnsupportedError(
-                f"its hidden states differ from {against} by {error.max().item():.2g} (allowed {allowed:g})"
-            )
 
     def result_cache(self, input_ids: torch.Tensor, surplus: int) -> Cache | None:
         """A cache of all but the last token of ``input_ids``, as plain ``generate`` returns one; ``surplus`` steps were
@@ -192,10 +168,37 @@ def expand_kwargs(
     do too, and what only the prompt needs is dropped. Some models count a row's images in the ids of its ``prompt``."""
     aside = {n: v for n, v in kwargs.items() if isinstance(v, Cache) or (n == "encoder_outputs" and not keep_all)}
     rest = {n: v for n, v in kwargs.items() if n not in aside and (keep_all or n not in _PREFILL_ONLY)}
-    _, expanded = model._expand_inputs_for_generation(
-        input_ids=prompt, expand_size=k, is_encoder_decoder="encoder_outputs" in rest, **rest
+    return repeat_rows(model, prompt, rest, k)[1] | aside
+
+
+def repeat_rows(model, input_ids: torch.Tensor, kwargs: dict[str, Any], k: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Each sequence of a call ``k`` times, as the model does it; the caller's own arguments stay as they are."""
+    encoded = kwargs.get("encoder_outputs")
+    if isinstance(encoded, ModelOutput):  # it is expanded in place
+        kwargs = kwargs | {"encoder_outputs": copy_outputs(encoded)}
+    elif isinstance(encoded, (tuple, list)):  # what a decoder alone may be given
+        kwargs = kwargs | {"encoder_outputs": type(encoded)(states.repeat_interleave(k, dim=0) for states in encoded)}
+    return model._expand_inputs_for_generation(
+        input_ids=input_ids, expand_size=k, is_encoder_decoder=isinstance(encoded, ModelOutput), **kwargs
     )
-    return expanded | aside
+
+
+def copy_outputs(outputs: Any) -> Any:
+    """A model's output of its own whose fields can be replaced."""
+    return copy.copy(outputs)
+
+
+def encoder_rows(outputs: Any, k: int, states: torch.Tensor) -> Any:
+    """An encoder's output for ``k`` rows a sequence, its last hidden state replaced. What else it holds (masks, router
+    logits) some decoders look for."""
+    rows = len(outputs.last_hidden_state)
+    expanded = copy_outputs(outputs)
+    for name, value in list(expanded.items()):
+        if name == "last_hidden_state":
+            expanded[name] = states
+        elif isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == rows:
+            expanded[name] = value.repeat_interleave(k, dim=0)
+    return expanded
 
 
 def grow_kwargs(model, kwargs: dict[str, Any], new_ids: torch.Tensor) -> dict[str, Any]:
@@ -220,18 +223,6 @@ def _last_positions_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-class _Spy:
-    """``choose``, and the states of each sequence's last candidate ``(B, D)`` that went past it."""
-
-    def __init__(self, choose: Choose):
-        self.choose = choose
-        self.last_candidates = torch.empty(0)
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        self.last_candidates = hidden_states[:, -1]
-        return self.choose(hidden_states)
-
-
 class SharedPrefixPath(Path):
     name = "shared_prefix"
 
@@ -243,14 +234,14 @@ class SharedPrefixPath(Path):
         if not isinstance(made, Cache):
             raise PathUnsupportedError(f"the model does not take a key/value cache as {CACHE_NAME}")
         layers = self_attention_cache(made).layers
-        odd = sorted({type(layer).__name__ for layer in layers} - _KEY_VALUE_LAYERS)
+        odd = sorted({type(layer).__name__ for layer in layers} - KEY_VALUE_LAYERS)
         if odd:
             raise PathUnsupportedError(f"its cache has layers that are not plain keys and values: {', '.join(odd)}")
         self.text_config = self.model.config.get_text_config(decoder=True)
         self.cache = PrefixCache(self.max_length, num_layers=len(layers))
         self.cross: DynamicCache | None = None
         if isinstance(made, EncoderDecoderCache):
-            self.cross = DynamicCache(config=self.text_config)
+            self.cross = made.cross_attention_cache  # as the model wants it: some cut it to a window, some do not
             self.kwargs[CACHE_NAME] = EncoderDecoderCache(self.cache, self.cross)
         else:
             self.kwargs[CACHE_NAME] = self.cache
@@ -276,9 +267,10 @@ class SharedPrefixPath(Path):
             self.expanded = expand_kwargs(self.model, self.kwargs, k, input_ids)
             if self.cross is not None:
                 # Their keys and values are cached; what is left to read off them is shape, dtype and device.
-                states = self.expanded["encoder_outputs"].last_hidden_state
-                shape = (states.shape[0] * k, *states.shape[1:])
-                self.expanded["encoder_outputs"] = BaseModelOutput(states.new_zeros(()).expand(shape))
+                outputs = self.expanded["encoder_outputs"]
+                shape = (len(outputs.last_hidden_state) * k, *outputs.last_hidden_state.shape[1:])
+                states = outputs.last_hidden_state.new_zeros(()).expand(shape)
+                self.expanded["encoder_outputs"] = encoder_rows(outputs, k, states)
         inputs = self.model.prepare_inputs_for_generation(
             candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
         )
@@ -296,33 +288,17 @@ class SharedPrefixPath(Path):
         self.expanded = _last_positions_only(self._advance(result.outputs, self.expanded))
         return result
 
-    def verified_step(self, input_ids, candidates, choose):
-        """Run the last candidate of every sequence through the model's own attention first, and compare."""
-        spy = _Spy(choose)
-        self.last_step = None
+    @contextmanager
+    def undone(self, filling: float) -> Iterator[None]:
+        """What is stepped within the block has not been afterwards. What lies beyond the text is ``filling`` meanwhile,
+        with signs that alternate by channel."""
+        kwargs, expanded, length = dict(self.kwargs), self.expanded, self.cache.length
+        self.expanded = None if expanded is None else dict(expanded)
+        self.cache.fill_unused(filling)
         try:
-            expected = self._plain_forward(candidates[:, -1:])
-            result = self.step(input_ids, candidates, spy)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            if self.last_step is not None and not self.last_step.calls:
-                raise PathUnsupportedError("it does not use the attention interface") from error
-            raise PathUnsupportedError(
-                f"a step over one copy of the prefix fails ({type(error).__name__}: {error})"
-            ) from error
-        self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "its own attention's")
-        return result
-
-    def _plain_forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Last-layer states ``(B, D)`` of ``tokens (B, 1)`` by the model's own attention; nothing is kept."""
-        length = self.cache.length
-        inputs = self.model.prepare_inputs_for_generation(
-            tokens, next_sequence_length=1, is_first_iteration=False, **self.kwargs
-        )
-        try:
-            return checked_forward(self, inputs)
+            yield
         finally:
+            self.kwargs, self.expanded = kwargs, expanded
             self.cache.rewind(length)
 
     def result_cache(self, input_ids, surplus):
@@ -334,7 +310,6 @@ class ReorderPath(Path):
     """``cache.reorder_cache`` expands each sequence to k rows before a step and selects the winners after it."""
 
     name = "reorder"
-    trial_steps = 2  # the second is the first that depends on a selection
 
     def prefill(self, input_ids):
         if not self.kwargs.get("use_cache"):
@@ -360,28 +335,15 @@ class ReorderPath(Path):
         if self.expanded is None:
             self.expanded = expand_kwargs(self.model, self.kwargs, k, input_ids)
             if self.expanded.get("encoder_outputs") is not None:
-                states = self.expanded["encoder_outputs"].last_hidden_state
-                self.expanded["encoder_outputs"] = BaseModelOutput(states.repeat_interleave(k, dim=0))
+                outputs = self.expanded["encoder_outputs"]
+                states = outputs.last_hidden_state.repeat_interleave(k, dim=0)
+                self.expanded["encoder_outputs"] = encoder_rows(outputs, k, states)
         inputs = self.model.prepare_inputs_for_generation(
             candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
         )
         result = self._forward(inputs, candidates, choose)
         self.rows = result.rows
         self.expanded = self._advance(result.outputs, self.expanded)
-        return result
-
-    def verified_step(self, input_ids, candidates, choose):
-        """Compare the last candidate of every sequence with running its whole sequence without a cache."""
-        spy = _Spy(choose)
-        whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
-        try:
-            result = self.step(input_ids, candidates, spy)
-            expected = whole_sequence_states(self, self.initial, whole, self.prompt_ids)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise PathUnsupportedError(f"a step after reorder_cache fails ({type(error).__name__}: {error})") from error
-        self._compare(spy.last_candidates, expected, result.hidden_states.dtype, "those of its whole sequence")
         return result
 
     def result_cache(self, input_ids, surplus):
@@ -420,45 +382,9 @@ class UncachedPath(Path):
         inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **kwargs)
         return self._forward(inputs, candidates, choose)
 
-    def verified_step(self, input_ids, candidates, choose):
-        whole = torch.cat([input_ids, candidates[:, -1:]], dim=1)
-        whole_sequence_states(self, self.kwargs, whole, self.prompt_ids)
-        return self.step(input_ids, candidates, choose)
-
 
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
-
-
-def whole_sequence_states(path: Path, kwargs: dict[str, Any], input_ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Last-layer states ``(B, D)`` at the end of ``input_ids``, by ``path``'s model without any cache; ``kwargs`` are
-    those of its first ``prompt`` tokens. Checks on the way that the tap hears the last hidden state."""
-    kwargs = grow_kwargs(path.model, without_cache(kwargs), input_ids[:, prompt:])
-    inputs = path.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-    return checked_forward(path, inputs)
-
-
-def checked_forward(path: Path, inputs: dict[str, Any]) -> torch.Tensor:
-    """Run ``inputs``. Returns the states ``(B, D)`` at the last position that ``path`` ranks by. What the tap hears at
-    the head must be the last hidden state up to a factor; cosines are all that is made of it."""
-    path.tap.listen(last_position)
-    try:
-        outputs = path.model(**inputs | path.tap.arguments, return_dict=True)
-    finally:
-        heard = path.tap.mute()
-    layers = path.last_layer(outputs, heard)
-    if not layers:
-        raise HeadUnsupportedError("the last hidden state cannot be read beside the output embedding's input")
-    last = layers[-1][:, -1]
-    if not path.head:
-        return last
-    if len(heard.head) != 1:
-        raise HeadUnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward")
-    state = heard.head[0][:, -1]
-    cosine = torch.cosine_similarity(state.float(), last.float(), dim=-1) if state.shape == last.shape else None
-    if cosine is None or bool((cosine < 1 - 1e-3).any()):
-        raise HeadUnsupportedError("the output embedding's input is not the last hidden state")
-    return state
 
 
 PATHS: dict[str, type[Path]] = {path.name: path for path in (SharedPrefixPath, ReorderPath, UncachedPath)}

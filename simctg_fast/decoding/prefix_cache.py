@@ -113,6 +113,14 @@ class PrefixCache(Cache):
             layer.candidates = candidates
             layer.pending = None
 
+    def fill_unused(self, value: float) -> None:
+        """Overwrite what lies beyond the text, two positions at least, with ``value`` in alternating signs."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer._reserve(layer.length + 2)
+                for buffer in (layer.keys, layer.values):
+                    fill_alternating(buffer[:, :, layer.length :], value)
+
     def rewind(self, length: int) -> None:
         """Forget the positions from ``length`` on."""
         for layer in self.layers:
@@ -139,6 +147,11 @@ class PrefixCache(Cache):
             layer.keys = layer.values = None
             layer.is_initialized = False
         return dynamic
+
+
+def fill_alternating(buffer: torch.Tensor, value: float) -> None:
+    """``value`` everywhere, with signs that alternate by channel."""
+    buffer.copy_(value * (1 - 2 * (torch.arange(buffer.shape[-1], device=buffer.device) % 2)))
 
 
 def self_attention_cache(cache: Cache) -> Cache:

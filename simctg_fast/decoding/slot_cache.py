@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..ops.candidate_select import candidate_scan
 from ..ops.prefix_commit import prefix_commit
 from .hidden_states import _at_least_float32, _normalize
-from .prefix_cache import PrefixCacheLayer
+from .prefix_cache import PrefixCacheLayer, fill_alternating
 
 BLOCK = 256  # buffers grow by whole blocks of positions
 
@@ -109,6 +109,14 @@ class SlotCache(Cache):
         for slot, grows in enumerate(advance_host):
             self.lengths_host[slot] += grows
 
+    def fill_unused(self, value: float) -> None:
+        """Overwrite what lies beyond the rows' ends with ``value`` in alternating signs."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                for slot, length in enumerate(self.lengths_host):
+                    fill_alternating(layer.keys[slot, :, length:], value)
+                    fill_alternating(layer.values[slot, :, length:], value)
+
     def drop_pending(self) -> None:
         for layer in self.layers:
             layer.pending = None
@@ -155,6 +163,13 @@ class CrossSlots:
                 buffer[target] = buffer[source]
         self.lengths_host[target] = self.lengths_host[source]
         self.lengths[target] = self.lengths[source]
+
+    def fill_unused(self, value: float) -> None:
+        """Overwrite what lies beyond the sources' ends with ``value`` in alternating signs."""
+        for buffer in (*self.keys, *self.values):
+            for slot, length in enumerate(self.lengths_host):
+                if buffer is not None:
+                    fill_alternating(buffer[slot, :, length:], value)
 
     def as_cache(self, rows: int) -> DynamicCache:
         """A cross-attention cache over the first ``rows`` slots, as wide as the longest source among them."""

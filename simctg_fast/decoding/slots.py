@@ -10,6 +10,7 @@ with the model's own attention over whole sequences before anything is decoded.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +21,12 @@ from transformers.masking_utils import causal_mask_function
 from transformers.modeling_outputs import BaseModelOutput
 
 from .hidden_states import HiddenStatesTap, last_position
-from .paths import _KEY_VALUE_LAYERS, _RELATIVE_ERROR
+from .linear_swap import give_forward_back, take_forward
+from .paths import KEY_VALUE_LAYERS
 from .prefix_cache import CACHE_NAME
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .slot_cache import CrossSlots, SlotCache, SlotHistory
+from .trial import FILLINGS, RELATIVE_ERROR, own_cache
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (rows, k, D) -> index of the winner (rows,)
 
@@ -134,7 +137,7 @@ class SlotDecoder:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         text_config = model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=text_config).layers
-        odd = sorted({type(layer).__name__ for layer in layers} - _KEY_VALUE_LAYERS)
+        odd = sorted({type(layer).__name__ for layer in layers} - KEY_VALUE_LAYERS)
         if odd or not layers:
             raise SlotsUnsupportedError(f"its cache has layers that are not plain keys and values: {', '.join(odd)}")
         self.cache = SlotCache(slots, len(layers), self.device)
@@ -156,6 +159,7 @@ class SlotDecoder:
 
     def __exit__(self, *exc: object) -> None:
         self.tap.__exit__(*exc)
+        self.cache.layers.clear()  # they know their cache: buffers must not wait for the cycle collector
 
     # ---- one slot -------------------------------------------------------------------------------------------------
 
@@ -196,7 +200,10 @@ class SlotDecoder:
     def _slot_cache(self) -> Any:
         if self.cross is None:
             return self.cache
-        return EncoderDecoderCache(self.cache, DynamicCache(config=self.model.config.get_text_config(decoder=True)))
+        made = own_cache(self.model, self.model.generation_config, 1, None)
+        if not isinstance(made, EncoderDecoderCache):
+            raise SlotsUnsupportedError(f"it does not take a cache for encoder-decoders as {CACHE_NAME}")
+        return EncoderDecoderCache(self.cache, made.cross_attention_cache)
 
     @torch.inference_mode()
     def encode(self, ids: list[int]) -> None:
@@ -251,10 +258,9 @@ class SlotDecoder:
             past = EncoderDecoderCache(cache, cross)
             past.is_updated = dict.fromkeys(range(len(cache.layers)), True)
             width = cross.layers[0].keys.shape[2]
+            states = self.encoded.last_hidden_state
             inputs["encoder_outputs"] = BaseModelOutput(
-                last_hidden_state=self.encoded.last_hidden_state.new_zeros(()).expand(
-                    rows * k, width, self.encoded.last_hidden_state.shape[-1]
-                )
+                last_hidden_state=states.new_zeros(()).expand(rows * k, width, states.shape[-1])
             )
             inputs["decoder_input_ids"] = tokens.reshape(-1, 1)
         else:
@@ -308,13 +314,21 @@ class SlotDecoder:
         if not self.position_modules:
             yield
             return
-        for module in self.position_modules:
-            module.__dict__["forward"] = _with_positions(module, positions)
+        outer, _positions.value = getattr(_positions, "value", None), positions
+        entries: list[_Positioned] = []
         try:
+            with _positions_lock:
+                for module in self.position_modules:
+                    entry = take_forward(_positioned, module, _positioned_entry)
+                    if entry is None:
+                        raise SlotsUnsupportedError(f"the forward of its {type(module).__name__} was replaced")
+                    entries.append(entry)
             yield
         finally:
-            for module in self.position_modules:
-                module.__dict__.pop("forward", None)
+            _positions.value = outer
+            with _positions_lock:
+                for entry in entries:
+                    give_forward_back(_positioned, entry)
 
     # ---- trial ----------------------------------------------------------------------------------------------------
 
@@ -362,7 +376,8 @@ class SlotDecoder:
             self.prefill(slot, prompt[:half] or prompt[:1], 0, last=False)
             self.prefill(slot, prompt[half or 1 :], half or 1, last=True)
         k = self.candidates
-        for _ in range(2):
+        for filling in FILLINGS:  # beyond the rows' ends: who reads it is far off
+            self._fill_unused(filling)
             tokens = torch.tensor([draw(k) for _ in range(self.slots)], device=self.device)
             seen: list[torch.Tensor] = []
 
@@ -378,6 +393,12 @@ class SlotDecoder:
                 assert self.logits is not None
                 self._compare(self.logits[slot], logits, "logits")
                 prompt.append(int(tokens[slot, k - 1]))
+        self._fill_unused(0.0)
+
+    def _fill_unused(self, value: float) -> None:
+        self.cache.fill_unused(value)
+        if self.cross is not None:
+            self.cross.fill_unused(value)
 
     @torch.inference_mode()
     def rows_are_independent(self) -> bool:
@@ -431,7 +452,7 @@ class SlotDecoder:
         a, b = ours.float(), expected.float().to(ours.device)
         finite = torch.isfinite(a) & torch.isfinite(b)  # logits of banned tokens are −inf in some models
         error = ((a - b)[finite].norm() / b[finite].norm().clamp_min(1e-12)).item()
-        allowed = _RELATIVE_ERROR.get(self.model.dtype, 1e-1)
+        allowed = RELATIVE_ERROR.get(self.model.dtype, 1e-1)
         if not error <= allowed or not bool((torch.isfinite(a) == torch.isfinite(b)).all()):
             raise SlotsUnsupportedError(
                 f"{what} of rows of different lengths differ from its own attention's by {error:.2g} "
@@ -450,11 +471,26 @@ def _position_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     ]
 
 
-def _with_positions(module: torch.nn.Module, positions: torch.Tensor) -> Callable[..., torch.Tensor]:
-    original = type(module).forward
+class _Positioned:
+    """A position embedding that has our forward, and how many steps want it to."""
 
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = original(module, *args, **(kwargs | {"position_ids": positions}))
-        return out.reshape(len(positions), 1, out.shape[-1])
+    def __init__(self, module: torch.nn.Module):
+        self.module, self.forward, self.users = module, _positioned_forward, 0
 
-    return forward
+
+def _positioned_entry(module: torch.nn.Module) -> _Positioned | None:
+    return None if "forward" in module.__dict__ else _Positioned(module)
+
+
+def _positioned_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    positions = getattr(_positions, "value", None)
+    if positions is None:  # another thread's forward of the same model
+        return type(self).forward(self, *args, **kwargs)
+    out = type(self).forward(self, *args, **(kwargs | {"position_ids": positions}))
+    return out.reshape(len(positions), 1, out.shape[-1])
+
+
+_positioned_forward.__name__ = "forward"
+_positions = threading.local()  # the positions of the step that is under way in a thread
+_positions_lock = threading.RLock()
+_positioned: dict[int, _Positioned] = {}  # by id(module)

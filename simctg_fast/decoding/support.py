@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +23,8 @@ class Check:
 
 @dataclass(frozen=True)
 class SupportReport:
-    """How a model is decoded: ``path`` (``"shared_prefix"``, ``"reorder"`` or ``"uncached"``), ``reason`` in words,
-    ``head`` (winners are chosen before the output embedding), and the ``checks`` that were run."""
+    """How a model is decoded: ``path`` (``"shared_prefix"``, ``"reorder"``, ``"uncached"``; ``"none"``: not at all),
+    ``reason`` in words, ``head`` (winners are chosen before the output embedding), and the ``checks`` that were run."""
 
     model: str
     path: str
@@ -37,11 +40,13 @@ class SupportReport:
         return "\n".join(lines)
 
 
-_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, SupportReport]] = weakref.WeakKeyDictionary()
+# What trials have found, by model and by what it depends on beside: a `trial.Verdict`. The last used comes last.
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_listening = threading.local()
 
 
-def _key(model) -> tuple:
-    """What a report depends on beside the module itself."""
+def _setting(model) -> tuple:
+    """What a verdict depends on beside the module itself and the kind of call."""
     text_config = model.config.get_text_config(decoder=True)
     attention = (model.config._attn_implementation, text_config._attn_implementation)
     return (*attention, model.dtype, model.training, autocast_dtype(model.device))
@@ -52,111 +57,83 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def recall(model: torch.nn.Module) -> SupportReport | None:
-    """The report of an earlier call on this very model, if its attention and dtype are still what they were."""
-    return _known.get(model, {}).get(_key(model))
+def recall(model: torch.nn.Module, kind: Any = None) -> Any:
+    """What was found for calls of this ``kind`` on this very model, if its attention and dtype are still what they were
+    then; with ``kind=None`` the report of the last call of any."""
+    found, setting = _known.get(model, {}), _setting(model)
+    if kind is not None:
+        verdict = found.pop((setting, kind), None)
+        if verdict is not None:
+            found[setting, kind] = verdict
+        return verdict
+    return next((found[key].report for key in reversed(found) if key[0] == setting), None)
 
 
-def forget(model: torch.nn.Module) -> None:
-    """Drop what was found out about ``model``: it has changed since."""
-    _known.get(model, {}).pop(_key(model), None)
+def forget(model: torch.nn.Module, kind: Any) -> None:
+    """Drop what was found: the model has changed since."""
+    _known.get(model, {}).pop((_setting(model), kind), None)
 
 
-def remember(model: torch.nn.Module, report: SupportReport) -> None:
-    _known.setdefault(model, {})[_key(model)] = report
+def remember(model: torch.nn.Module, kind: Any, verdict: Any) -> None:
+    _known.setdefault(model, {})[_setting(model), kind] = verdict
 
 
-_TRIALS = {
-    "shared_prefix": "its first step agrees with the model's own attention",
-    "reorder": "its first two steps agree with running whole sequences",
-    "uncached": "its first step ran",
-}
-_REASONS = {
-    "shared_prefix": "one copy of the prefix; its attention interface honours every argument it was given",
-    "reorder": "cache expanded and selected through reorder_cache",
-    "uncached": "every candidate recomputes its whole sequence",
-}
+def announce(report: SupportReport) -> None:
+    """Tell who is listening in this thread how the call under way is decoded."""
+    reports = getattr(_listening, "reports", None)
+    if reports is not None:
+        reports.append(report)
 
 
-def make_report(model: torch.nn.Module, path: str, head: bool, refusals: list[str]) -> SupportReport:
-    """``refusals``: why the faster paths were not taken."""
-    reason = "; ".join([_REASONS[path], *(f"not {refusal}" for refusal in refusals)])
-    parts = [refusal.partition(":") for refusal in refusals]
-    checks = [Check(name, False, why.strip()) for name, _, why in parts]
-    checks.append(Check(path, True, _TRIALS[path]))
-    checks.append(
-        Check(
-            "winner chosen before the output embedding",
-            head,
-            "" if head else "logits are computed for all candidates",
-        )
-    )
-    return SupportReport(type(model).__name__, path, reason, head, tuple(checks))
+@contextmanager
+def reports_heard() -> Iterator[list[SupportReport]]:
+    """The reports of the calls made within the block, those of a model inside the model among them."""
+    outer, _listening.reports = getattr(_listening, "reports", None), []
+    try:
+        yield _listening.reports
+    finally:
+        _listening.reports = outer
 
 
 @torch.no_grad()
 def support(model, inputs: dict[str, torch.Tensor] | None = None, *, top_k: int = 3) -> SupportReport:
-    """Find out which path ``model`` takes, by running it: a padded batch of two, a few tokens, against full recompute.
+    """Find out which path ``model`` takes, by a call of two tokens. The verdict is that of ``generate``, which compares
+    a small copy of the call with transformers' own step before it begins.
 
     Args:
         model: a transformers model with ``generate``.
         inputs: keyword arguments for ``generate`` (for models whose inputs cannot be made up: images, sound).
-            Made up from random token ids when None.
+            A padded batch of two of random token ids when None.
         top_k: candidates a step in the trial.
 
     Returns:
-        A :class:`SupportReport`; ``print`` it. The model is left as it was found.
+        A :class:`SupportReport`; ``print`` it. Its ``path`` is ``"none"`` where the model cannot be decoded, and
+        ``reason`` says why: this function does not raise. The model is left as it was found.
     """
     from .contrastive_search import ContrastiveSearch
 
-    inputs = _made_up_inputs(model) if inputs is None else dict(inputs)
-    new_tokens = 4
-    runs = {}
-    for path in ("auto", "uncached"):
-        strategy = ContrastiveSearch(penalty_alpha=0.5, top_k=top_k, path=path)
+    name = type(model).__name__
+    with reports_heard() as reports:
         try:
-            runs[path] = model.generate(
+            inputs = _made_up_inputs(model) if inputs is None else dict(inputs)
+            model.generate(
                 **inputs,
-                custom_generate=strategy,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
+                custom_generate=ContrastiveSearch(penalty_alpha=0.5, top_k=top_k),
+                max_new_tokens=2,
+                min_new_tokens=2,
                 do_sample=False,
                 num_beams=1,
                 num_return_sequences=1,
-                return_dict_in_generate=True,
-                output_logits=True,
             )
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            if path == "auto":
-                raise
-            runs[path] = error
-    report = recall(model)
-    assert report is not None
-    return SupportReport(
-        report.model,
-        report.path,
-        report.reason,
-        report.head,
-        (*report.checks, _compare(runs["auto"], runs["uncached"], model.dtype)),
-    )
-
-
-def _compare(ours, truth, dtype: torch.dtype) -> Check:
-    name = "same as recomputing every sequence in full"
-    if isinstance(truth, Exception):
-        return Check(name, False, f"could not be tried: {truth}")
-    worst, scale, steps = 0.0, 1e-12, 0
-    for step, (a, b) in enumerate(zip(ours.logits, truth.logits, strict=True)):
-        finite = torch.isfinite(a) & torch.isfinite(b)
-        worst = max(worst, (a - b)[finite].abs().max().item())
-        scale = max(scale, b[finite].abs().max().item())
-        steps = step + 1
-        prompt = ours.sequences.shape[1] - len(ours.logits)
-        if not torch.equal(ours.sequences[:, prompt + step], truth.sequences[:, prompt + step]):
-            break
-    tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 2e-3)
-    detail = f"largest difference of logits {worst:.2g} over {steps} steps (largest logit {scale:.3g})"
-    return Check(name, worst <= tolerance * scale and steps == len(ours.logits), detail)
+        except Exception as error:
+            refused = [report for report in reports if report.path == "none"]
+            reason = refused[-1].reason if refused else f"{type(error).__name__}: {error}"
+            checks = refused[-1].checks if refused else (Check("a call of two tokens", False, reason),)
+            return SupportReport(name, "none", reason, False, checks)
+    if not reports:
+        reason = f"{name}.generate did not come to contrastive search"
+        return SupportReport(name, "none", reason, False, (Check("a call of two tokens", False, reason),))
+    return replace(reports[-1], model=name)
 
 
 def _made_up_inputs(model) -> dict[str, torch.Tensor]:

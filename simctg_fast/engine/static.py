@@ -179,6 +179,11 @@ class _BatchRun(_Run):
             self.owner.on_step()
         self.surplus = 0
 
+    def _begin_again(self, verdict, error):
+        super()._begin_again(verdict, error)
+        for sequence in self.batch:
+            sequence.restart()
+
     def _choose(self, probs: torch.Tensor):
         if not self.chooser.needs_history or probs.shape[1] == 1:
             return super()._choose(probs)
