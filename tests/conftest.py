@@ -16,13 +16,21 @@ import pytest
 import torch
 import torch.utils._device
 
+from . import near_ties
+
 LIBRARY = "simctg_fast"
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):  # pyproject.toml sets it, and pytest is told to mind unknown settings
+        parser.addini("timeout", "seconds a test may take, where pytest-timeout is installed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: part of the full set only (`make test-full`), not of `make test`")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped without one")
     config.addinivalue_line("markers", "xdist_group(name): kept on one worker; known here for runs without xdist")
+    config.addinivalue_line("markers", "timeout(seconds): known here for runs without pytest-timeout")
     # Tiny tensors gain nothing from threads, and waiting at barriers on a busy machine costs them a factor of ten.
     # Tests of threading ask for their own.
     torch.set_num_threads(1)
@@ -35,6 +43,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    near_ties.watch(item)
+    try:
+        return (yield)
+    finally:
+        near_ties.watch(None)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How often two implementations chose differently because of rounding: it should stay rare."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    ties = [(r.nodeid, text) for r in reports for name, text in r.user_properties if name == near_ties.PROPERTY]
+    if ties:
+        terminalreporter.section(f"near ties: {len(ties)}")
+        for test, text in ties:
+            terminalreporter.write_line(f"{test}: {text}")
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def end(process: subprocess.Popen) -> None:
 def run_child(
     command: list[Any], *, input: str | None = None, check: bool = False, timeout: float = LIMIT, **options: Any
 ) -> subprocess.CompletedProcess:
-    """`subprocess.run`, with text, both streams captured unless told otherwise, one thread for torch, and no child left.
+    """`subprocess.run` with text, both streams captured unless told otherwise, one thread, and no child left behind.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than `timeout` seconds. CalledProcessError: it failed, with `check`.

@@ -42,7 +42,7 @@ def prompts(batch, width=7, pads=()):
 
 
 def both(model, inputs, *, top_k=4, penalty_alpha=0.6, strategy=None, **options):
-    """Tokens with and without static buffers."""
+    """Tokens with static buffers, the same as without, but for near ties."""
     options = {"max_new_tokens": 24, "pad_token_id": PAD, **options}
     return [
         model.generate(

@@ -25,7 +25,8 @@ import torch, transformers
 import simctg_fast
 
 torch.set_num_threads(1)
-config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=None)
+sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=None)
 model = transformers.GPT2LMHeadModel(config).eval()
 ids = torch.tensor([[5, 6, 7]])
 search = simctg_fast.ContrastiveSearch(0.6, 4)
