@@ -10,6 +10,7 @@ comparison of that row. Otherwise one of the two is wrong.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -154,15 +155,17 @@ def verdict_of(
         ):
             numbers.setdefault(token, []).append((p, score))
     both = [pair for pair in numbers.values() if len(pair) == 2]
-    rounding = [max(abs(one[i] - other[i]) for one, other in both) for i in (0, 1)]
+    apart = ([abs(one[i] - other[i]) for one, other in both] for i in (0, 1))
+    rounding = [max((value for value in values if math.isfinite(value)), default=0.0) for values in apart]
     p_slack, score_slack = (min(max(TIMES * error, FLOOR), CEILING) for error in rounding)
 
     p = truth.probabilities[0].tolist()
     places = {token: place for place, token in enumerate(truth.candidates[0].tolist())}
-    scores = truth.scores[0].tolist()
-    inside, outside = p[min(top_k, len(p)) - 1], p[top_k] if top_k < len(p) else float("-inf")
+    # A candidate without a hidden state has no score, and is never chosen.
+    scores = [score if math.isfinite(score) else -math.inf for score in truth.scores[0].tolist()]
+    inside, outside = p[min(top_k, len(p)) - 1], p[top_k] if top_k < len(p) else -math.inf
     certain = [score for score, one in zip(scores, p, strict=True) if one > outside + p_slack]
-    best = max(certain, default=float("-inf"))
+    best = max(certain, default=-math.inf)
 
     said, may = [], []
     for name, token in (("found", found), ("expected", expected)):
@@ -171,9 +174,9 @@ def verdict_of(
             said.append(f"{name} {token} is none of the {top_k} most probable")
             may.append(False)
             continue
-        may.append(scores[place] >= best - score_slack)
+        may.append(scores[place] > -math.inf and scores[place] >= best - score_slack)
         said.append(f"{name} {token} scores {scores[place]:.9f} (p {p[place]:.9f})")
-    lead = float("nan")
+    lead = math.nan
     if found in places and expected in places:
         lead = scores[places[found]] - scores[places[expected]]
         said.append(f"apart {lead:.1e}")
