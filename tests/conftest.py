@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -87,6 +88,13 @@ def isa(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     extension.set_isa(before)
+
+
+@pytest.fixture
+def children():
+    """An `ExitStack` for the processes of `processes.started`: they end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from simctg_fast.assets import bundled_model_path, resolve_model
+
+from .processes import run_child
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 8_000_000
@@ -67,9 +68,7 @@ def test_loads_without_network_in_fp32() -> None:
     )
     nowhere = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": os.devnull}
     environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120
-    )
+    done = run_child([sys.executable, "-c", code], env=environment, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Grüße: a_b(1)\n\n"
 
@@ -228,7 +227,7 @@ def test_three_steps_of_training_write_a_folder_that_loads(tmp_path) -> None:
         "--work",
         str(tmp_path / "work"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = run_child(command)
     assert done.returncode == 0, done.stderr
     line = re.search(r"step +3/3 +loss (\S+) \+ \S+ +val (\S+) +[\d,]+ tokens/s +0 min left", done.stdout)
     assert 7.5 < float(line[1]) < 8.5  # the logarithm of the vocabulary is 8.03

@@ -5,6 +5,7 @@ Everything happens in copies of the repository, so the working tree keeps its ow
 
 from __future__ import annotations
 
+import contextlib
 import email
 import os
 import pathlib
@@ -21,6 +22,8 @@ import pytest
 
 import simctg_fast
 from simctg_fast.ops import _backends
+
+from .processes import LIMIT, run_child, started
 
 ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 IS_CHECKOUT = (ROOT / "setup.py").is_file()
@@ -49,14 +52,11 @@ def run(*command, cwd="/", expect=0, path=(), **environment) -> str:
     """What a command printed, standard error included. `path` becomes PYTHONPATH."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SIMCTG_FAST_") and k != "MAX_JOBS"}
     inherited["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), inherited["PATH"]])  # where ninja is
-    result = subprocess.run(
-        [str(part) for part in command],
+    result = run_child(
+        list(command),
         cwd=cwd,
         env={**inherited, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
     )
     assert (result.returncode == 0) == (expect == 0), result.stdout
     return result.stdout
@@ -508,8 +508,10 @@ class TestBuild:
 
     def test_builds_at_the_same_time(self, toy):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        jobs = [subprocess.Popen(command, cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(3)]
-        out = [job.communicate(timeout=120)[0].decode() for job in jobs]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with contextlib.ExitStack() as children:
+            jobs = [children.enter_context(started(command, cwd=toy, **pipes)) for _ in range(3)]
+            out = [job.communicate(timeout=LIMIT)[0].decode() for job in jobs]
         assert [job.returncode for job in jobs] == [0, 0, 0], out
         assert sum(text.count("compile csrc/bindings.cpp") for text in out) == 1
         assert self.value(toy) in ("41", "42")

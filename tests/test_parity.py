@@ -120,7 +120,7 @@ def test_same_tokens_as_the_float64_reference(name: str, case: str) -> None:
 def test_a_wrong_token_is_noticed(name: str, case: str) -> None:
     expected = [list(bytes.fromhex(row)) for row in GOLDEN[name][case]["rows"]]
     seed = GOLDEN[name][case]["seed"]
-    wrong = [row[:5] + [row[5] % 90 + 4] + row[6:] for row in expected]
+    wrong = [[*row[:5], row[5] % 90 + 4, *row[6:]] for row in expected]
     with pytest.raises(AssertionError, match=f"{name}, {case}: row 0, position .*: float64: "):
         check(wrong, expected, name, zoo.CASES[case], seed)
 
