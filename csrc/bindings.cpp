@@ -77,6 +77,13 @@ PYBIND11_MODULE(_C, m) {
     bind_losses(m);
 
     m.def("best_isa", [] { return simctg::isa_name(simctg::best_isa()); });
+    m.def("supported_isas", [] {  // the best one first
+        std::vector<std::string> names;
+        for (const simctg::Isa isa : {simctg::Isa::avx512, simctg::Isa::avx2, simctg::Isa::generic}) {
+            if (isa <= simctg::best_isa()) names.emplace_back(simctg::isa_name(isa));
+        }
+        return names;
+    });
     m.def("active_isa", [] { return simctg::isa_name(simctg::active_isa()); });
     m.def("set_isa", &simctg::set_isa, py::arg("name"));
     // What `name` would mean on a processor whose best one is `best`: so that tests reach the other processors' errors.

@@ -21,6 +21,35 @@ from . import near_ties
 
 LIBRARY = "simctg_fast"
 
+# The files that reach the C++ extension, with results that depend on its instruction set: `make test-isa` runs them under
+# each set. A few words restrict a file to the tests that have them in their name.
+CSRC = {
+    # operators
+    "test_block_layers.py": "",
+    "test_candidate_select.py": "",
+    "test_cpu_attention.py": "",
+    "test_crf_operators.py": "",
+    "test_gelu.py": "",
+    "test_linear.py": "",
+    "test_loss_contrastive.py": "",
+    "test_loss_modules.py": "",
+    "test_prefix_commit.py": "",
+    "test_rms_norm.py": "",
+    "test_shared_prefix_attention.py": "",
+    "test_top_k.py": "",
+    "test_viterbi_backtrace.py": "",
+    # what goes through them
+    "test_contrastive_search.py": "",
+    "test_decode_step.py": "",
+    "test_engine_slots.py": "",
+    "test_generate_contract.py": "",
+    "test_outputs.py": "",
+    "test_parity.py": "-padded]",
+    "test_stop_check_interval.py": "",
+    "test_t5_blocks.py": "",
+    "test_text_to_text.py": "",
+}
+
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     if not pluginmanager.hasplugin("timeout"):  # pyproject.toml sets it, and pytest is told to mind unknown settings
@@ -29,6 +58,9 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: part of the full set only (`make test-full`), not of `make test`")
+    config.addinivalue_line(
+        "markers", "csrc: `make test-isa` runs it under each instruction set (named in conftest.py)"
+    )
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped without one")
     config.addinivalue_line("markers", "xdist_group(name): kept on one worker; known here for runs without xdist")
     config.addinivalue_line("markers", "timeout(seconds): known here for runs without pytest-timeout")
@@ -38,7 +70,13 @@ def pytest_configure(config: pytest.Config) -> None:
     _poison_uninitialised_memory()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        words = CSRC.get(item.path.name)
+        # Those with the fixture `isa` run under every set as it is.
+        if words is not None and words in item.name and "isa" not in item.fixturenames:
+            item.add_marker("csrc")
     if any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

@@ -62,8 +62,7 @@ def shown(isa: str | None, prologue: str = "") -> tuple[dict[str, str], str]:
 
 
 def available() -> list[str]:
-    best = _backends.extension().best_isa()
-    return list(NAMES[NAMES.index(best) :])
+    return _backends.extension().supported_isas()
 
 
 @needs_extension
@@ -86,6 +85,12 @@ def test_names(best):
         with pytest.raises(ValueError) as caught:
             parse(name, "isa", best)
         assert str(caught.value) == f"isa is '{name}'; it must be one of {allowed}"
+
+
+@needs_extension
+def test_what_this_processor_has():
+    best = _backends.extension().best_isa()
+    assert available() == list(NAMES[NAMES.index(best) :])
 
 
 @needs_extension

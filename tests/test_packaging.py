@@ -522,7 +522,19 @@ class TestCommands:
         if not shutil.which("make"):
             pytest.skip("needs make")
         listed = run("make", "help", cwd=ROOT)
-        for command in ("demo", "test", "lint", "gpu", "bench", "parity", "test-full", "test-oldest", "clean", "help"):
+        for command in (
+            "demo",
+            "test",
+            "lint",
+            "gpu",
+            "bench",
+            "parity",
+            "test-isa",
+            "test-full",
+            "test-oldest",
+            "clean",
+            "help",
+        ):
             assert re.search(rf"^  {command} ", listed, re.MULTILINE), command
             run("make", "-n", command, cwd=ROOT)
 
