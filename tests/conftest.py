@@ -21,8 +21,8 @@ from . import near_ties
 
 LIBRARY = "simctg_fast"
 
-# The files that reach the C++ extension, with results that depend on its instruction set: `make test-isa` runs them under
-# each set. A few words restrict a file to the tests that have them in their name.
+# The files that reach the C++ extension, with results that depend on its instruction set: `make test-isa` runs them
+# under each set. A few words restrict a file to the tests that have them in their name.
 CSRC = {
     # operators
     "test_block_layers.py": "",

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import simctg_fast
 from simctg_fast.assets import bundled_model_path, resolve_model
 
 from .processes import run_child
+from .repository import repository
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(simctg_fast.__file__).resolve().parents[1]
 LIMIT = 8_000_000
 PERPLEXITY_BOUND = 40.0  # on EXCERPT; the model has 24, the words in disorder and an untrained model over 3000
 
@@ -44,7 +46,7 @@ def model():
 
 
 def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, repository(f"benchmarks/{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -216,7 +218,7 @@ class TestCorpus:
 
 def test_three_steps_of_training_write_a_folder_that_loads(tmp_path) -> None:
     """The command as a person types it, on the real corpus."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "train_bundled.py"), "--steps", "3", "--batch-tokens", "256"]
+    command = [sys.executable, str(repository("benchmarks/train_bundled.py")), "--steps", "3", "--batch-tokens", "256"]
     command += [
         "--validation-tokens",
         "2100",
@@ -244,7 +246,7 @@ def test_three_steps_of_training_write_a_folder_that_loads(tmp_path) -> None:
 def test_a_run_broken_off_and_resumed_ends_in_the_same_weights(tmp_path, monkeypatch, corpus_script) -> None:
     text = " ".join(f"The {word} of function {i} is returned." for i in range(10) for word in ("name", "value"))
     corpus = corpus_script.Corpus({f"module{i}.py": text for i in range(200)})
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(repository("benchmarks")), *sys.path])
     script = load_script("train_bundled")
     monkeypatch.setattr(script, "build_corpus", lambda: corpus)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from .repository import repository
+
+ROOT = repository("benchmarks").parent
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import email
+import importlib.util
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import simctg_fast
 from simctg_fast.ops import _backends
 
 from .processes import LIMIT, run_child, started
+from .repository import repository
 
 ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 IS_CHECKOUT = (ROOT / "setup.py").is_file()
@@ -46,6 +49,23 @@ pytestmark = [
     pytest.mark.skipif(not IS_CHECKOUT, reason="needs the repository, not an installed package"),
     pytest.mark.xdist_group("packaging"),  # one worker builds the wheel
 ]
+
+
+def missing_tool() -> str | None:
+    """What an environment for running the library need not have, and one that builds it must."""
+    for name in ("setuptools", "pybind11"):
+        if importlib.util.find_spec(name) is None:
+            return name
+    if importlib.util.find_spec("ninja") is None and not shutil.which("ninja"):
+        return "ninja"
+    words = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    return None if shutil.which(words[0]) else f"the compiler {words[0]}"
+
+
+@pytest.fixture(scope="session")
+def build_tools():
+    if (missing := missing_tool()) is not None:
+        pytest.skip(f"builds the library, which needs {missing}")
 
 
 def run(*command, cwd="/", expect=0, path=(), **environment) -> str:
@@ -81,7 +101,7 @@ def copy_tree(target: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def tree(tmp_path_factory):
+def tree(tmp_path_factory, build_tools):
     return copy_tree(tmp_path_factory.mktemp("checkout") / "a tree")  # the space is on purpose
 
 
@@ -170,7 +190,9 @@ class TestKernelsFolder:
         assert name == "free False"
 
     @pytest.mark.parametrize("mode", ["lenient", pytest.param("strict", marks=pytest.mark.full)])
-    def test_editable(self, mode, tmp_path):
+    def test_editable(self, mode, tmp_path, build_tools):
+        if importlib.util.find_spec("pip") is None:
+            pytest.skip("needs pip")
         tree = copy_tree(tmp_path / "tree")
         venv.create(tmp_path / "venv", with_pip=False)
         interpreter = tmp_path / "venv" / "bin" / "python"
@@ -380,7 +402,7 @@ class TestBuild:
     """setup.py's build_ext on a toy csrc/."""
 
     @pytest.fixture
-    def toy(self, tmp_path):
+    def toy(self, tmp_path, build_tools):
         toy = tmp_path / "a toy"
         (toy / "simctg_fast").mkdir(parents=True)
         (toy / "simctg_fast" / "__init__.py").write_text("__version__ = '0'\n")
@@ -553,6 +575,6 @@ class TestCommands:
         assert "torch==9.8" in run("make", "-n", "demo", f"VENV={environment}", "TORCH=9.8", cwd=ROOT)
 
     def test_ci_runs_lint_and_tests(self):
-        script = ROOT / ".ci" / "run"
+        script = repository(".ci/run")
         assert os.access(script, os.X_OK)
         assert "make lint test" in script.read_text()

@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from .near_ties import same_tokens
+from .repository import repository
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(repository("benchmarks")))
 import parity_zoo as zoo
 
 from simctg_fast.reference.contrastive_search import contrastive_search, degeneration_penalty, true_float64

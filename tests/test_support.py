@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from .repository import repository
+
+sys.path.append(str(repository("benchmarks")))
 import parity_zoo as zoo
 
 from simctg_fast import SupportReport, support
