@@ -311,7 +311,8 @@ def test_processors_of_single_requests(batching):
     assert results["x"].token_ids == plain
     banned = results[names[1]].token_ids
     assert plain[2] not in banned
-    assert banned == alone(model, requests[1], suppress_tokens=[plain[2]])
+    expected = {names[1]: alone(model, requests[1], suppress_tokens=[plain[2]])}
+    check(model, requests[1:2], {names[1]: banned}, expected, logits_processor=Ban(plain[2]))
     assert results["stop-1"].token_ids == plain[:4]
     assert results["stop-1"].finish_reason == "stop"
     assert results["raise-1"].error["type"] == "processor_error"
