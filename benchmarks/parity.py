@@ -9,9 +9,10 @@ Both sides run the same tiny random models (`parity_zoo`) in float32 with eager 
 in an environment of its own, made on first use. What it cannot do (soft caps, attention sinks, state-space models,
 static caches, images, …) is compared with `simctg_fast.reference`, which recomputes everything in float64.
 
-Where tokens differ, the reference says how close the choice was. A lead below 2e-6, of the best score over the next or
-of the last candidate over the first token that is none, is within the rounding of float32: that run is discarded, and
-counted. Exits with 1 on any other difference, and when a cell's tokens are too few to show one.
+Where tokens differ, the reference says how close the choice was at the first token that does, in each row. A lead below
+2e-6, of the best score over the next or of the last candidate over the first token that is none, is within the rounding
+of float32: that run is a near tie, and counted. Exits with 1 on any other difference, and when a cell's tokens are too
+few to show one.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Result:
     architecture: str
     case: str
     seed: int
-    verdict: str  # identical, discarded or different
+    verdict: str  # identical, near tie or different
     distinct: int
     detail: str = ""
 
@@ -70,15 +71,20 @@ def our_tokens(model: torch.nn.Module, name: str, case: zoo.Case, seed: int) -> 
     return zoo.ours(model, name, case, seed).tolist()
 
 
-def lead(name: str, case: zoo.Case, seed: int) -> float:
-    """How clear the choices of this run are: the smaller of its two margins, in float64."""
-    truth = zoo.reference(zoo.build(name, seed, torch.float64), name, case, seed)
-    return min(truth.score_margin, truth.candidate_margin)
+def lead(found: list[int], expected: list[int], row: int, truth) -> float:
+    """How clear the choice was where two rows part: the smaller of its two margins in float64.
+
+    Infinite where it excuses nothing: the rows do not part but end, or the truth took another turn before.
+    """
+    place = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+    if place is None or place >= len(truth.steps) or truth.new_tokens()[row, :place].tolist() != expected[:place]:
+        return float("inf")
+    step = truth.steps[place]
+    return min(float(step.score_margin[row]), float(step.candidate_margin[row]))
 
 
-def judge(table: str, name: str, case: zoo.Case, seed: int, expected: list[list[int]], model, margin=None) -> Result:
-    """Runs our side and compares; `margin()` tells how clear the choices were and is asked only where tokens differ."""
-    margin = (lambda: lead(name, case, seed)) if margin is None else margin
+def judge(table: str, name: str, case: zoo.Case, seed: int, expected: list[list[int]], model, truth=None) -> Result:
+    """Runs our side and compares; the float64 `truth` is asked, and made if need be, only where tokens differ."""
     distinct = len({token for row in expected for token in row})
     try:
         found = our_tokens(model, name, case, seed)
@@ -86,10 +92,13 @@ def judge(table: str, name: str, case: zoo.Case, seed: int, expected: list[list[
         return Result(table, name, case.name, seed, "different", distinct, f"{type(error).__name__}: {error}")
     if found == expected:
         return Result(table, name, case.name, seed, "identical", distinct)
-    close = margin()
-    verdict = "discarded" if close < CLOSE else "different"
-    row = next((row for row, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), 0)
-    detail = f"smallest lead {close:.1e}; row {row}: ours {found[row]}, expected {expected[row]}"
+    if truth is None:
+        truth = zoo.reference(zoo.build(name, seed, torch.float64), name, case, seed)
+    pairs = enumerate(zip(found, expected, strict=False))
+    leads = {row: lead(*pair, row, truth) for row, pair in pairs if pair[0] != pair[1]}
+    row, close = max(leads.items(), key=lambda item: item[1], default=(0, float("inf")))
+    verdict = "near tie" if close < CLOSE else "different"
+    detail = f"lead {close:.1e} where row {row} parts: ours {found[row]}, expected {expected[row]}"
     return Result(table, name, case.name, seed, verdict, distinct, detail)
 
 
@@ -186,23 +195,21 @@ def against_reference(wanted: Wanted, say: Callable[[str], None]) -> Iterator[Re
         model, exact = zoo.build(name, seed), zoo.build(name, seed, torch.float64)
         for case in cases:
             truth = zoo.reference(exact, name, case, seed)
-            margin = min(truth.score_margin, truth.candidate_margin)
-            tokens = truth.new_tokens().tolist()
-            yield judge(REFERENCE, name, case, seed, tokens, model, lambda margin=margin: margin)
+            yield judge(REFERENCE, name, case, seed, truth.new_tokens().tolist(), model, truth)
 
 
 # ---- what is printed -----------------------------------------------------------------------------------------------
 
 
 def verdict_of_cell(results: list[Result]) -> str:
-    """`3`: identical on three seeds; `2~1`: and one discarded; `✗`: different; `dull`: too few tokens to tell."""
-    count = {verdict: sum(result.verdict == verdict for result in results) for verdict in ("identical", "discarded")}
-    wrong = len(results) - count["identical"] - count["discarded"]
+    """`3`: identical on three seeds; `2~1`: and one near tie; `✗`: different; `dull`: too few tokens to tell."""
+    count = {verdict: sum(result.verdict == verdict for result in results) for verdict in ("identical", "near tie")}
+    wrong = len(results) - count["identical"] - count["near tie"]
     if wrong:
         return f"[bold red]✗{wrong}[/]"
     if max(result.distinct for result in results) < DISTINCT:
         return "[bold red]dull[/]"
-    return f"{count['identical']}" + (f"[yellow]~{count['discarded']}[/]" if count["discarded"] else "")
+    return f"{count['identical']}" + (f"[yellow]~{count['near tie']}[/]" if count["near tie"] else "")
 
 
 def print_table(console: Console, title: str, results: list[Result], cases: list[zoo.Case]) -> None:
@@ -226,9 +233,9 @@ def summary(console: Console, results: list[Result], seconds: float) -> bool:
     well = True
     for table in dict.fromkeys(result.table for result in results):
         ours = [result for result in results if result.table == table]
-        count = {v: sum(result.verdict == v for result in ours) for v in ("identical", "discarded", "different")}
+        count = {v: sum(result.verdict == v for result in ours) for v in ("identical", "near tie", "different")}
         console.print(
-            f"{table}: {len(ours)} runs, {count['identical']} identical, {count['discarded']} discarded "
+            f"{table}: {len(ours)} runs, {count['identical']} identical, {count['near tie']} near ties "
             f"(two best within {CLOSE:g}), {count['different']} different"
         )
         cells = {(result.architecture, result.case): 0 for result in ours}
@@ -241,7 +248,7 @@ def summary(console: Console, results: list[Result], seconds: float) -> bool:
         well = well and not count["different"] and not dull
     for result in results:
         if result.verdict != "identical":
-            style = "yellow" if result.verdict == "discarded" else "red"
+            style = "yellow" if result.verdict == "near tie" else "red"
             console.print(f"{result.verdict}: {result.architecture} {result.case} seed {result.seed}", style=style)
             console.print(f"  {result.detail}", markup=False)
     console.print(f"{seconds:.0f} s, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -357,7 +364,7 @@ def main() -> int:
             if wanted:
                 results += compare(wanted, say)
     for table in dict.fromkeys(result.table for result in results):
-        title = f"{table}: seeds identical; ~ seeds discarded; ✗ seeds different"
+        title = f"{table}: seeds identical; ~ near ties; ✗ seeds different"
         print_table(console, title, [result for result in results if result.table == table], cases)
     well = summary(console, results, time.monotonic() - start)
     if options.json:

@@ -19,22 +19,11 @@ Isa detect() {
     return Isa::generic;
 }
 
-Isa parse(const std::string& name, const char* source) {
-    if (name == "auto" || name.empty()) return best_isa();
-    for (const Isa isa : {Isa::generic, Isa::avx2, Isa::avx512}) {
-        if (name != isa_name(isa)) continue;
-        if (isa > best_isa()) {
-            throw std::invalid_argument(std::string(source) + " is '" + name + "', the best supported here is '" +
-                                        isa_name(best_isa()) + "'");
-        }
-        return isa;
-    }
-    throw std::invalid_argument(std::string(source) + " is '" + name + "', must be generic, avx2, avx512 or auto");
-}
+constexpr Isa all_isas[] = {Isa::avx512, Isa::avx2, Isa::generic};
 
 Isa from_environment() {
     const char* name = std::getenv("SIMCTG_FAST_ISA");
-    return name ? parse(name, "SIMCTG_FAST_ISA") : best_isa();
+    return name ? parse_isa(name, "SIMCTG_FAST_ISA", best_isa()) : best_isa();
 }
 
 std::atomic<Isa>& active() {
@@ -53,8 +42,24 @@ Isa best_isa() {
     return best;
 }
 
+Isa parse_isa(const std::string& name, const std::string& source, Isa best) {
+    if (name == "auto" || name.empty()) return best;
+    std::string allowed, lacking;
+    for (const Isa isa : all_isas) {
+        if (isa > best) {
+            if (name == isa_name(isa)) lacking = ", which this processor lacks";
+            continue;
+        }
+        if (name == isa_name(isa)) return isa;
+        allowed += std::string(", ") + isa_name(isa);
+    }
+    throw std::invalid_argument(source + " is '" + name + "'" + lacking + "; it must be one of auto" + allowed);
+}
+
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
-void set_isa(const std::string& name) { active().store(parse(name, "isa"), std::memory_order_relaxed); }
+void set_isa(const std::string& name) {
+    active().store(parse_isa(name, "isa", best_isa()), std::memory_order_relaxed);
+}
 
 }  // namespace simctg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -16,25 +17,90 @@ import pytest
 import torch
 import torch.utils._device
 
+from . import near_ties
+
 LIBRARY = "simctg_fast"
+
+# The files that reach the C++ extension, with results that depend on its instruction set: `make test-isa` runs them
+# under each set. A few words restrict a file to the tests that have them in their name.
+CSRC = {
+    # operators
+    "test_block_layers.py": "",
+    "test_candidate_select.py": "",
+    "test_cpu_attention.py": "",
+    "test_crf_operators.py": "",
+    "test_gelu.py": "",
+    "test_linear.py": "",
+    "test_loss_contrastive.py": "",
+    "test_loss_modules.py": "",
+    "test_prefix_commit.py": "",
+    "test_rms_norm.py": "",
+    "test_shared_prefix_attention.py": "",
+    "test_top_k.py": "",
+    "test_viterbi_backtrace.py": "",
+    # what goes through them
+    "test_contrastive_search.py": "",
+    "test_decode_step.py": "",
+    "test_engine_slots.py": "",
+    "test_generate_contract.py": "",
+    "test_outputs.py": "",
+    "test_parity.py": "-padded]",
+    "test_stop_check_interval.py": "",
+    "test_t5_blocks.py": "",
+    "test_text_to_text.py": "",
+}
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):  # pyproject.toml sets it, and pytest is told to mind unknown settings
+        parser.addini("timeout", "seconds a test may take, where pytest-timeout is installed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: part of the full set only (`make test-full`), not of `make test`")
+    config.addinivalue_line(
+        "markers", "csrc: `make test-isa` runs it under each instruction set (named in conftest.py)"
+    )
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped without one")
     config.addinivalue_line("markers", "xdist_group(name): kept on one worker; known here for runs without xdist")
+    config.addinivalue_line("markers", "timeout(seconds): known here for runs without pytest-timeout")
     # Tiny tensors gain nothing from threads, and waiting at barriers on a busy machine costs them a factor of ten.
     # Tests of threading ask for their own.
     torch.set_num_threads(1)
     _poison_uninitialised_memory()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        words = CSRC.get(item.path.name)
+        # Those with the fixture `isa` run under every set as it is.
+        if words is not None and words in item.name and "isa" not in item.fixturenames:
+            item.add_marker("csrc")
     if any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    near_ties.watch(item)
+    try:
+        return (yield)
+    finally:
+        near_ties.watch(None)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How often two implementations chose differently because of rounding: it should stay rare."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    ties = [(r.nodeid, text) for r in reports for name, text in r.user_properties if name == near_ties.PROPERTY]
+    if ties:
+        terminalreporter.section(f"near ties: {len(ties)}")
+        for test, text in ties:
+            terminalreporter.write_line(f"{test}: {text}")
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +126,13 @@ def isa(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     extension.set_isa(before)
+
+
+@pytest.fixture
+def children():
+    """An `ExitStack` for the processes of `processes.started`: they end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

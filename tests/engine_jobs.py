@@ -52,6 +52,7 @@ class JobServer:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,  # with the jobs, which it forks
         )
         assert self._ask(None) == "ready"
 
@@ -88,11 +89,16 @@ class JobServer:
         return json.loads(self.stdout.splitlines()[-1])
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+        from .processes import LIMIT, end  # not in the server, which is this file as a script
+
+        try:
+            self.process.stdin.close()
+            self.process.wait(timeout=LIMIT)
+        finally:
+            end(self.process)
 
 
-def wait_for_records(path: Path, count: int, seconds: float = 60.0) -> None:
+def wait_for_records(path: Path, count: int, seconds: float = 1200.0) -> None:
     """Returns when ``path`` holds ``count`` whole lines."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:

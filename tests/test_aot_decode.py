@@ -6,17 +6,16 @@ import importlib.util
 import os
 import re
 import sys
-from pathlib import Path
 
 import pytest
+
+from .repository import repository
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on, nothing is compiled", allow_module_level=True)
 
-_spec = importlib.util.spec_from_file_location(
-    "benchmark_aot", Path(__file__).resolve().parents[1] / "benchmarks" / "aot.py"
-)
+_spec = importlib.util.spec_from_file_location("benchmark_aot", repository("benchmarks/aot.py"))
 assert _spec is not None
 aot = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = aot

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,9 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import simctg_fast
 from simctg_fast.assets import bundled_model_path, resolve_model
 
-ROOT = Path(__file__).resolve().parent.parent
+from .processes import run_child
+from .repository import repository
+
+ROOT = Path(simctg_fast.__file__).resolve().parents[1]
 LIMIT = 8_000_000
 PERPLEXITY_BOUND = 40.0  # on EXCERPT; the model has 24, the words in disorder and an untrained model over 3000
 
@@ -43,7 +46,7 @@ def model():
 
 
 def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, repository(f"benchmarks/{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -67,9 +70,7 @@ def test_loads_without_network_in_fp32() -> None:
     )
     nowhere = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": os.devnull}
     environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120
-    )
+    done = run_child([sys.executable, "-c", code], env=environment, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Grüße: a_b(1)\n\n"
 
@@ -217,7 +218,7 @@ class TestCorpus:
 
 def test_three_steps_of_training_write_a_folder_that_loads(tmp_path) -> None:
     """The command as a person types it, on the real corpus."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "train_bundled.py"), "--steps", "3", "--batch-tokens", "256"]
+    command = [sys.executable, str(repository("benchmarks/train_bundled.py")), "--steps", "3", "--batch-tokens", "256"]
     command += [
         "--validation-tokens",
         "2100",
@@ -228,7 +229,7 @@ def test_three_steps_of_training_write_a_folder_that_loads(tmp_path) -> None:
         "--work",
         str(tmp_path / "work"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = run_child(command)
     assert done.returncode == 0, done.stderr
     line = re.search(r"step +3/3 +loss (\S+) \+ \S+ +val (\S+) +[\d,]+ tokens/s +0 min left", done.stdout)
     assert 7.5 < float(line[1]) < 8.5  # the logarithm of the vocabulary is 8.03
@@ -245,7 +246,7 @@ def test_three_steps_of_training_write_a_folder_that_loads(tmp_path) -> None:
 def test_a_run_broken_off_and_resumed_ends_in_the_same_weights(tmp_path, monkeypatch, corpus_script) -> None:
     text = " ".join(f"The {word} of function {i} is returned." for i in range(10) for word in ("name", "value"))
     corpus = corpus_script.Corpus({f"module{i}.py": text for i in range(200)})
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(repository("benchmarks")), *sys.path])
     script = load_script("train_bundled")
     monkeypatch.setattr(script, "build_corpus", lambda: corpus)
 

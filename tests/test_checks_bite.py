@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import transformers
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from .repository import repository
+
+sys.path.append(str(repository("benchmarks")))
 import parity_zoo as zoo
 
 from simctg_fast.reference import contrastive_search as reference

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from simctg_fast.cli import app
 from simctg_fast.demo import Comparison, Continuation
 from simctg_fast.loading import fitting_threads
 from simctg_fast.ops import backend_info
+
+from .processes import run_child
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -267,13 +268,9 @@ class TestEnv:
             "sys.meta_path.insert(0, Broken())\n"
             "from simctg_fast.cli import app; app(['env'])"
         )
-        done = subprocess.run(
+        done = run_child(
             [sys.executable, "-c", code],
             env=subprocess_environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
         )
         assert done.returncode == 0, done.stderr
         assert re.search(r"^extension +none$", done.stdout, re.MULTILINE)
@@ -282,22 +279,16 @@ class TestEnv:
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     code = "import sys, simctg_fast.cli; print({'torch', 'transformers', 'triton', 'numpy'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=subprocess_environment(), capture_output=True, text=True, check=True
-    )
+    done = run_child([sys.executable, "-c", code], env=subprocess_environment(), check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_as_a_program_in_a_pipe() -> None:
-    done = subprocess.run(
+    done = run_child(
         [sys.executable, "-m", "simctg_fast.cli", "generate", "bundled", "-n", "6"],
         input="Return the name\nGrüße\n",
         env=subprocess_environment(),
-        capture_output=True,
-        text=True,
         encoding="utf-8",
-        timeout=120,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Return the name")

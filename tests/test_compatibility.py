@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import pathlib
 import sys
 
 import pytest
 import transformers
 
-import simctg_fast
+from .repository import repository
 
-BENCHMARKS = pathlib.Path(simctg_fast.__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = repository("benchmarks")
 sys.path.insert(0, str(BENCHMARKS))
 try:
     import compatibility

@@ -21,6 +21,7 @@ from simctg_fast.decoding.support import recall
 from simctg_fast.reference.contrastive_search import contrastive_search as by_definition
 
 from .decoding_models import VOCABULARY, build, decode, greedy, inputs_for, left_padded, prompt, shared
+from .near_ties import same_tokens
 
 PATHS = ("shared_prefix", "reorder", "uncached")
 ON_SHARED_PREFIX = ("gpt2", "llama", "mistral", "gemma2", "bart", "t5")
@@ -40,8 +41,8 @@ def test_paths_agree(name, batch):
     assert len(truth[:, -12:].unique()) > 6  # a model that repeats itself shows nothing
     paths = PATHS[:2] if name in ON_SHARED_PREFIX else PATHS[1:2]
     for path in paths:
-        assert torch.equal(decode(model, inputs, path=path), truth), path
-    assert torch.equal(decode(model, inputs), truth)
+        same_tokens(decode(model, inputs, path=path), truth, model, inputs, what=path)
+    same_tokens(decode(model, inputs), truth, model, inputs)
 
 
 @pytest.mark.parametrize("penalty_alpha", [0.2, 0.6, 1.0])
@@ -49,7 +50,7 @@ def test_equals_equation_five(penalty_alpha):
     model, inputs = shared("llama"), left_padded(9, 7)
     truth = by_definition(model, **inputs, penalty_alpha=penalty_alpha, top_k=5, max_new_tokens=15)
     ours = decode(model, inputs, penalty_alpha=penalty_alpha, top_k=5, new_tokens=15)
-    assert torch.equal(ours, truth.sequences)
+    same_tokens(ours, truth.sequences, model, inputs, penalty_alpha=penalty_alpha, top_k=5)
     if penalty_alpha >= 0.6:
         assert not torch.equal(ours, greedy(model, inputs, new_tokens=15))
 
@@ -65,13 +66,20 @@ def test_model_takes_the_path_it_is_meant_to():
 def test_is_greedy_without_penalty_or_choice(name, penalty_alpha, top_k):
     model = shared(name)
     inputs = inputs_for(model, 2)
-    assert torch.equal(decode(model, inputs, penalty_alpha=penalty_alpha, top_k=top_k), greedy(model, inputs))
+    same_tokens(
+        decode(model, inputs, penalty_alpha=penalty_alpha, top_k=top_k),
+        greedy(model, inputs),
+        model,
+        inputs,
+        penalty_alpha=penalty_alpha,
+        top_k=top_k,
+    )
 
 
 def test_every_token_may_be_a_candidate():
     model, inputs = shared("llama"), inputs_for(shared("llama"), 2)
     truth = by_definition(model, **inputs, penalty_alpha=0.6, top_k=VOCABULARY, max_new_tokens=5)
-    assert torch.equal(decode(model, inputs, top_k=VOCABULARY, new_tokens=5), truth.sequences)
+    same_tokens(decode(model, inputs, top_k=VOCABULARY, new_tokens=5), truth.sequences, model, inputs, top_k=VOCABULARY)
 
 
 def test_candidates_are_the_most_probable():
@@ -92,7 +100,9 @@ def test_left_padded_rows_are_as_if_alone(name, path):
     together = decode(model, inputs, path=path)
     for row, length in enumerate(lengths):
         alone = decode(model, {"input_ids": inputs["input_ids"][row : row + 1, -length:]}, path=path)
-        assert together[row, -12:].tolist() == alone[0, -12:].tolist()
+        mine = {name: value[row : row + 1] for name, value in inputs.items()}
+        padded = torch.cat([mine["input_ids"][:, :-length], alone], dim=1)
+        same_tokens(together[row : row + 1], padded, model, mine, what=f"row {row}")
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
@@ -102,8 +112,8 @@ def test_right_padded_encoder_inputs_are_as_if_alone(name, path):
     inputs = {key: value.flip(1) for key, value in left_padded(*lengths).items()}
     together = decode(model, inputs, path=path)
     for row, length in enumerate(lengths):
-        alone = decode(model, {"input_ids": inputs["input_ids"][row : row + 1, :length]}, path=path)
-        assert together[row].tolist() == alone[0].tolist()
+        mine = {"input_ids": inputs["input_ids"][row : row + 1, :length]}
+        same_tokens(together[row : row + 1], decode(model, mine, path=path), model, mine, what=f"row {row}")
 
 
 def test_padding_is_no_context():
@@ -117,23 +127,24 @@ def test_padding_is_no_context():
 def test_mask_of_ones_is_no_mask(name):
     model, ids = shared(name), prompt(2)
     masked = decode(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    assert torch.equal(decode(model, {"input_ids": ids, "attention_mask": None}), masked)
-    assert torch.equal(decode(model, {"input_ids": ids}), masked)
+    same_tokens(decode(model, {"input_ids": ids, "attention_mask": None}), masked, model, {"input_ids": ids})
+    same_tokens(decode(model, {"input_ids": ids}), masked, model, {"input_ids": ids})
 
 
 @pytest.mark.parametrize(("name", "path"), EVERY_PATH)
 def test_prompt_as_embeddings(name, path):
     model, ids = shared(name), prompt(2)
     embeddings = model.get_input_embeddings()(ids).detach()
-    by_ids = decode(model, {"input_ids": ids}, path=path)[:, 9:]
-    assert torch.equal(decode(model, {"inputs_embeds": embeddings}, path=path), by_ids)
+    by_ids = decode(model, {"input_ids": ids}, path=path)
+    by_embeddings = torch.cat([ids, decode(model, {"inputs_embeds": embeddings}, path=path)], dim=1)
+    same_tokens(by_embeddings, by_ids, model, {"input_ids": ids})
 
 
 def test_padded_prompt_as_embeddings():
     model, inputs = shared("llama"), left_padded(9, 6)
     embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
     by_embeddings = decode(model, {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]})
-    assert torch.equal(by_embeddings, decode(model, inputs)[:, 9:])
+    same_tokens(torch.cat([inputs["input_ids"], by_embeddings], dim=1), decode(model, inputs), model, inputs)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -145,14 +156,14 @@ def test_decoder_prompt(name, path):
     out = decode(model, inputs, path=path)
     assert out[:, :3].tolist() == inputs["decoder_input_ids"].tolist()
     truth = by_definition(model, **inputs, penalty_alpha=0.6, top_k=4, max_new_tokens=12)
-    assert torch.equal(out, truth.sequences)
+    same_tokens(out, truth.sequences, model, inputs)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("chunk", [1, 4, 9, 50])
 def test_prompt_in_chunks(name, chunk):
     model, inputs = shared(name), left_padded(9, 6)
-    assert torch.equal(decode(model, inputs, prefill_chunk_size=chunk), decode(model, inputs))
+    same_tokens(decode(model, inputs, prefill_chunk_size=chunk), decode(model, inputs), model, inputs)
 
 
 # ---- buffers -------------------------------------------------------------------------------------------------------
@@ -166,7 +177,7 @@ def test_buffers_that_grow_change_nothing(monkeypatch):
     for module in (prefix_cache, __import__("simctg_fast.decoding.hidden_states", fromlist=["next_capacity"])):
         monkeypatch.setattr(module, "next_capacity", lambda *given: grown.append(given) or original(*given))
     monkeypatch.setattr(prefix_cache, "GROWTH", 3)
-    assert torch.equal(decode(model, inputs, path="shared_prefix", new_tokens=40), truth)
+    same_tokens(decode(model, inputs, path="shared_prefix", new_tokens=40), truth, model, inputs)
     assert len({needed for needed, _ in grown}) > 10
 
 
@@ -176,7 +187,7 @@ def test_more_tokens_than_a_block():
     assert prefix_cache.GROWTH < 520
     long = decode(model, inputs, new_tokens=520)
     start = {"input_ids": long[:, :-8], "attention_mask": torch.ones_like(long[:, :-8])}
-    assert torch.equal(decode(model, start, path="uncached", new_tokens=8), long)
+    same_tokens(decode(model, start, path="uncached", new_tokens=8), long, model, start)
 
 
 def test_unbounded_generation_reserves_a_block_at_a_time():
@@ -189,7 +200,7 @@ def test_unbounded_generation_reserves_a_block_at_a_time():
 
     model, inputs = shared("llama"), {"input_ids": prompt(1)}
     out = decode(model, inputs, new_tokens=10**9, stopping_criteria=[Stop()])
-    assert torch.equal(out, decode(model, inputs, new_tokens=6))
+    same_tokens(out, decode(model, inputs, new_tokens=6), model, inputs)
 
 
 def test_history_is_normalised_once_and_grows_with_its_mask(monkeypatch):
@@ -234,7 +245,7 @@ def test_candidate_without_a_hidden_state_never_wins(rank):
     outs = {path: decode(model, inputs, path=path) for path in PATHS}
     for path, out in outs.items():
         assert token not in out[0].tolist(), path
-        assert torch.equal(out, outs["uncached"]), path
+        same_tokens(out, outs["uncached"], model, inputs, what=path)
     decode(model, inputs)
     assert recall(model).path == "shared_prefix"  # a NaN of the model's own does not speak against a path
 
@@ -328,7 +339,7 @@ def _bypass_the_attention_interface(model) -> None:
 def test_attention_that_bypasses_the_interface_is_noticed():
     model, inputs = build("llama"), {"input_ids": prompt(1)}
     _bypass_the_attention_interface(model)
-    assert torch.equal(decode(model, inputs), decode(model, inputs, path="uncached"))
+    same_tokens(decode(model, inputs), decode(model, inputs, path="uncached"), model, inputs)
     assert recall(model).path == "reorder"
     assert "bypasses the attention interface" in recall(model).reason
     with pytest.raises(ValueError, match=r"path='shared_prefix'.*bypasses the attention interface"):
@@ -353,7 +364,7 @@ def test_head_that_reads_something_else(path):
     model, ids = build("llama"), prompt(2)
     model.__class__ = SquaredHead
     truth = by_definition(model, ids, penalty_alpha=0.6, top_k=4, max_new_tokens=12)
-    assert torch.equal(decode(model, {"input_ids": ids}, path=path), truth.sequences)
+    same_tokens(decode(model, {"input_ids": ids}, path=path), truth.sequences, model, {"input_ids": ids})
 
 
 def test_decoder_that_is_not_called_as_a_module():
@@ -370,7 +381,7 @@ def test_decoder_that_is_not_called_as_a_module():
     model, inputs = build("llama"), left_padded(9, 7)
     model.__class__ = Direct
     for path in ("auto", *PATHS):
-        assert torch.equal(decode(model, inputs, path=path), decode(shared("llama"), inputs)), path
+        same_tokens(decode(model, inputs, path=path), decode(shared("llama"), inputs), model, inputs, what=path)
     assert recall(model).path == "shared_prefix"
     assert not recall(model).head
 
@@ -388,7 +399,7 @@ def test_model_that_cannot_use_our_cache_falls_back():
         layer.self_attn.__class__ = Picky
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DynamicLayer, "cumulative", 1, raising=False)
-        assert torch.equal(decode(model, inputs), decode(shared("llama"), inputs))
+        same_tokens(decode(model, inputs), decode(shared("llama"), inputs), model, inputs)
     assert recall(model).path == "reorder"
     assert "cumulative" in recall(model).reason
 
@@ -418,7 +429,7 @@ def test_float64_model():
 
 def test_training_mode_without_dropout():
     model, inputs = build("llama").train(), inputs_for(shared("llama"), 2)
-    assert torch.equal(decode(model, inputs), decode(shared("llama"), inputs))
+    same_tokens(decode(model, inputs), decode(shared("llama"), inputs), model, inputs)
     assert model.training
     assert recall(model).path == "shared_prefix"
 
@@ -431,7 +442,7 @@ def test_training_mode_with_dropout_takes_the_exact_path():
     assert recall(model).path == "uncached"
     assert "gives something else each time (dropout?)" in recall(model).checks[-1].detail
     model.eval()
-    assert torch.equal(decode(model, inputs_for(model)), decode(shared("gpt2"), inputs_for(model)))
+    same_tokens(decode(model, inputs_for(model)), decode(shared("gpt2"), inputs_for(model)), model, inputs_for(model))
     assert recall(model).path == "shared_prefix"
 
 
@@ -452,7 +463,7 @@ def test_no_cache_warns_and_is_exact(caplog):
     with caplog.at_level(logging.WARNING, "simctg_fast"):
         out = decode(model, inputs, use_cache=False)
     assert [record.message for record in caplog.records if "use_cache=False" in record.message]
-    assert torch.equal(out, decode(model, inputs))
+    same_tokens(out, decode(model, inputs), model, inputs)
 
 
 def test_use_cache_left_false_by_training_is_not_a_wish(caplog):
@@ -462,7 +473,7 @@ def test_use_cache_left_false_by_training_is_not_a_wish(caplog):
     with caplog.at_level(logging.WARNING, "simctg_fast"):
         out = decode(model, inputs)
     assert not caplog.records
-    assert torch.equal(out, decode(shared("llama"), inputs))
+    same_tokens(out, decode(shared("llama"), inputs), model, inputs)
     assert recall(model).path == "shared_prefix"
 
 
@@ -470,7 +481,7 @@ def test_use_cache_left_false_by_training_is_not_a_wish(caplog):
 def test_static_cache_implementation(name):
     model = shared(name)
     inputs = inputs_for(model, 2)
-    assert torch.equal(decode(model, inputs, cache_implementation="static"), decode(model, inputs))
+    same_tokens(decode(model, inputs, cache_implementation="static"), decode(model, inputs), model, inputs)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -553,7 +564,7 @@ def test_logits_of_a_finished_row_do_not_matter():
     assert end not in plain[1].tolist()
     expected = decode(model, inputs, eos_token_id=end)
     processors = LogitsProcessorList([Inject(0, float("nan"), after=3)])
-    assert torch.equal(decode(model, inputs, eos_token_id=end, logits_processor=processors), expected)
+    same_tokens(decode(model, inputs, eos_token_id=end, logits_processor=processors), expected, model, inputs)
 
 
 def test_row_without_a_real_token():
@@ -597,10 +608,17 @@ def test_position_table_counts_real_tokens():
     model, inputs = build("gpt2", n_positions=16), left_padded(4, 3)
     inputs = {key: torch.nn.functional.pad(value, (5, 0)) for key, value in inputs.items()}
     out = decode(model, inputs, new_tokens=12)
-    assert torch.equal(out, decode(model, inputs, path="uncached", new_tokens=12))
+    same_tokens(out, decode(model, inputs, path="uncached", new_tokens=12), model, inputs)
 
 
 def test_numbers_of_numpy():
     strategy = ContrastiveSearch(np.float32(0.5), np.int64(3))
     out = shared("llama").generate(prompt(1), custom_generate=strategy, max_new_tokens=12)
-    assert torch.equal(out, decode(shared("llama"), {"input_ids": prompt(1)}, penalty_alpha=0.5, top_k=3))
+    same_tokens(
+        out,
+        decode(shared("llama"), {"input_ids": prompt(1)}, penalty_alpha=0.5, top_k=3),
+        shared("llama"),
+        {"input_ids": prompt(1)},
+        penalty_alpha=0.5,
+        top_k=3,
+    )

@@ -14,20 +14,6 @@ IMPLS = ("torch", pytest.param("cpu", marks=needs_extension))
 bans = pytest.mark.parametrize("banned", [False, True], ids=["free", "banned"])
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request):
-    """Each instruction set this machine has."""
-    extension = _backends.extension()
-    if extension is None:
-        pytest.skip("the C++ extension is not built")
-    try:
-        extension.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    extension.set_isa("auto")
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @bans
 def test_laws(impl, banned):

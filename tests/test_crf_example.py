@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
-_path = Path(__file__).resolve().parents[1] / "benchmarks" / "examples" / "grpo_crf.py"
+from .repository import repository
+
+_path = repository("benchmarks/examples/grpo_crf.py")
 _spec = importlib.util.spec_from_file_location("grpo_crf", _path)
 example = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(example)

@@ -10,11 +10,10 @@ import sys
 import pytest
 import torch
 
-import simctg_fast
-
+from .repository import repository
 from .training_models import tiny_model
 
-EXAMPLES = pathlib.Path(simctg_fast.__file__).resolve().parents[1] / "benchmarks" / "examples"
+EXAMPLES = repository("benchmarks/examples")
 
 
 def curve(script: pathlib.Path, arguments: list[str], monkeypatch, capsys) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from .engine_jobs import JobServer, read_records, save_model, sorted_lines, wait_for_records, write_lines
+from .processes import started
 
 SETTINGS = ("--slots", 8, "--max-new-tokens", 24, "--quiet")
 
@@ -413,7 +414,7 @@ def test_what_a_person_sees(server, model, many, tmp_path):
         assert not {"time", "created", "host", "seconds"} & json.loads(line).keys()
 
 
-def test_a_terminal_gets_a_bar(model, many, tmp_path):
+def test_a_terminal_gets_a_bar(model, many, tmp_path, children):
     """On a pseudo-terminal: a bar with rates and slots, then the summary in words."""
     import fcntl
     import pty
@@ -428,7 +429,7 @@ def test_a_terminal_gets_a_bar(model, many, tmp_path):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     command = [sys.executable, "-m", "simctg_fast.cli", "run", str(source), "-m", str(model), "-o", str(tmp_path / "a")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    process = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment)
+    process = children.enter_context(started(command, stdout=slave, stderr=slave, env=environment))
     os.close(slave)
     shown = b""
     try:
@@ -454,7 +455,7 @@ def test_five_thousand_requests_in_flat_memory(server, model, tmp_path):
     pid = server.start("run", source, "-m", model, "-o", out, "--slots", 16, "--quiet")
     sizes = {}
     for count in (1500, 4800):
-        wait_for_records(out, count, seconds=600)
+        wait_for_records(out, count, seconds=1200)
         status = Path(f"/proc/{pid}/status").read_text()
         sizes[count] = int(status.split("VmRSS:")[1].split()[0])
     assert server.wait(pid) == 0

@@ -19,6 +19,7 @@ from simctg_fast.integrations.ray import BatchGenerator
 
 from .decoding_models import shared, tokenizer
 from .engine_jobs import ROOT, read_records, save_model, sorted_lines, wait_for_records, write_lines
+from .processes import LIMIT, run_child, started
 from .test_engine_job import requests
 
 
@@ -63,8 +64,8 @@ def workers() -> list[int]:
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.timeout(600)
-def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
+@pytest.mark.timeout(3 * LIMIT)
+def test_a_job_on_ray_with_a_worker_killed(model, tmp_path, children):
     """Begun without Ray, continued with it, a worker killed meanwhile: the output is that of one uninterrupted run."""
     pytest.importorskip("ray")
     if sys.platform != "linux":
@@ -76,7 +77,7 @@ def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
 
     def start(out: Path, *more: object) -> subprocess.Popen:
         command = [sys.executable, "-m", "simctg_fast.cli", "run", source, "-o", out, *settings, *more]
-        return subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True)
+        return children.enter_context(started(command, env=environment, stdout=subprocess.PIPE, text=True))
 
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     single = start(whole)
@@ -87,12 +88,12 @@ def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
     first = out.read_bytes()
     job = start(out, "--ray", "--workers", 2)
     # In the middle of the work: one block's answers are there, others are being written.
-    wait_for_records(out, 33, seconds=300)
+    wait_for_records(out, 33, seconds=LIMIT)
     victims = set(workers()) - before
     assert job.poll() is None
     assert victims, "no worker was seen"
     os.kill(min(victims), signal.SIGKILL)
-    printed, _ = job.communicate(timeout=400)
+    printed, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == 1
     summary = json.loads(printed.splitlines()[-1])
     assert summary["resumed"] == 30
@@ -103,9 +104,9 @@ def test_a_job_on_ray_with_a_worker_killed(model, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.xdist_group("ray")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3 * LIMIT)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_on_ray_that_is_interrupted(model, tmp_path, number):
+def test_a_job_on_ray_that_is_interrupted(model, tmp_path, number, children):
     """It ends with what its workers have handed over, and says how to go on; here without Ray."""
     pytest.importorskip("ray")
     source = write_lines(tmp_path / "in.jsonl", requests(120))
@@ -115,12 +116,12 @@ def test_a_job_on_ray_that_is_interrupted(model, tmp_path, number):
 
     def start(*more: object) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([str(part) for part in (*command, *more)], env=environment, text=True, **pipes)
+        return children.enter_context(started([*command, *more], env=environment, text=True, **pipes))
 
     job = start("-o", out, "--ray", "--log-json")
-    wait_for_records(out, 1, seconds=300)
+    wait_for_records(out, 1, seconds=LIMIT)
     os.kill(job.pid, number)
-    printed, errors = job.communicate(timeout=100)
+    printed, errors = job.communicate(timeout=LIMIT)
     assert job.returncode == 128 + number, errors
     written = out.read_bytes()
     count = len(read_records(out))
@@ -159,8 +160,8 @@ ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(id_colum
 
 @pytest.mark.full
 @pytest.mark.xdist_group("ray")
-@pytest.mark.timeout(600)
-def test_a_pipeline_of_ones_own_killed_and_resumed_by_rays_checkpoint(model, tmp_path):
+@pytest.mark.timeout(3 * LIMIT)
+def test_a_pipeline_of_ones_own_killed_and_resumed_by_rays_checkpoint(model, tmp_path, children):
     """``map_batches`` under Ray's `CheckpointConfig`: the driver is killed, the same script goes on, every id is there
     once."""
     pytest.importorskip("ray")
@@ -175,8 +176,8 @@ def test_a_pipeline_of_ones_own_killed_and_resumed_by_rays_checkpoint(model, tmp
     def answered() -> list[str]:
         return [record["id"] for file in out.glob("*.json") for record in read_records(file)]
 
-    run = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 200
+    run = children.enter_context(started(command, env=environment, stderr=subprocess.DEVNULL))
+    limit = time.monotonic() + LIMIT
     while run.poll() is None and len(list(out.glob("*.json"))) < 3 and time.monotonic() < limit:
         time.sleep(0.05)
     os.kill(run.pid, signal.SIGKILL)
@@ -184,7 +185,7 @@ def test_a_pipeline_of_ones_own_killed_and_resumed_by_rays_checkpoint(model, tmp
     time.sleep(3)  # its cluster notices
     before = answered()
     assert 0 < len(before) < 120
-    subprocess.run(command, env=environment, check=True, timeout=300, stderr=subprocess.DEVNULL)
+    run_child(command, env=environment, check=True, stderr=subprocess.DEVNULL)
     after = answered()
     assert sorted(after) == sorted(f"r{i}" for i in range(120))
     assert set(before) <= set(after)

@@ -17,6 +17,7 @@ from simctg_fast.engine import Engine
 from simctg_fast.engine.scheduler import SlotScheduler
 
 from .decoding_models import build, prompt, shared, tokenizer
+from .near_ties import same_tokens
 
 LENGTHS = (3, 17, 60, 9, 31)
 DECODERS = ("gpt2", "llama", "mistral", "gemma2")
@@ -57,6 +58,20 @@ def alone(model, line: dict, new_tokens=8, strategy=None, **kwargs) -> list[int]
     return out[1:] if model.config.is_encoder_decoder else out[ids["input_ids"].shape[1] :]
 
 
+def inputs_of(source: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": source, "attention_mask": torch.ones_like(source)}
+
+
+def check(model, requests: list[dict], found: dict, expected: dict, **settings) -> None:
+    """The tokens of each request are `expected`'s, but for near ties; `settings` are those of `same_tokens`."""
+    assert found.keys() == expected.keys()
+    for line in requests:
+        ids = tokenizer()(line.get("prompt") or line["source"], return_tensors="pt")["input_ids"]
+        start = [model.config.decoder_start_token_id] if model.config.is_encoder_decoder else ids[0].tolist()
+        rows = ([start + tokens[line["id"]]] for tokens in (found, expected))
+        same_tokens(*rows, model, inputs_of(ids), what=f"request {line['id']}", **settings)
+
+
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
 def test_rows_of_different_lengths_give_what_each_gives_alone(name):
     """Outputs of different lengths as well: an encoder-decoder's rows all begin at one position."""
@@ -65,7 +80,7 @@ def test_rows_of_different_lengths_give_what_each_gives_alone(name):
     requests = [line | {"max_new_tokens": new} for line, new in zip(lines(model), wanted, strict=True)]
     expected = {line["id"]: alone(model, line, line["max_new_tokens"]) for line in requests}
     results = run(model, requests)
-    assert tokens(results) == expected
+    check(model, requests, tokens(results), expected)
     assert [len(results[i].token_ids) for i in range(5)] == list(wanted)
 
 
@@ -91,7 +106,7 @@ def test_decoder_rows_at_lengths_3_17_and_60(name):
             max_new_tokens=10,
             do_sample=False,
         )[0].tolist()
-        assert sequence.prompt_ids + sequence.tokens == out
+        same_tokens([sequence.prompt_ids + sequence.tokens], [out], model, inputs_of(source))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
@@ -99,7 +114,7 @@ def test_greedy_is_transformers_greedy(name):
     model = shared(name)
     requests = lines(model)
     expected = {line["id"]: alone(model, line, strategy="greedy") for line in requests}
-    assert tokens(run(model, requests, strategy="greedy")) == expected
+    check(model, requests, tokens(run(model, requests, strategy="greedy")), expected, penalty_alpha=0.0, top_k=1)
 
 
 def test_prompts_are_run_in_chunks(monkeypatch):
@@ -107,7 +122,7 @@ def test_prompts_are_run_in_chunks(monkeypatch):
     expected = tokens(run(model, lines(model)))
     monkeypatch.setattr(scheduler_module, "CHUNK", 7)
     monkeypatch.setattr(scheduler_module, "PREFILL_BUDGET", 7)
-    assert tokens(run(model, lines(model))) == expected
+    check(model, lines(model), tokens(run(model, lines(model))), expected)
 
 
 def test_lines_override_the_defaults():
@@ -120,7 +135,11 @@ def test_lines_override_the_defaults():
         1: alone(model, requests[1], 5, ContrastiveSearch(0.2, 2)),
         2: alone(model, requests[2], strategy="greedy"),
     }
-    assert tokens(run(model, requests)) == expected
+    found = tokens(run(model, requests))
+    assert found.keys() == expected.keys()
+    settings = ({}, {"penalty_alpha": 0.2, "top_k": 2}, {"penalty_alpha": 0.0, "top_k": 1})
+    for line, own in zip(requests, settings, strict=True):
+        check(model, [line], {line["id"]: found[line["id"]]}, {line["id"]: expected[line["id"]]}, **own)
 
 
 def test_order_and_batch_mates_change_no_bit():
@@ -292,7 +311,8 @@ def test_processors_of_single_requests(batching):
     assert results["x"].token_ids == plain
     banned = results[names[1]].token_ids
     assert plain[2] not in banned
-    assert banned == alone(model, requests[1], suppress_tokens=[plain[2]])
+    expected = {names[1]: alone(model, requests[1], suppress_tokens=[plain[2]])}
+    check(model, requests[1:2], {names[1]: banned}, expected, logits_processor=Ban(plain[2]))
     assert results["stop-1"].token_ids == plain[:4]
     assert results["stop-1"].finish_reason == "stop"
     assert results["raise-1"].error["type"] == "processor_error"
@@ -306,7 +326,10 @@ def test_what_the_models_configuration_asks_for():
     model.generation_config.no_repeat_ngram_size = 2
     requests = lines(model)
     expected = {line["id"]: alone(model, line) for line in requests}
-    assert tokens(run(model, requests)) == expected
+    processors = transformers.LogitsProcessorList(
+        [transformers.RepetitionPenaltyLogitsProcessor(1.5), transformers.NoRepeatNGramLogitsProcessor(2)]
+    )
+    check(model, requests, tokens(run(model, requests)), expected, logits_processor=processors)
 
 
 @pytest.mark.parametrize("batching", ["slots", "static"])
@@ -322,7 +345,7 @@ def test_nan_logits_of_one_row(batching, monkeypatch):
     expected = tokens(run(model, good, batching=batching))
     results = run(model, [*good[:2], bad, *good[2:]], batching=batching)
     assert results["bad"].error["type"] == "nan_logits"
-    assert {i: results[i].token_ids for i in range(4)} == expected
+    check(model, good, {i: results[i].token_ids for i in range(4)}, expected)
 
 
 def test_models_that_cannot_take_slots_run_in_static_batches():
@@ -333,7 +356,7 @@ def test_models_that_cannot_take_slots_run_in_static_batches():
         requests = lines(model, (3, 17, 9, 9, 5, 4))
         engine.backend.lookahead = 4
         results = {result.id: result.token_ids for result in engine.generate(requests)}
-        assert results == {line["id"]: alone(model, line, 6) for line in requests}
+        check(model, requests, results, {line["id"]: alone(model, line, 6) for line in requests})
         reason = {"bloom": "does not use the attention interface", "mamba": "not plain keys and values"}[name]
         with pytest.raises(ValueError, match=f"batching='slots' cannot serve .*{reason}"):
             Engine(model, tokenizer(), batching="slots")
@@ -342,7 +365,8 @@ def test_models_that_cannot_take_slots_run_in_static_batches():
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_static_batches_give_the_same(name):
     model = shared(name)
-    assert tokens(run(model, lines(model), batching="static")) == tokens(run(model, lines(model)))
+    requests = lines(model)
+    check(model, requests, tokens(run(model, requests, batching="static")), tokens(run(model, requests)))
 
 
 def test_the_trial_is_needed():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 import simctg_fast
 
 from . import toy_t5
+from .repository import repository
 
-ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
-PAGE = (ROOT / "benchmarks" / "habits.md").read_text(encoding="utf-8")
+ROOT = repository("benchmarks").parent
+PAGE = repository("benchmarks/habits.md").read_text(encoding="utf-8")
 
 
 def test_the_blocks_run_in_order(tmp_path, monkeypatch):

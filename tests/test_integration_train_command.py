@@ -25,6 +25,7 @@ from simctg_fast.cli import app
 from simctg_fast.training import TrainingOptions, last_checkpoint, train
 from simctg_fast.training_data import Collator, Example, encode, read_examples
 
+from .processes import LIMIT, started
 from .training_models import EOS, PAD, VOCABULARY, tiny_model
 
 ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
@@ -287,7 +288,7 @@ def test_a_run_whose_last_checkpoint_was_cut_short(place, tmp_path):
 
 
 @pytest.mark.full
-def test_a_killed_run_ends_with_the_same_weights(place, tmp_path):
+def test_a_killed_run_ends_with_the_same_weights(place, tmp_path, children):
     """kill -9 in the middle, twice: with the process gone, the same command goes on, and nothing shows it."""
 
     def start(out: pathlib.Path) -> subprocess.Popen:
@@ -305,16 +306,18 @@ def test_a_killed_run_ends_with_the_same_weights(place, tmp_path):
         ]
         command += ["--save-every", "4", "--log-every", "1", "--max-length", "32", "--device", "cpu"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        return children.enter_context(
+            started(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        )
 
     def finish(process: subprocess.Popen) -> str:
-        notes = process.communicate(timeout=240)[1]
+        notes = process.communicate(timeout=LIMIT)[1]
         assert process.returncode == 0, notes
         return notes
 
     def kill_behind(step: int) -> None:
         process = start(tmp_path / "killed")
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + LIMIT
         while True:
             found = last_checkpoint(tmp_path / "killed")
             if found is not None and int(found.name.rpartition("-")[2]) >= step:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import simctg_fast
+
+from .processes import run_child
 
 pytest.importorskip("triton")
 ROOT = Path(simctg_fast.__file__).resolve().parents[1]
@@ -65,14 +66,12 @@ SLOW += [{"function": "cosine", "arguments": {"shape": [1, 140, 100], "dtype": "
 
 
 def run(cases):
-    process = subprocess.run(
+    process = run_child(
         [sys.executable, str(SCRIPT)],
         input="".join(json.dumps(case) + "\n" for case in cases),
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=1500,
+        timeout=3600,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     results = [json.loads(line) for line in process.stdout.splitlines()]
@@ -101,7 +100,7 @@ def test_kernels():
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3700)
 def test_kernels_on_the_grid():
     for entry in run(SLOW):
         judge(**entry)

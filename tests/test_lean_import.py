@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import pathlib
-import subprocess
 import sys
 import textwrap
 
@@ -14,18 +13,17 @@ import torch
 
 import simctg_fast
 
+from .processes import run_child
+
 ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 
 
 def run(code: str, **environment: str) -> str:
     """Standard output of a fresh interpreter that imports the library from where the tests import it."""
-    result = subprocess.run(
+    result = run_child(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

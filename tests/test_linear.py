@@ -225,7 +225,7 @@ def test_cpp_refuses_nonsense():
     ]:
         with pytest.raises(ValueError, match=message):
             call(**change)
-    with pytest.raises(ValueError, match="isa is 'sse9', must be generic, avx2, avx512 or auto"):
+    with pytest.raises(ValueError, match="isa is 'sse9'; it must be one of auto, "):
         extension.set_isa("sse9")
     with pytest.raises(ValueError, match="backend is 'tbb', must be openmp"):
         extension.set_parallel_backend("tbb")

@@ -245,7 +245,7 @@ def in_thread(function):
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
-    thread.join(timeout=60)
+    thread.join(timeout=1200)
     return results[0]
 
 
@@ -336,7 +336,7 @@ def test_two_threads_generate(names):
     start = threading.Barrier(2)
 
     def run(index):
-        start.wait(timeout=60)
+        start.wait(timeout=1200)
         for _ in range(3):
             outs[index].append(decode(models[index], inputs[index], new_tokens=20))
 
@@ -345,7 +345,7 @@ def test_two_threads_generate(names):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=1200)
     for index in (0, 1):
         assert len(outs[index]) == 3
         assert all(torch.equal(out, expected[index]) for out in outs[index])
@@ -357,7 +357,7 @@ def test_two_threads_generate_in_lockstep():
     model, meet = build("llama"), threading.Barrier(2)
 
     def hold(module, args, out):
-        meet.wait(timeout=60)
+        meet.wait(timeout=1200)
 
     inputs = [{"input_ids": prompt(2, 9, seed=1)}, {"input_ids": prompt(3, 7, seed=2)}]
     expected = [decode(model, given, new_tokens=10) for given in inputs]
@@ -369,5 +369,5 @@ def test_two_threads_generate_in_lockstep():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=1200)
     assert all(torch.equal(outs[index], expected[index]) for index in (0, 1))

@@ -5,10 +5,13 @@ Everything happens in copies of the repository, so the working tree keeps its ow
 
 from __future__ import annotations
 
+import contextlib
 import email
+import importlib.util
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,9 @@ import pytest
 
 import simctg_fast
 from simctg_fast.ops import _backends
+
+from .processes import LIMIT, run_child, started
+from .repository import repository
 
 ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 IS_CHECKOUT = (ROOT / "setup.py").is_file()
@@ -45,18 +51,32 @@ pytestmark = [
 ]
 
 
+def missing_tool() -> str | None:
+    """What an environment for running the library need not have, and one that builds it must."""
+    for name in ("setuptools", "pybind11"):
+        if importlib.util.find_spec(name) is None:
+            return name
+    if importlib.util.find_spec("ninja") is None and not shutil.which("ninja"):
+        return "ninja"
+    words = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    return None if shutil.which(words[0]) else f"the compiler {words[0]}"
+
+
+@pytest.fixture(scope="session")
+def build_tools():
+    if (missing := missing_tool()) is not None:
+        pytest.skip(f"builds the library, which needs {missing}")
+
+
 def run(*command, cwd="/", expect=0, path=(), **environment) -> str:
     """What a command printed, standard error included. `path` becomes PYTHONPATH."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SIMCTG_FAST_") and k != "MAX_JOBS"}
     inherited["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), inherited["PATH"]])  # where ninja is
-    result = subprocess.run(
-        [str(part) for part in command],
+    result = run_child(
+        list(command),
         cwd=cwd,
         env={**inherited, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
     )
     assert (result.returncode == 0) == (expect == 0), result.stdout
     return result.stdout
@@ -81,7 +101,7 @@ def copy_tree(target: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def tree(tmp_path_factory):
+def tree(tmp_path_factory, build_tools):
     return copy_tree(tmp_path_factory.mktemp("checkout") / "a tree")  # the space is on purpose
 
 
@@ -170,7 +190,9 @@ class TestKernelsFolder:
         assert name == "free False"
 
     @pytest.mark.parametrize("mode", ["lenient", pytest.param("strict", marks=pytest.mark.full)])
-    def test_editable(self, mode, tmp_path):
+    def test_editable(self, mode, tmp_path, build_tools):
+        if importlib.util.find_spec("pip") is None:
+            pytest.skip("needs pip")
         tree = copy_tree(tmp_path / "tree")
         venv.create(tmp_path / "venv", with_pip=False)
         interpreter = tmp_path / "venv" / "bin" / "python"
@@ -380,7 +402,7 @@ class TestBuild:
     """setup.py's build_ext on a toy csrc/."""
 
     @pytest.fixture
-    def toy(self, tmp_path):
+    def toy(self, tmp_path, build_tools):
         toy = tmp_path / "a toy"
         (toy / "simctg_fast").mkdir(parents=True)
         (toy / "simctg_fast" / "__init__.py").write_text("__version__ = '0'\n")
@@ -508,8 +530,10 @@ class TestBuild:
 
     def test_builds_at_the_same_time(self, toy):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        jobs = [subprocess.Popen(command, cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(3)]
-        out = [job.communicate(timeout=120)[0].decode() for job in jobs]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with contextlib.ExitStack() as children:
+            jobs = [children.enter_context(started(command, cwd=toy, **pipes)) for _ in range(3)]
+            out = [job.communicate(timeout=LIMIT)[0].decode() for job in jobs]
         assert [job.returncode for job in jobs] == [0, 0, 0], out
         assert sum(text.count("compile csrc/bindings.cpp") for text in out) == 1
         assert self.value(toy) in ("41", "42")
@@ -520,7 +544,19 @@ class TestCommands:
         if not shutil.which("make"):
             pytest.skip("needs make")
         listed = run("make", "help", cwd=ROOT)
-        for command in ("demo", "test", "lint", "gpu", "bench", "parity", "test-full", "test-oldest", "clean", "help"):
+        for command in (
+            "demo",
+            "test",
+            "lint",
+            "gpu",
+            "bench",
+            "parity",
+            "test-isa",
+            "test-full",
+            "test-oldest",
+            "clean",
+            "help",
+        ):
             assert re.search(rf"^  {command} ", listed, re.MULTILINE), command
             run("make", "-n", command, cwd=ROOT)
 
@@ -539,6 +575,6 @@ class TestCommands:
         assert "torch==9.8" in run("make", "-n", "demo", f"VENV={environment}", "TORCH=9.8", cwd=ROOT)
 
     def test_ci_runs_lint_and_tests(self):
-        script = ROOT / ".ci" / "run"
+        script = repository(".ci/run")
         assert os.access(script, os.X_OK)
         assert "make lint test" in script.read_text()

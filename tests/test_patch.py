@@ -221,12 +221,12 @@ def test_streamer_arrives(patched, spelling, skip_prompt, capsys):
 
 
 def test_iterator_ends(patched):
-    streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=1200)
     arguments = SPELLINGS["old"] | {"streamer": streamer}
     thread = threading.Thread(target=lambda: generate({"input_ids": prompt(1)}, **arguments))
     thread.start()
     text = "".join(streamer)
-    thread.join(timeout=60)
+    thread.join(timeout=1200)
     assert text == tokenizer().decode(decode(shared("llama"), {"input_ids": prompt(1)})[0, 9:])
 
 

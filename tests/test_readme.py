@@ -1,12 +1,13 @@
 """The README's Python runs as it stands there, top to bottom, and its commands exist."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from .repository import repository
+
+README = repository("README.md")
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 

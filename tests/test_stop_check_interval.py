@@ -15,7 +15,7 @@ from simctg_fast import ContrastiveSearch
 from simctg_fast.decoding.prefix_cache import CACHE_NAME
 
 from .decoding_models import build, decode, left_padded, prompt, shared
-from .test_outputs import assert_same_cache, assert_same_structure, go_on
+from .test_outputs import assert_same_cache, assert_same_structure, check_going_on
 from .test_streaming import Recorder
 
 module = importlib.import_module("simctg_fast.decoding.contrastive_search")
@@ -75,8 +75,7 @@ def test_outputs_are_those_of_looking_at_every_step(name, path, interval):
     if name != "mamba":
         assert_same_cache(getattr(out, CACHE_NAME), getattr(expected, CACHE_NAME))
     last = int(out.sequences[1, -1] in ends)
-    on_cache, from_scratch = go_on(model, inputs, out.sequences, getattr(out, CACHE_NAME))
-    assert torch.equal(on_cache[last], from_scratch[last])
+    check_going_on(model, inputs, out.sequences, getattr(out, CACHE_NAME), row=last)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 7, 16, 17])

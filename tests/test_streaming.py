@@ -72,17 +72,17 @@ def test_streamed_embeddings_lose_no_token(capsys):
 
 
 def test_iterator_in_a_thread():
-    streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=1200)
     outs = []
     thread = threading.Thread(target=lambda: outs.append(stream(streamer, {"input_ids": prompt(1)})))
     thread.start()
     text = "".join(streamer)
-    thread.join(timeout=60)
+    thread.join(timeout=1200)
     assert text == tokenizer().decode(outs[0][0, 9:])
 
 
 def test_iterator_does_not_hang_when_generation_fails():
-    streamer, errors = TextIteratorStreamer(tokenizer(), timeout=60), []
+    streamer, errors = TextIteratorStreamer(tokenizer(), timeout=1200), []
 
     def run():
         try:
@@ -93,7 +93,7 @@ def test_iterator_does_not_hang_when_generation_fails():
     thread = threading.Thread(target=run)
     thread.start()
     assert "".join(streamer)  # what came before the error
-    thread.join(timeout=60)
+    thread.join(timeout=1200)
     assert len(errors) == 1
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import runpy
 import sys
 
 import pytest
 
-import simctg_fast
+from .repository import repository
 
-EXAMPLES = pathlib.Path(simctg_fast.__file__).resolve().parents[1] / "benchmarks" / "examples"
+EXAMPLES = repository("benchmarks/examples")
 
 
 @pytest.fixture

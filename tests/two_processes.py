@@ -17,6 +17,8 @@ import torch
 
 import simctg_fast
 
+from .processes import LIMIT, end
+
 ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 
 PROLOGUE = """
@@ -49,13 +51,15 @@ def run_two(folder: pathlib.Path, code: str, argument: Any = None, *, init: bool
         own = environment if init else environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = (folder / f"log-{rank}.txt").open("w")
         command = [sys.executable, str(script), str(rank), str(folder)]
-        processes.append(subprocess.Popen(command, env=own, cwd=folder, stdout=log, stderr=subprocess.STDOUT))
+        processes.append(
+            subprocess.Popen(command, env=own, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        )
         log.close()
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=LIMIT) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            end(process)
     logs = [(folder / f"log-{rank}.txt").read_text() for rank in range(2)]
     assert codes == [0, 0], "\n".join(logs)
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(2)]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import platform
 from types import ModuleType
 from typing import Any
 
 import torch
+
+ISA_VARIABLE = "SIMCTG_FAST_ISA"  # `csrc/cpu_features.cpp` reads it
+ISA_NAMES = ("auto", "avx512", "avx2", "generic")
 
 
 @functools.cache
@@ -21,9 +25,24 @@ def _attempt(name: str) -> tuple[ModuleType | None, ImportError | None]:
         return None, error
 
 
+@functools.cache
+def _check_instruction_set(module: ModuleType | None) -> None:
+    """Refuses a SIMCTG_FAST_ISA that cannot be used. What passed is not asked again; an error comes at every call."""
+    if module is not None:
+        module.active_isa()  # raises ValueError
+    elif (name := os.environ.get(ISA_VARIABLE, "")) not in ("", *ISA_NAMES):
+        raise ValueError(f"{ISA_VARIABLE} is {name!r}; it must be one of {', '.join(ISA_NAMES)}")
+
+
 def extension() -> ModuleType | None:
-    """The C++ extension `simctg_fast._C`, or None where it was not built or does not load."""
-    return _attempt("simctg_fast._C")[0]
+    """The C++ extension `simctg_fast._C`, or None where it was not built or does not load.
+
+    Raises:
+        ValueError: SIMCTG_FAST_ISA is not the name of an instruction set that this processor has.
+    """
+    module = _attempt("simctg_fast._C")[0]
+    _check_instruction_set(module)
+    return module
 
 
 def extension_error() -> ImportError | None:
@@ -36,8 +55,10 @@ def require_extension() -> ModuleType:
 
     Raises:
         RuntimeError: it is not there; the ImportError is the cause and part of the text.
+        ValueError: as `extension`.
     """
     module, error = _attempt("simctg_fast._C")
+    _check_instruction_set(module)
     if module is None:
         raise RuntimeError(
             f"impl='cpu' needs the C++ extension, which does not load ({_describe(error)}); "
@@ -88,10 +109,18 @@ def backend_info() -> dict[str, Any]:
     Returns:
         A flat dict of strings, numbers, lists of strings and None (absent). ``extension`` and ``triton`` hold a path or
         version when they load, ``extension_error`` and ``triton_error`` the text of the real ImportError when not.
+        ``instruction_set`` is the one in use, ``instruction_set_from`` says whether the variable SIMCTG_FAST_ISA chose
+        it, and ``instruction_set_error`` what is wrong with that variable.
     """
     import simctg_fast
 
     module, error = _attempt("simctg_fast._C")
+    isa_error = None
+    try:
+        _check_instruction_set(module)
+    except ValueError as refused:
+        isa_error = str(refused)
+    chosen = os.environ.get(ISA_VARIABLE, "") not in ("", "auto")
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -108,7 +137,10 @@ def backend_info() -> dict[str, Any]:
         "triton_error": None if has_triton() else _describe(triton_error()),
         "extension": None if module is None else module.__file__,
         "extension_error": None if module is not None else _describe(error),
-        "instruction_set": None if module is None else module.active_isa(),
+        "instruction_set": None if module is None or isa_error else module.active_isa(),
+        "instruction_set_best": None if module is None else module.best_isa(),
+        "instruction_set_from": None if module is None else ISA_VARIABLE if chosen else "processor",
+        "instruction_set_error": isa_error,
         "threads": torch.get_num_threads(),
         "thread_pool": None if module is None else module.parallel_backend(),
         "cuda": torch.version.cuda,

@@ -1,0 +1,17 @@
+"""What tests need of the repository beside this folder: where it is not there, they are skipped and say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def repository(name: str) -> Path:
+    """The path of a file or folder of the repository; skips the test, or the whole file that is being imported."""
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"needs {name} of the repository, which is not beside the tests", allow_module_level=True)
+    return path
