@@ -1,7 +1,8 @@
-"""Speed of the habits: the loop over plain models, and texts in, texts out.
+"""Speed of the habits: the loop over plain models, texts in and texts out, and the trial before a first call.
 
     python benchmarks/habits.py loop      # generate(step, ...) against the bare calls it makes, GPT-2-small shape
     python benchmarks/habits.py text      # ContrastiveGenerator against the tutorial's class and 4.55.4's search
+    python benchmarks/habits.py trial     # what the first call on a model costs more than the second, GPT-2-small shape
     python benchmarks/habits.py text --threads 1 --clock cpu    # where others use the machine too: processor time
 
 ``loop`` compares `simctg_fast.generate` with a loop that calls the same model and the same processors and does nothing
@@ -114,6 +115,45 @@ def loop(options: argparse.Namespace) -> list[Row]:
             print(f"  {name:24}{milliseconds:9.3f} ms/token  {share}")
             values = [value * 1e3 / count for value in seconds[name]]
             rows.append(_row("plain_loop", name, "batch", str(batch), values, options, "ms_per_token"))
+    return rows
+
+
+# ---- the trial before a first call ------------------------------------------------------------------------------------
+
+
+def trial(options: argparse.Namespace) -> list[Row]:
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from simctg_fast import ContrastiveSearch
+    from simctg_fast.decoding import support
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sizes = {} if options.model == "small" else {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 500}
+    config = GPT2Config(initializer_range=0.1, bos_token_id=0, eos_token_id=None, pad_token_id=0, **sizes)
+    model = GPT2LMHeadModel(config).eval()
+    clock, rows = CLOCKS[options.clock], []
+    for batch, length in ((1, 32), (1, 512), (8, 256)):
+        ids = torch.randint(1, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+        def timed(known: bool, ids=ids) -> float:
+            if not known:
+                support._known.clear()
+            start = clock()
+            model.generate(ids, custom_generate=ContrastiveSearch(0.6, 4), max_new_tokens=options.new_tokens)
+            return clock() - start
+
+        seconds = interleaved(
+            {"first call": lambda: timed(False), "known": lambda: timed(True)},  # noqa: B023
+            options.repeats,
+        )
+        first, known = min(seconds["first call"]), min(seconds["known"])
+        print(f"\ntrial, batch {batch}, prompt {length}, {options.new_tokens} new tokens")
+        print(f"  first call {first:.3f} s, known {known:.3f} s: {first - known:.3f} s, {(first - known) / known:.1%}")
+        for name, values in seconds.items():
+            rows.append(_row("trial", name, "batch x prompt", f"{batch}x{length}", values, options, "seconds"))
     return rows
 
 
@@ -279,7 +319,7 @@ def _row(kernel: str, provider: str, x_name: str, x_value: str, values: list[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("loop", "text", "worker"))
+    parser.add_argument("part", choices=("loop", "text", "trial", "worker"))
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -293,7 +333,7 @@ def main() -> None:
         worker(options.folder, options.threads)
         return
     print(f"{processor()}, {options.threads} threads, {options.clock} clock, float32")
-    append_csv(options.csv, {"loop": loop, "text": text}[options.part](options))
+    append_csv(options.csv, {"loop": loop, "text": text, "trial": trial}[options.part](options))
 
 
 if __name__ == "__main__":
