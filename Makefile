@@ -21,7 +21,7 @@ REQUIRE = SIMCTG_FAST_REQUIRE_EXT=1
 PYTEST = -m pytest -q -n $(WORKERS) --dist loadgroup $(TESTS)
 OTHER_ISAS = from simctg_fast import _C; print(*_C.supported_isas()[1:])
 # pytest's 5 says that TESTS holds no such test
-TEST_ISA = for isa in $$(env -u SIMCTG_FAST_ISA PYTHONPATH=. $(PY) -c "$(OTHER_ISAS)"); do \
+TEST_ISA = isas=$$(PYTHONPATH=. $(PY) -c "$(OTHER_ISAS)") || exit 1; for isa in $$isas; do \
 	echo "SIMCTG_FAST_ISA=$$isa"; SIMCTG_FAST_ISA=$$isa $(PY) $(PYTEST) -m "csrc and not full" || [ $$? = 5 ] || exit 1; done
 
 .DEFAULT_GOAL := help

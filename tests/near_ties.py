@@ -22,7 +22,7 @@ from simctg_fast.reference.contrastive_search import ReferenceStep, contrastive_
 
 # Rounding is measured: how far the reference in float32 is from the one in float64, at this very prefix. Another order
 # of sums may be several times as far off. Below the floor one run says nothing; above the ceiling it excuses nothing.
-TIMES, FLOOR, CEILING = 8.0, 5e-7, 2e-5
+TIMES, FLOOR, CEILING = 8.0, 5e-7, 2e-5  # of scores; twice that, and five times, of log-probabilities
 MORE = 4  # candidates looked at beyond top_k: those that another rounding could have let in
 
 PROPERTY = "near_tie"
@@ -139,6 +139,10 @@ def _step(model, row, prefix, inputs, penalty_alpha, top_k, logits_processor) ->
     return contrastive_search(model, ids, **mine, **settings, logits_processor=logits_processor).steps[0]
 
 
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
 def verdict_of(
     truth: ReferenceStep, single: ReferenceStep, penalty_alpha: float, top_k: int, found: int, expected: int
 ) -> Verdict:
@@ -153,24 +157,26 @@ def verdict_of(
         for token, p, score in zip(
             *(x[0].tolist() for x in (step.candidates, step.probabilities, step.scores)), strict=True
         ):
-            numbers.setdefault(token, []).append((p, score))
+            numbers.setdefault(token, []).append((_log(p), score))
     both = [pair for pair in numbers.values() if len(pair) == 2]
-    apart = ([abs(one[i] - other[i]) for one, other in both] for i in (0, 1))
+    apart = ([abs(one[i] - other[i]) for one, other in both] for i in (0, 1))  # NaN where both are infinite
     rounding = [max((value for value in values if math.isfinite(value)), default=0.0) for values in apart]
-    p_slack, score_slack = (min(max(TIMES * error, FLOOR), CEILING) for error in rounding)
+    log_p_slack = min(max(TIMES * rounding[0], 2 * FLOOR), 5 * CEILING)
+    score_slack = min(max(TIMES * rounding[1], FLOOR), CEILING)
 
     p = truth.probabilities[0].tolist()
+    log_p = [_log(value) for value in p]
     places = {token: place for place, token in enumerate(truth.candidates[0].tolist())}
     # A candidate without a hidden state has no score, and is never chosen.
     scores = [score if math.isfinite(score) else -math.inf for score in truth.scores[0].tolist()]
-    inside, outside = p[min(top_k, len(p)) - 1], p[top_k] if top_k < len(p) else -math.inf
-    certain = [score for score, one in zip(scores, p, strict=True) if one > outside + p_slack]
+    inside, outside = log_p[min(top_k, len(p)) - 1], log_p[top_k] if top_k < len(p) else -math.inf
+    certain = [score for score, one in zip(scores, log_p, strict=True) if one > outside + log_p_slack]
     best = max(certain, default=-math.inf)
 
     said, may = [], []
     for name, token in (("found", found), ("expected", expected)):
         place = places.get(token)
-        if place is None or p[place] < inside - p_slack:
+        if place is None or log_p[place] < inside - log_p_slack:
             said.append(f"{name} {token} is none of the {top_k} most probable")
             may.append(False)
             continue
@@ -180,5 +186,5 @@ def verdict_of(
     if found in places and expected in places:
         lead = scores[places[found]] - scores[places[expected]]
         said.append(f"apart {lead:.1e}")
-    said.append(f"rounding allows {score_slack:.1e} of score, {p_slack:.1e} of p; the best score is {best:.9f}")
+    said.append(f"rounding allows {score_slack:.1e} of score, {log_p_slack:.1e} of log p; the best score is {best:.9f}")
     return Verdict(all(may), lead, "float64: " + ", ".join(said))

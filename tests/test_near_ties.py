@@ -60,7 +60,7 @@ class TestVerdict:
         apart = [0.1, 0.3, 0.3 - 3e-6, 0.0]
         assert not judge(6, 7, scores=apart).near_tie
         assert judge(6, 7, scores=apart, error=1e-6).near_tie
-        assert not judge(6, 7, scores=[0.1, 0.3, 0.3 - 2 * CEILING, 0.0], error=1.0).near_tie
+        assert not judge(6, 7, scores=[0.1, 0.3, 0.3 - 2 * CEILING, 0.0], error=0.1).near_tie
         assert judge(6, 7, scores=[0.1, 0.3, 0.3 - 0.9 * FLOOR, 0.0]).near_tie
 
     def test_the_last_candidate_and_the_first_left_out(self):
@@ -72,6 +72,11 @@ class TestVerdict:
         assert judge(6, 8, p=close, scores=scores).near_tie
         assert not judge(5, 8, p=close, scores=scores).near_tie
         assert not judge(8, 6, p=[0.4, 0.3, 0.2, 0.2 - 1e-5], scores=scores).near_tie
+
+    def test_small_probabilities_are_compared_by_their_ratio(self):
+        tail = [4e-8, 3e-8, 2e-8, 1e-8]
+        assert not judge(8, 6, p=tail, scores=[0.1, 0.3, 0.2, 0.9]).near_tie
+        assert judge(8, 6, p=[4e-8, 3e-8, 2e-8, 2e-8], scores=[0.1, 0.3, 0.2, 0.9]).near_tie
 
 
 class TestCompare:
