@@ -118,7 +118,7 @@ def loop(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-# ---- the trial before a first call ------------------------------------------------------------------------------------
+# ---- the trial before a first call -----------------------------------------------------------------------------------
 
 
 def trial(options: argparse.Namespace) -> list[Row]:
@@ -127,7 +127,7 @@ def trial(options: argparse.Namespace) -> list[Row]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from simctg_fast import ContrastiveSearch
-    from simctg_fast.decoding import support
+    from simctg_fast.decoding.support import _known
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -140,13 +140,13 @@ def trial(options: argparse.Namespace) -> list[Row]:
 
         def timed(known: bool, ids=ids) -> float:
             if not known:
-                support._known.clear()
+                _known.clear()  # as if nothing had been tried yet
             start = clock()
             model.generate(ids, custom_generate=ContrastiveSearch(0.6, 4), max_new_tokens=options.new_tokens)
             return clock() - start
 
         seconds = interleaved(
-            {"first call": lambda: timed(False), "known": lambda: timed(True)},  # noqa: B023
+            {"first call": lambda: timed(False), "known": lambda: timed(True)},
             options.repeats,
         )
         first, known = min(seconds["first call"]), min(seconds["known"])

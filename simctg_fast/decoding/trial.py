@@ -45,7 +45,7 @@ FAILURES = (
 )  # fmt: skip
 FILLINGS = (3e3, -7e3)
 
-_PROMPT = 64  # positions of the prompt that are tried, where nothing asks for more
+_PROMPT = 32  # positions of the prompt that are tried, where nothing asks for more
 _BEYOND = 8  # positions of a text that is to be longer than a window
 _MOST_CANDIDATES = 8
 # A trial past a large window may take so long, or this share of the call: a token costs as much as a dozen positions of
@@ -267,7 +267,7 @@ class _Round:
     (True) or as the last layer leaves them (False); ``logits (rows, V)`` those after the winners."""
 
     candidates: torch.Tensor  # (rows, k)
-    columns: list[int]  # of them
+    columns: torch.Tensor  # (rows, columns) which of them
     states: dict[bool, torch.Tensor]
     winners: torch.Tensor  # (rows,) index among the candidates
     logits: torch.Tensor
@@ -361,29 +361,26 @@ class Truth:
         own = _OwnStep(call, tap, copies[-1])
         self.prefill_logits = own.prefill()
         self.asks = bool(tap.arguments)
-        if self.asks:
-            self.prefill_logits = own.prefill()
         self.head: str | None = None
+        self.whole_steps = False
         self.rounds: list[_Round] = []
-        logits = self.prefill_logits
-        for number in range(2):
+        logits, rows = self.prefill_logits, torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        for places in (range(k), sorted({0, k - 1})):
             candidates = _candidates(logits, k)
-            columns = list(range(k)) if number == 0 else sorted({0, k - 1})
+            # Another one in each row, so that not all winners, which come last, are in one place.
+            columns = (torch.tensor(list(places), device=rows.device) + rows) % k
             states: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-            for column in columns:
-                seen, _ = own.step(candidates[:, column])
+            for place in range(columns.shape[1]):
+                last = place == columns.shape[1] - 1
+                seen, logits = own.step(candidates.gather(1, columns[:, place, None])[:, 0], keep=last)
                 self._check_head(seen)
                 for head in states:
                     if seen[head] is not None:
                         states[head].append(seen[head])  # type: ignore[arg-type]
-            winners = torch.arange(len(candidates), device=candidates.device)
-            winners = (k - 1 - winners) % k  # another place in the second row
-            tokens = candidates.gather(1, winners[:, None])[:, 0]
-            seen, logits = own.step(tokens, keep=True)
-            self.whole_steps = own.positions > 1
-            stacked = {h: torch.stack(found, dim=1) for h, found in states.items() if len(found) == len(columns)}
-            self.rounds.append(_Round(candidates, columns, stacked, winners, logits))
-        self.whole = self._compare_whole(own, seen, logits)
+            self.whole_steps |= own.positions > 1
+            stacked = {h: torch.stack(found, dim=1) for h, found in states.items() if len(found) == columns.shape[1]}
+            self.rounds.append(_Round(candidates, columns, stacked, columns[:, -1], logits))
+        self.whole = self._compare_whole(own, logits)
 
     def differs_from(self, other: Truth) -> bool:
         """Whether transformers' own step makes something else of the first row here than there."""
@@ -407,11 +404,11 @@ class Truth:
             if bool((cosine < 1 - 1e-3).any()):
                 self.head = "the output embedding's input is not the last hidden state"
 
-    def _compare_whole(self, own: _OwnStep, seen: dict[bool, torch.Tensor | None], logits: torch.Tensor) -> Check:
+    def _compare_whole(self, own: _OwnStep, logits: torch.Tensor) -> Check:
         name = "same as recomputing every sequence in full"
         if not own.cached:
             return Check(name, True, "no cache was used")
-        tokens = torch.stack([r.candidates.gather(1, r.winners[:, None])[:, 0] for r in self.rounds], dim=1)
+        tokens = torch.cat([r.candidates.gather(1, r.winners[:, None]) for r in self.rounds], dim=1)
         try:
             _, expected = own.whole(tokens)
         except FAILURES as error:
@@ -500,16 +497,16 @@ def _two_steps(path: Path, ids: torch.Tensor, truth: Truth, head: bool, compare:
             seen.append(states.clone())
             return winners.to(states.device)
 
-        if isinstance(path, SharedPrefixPath):
-            bits = []
-            for filling in FILLINGS:
-                with path.undone(filling):
-                    bits.append(path.step(ids, candidates, choose).logits)
-            if not (_same_bits(*seen) and _same_bits(*bits)):
-                raise PathUnsupportedError("it reads keys or values beyond the end of its text")
-            seen.clear()
+        filled = None
+        if isinstance(path, SharedPrefixPath) and step is truth.rounds[0]:
+            with path.undone(FILLINGS[0]):
+                filled = path.step(ids, candidates, choose)
+            path.cache.fill_unused(FILLINGS[1])
         result = path.step(ids, candidates, choose)
-        compare(seen[0][:, step.columns], step.states[head], "hidden states")
+        if filled is not None and not (_same_bits(seen[0], seen[1]) and _same_bits(filled.logits, result.logits)):
+            raise PathUnsupportedError("it reads keys or values beyond the end of its text")
+        rows = torch.arange(count, device=ids.device)[:, None]
+        compare(seen[-1][rows, step.columns[:count]], step.states[head], "hidden states")
         compare(result.logits, step.logits, "logits")
         ids = torch.cat([ids, candidates.gather(1, winners[:, None])], dim=1)
 
