@@ -30,11 +30,15 @@ config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=None)
 model = transformers.GPT2LMHeadModel(config).eval()
 ids = torch.tensor([[5, 6, 7]])
 search = simctg_fast.ContrastiveSearch(0.6, 4)
+def support():  # which reports
+    report = simctg_fast.support(model)
+    if report.path == "none":
+        raise RuntimeError(report.reason)
 uses = {
     "loss": lambda: simctg_fast.contrastive_loss(torch.randn(1, 30, 8)),
     "viterbi": lambda: simctg_fast.viterbi_backtrace(torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([2])),
     "generate": lambda: model.generate(ids, custom_generate=search, max_new_tokens=3, do_sample=False, pad_token_id=0),
-    "support": lambda: simctg_fast.support(model),
+    "support": support,
 }
 for name, use in uses.items():
     try:
@@ -123,7 +127,8 @@ def test_every_use_refuses_a_bad_value(built):
     allowed = available() if built else NAMES
     told = f"ValueError SIMCTG_FAST_ISA is 'sse9'; it must be one of auto, {', '.join(allowed)}"
     out, _ = child(("" if built else WITHOUT_EXTENSION) + USES, "sse9")
-    assert out.splitlines() == [f"{name} {told}" for name in ("loss", "viterbi", "generate", "support")]
+    lines = [f"{name} {told}" for name in ("loss", "viterbi", "generate")]
+    assert out.splitlines() == [*lines, f"support RuntimeError {told.replace('ValueError ', 'ValueError: ')}"]
 
 
 def test_without_the_extension_the_names_are_known():

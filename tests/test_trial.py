@@ -399,6 +399,8 @@ def test_an_embedding_that_serves_as_head_is_told_from_one_at_the_input():
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     out = decode(model, inputs, new_tokens=6)
     assert recall(model).path == "reorder"
+    # Given ids, its whole forward has the mask that it lacks beside encoder_outputs.
+    same_tokens(out, truth(model, inputs, new_tokens=6), model, inputs)
     assert torch.equal(decode(model, inputs, penalty_alpha=0.0, new_tokens=6), greedy(model, inputs, new_tokens=6))
     assert torch.equal(decode(model, inputs, new_tokens=6), out)
 

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from ..ops import _backends
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
 from .compiled_decoder import as_written
@@ -291,6 +292,7 @@ class _Run:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def __call__(self):
+        _backends.extension()  # an instruction set that is not there is said as such, not as a path's failure
         with ExitStack() as stack:
             if self.strategy.decode_step != "compiled":
                 stack.enter_context(as_written(self.model))

@@ -33,9 +33,11 @@ class HiddenStatesTap:
 
     def __init__(self, model):
         self.model, self.head = model, model.get_output_embeddings()
-        if isinstance(self.head, torch.nn.Embedding):  # FSMT's: it is read at the input, and multiplied by elsewhere
-            self.head = None
         self.decoder = decoder_of(model)
+        if self.decoder is not None and any(module is self.head for module in self.decoder.modules()):
+            self.decoder = None  # FSMT's makes its logits itself
+        if isinstance(self.head, torch.nn.Embedding):  # and reads this at the input
+            self.head = None
         self._hooks: list[RemovableHandle] = []
         self._owner = threading.get_ident()
         self._listening = False

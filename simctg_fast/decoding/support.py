@@ -138,9 +138,7 @@ def support(model, inputs: dict[str, torch.Tensor] | None = None, *, top_k: int 
 
 def _made_up_inputs(model) -> dict[str, torch.Tensor]:
     config = model.config
-    text_config = config.get_text_config(decoder=not config.is_encoder_decoder)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = max(4, min(text_config.vocab_size, 1000))
     if model.main_input_name == "input_features":  # speech
         frames = 2 * getattr(config, "max_source_positions", 1500)
         shape = (2, getattr(config, "num_mel_bins", 80), frames)
@@ -150,7 +148,11 @@ def _made_up_inputs(model) -> dict[str, torch.Tensor]:
             f"support(inputs=None) can make up token ids and speech features; {type(model).__name__} wants "
             f"{model.main_input_name!r}: pass inputs={{...}} as for generate"
         )
-    ids = torch.randint(3, vocabulary, (2, 7), generator=generator)
+    text_config = config.get_text_config(decoder=not config.is_encoder_decoder)
+    size = getattr(text_config, "vocab_size", None) or getattr(getattr(config, "encoder", None), "vocab_size", None)
+    if size is None:
+        raise ValueError(f"{type(config).__name__} has no vocab_size to make up token ids from: pass inputs={{...}}")
+    ids = torch.randint(3, max(4, min(size, 1000)), (2, 7), generator=generator)
     mask = torch.ones_like(ids)
     if config.is_encoder_decoder:
         mask[0, 5:] = 0
