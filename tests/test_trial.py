@@ -450,6 +450,19 @@ def test_layers_that_are_stacked_in_front_of_the_rows(batch):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_a_state_that_the_model_keeps_in_itself():
+    """No copy of a cache holds it: transformers' own step has to run the text anew for each candidate."""
+    config = transformers.RecurrentGemmaConfig(
+        **TOKENS, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=8, lru_width=32, attention_window_size=4,
+    )  # fmt: skip
+    model, inputs = drawn(transformers.RecurrentGemmaForCausalLM(config)), {"input_ids": prompt(2)}
+    out = decode(model, inputs)
+    assert recall(model).path == "uncached"
+    same_tokens(out, truth(model, inputs), model, inputs)
+    assert torch.equal(decode(model, inputs, penalty_alpha=0.0), greedy(model, inputs))
+
+
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 

@@ -274,10 +274,12 @@ class _Round:
 
 
 class _OwnStep:
-    """transformers' own step: ``generate``'s loop, from the arguments it was called with."""
+    """transformers' own step: ``generate``'s loop, from the arguments it was called with. ``replay``: every step runs
+    the text anew, for models that keep a state in themselves, where no copy of a cache reaches it."""
 
-    def __init__(self, call: Call, tap: HiddenStatesTap, rows: _Rows):
+    def __init__(self, call: Call, tap: HiddenStatesTap, rows: _Rows, replay: bool):
         self.call, self.model, self.tap = call, call.model, tap
+        self.replay, self.kept = replay, []  # type: ignore[var-annotated]
         self.ids, self.kwargs = rows.ids, dict(rows.kwargs)
         self.rows = rows
         self.cached = bool(self.kwargs.get("use_cache", True))
@@ -296,6 +298,15 @@ class _OwnStep:
 
     def step(self, tokens: torch.Tensor, keep: bool = False) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
         """States and logits after ``tokens (rows,)``, which stay part of the text if ``keep``."""
+        if self.replay:
+            self.prefill()
+            for earlier in self.kept:
+                self._step(earlier, keep=True)
+        if keep:
+            self.kept.append(tokens)
+        return self._step(tokens, keep)
+
+    def _step(self, tokens: torch.Tensor, keep: bool) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
         before = None if keep else dict(self.kwargs)
         if not keep:
             self.kwargs = {n: v if _is_input(n, v) else copy.deepcopy(v) for n, v in self.kwargs.items()}
@@ -355,10 +366,10 @@ class Truth:
         whole_steps: a step of transformers' own runs the whole text.
     """
 
-    def __init__(self, call: Call, tap: HiddenStatesTap, copies: list[_Rows], k: int):
+    def __init__(self, call: Call, tap: HiddenStatesTap, copies: list[_Rows], k: int, replay: bool = False):
         self.copies, self.ids = copies, copies[-1].ids
         self.allowed = allowed_error(call.model, self.ids.device)
-        own = _OwnStep(call, tap, copies[-1])
+        own = _OwnStep(call, tap, copies[-1], replay)
         self.prefill_logits = own.prefill()
         self.asks = bool(tap.arguments)
         self.head: str | None = None
@@ -563,12 +574,16 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
             check = Check("trial", False, "not tried: its forward gives something else each time (dropout?)")
             refusals += [reason for reason in found if not reason.startswith("uncached:")]
             return Verdict(make_report(call.model, *exact[-1], refusals, [check]), truths[0].asks) if exact else None
-        if route is None and len(call.input_ids) == 1 and len(copies) == 2:
-            alone = [Truth(call, tap, truth.copies[:1], k) for truth in truths]
-            if any(one.differs_from(two) for one, two in zip(alone, truths, strict=True)):
-                # transformers itself makes something else of a row beside which there is another: the one row counts.
-                truths = alone
-                route, found = _first_that_serves(call, tap, routes, truths, ours)
+        # Where nothing agrees, the truth may not have been one: a model that keeps a state in itself has to run its
+        # text anew for each candidate; and where it makes something else of a row beside another, the one row counts.
+        one_row = len(call.input_ids) == 1 and len(copies) == 2
+        for replay, rows in ((True, 2), *(((False, 1), (True, 1)) if one_row else ())):
+            if route is None:
+                others = [Truth(call, tap, truth.copies[:rows], k, replay) for truth in truths]
+                if any(other.differs_from(truth) for other, truth in zip(others, truths, strict=True)):
+                    route, reasons = _first_that_serves(call, tap, routes, others, ours)
+                    if route is not None:
+                        truths, found = others, reasons
         checks = [truths[-1].whole]
         if route is not None and windows and windows[-1] > 2 * _PROMPT:
             checks.insert(0, _beyond_window(call, tap, windows[-1], seconds, k, route, ours))
