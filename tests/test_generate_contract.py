@@ -183,7 +183,26 @@ def test_pipeline_that_samples_by_default(caplog):
     with caplog.at_level(logging.WARNING, "simctg_fast"):
         out = pipe(TEXT, custom_generate=ContrastiveSearch(0.6, 4), max_new_tokens=12)
     assert out[0]["generated_text"] == tokenizer().decode(expected[0], skip_special_tokens=True)
-    assert len(warnings_of(caplog, "sampling settings of do_sample=True")) == 1
+    assert not warnings_of(caplog, "sampling settings")  # nobody typed them
+
+
+def test_a_warning_of_what_somebody_typed_and_of_nothing_else(caplog):
+    """A random choice that was asked for is one: only what it leaves out is worth a word."""
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        generate(shared("llama"), {"input_ids": prompt(1)}, ContrastiveSearch(temperature=0.3), do_sample=True)
+        pipe = text_pipeline()
+        pipe(TEXT, custom_generate=ContrastiveSearch(0.6, 4), max_new_tokens=3)
+        pipe(TEXT, custom_generate=ContrastiveSearch(0.6, 4, temperature=0.5), max_new_tokens=3)
+    assert not warnings_of(caplog, "sampling settings")
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        strategy = ContrastiveSearch(temperature=0.3)
+        generate(shared("llama"), {"input_ids": prompt(1)}, strategy, do_sample=True, top_p=0.8)
+    (record,) = warnings_of(caplog, "sampling settings of do_sample=True (top_p=0.8) are not applied")
+    assert "ContrastiveSearch(temperature" not in record.getMessage()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        generate(shared("llama"), {"input_ids": prompt(1)}, do_sample=True)
+    assert warnings_of(caplog, "pass ContrastiveSearch(temperature=..., generator=...)")
 
 
 def test_pipeline_ignores_a_top_k_nobody_chose():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 
 import pytest
@@ -122,6 +123,89 @@ def test_beam_search_passes_through(patched):
     inputs = left_padded(9, 7)
     expected = ORIGINAL(shared("llama"), **inputs, num_beams=3, max_new_tokens=12)
     assert torch.equal(generate(inputs, num_beams=3), expected)
+
+
+# ---- settings that would run another mode --------------------------------------------------------------------------
+
+OTHER_MODES = {
+    "num_beams": (4, "num_beams must be 1 for contrastive search, got 4"),
+    "num_beam_groups": (2, "num_beam_groups must be 1 for contrastive search, got 2"),
+    "constraints": (["a constraint"], "constraints must be None for contrastive search, got ['a constraint']"),
+    "force_words_ids": ([[5]], "force_words_ids must be None for contrastive search, got [[5]]"),
+    "prompt_lookup_num_tokens": (3, "prompt_lookup_num_tokens must be None for contrastive search, got 3"),
+    "assistant_early_exit": (1, "assistant_early_exit must be None for contrastive search, got 1"),
+    "use_mtp": (True, "use_mtp must be None for contrastive search, got True"),
+    "dola_layers": ("low", "dola_layers must be None for contrastive search, got 'low'"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODES)
+def test_another_mode_beside_penalty_alpha_is_refused(patched, name):
+    value, message = OTHER_MODES[name]
+    inputs = {"input_ids": prompt(1)}
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        generate(inputs, penalty_alpha=0.6, top_k=4, **{name: value})
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        generate(inputs, generation_config=GenerationConfig(penalty_alpha=0.6, top_k=4, **{name: value}))
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        generate(inputs, custom_generate=ContrastiveSearch(0.6, 4), **{name: value})
+
+
+@pytest.mark.parametrize("name", OTHER_MODES)
+@pytest.mark.parametrize("typed", [True, False])
+def test_another_mode_in_the_checkpoint_is_refused(patched, name, typed):
+    model, (value, message) = build("llama"), OTHER_MODES[name]
+    setattr(model.generation_config, name, value)
+    asked = {"penalty_alpha": 0.6, "top_k": 4}
+    if not typed:
+        model.generation_config.penalty_alpha, model.generation_config.top_k = 0.6, 4
+    allowed = message.partition("must be ")[2].partition(" ")[0]
+    source = f" (from the model's generation_config: pass {name}={allowed})"
+    with pytest.raises(ValueError, match=re.escape(message + source)):
+        model.generate(prompt(1), max_new_tokens=4, **asked if typed else {})
+
+
+@pytest.mark.parametrize("name", ["num_beams", "prompt_lookup_num_tokens", "dola_layers"])
+def test_a_call_undoes_the_checkpoints_mode(patched, name):
+    model = build("llama")
+    setattr(model.generation_config, name, OTHER_MODES[name][0])
+    undo = {name: 1 if name == "num_beams" else None}
+    out = model.generate(prompt(1), penalty_alpha=0.6, top_k=4, max_new_tokens=12, **undo)
+    assert torch.equal(out, decode(shared("llama"), {"input_ids": prompt(1)}))
+
+
+def test_an_assistant_beside_penalty_alpha_is_refused(patched):
+    message = "assistant_model must be None for contrastive search, got LlamaForCausalLM"
+    for spelling in SPELLINGS.values():
+        with pytest.raises(ValueError, match=message):
+            generate({"input_ids": prompt(1)}, **spelling, assistant_model=shared("llama"))
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+@pytest.mark.parametrize(
+    "wish", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}, {"penalty_alpha": None}], ids=str
+)
+def test_the_calls_wish_wins_over_the_checkpoints_penalty_alpha(patched, wish, as_config, caplog):
+    if as_config and None in wish.values():
+        pytest.skip("a configuration cannot say None")
+    model = build("llama")
+    model.generation_config.penalty_alpha, model.generation_config.top_k = 0.6, 4
+    plain = build("llama")
+    plain.generation_config.top_k = 4
+    arguments = {"generation_config": GenerationConfig(**wish, max_new_tokens=12)} if as_config else wish
+    length = {} if as_config else {"max_new_tokens": 12}
+    torch.manual_seed(3)
+    out = model.generate(prompt(1), **arguments, **length)
+    torch.manual_seed(3)
+    assert torch.equal(out, ORIGINAL(plain, prompt(1), **wish, max_new_tokens=12))
+    assert not [record for record in caplog.records if record.name == "simctg_fast"]
+    assert model.generation_config.penalty_alpha == 0.6
+
+
+def test_a_top_k_of_zero_is_refused(patched):
+    """It once meant "all" to sampling, and here it silently meant greedy search."""
+    with pytest.raises(ValueError, match="top_k must be an integer of at least 1, got 0"):
+        generate({"input_ids": prompt(1)}, penalty_alpha=0.6, top_k=0)
 
 
 def test_a_callable_of_somebody_else_passes_through(patched):

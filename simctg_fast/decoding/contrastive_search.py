@@ -158,7 +158,8 @@ class _Run:
         self.strategy, self.model, self.config = strategy, model, config
         self.streamer, self.synced_gpus = None, False
         self.penalty_alpha, self.top_k = self._settings(strategy, config, model)
-        self.processors = without_sampling_warpers(processors, config)
+        is_random = strategy.temperature is not None
+        self.processors = without_sampling_warpers(processors, config, model.generation_config, is_random)
         self.criteria = criteria
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.input_ids = input_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationConfig
@@ -23,8 +24,15 @@ _SAMPLING_WARPERS = {
 }
 
 
-def without_sampling_warpers(processors: LogitsProcessorList, config: GenerationConfig) -> LogitsProcessorList:
-    """``processors`` less the warpers that ``generate`` adds for ``do_sample=True``, with one warning if any.
+_DEFAULTS = {"top_k": 50, "temperature": 1.0, "top_p": 1.0}  # of transformers
+
+
+def without_sampling_warpers(
+    processors: LogitsProcessorList, config: GenerationConfig, checkpoint: GenerationConfig, is_random: bool
+) -> LogitsProcessorList:
+    """``processors`` less the warpers that ``generate`` adds for ``do_sample=True``. One warning if that ignores what
+    somebody typed: not what the ``checkpoint`` says of itself, nor what transformers' pipelines set, nor ``do_sample``
+    where the choice ``is_random`` as it was asked for.
 
     A warper that the caller passed in stays, unless it equals the one the configuration asks for.
     """
@@ -35,16 +43,31 @@ def without_sampling_warpers(processors: LogitsProcessorList, config: Generation
         attribute, field = _SAMPLING_WARPERS.get(type(processor).__name__, ("", ""))
         ours = bool(attribute) and type(processor).__module__ == logits_process.__name__
         if ours and _same(getattr(processor, attribute, None), getattr(config, field, None)):
-            dropped.append(f"{field}={getattr(config, field)}")
+            dropped.append(field)
         else:
             kept.append(processor)
-    if dropped:
+    typed = [field for field in dropped if _was_typed(field, config, checkpoint)]
+    if typed or (not is_random and _was_typed("do_sample", config, checkpoint)):
+        said = ", ".join(f"{field}={getattr(config, field)}" for field in (dropped if not is_random else typed))
+        advice = "" if is_random else " For random choices pass ContrastiveSearch(temperature=..., generator=...)."
         logger.warning(
-            "contrastive search ranks the model's own probabilities: the sampling settings of do_sample=True (%s) are "
-            "not applied. For random choices pass ContrastiveSearch(temperature=..., generator=...).",
-            ", ".join(dropped),
+            "contrastive search ranks the model's own probabilities: the sampling settings of do_sample=True%s are not "
+            "applied.%s",
+            f" ({said})" if said else "",
+            advice,
         )
     return kept
+
+
+def _was_typed(field: str, config: GenerationConfig, checkpoint: GenerationConfig) -> bool:
+    """Whether a setting is neither the checkpoint's, nor a default of transformers or of its pipelines."""
+    pipelines = sys.modules.get("transformers.pipelines.text_generation")
+    defaults = getattr(getattr(pipelines, "TextGenerationPipeline", None), "_default_generation_config", None)
+    if defaults is not None and not _same(config.temperature, defaults.temperature):
+        defaults = None  # no pipeline's call, or one that chose another
+    value = getattr(config, field, None)
+    known = [getattr(checkpoint, field, None), getattr(defaults, field, None), _DEFAULTS.get(field)]
+    return not any(_same(value, other) for other in known if other is not None)
 
 
 def _same(value, configured) -> bool:
