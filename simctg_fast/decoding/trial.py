@@ -198,7 +198,10 @@ def _copies(call: Call) -> list[_Rows]:
             return [one, _Rows(_take(ids, rows), {name: _take(value, rows, name) for name, value in kwargs.items()})]
     else:
         one = _Rows(ids, kwargs)
-    two_ids, doubled = repeat_rows(call.model, one.ids, one.kwargs, 2)
+    try:
+        two_ids, doubled = repeat_rows(call.model, one.ids, one.kwargs, 2)
+    except FAILURES:  # a model that cannot repeat its own inputs; its candidates will say so
+        return [one]
     if _is_text(call, one.kwargs):
         mask = one.kwargs.get(call.mask_name)
         real_places = torch.ones_like(two_ids[1], dtype=torch.bool) if mask is None else mask[0].bool()
@@ -562,7 +565,13 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
     began = time.perf_counter()
     try:
         copies = _copies(call)
-        truths = [Truth(call, tap, _cut(call, copies, _PROMPT, 0), k)]
+        try:
+            truths = [Truth(call, tap, _cut(call, copies, _PROMPT, 0), k)]
+        except FAILURES as error:  # the second row is of our making; what the first raises is the caller's to see
+            if len(copies) == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            copies = copies[:1]
+            truths = [Truth(call, tap, _cut(call, copies, _PROMPT, 0), k)]
         seconds = time.perf_counter() - began
         windows = [size + _BEYOND for size in call.windows_reached() if size + _BEYOND <= call.limit]
         near = [width for width in windows if width <= 2 * _PROMPT]
