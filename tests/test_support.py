@@ -123,6 +123,20 @@ def test_images(name):
     assert all(check.passed for check in report.checks), report
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_images_on_every_path(name, rows):
+    """`generate` hands on features of images that models expand in place: nobody's but a copy's may be."""
+    case, model = zoo.CASES["padded"], zoo.build(name)
+    given = zoo.prompt_for(name, case, 0)
+    patches = len(given["pixel_values"]) // len(given["input_ids"])
+    inputs = {key: value[: rows * (patches if key == "pixel_values" else 1)] for key, value in given.items()}
+    suppressed = zoo.options_for(zoo.ARCHITECTURES[name], case)["suppress_tokens"]
+    first = decode(model, inputs, suppress_tokens=suppressed)
+    for path in ("shared_prefix", "reorder", "uncached"):
+        assert torch.equal(decode(model, inputs, path=path, suppress_tokens=suppressed), first), path
+
+
 def test_inputs_it_cannot_make_up_are_asked_for():
     model = build("llama")
     model.main_input_name = "pixel_values"

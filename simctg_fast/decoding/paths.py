@@ -173,8 +173,10 @@ def expand_kwargs(
 
 def repeat_rows(model, input_ids: torch.Tensor, kwargs: dict[str, Any], k: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """Each sequence of a call ``k`` times, as the model does it; the caller's own arguments stay as they are."""
-    encoded = kwargs.get("encoder_outputs")
-    if isinstance(encoded, ModelOutput):  # it is expanded in place
+    encoded, features = kwargs.get("encoder_outputs"), kwargs.get("mm_encoder_outputs")
+    if features is not None:  # both are expanded in place
+        kwargs = kwargs | {"mm_encoder_outputs": {name: copy_outputs(value) for name, value in features.items()}}
+    if isinstance(encoded, ModelOutput):
         kwargs = kwargs | {"encoder_outputs": copy_outputs(encoded)}
     elif isinstance(encoded, (tuple, list)):  # what a decoder alone may be given
         kwargs = kwargs | {"encoder_outputs": type(encoded)(states.repeat_interleave(k, dim=0) for states in encoded)}

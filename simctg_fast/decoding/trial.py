@@ -169,6 +169,11 @@ def _softer(name: str, value: Any, rows: int) -> Any:
         for key in list(softer):
             softer[key] = _softer(key, softer[key], rows)
         return softer
+    if type(value) is dict:
+        return {key: _softer(key, part, rows) for key, part in value.items()}
+    if isinstance(value, list) and value and len(value) % rows == 0:
+        half = len(value) // rows
+        return [*value[:half], *(0.9 * part if isinstance(part, torch.Tensor) else part for part in value[half:])]
     apart = ("mask", "position", "probs", "logits")
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or any(word in name for word in apart):
         return value
