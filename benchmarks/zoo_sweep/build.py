@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import sys
 from pathlib import Path
@@ -38,10 +39,10 @@ _RULES: list[tuple[str, Any]] = [
     (r"(audio|speech)_token_(id|index)", AUDIO_TOKEN),
     (r"tie_word_embeddings|tie_encoder_decoder", False),
     (r"(kv|q|o)_lora_rank", lambda v: 16 if v else v),
-    (r"qk_rope_head_dim|index_rope_head_dim", 4),
+    (r"qk_rope_head_dim|index_rope_head_dim", 8),
     (r"qk_nope_head_dim|v_head_dim", 8),
-    (r"qk_head_dim", 12),
-    (r"index_head_dim", 8),
+    (r"qk_head_dim", 16),
+    (r"index_head_dim", 16),
     (r"index_n_heads", 2),
     (r"index_topk", 4),
     (r"(num_|n_)?(routed_|local_)?experts|moe_num_experts|n_routed_experts|num_local_experts", lambda v: 4 if v else v),
@@ -99,7 +100,26 @@ _KEPT = {
 }  # fmt: skip
 
 # Where the names say too little. By configuration class; a dictionary goes into a sub-configuration.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "BambaConfig": {"attn_layer_indices": [1]},
+    "DbrxConfig": {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "GPTNeoConfig": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "Mamba2Config": {"num_heads": 8, "head_dim": 8},
+    "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
+    "ReformerConfig": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+    "XLNetConfig": {"d_head": 8, "n_head": 4},
+    "ZayaConfig": {"num_experts_per_tok": 1},
+    "DoryConfig": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
+    "HunYuanDenseV1Config": {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "HunYuanMoEV1Config": {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "MinistralConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "BltConfig": {"encoder_hash_byte_group_vocab": 50},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 2},
+    "CohereCompassTextConfig": {"num_hidden_layers": 4},
+}
 
 
 def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[str, Any]:
@@ -110,19 +130,16 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
     names = [field.name for field in dataclasses.fields(config_class)] if dataclasses.is_dataclass(config_class) else []
     layers = next((n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in names), None)
     depth = getattr(default, layers, None) if layers else None
-    mla = "qk_rope_head_dim" in names
     for name in names:
-        value = getattr(default, name, None)
         if name in _KEPT:
             continue
+        value = _value(default, name)
         if name in sub_configs:
             if value is not None:
                 arguments[name] = small(type(value), value, lists) | {"model_type": value.model_type}
             continue
         if isinstance(value, (list, tuple)) and depth and len(value) == depth and lists:
             continue  # one entry a layer: below
-        if mla and name == "head_dim":
-            continue
         rule = next((rule for pattern, rule in _RULES_COMPILED if pattern.fullmatch(name)), None)
         if rule is None:
             if isinstance(value, int) and not isinstance(value, bool) and name.endswith(("token_id", "token_index")):
@@ -139,9 +156,9 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
     if lists and depth:
         kinds: list[int] = []  # the first layer of each kind, and at least two layers
         per_layer = {
-            name: list(getattr(default, name))
+            name: list(_value(default, name))
             for name in names
-            if isinstance(getattr(default, name, None), (list, tuple)) and len(getattr(default, name)) == depth
+            if isinstance(_value(default, name), (list, tuple)) and len(_value(default, name)) == depth
         }
         if per_layer:
             seen = set()
@@ -155,11 +172,27 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
             for name, values in per_layer.items():
                 arguments[name] = [values[index] for index in kinds]
             arguments[layers] = len(kinds)
-    rope = getattr(default, "rope_parameters", None)
-    if isinstance(rope, dict) and "rope_parameters" in names:
+    rope = _value(default, "rope_parameters")
+    if "rope_parameters" in names and isinstance(rope, dict):
         arguments["rope_parameters"] = _small_rope(rope)
+        if "mrope_section" in _source(config_class) and not any(isinstance(v, dict) for v in rope.values()):
+            arguments["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
     arguments.update(copy.deepcopy({k: v for k, v in OVERRIDES.get(config_class.__name__, {}).items()}))
     return arguments
+
+
+def _value(config: Any, name: str) -> Any:
+    """An attribute, or None; some configurations refuse to say what differs between layers."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return vars(config).get(name)
+
+
+@functools.cache
+def _source(config_class: Any) -> str:
+    folder = Path(sys.modules[config_class.__module__].__file__ or "").parent
+    return "".join(path.read_text(encoding="utf-8") for path in folder.glob("modeling_*.py"))
 
 
 def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
@@ -173,6 +206,8 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
             rope[name] = value[:4]
         elif name == "original_max_position_embeddings":
             rope[name] = 64
+        elif name == "rope_theta" and value is None:
+            rope[name] = 10000.0
     return rope
 
 
