@@ -1,0 +1,217 @@
+"""One class, from its name to its record."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from . import build, classes, inputs, judge
+
+NEW_TOKENS = 8
+PATHS = ("shared_prefix", "reorder", "uncached")
+ROUGH = 0.02  # float32 alone is further from float64 than this: nothing can be told from tokens
+_MARGIN = 30  # times the error of transformers' own step in float32
+
+
+def one_class(name: str) -> dict[str, Any]:
+    """The record of class ``name``; whatever goes wrong is part of it."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    began = time.perf_counter()
+    _, folder = classes.generating_classes()[name]
+    record: dict[str, Any] = {"class": name, "architecture": folder, "status": "", "path": "", "reason": "", "faults": []}
+    try:
+        cls = classes.find(name)
+        if cls is None:
+            record["status"] = "does not generate"
+            return record
+        model = build.build(cls)
+        settle(model)
+    except Exception as error:
+        record |= {"status": "not built", "reason": _short(error)}
+        return record
+    cases: dict[str, Any] = {}
+    for kind in inputs.kinds(model):
+        for rows in (1, 2):
+            cases[f"{kind} {rows}"] = one_case(model, kind, rows)
+    record["cases"] = cases
+    summarise(record)
+    record["seconds"] = round(time.perf_counter() - began, 1)
+    return record
+
+
+def settle(model: Any) -> None:
+    """Nothing ends a text early, and nothing else than the call decides how it is decoded."""
+    from transformers import GenerationConfig
+
+    start = getattr(model.config, "decoder_start_token_id", None)
+    config = GenerationConfig(pad_token_id=0, bos_token_id=1, decoder_start_token_id=1 if start is None else start)
+    for name, value in vars(model.generation_config).items():
+        if not hasattr(config, name) or name.startswith(("lang", "task", "is_multi", "no_timestamps", "alignment")):
+            setattr(config, name, value)
+    model.generation_config = config
+
+
+def summarise(record: dict[str, Any]) -> None:
+    """The verdict on the class from those on its cases."""
+    cases = record["cases"]
+    reached = {name: case for name, case in cases.items() if case["status"] != "not reached"}
+    record["faults"] = [f"{name}: {fault}" for name, case in cases.items() for fault in case["faults"]]
+    if not reached:
+        record |= {"status": "not reached", "reason": next(iter(cases.values()))["reason"]}
+        return
+    paths = list(dict.fromkeys(case["path"] for case in reached.values()))
+    record["path"] = ", ".join(paths)
+    first = next((c for c in reached.values() if c["path"] == "none"), next(iter(reached.values())))
+    record["reason"] = first["reason"]
+    states = {case["status"] for case in reached.values()}
+    for status in ("fault", "refused", "rough", "agrees"):
+        if status in states:
+            record["status"] = status
+            break
+    record["own_differs"] = sorted({case.get("own_differs", "") for case in reached.values()} - {""})
+
+
+def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
+    """Our calls on inputs of ``kind`` with so many ``rows``, judged."""
+    case: dict[str, Any] = {"status": "", "path": "", "reason": "", "faults": []}
+    given, problem = accepted_inputs(model, kind, rows)
+    if given is None:
+        return case | {"status": "not reached", "reason": problem}
+    from simctg_fast import support
+
+    report = support(copy.deepcopy(model), given, top_k=judge.TOP_K)
+    case |= {"path": report.path, "reason": report.reason, "inputs": {n: list(v.shape) for n, v in given.items()}}
+    own_check = next((c for c in report.checks if c.name.startswith("same as recomputing")), None)
+    faults: list[str] = case["faults"]
+    double, double_inputs = judge.double_of(model, given)
+
+    results: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    calls = copy.deepcopy(model)
+    for label, path in (("first", "auto"), ("second", "auto"), *((p, p) for p in PATHS)):
+        try:
+            results[label] = ours(calls, given, path)
+        except Exception as error:
+            if isinstance(error, ValueError) and _is_ours(error):
+                case.setdefault("refusals", {})[label] = _short(error)
+            else:
+                faults.append(f"{label}: raises {_short(error)}")
+    if ("first" in results) != (report.path != "none") and not any(f.startswith("first:") for f in faults):
+        faults.append(f"support says {report.path}, generate {'decodes' if 'first' in results else 'does not'}")
+    if {"first", "second"} <= set(results) and not torch.equal(results["first"][0], results["second"][0]):
+        faults.append("second call says something else than the first")
+    if "first" in results and report.path not in results and report.path != "none":
+        faults.append(f"path={report.path!r} by name does not open: {case.get('refusals', {}).get(report.path)}")
+    if report.path == "none":
+        # transformers' greedy search did run: what it is that we refuse is the reason.
+        case["status"] = "fault" if faults else "refused"
+        return case
+    judged: dict[tuple, str] = {}
+    for label, (tokens, logits) in results.items():
+        key = tuple(map(tuple, tokens.tolist()))
+        if key not in judged:
+            judged[key] = verdict(model, given, double, double_inputs, tokens, logits, case, own_check)
+        if judged[key]:
+            faults.append(f"{label}: {judged[key]}")
+    case["status"] = "fault" if faults else case["status"] or "agrees"
+    return case
+
+
+def verdict(model, given, double, double_inputs, tokens, logits, case, own_check) -> str:
+    """What is wrong with these tokens; empty if nothing is."""
+    try:
+        steps = judge.trace(double, double_inputs, tokens)
+    except Exception as error:
+        try:
+            case["truth"] = f"float32, because in float64 {_short(error)}"
+            steps = judge.trace(copy.deepcopy(model), given, tokens)
+        except Exception as again:
+            case["status"] = "rough"
+            case["truth"] = f"none: {_short(again)}"
+            return ""
+    truth = torch.stack([step.logits for step in steps], dim=1)
+    try:
+        plain = judge.trace(copy.deepcopy(model), given, tokens, scored=False)
+        own_error = judge.error(torch.stack([s.logits for s in plain], dim=1), truth)
+    except Exception as error:
+        return f"the judge failed: {_short(error)}"
+    case["own_error"] = max(case.get("own_error", 0.0), own_error)
+    try:
+        whole = judge.trace(double, double_inputs, tokens, cached=False, scored=False)
+        apart = judge.error(torch.stack([s.logits for s in whole], dim=1), truth)
+        if apart > max(1e-6 if "truth" not in case else 1e-3, 0.0):
+            case["own_differs"] = f"{apart:.2g}"
+    except Exception as error:
+        case["own_differs"] = f"uncached fails: {_short(error)}"
+    if own_error > ROUGH or not bool(truth.isfinite().any()):
+        case["status"] = "rough"
+        return ""
+    allowed = max(1e-3, _MARGIN * own_error)
+    lost = judge.regret(steps, tokens, tie=max(1e-5, _MARGIN * own_error))
+    case["regret"] = max(case.get("regret", 0.0), float(lost.max()))
+    case["scored"] = bool(steps[0].scores.isfinite().any())
+    found = []
+    if float(lost.max()) > allowed:
+        row, column = divmod(int(lost.flatten().argmax()), lost.shape[1])
+        where = (lost > allowed).nonzero().tolist()
+        found.append(f"regret {float(lost.max()):.3g} (row {row}, step {column}; {len(where)} of {lost.numel()} tokens)")
+    if logits is not None:
+        difference = judge.error(logits, truth)
+        case["error"] = max(case.get("error", 0.0), difference)
+        if difference > allowed:
+            found.append(f"logits off by {difference:.2g} (transformers' own in float32: {own_error:.1g})")
+    return ", ".join(found)
+
+
+def ours(model, given, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """New tokens ``(B, n)`` and the logits they were chosen by ``(B, n, V)``."""
+    from simctg_fast import ContrastiveSearch
+
+    out = model.generate(
+        **given,
+        custom_generate=ContrastiveSearch(judge.ALPHA, judge.TOP_K, path=path),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    logits = torch.stack(out.logits, dim=1) if out.logits else None
+    return out.sequences[:, -NEW_TOKENS:], logits
+
+
+def accepted_inputs(model, kind: str, rows: int) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """The first guess that transformers' own greedy search takes, or how it refused the first of them."""
+    problem = ""
+    for guess in inputs.guesses(model, kind, rows):
+        for attempt in range(2):
+            try:
+                copied = copy.deepcopy(model)
+                out = copied.generate(**guess, max_new_tokens=NEW_TOKENS, do_sample=False)
+                if not isinstance(out, torch.Tensor) or out.ndim != 2 or out.is_floating_point():
+                    return None, f"generate gives no tokens but {type(out).__name__}"
+                return guess, ""
+            except Exception as error:
+                problem = problem or _short(error)
+                better = inputs.corrected(model, kind, guess, str(error)) if attempt == 0 else None
+                if better is None:
+                    break
+                guess = better
+    return None, f"transformers' own greedy search: {problem}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it is a refusal of ours, raised by our code, and not something that went wrong deeper down."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and "simctg_fast" in place.tb_frame.f_code.co_filename
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
