@@ -115,10 +115,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DoryConfig": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "HunYuanDenseV1Config": {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "HunYuanMoEV1Config": {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "MinistralConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "MinistralConfig": {"head_dim": 8},
+    "HunYuanVLTextConfig": {"head_dim": 8},
     "BltConfig": {"encoder_hash_byte_group_vocab": 50},
     "MoonshineStreamingConfig": {"num_key_value_heads": 2},
-    "CohereCompassTextConfig": {"num_hidden_layers": 4},
+    "Dots3NoteTextConfig": {"num_key_value_heads": 4},
+    "Dots3NoteConfig": {"num_key_value_heads": 4},
+    "Glm5NextTextConfig": {"num_key_value_heads": 4, "index_kpool": 2},
 }
 
 
@@ -175,7 +178,7 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
     rope = _value(default, "rope_parameters")
     if "rope_parameters" in names and isinstance(rope, dict):
         arguments["rope_parameters"] = _small_rope(rope)
-        if "mrope_section" in _source(config_class) and not any(isinstance(v, dict) for v in rope.values()):
+        if "mrope_section" in _source(config_class) and rope and not any(isinstance(v, dict) for v in rope.values()):
             arguments["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
     arguments.update(copy.deepcopy({k: v for k, v in OVERRIDES.get(config_class.__name__, {}).items()}))
     return arguments

@@ -29,7 +29,7 @@ def generating_classes() -> dict[str, tuple[str, str]]:
             if isinstance(node, ast.ClassDef):
                 places[node.name] = (f"transformers.models.{path.parent.name}.{path.stem}", path.parent.name)
                 bases[node.name] = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
-    found = {"GenerationMixin"}
+    found = {parent for parents in bases.values() for parent in parents if parent.endswith("GenerationMixin")}
     while more := {name for name, parents in bases.items() if name not in found and parents & found}:
         found |= more
     return {name: places[name] for name in sorted(found & set(places))}

@@ -1,0 +1,121 @@
+"""The sweep over transformers' generating classes: its judge finds what is wrong, and some forty classes agree."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .decoding_models import build, decode, inputs_for
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+from zoo_sweep import inputs, judge, run  # noqa: E402
+from zoo_sweep.classes import find, generating_classes  # noqa: E402
+
+NEW = 8
+
+
+def judged(model, given, tokens):
+    double, double_inputs = judge.double_of(model, given)
+    return judge.regret(judge.trace(double, double_inputs, tokens), tokens)
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def decoded(request):
+    model = build(request.param)
+    given = inputs_for(model, 2, 11)
+    return model, given, decode(model, given, new_tokens=NEW)[:, -NEW:]
+
+
+def test_our_tokens_are_the_best_ones(decoded):
+    assert float(judged(*decoded).max()) < 1e-4
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("column", [0, 3, NEW - 1])
+def test_a_wrong_token_is_found_where_it_is(decoded, row, column):
+    model, given, tokens = decoded
+    double, double_inputs = judge.double_of(model, given)
+    step = judge.trace(double, double_inputs, tokens)[column]
+    for wrong in (step.ids[row, :4].tolist(), [int(step.logits[row].argmin())]):
+        for token in wrong:
+            if token == int(tokens[row, column]):
+                continue
+            changed = tokens.clone()
+            changed[row, column] = token
+            lost = judged(model, given, changed)
+            assert float(lost[row, column]) > 1e-3
+            assert float(lost[1 - row].max()) < 1e-4
+            assert float(lost[row, :column].sum()) < 1e-3
+
+
+def test_rows_in_each_others_place_are_found(decoded):
+    model, given, tokens = decoded
+    assert float(judged(model, given, tokens.flip(0)).max()) > 1e-2
+
+
+def test_a_window_that_is_not_honoured_is_found():
+    """Tokens of the same weights without the window."""
+    model = build("mistral")
+    given = inputs_for(model, 2, 11)
+    wide = copy.deepcopy(model)
+    wide.config.sliding_window = None
+    for layer in wide.model.layers:
+        layer.self_attn.sliding_window = None
+    tokens = decode(wide, given, new_tokens=NEW)[:, -NEW:]
+    assert float(judged(model, given, tokens).max()) > 1e-2
+    assert float(judged(model, given, decode(model, given, new_tokens=NEW)[:, -NEW:]).max()) < 1e-4
+
+
+def test_padding_that_is_not_honoured_is_found(decoded):
+    model, given, _ = decoded
+    blind = given | {"attention_mask": torch.ones_like(given["attention_mask"])}
+    tokens = decode(model, blind, new_tokens=NEW)[:, -NEW:]
+    assert float(judged(model, given, tokens).max()) > 1e-3
+
+
+def test_the_judge_is_no_part_of_what_it_judges():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from zoo_sweep import judge;"
+        "print([m for m in sys.modules if m.startswith('simctg_fast.decoding')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_classes_are_found_by_looking():
+    names = generating_classes()
+    assert {"LlamaForCausalLM", "T5ForConditionalGeneration", "WhisperForConditionalGeneration"} <= set(names)
+    assert "BertForMaskedLM" not in names
+    assert find("LlamaForCausalLM").__name__ == "LlamaForCausalLM"
+
+
+def test_an_error_from_deeper_down_is_no_refusal():
+    model = build("llama")
+    with pytest.raises(ValueError) as ours:
+        run.ours(model, inputs_for(model), "nowhere")
+    assert run._is_ours(ours.value)
+    with pytest.raises(ValueError) as theirs:
+        model.generate(**inputs.text(1), max_new_tokens=-1)
+    assert not run._is_ours(theirs.value)
+
+
+def test_some_forty_classes_agree(tmp_path):
+    """Each in a process of its own, forked from one that has imported everything."""
+    output = tmp_path / "zoo.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "zoo.py"), "--ci", "--jobs", "2", "--output", str(output)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert len(records) >= 38
+    assert {record["status"] for record in records} <= {"agrees", "refused"}
+    assert {"shared_prefix", "reorder"} <= {record["path"] for record in records}
