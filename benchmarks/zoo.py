@@ -5,9 +5,10 @@
     python benchmarks/zoo.py --ci                    # some forty that cover every kind; exit status 1 on a fault
     python benchmarks/zoo.py --write                 # the table, benchmarks/zoo.md, from the results
 
-The judge (`zoo_sweep/judge.py`) is transformers' own step in float64. "agrees": each of our tokens is the best by it, or
-as good up to rounding, on every path that opens. "refused": we raise ValueError and say why. "not reached": our generic
-inputs do not get through transformers' own greedy search. "rough": float32 itself is too far from float64 to tell.
+The judge (`zoo_sweep/judge.py`) is transformers' own step in float64. "agrees": each of our tokens is the best by it,
+or as good up to rounding, on every path that opens. "refused": we raise ValueError and say why. "not reached": our
+generic inputs do not get through transformers' own greedy search. "rough": float32 itself is too far from float64 to
+tell.
 """
 
 from __future__ import annotations
@@ -32,13 +33,25 @@ HERE = Path(__file__).resolve().parent
 
 # One or two of each kind, none of them slow.
 CI = (
-    *("GPT2LMHeadModel", "LlamaForCausalLM", "OPTForCausalLM", "BloomForCausalLM", "GPTNeoForCausalLM", "FalconForCausalLM"),
+    *(
+        "GPT2LMHeadModel",
+        "LlamaForCausalLM",
+        "OPTForCausalLM",
+        "BloomForCausalLM",
+        "GPTNeoForCausalLM",
+        "FalconForCausalLM",
+    ),
     *("MptForCausalLM", "BertLMHeadModel", "XLMWithLMHeadModel", "BioGptForCausalLM", "GPTNeoXJapaneseForCausalLM"),
     *("MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3nForCausalLM", "GptOssForCausalLM", "DogeForCausalLM"),
     *("Cohere2ForCausalLM", "Llama4ForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "Qwen2MoeForCausalLM"),
     *("MambaForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM", "Lfm2ForCausalLM"),
     *("RwkvForCausalLM", "RecurrentGemmaForCausalLM", "BartForConditionalGeneration", "T5ForConditionalGeneration"),
-    *("MarianMTModel", "T5GemmaForConditionalGeneration", "FSMTForConditionalGeneration", "LEDForConditionalGeneration"),
+    *(
+        "MarianMTModel",
+        "T5GemmaForConditionalGeneration",
+        "FSMTForConditionalGeneration",
+        "LEDForConditionalGeneration",
+    ),
     *("ProphetNetForConditionalGeneration", "BartForCausalLM", "WhisperForConditionalGeneration"),
     *("Speech2TextForConditionalGeneration", "LlavaForConditionalGeneration", "BlipForConditionalGeneration"),
     *("PaliGemmaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "GitForCausalLM"),
@@ -108,10 +121,11 @@ def table(records: list[dict], version: str) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Every generating class of transformers {version}, small and with random weights, decoded by `ContrastiveSearch` and",
-        "judged by transformers' own step in float64 (`python benchmarks/zoo.py --jobs 2`, then `--write`). One row and two",
-        'padded ones; text, images and sound where generic inputs reach the class. "own differs": the class itself computes',
-        "something else with its cache than without; the cached step is what `generate` means, and is what counts.",
+        f"Every generating class of transformers {version}, small and with random weights, decoded by",
+        "`ContrastiveSearch` and judged by transformers' own step in float64 (`python benchmarks/zoo.py`, then",
+        '`--write`). One row and two padded ones; text, images and sound where generic inputs reach the class. "own',
+        'differs": the class itself computes something else with its cache than without; the cached step is what',
+        "`generate` means, and is what counts.",
         "",
         ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1])) + ".",
         "",
@@ -128,9 +142,8 @@ def table(records: list[dict], version: str) -> str:
             reason = f"own differs; {reason}"
         reason = reason.replace("|", "\\|").replace("<", "&lt;")
         reason = reason if len(reason) <= 220 else reason[:217] + "…"
-        lines.append(
-            f"| {record['architecture']} | {record['class']} | {kinds} | {record['path']} | {record['status']} | {reason} |"
-        )
+        cells = [record["architecture"], record["class"], kinds, record["path"], record["status"], reason]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

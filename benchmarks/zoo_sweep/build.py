@@ -62,7 +62,8 @@ _RULES: list[tuple[str, Any]] = [
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r"linear_(key|value)_head_dim|linear_head_dim", 8),
-    (r"(swa_|global_|compress_)?head_(dim|size)|attention_head_dim|d_kv|kv_channels|head_dim_.*", lambda v: 8 if v else v),
+    (r"(swa_|global_|compress_)?head_(dim|size)|attention_head_dim|d_kv|kv_channels|head_dim_.*",
+     lambda v: 8 if v else v),
     (r"(num_|n_|.*_)?(key_value|kv)_heads|num_kv_heads|n_kv_heads|num_global_key_value_heads", lambda v: 2 if v else v),
     (r"(.*_)?(num_|n_)?(attention_|attn_)?heads?|n_head|(.*_)?num_attention_heads|.*attention_heads",
      lambda v: HEADS if isinstance(v, int) and v > 1 else v),
@@ -91,7 +92,8 @@ _RULES: list[tuple[str, Any]] = [
      lambda v: WIDTH if isinstance(v, int) and v > 8 else v),
     (r"num_attention_global_tokens|num_query_tokens|num_latents|resampler_n_latents|image_seq_length|image_seq_len|"
      r"mm_tokens_per_image|max_num_patches", lambda v: 4),
-    (r"num_experts.*|n_shared_experts|shared_experts", lambda v: min(v, 2) if isinstance(v, int) and not isinstance(v, bool) else v),
+    (r"num_experts.*|n_shared_experts|shared_experts",
+     lambda v: min(v, 2) if isinstance(v, int) and not isinstance(v, bool) else v),
 ]  # fmt: skip
 _RULES_COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
 _KEPT = {
@@ -180,7 +182,7 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
         arguments["rope_parameters"] = _small_rope(rope)
         if "mrope_section" in _source(config_class) and rope and not any(isinstance(v, dict) for v in rope.values()):
             arguments["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
-    arguments.update(copy.deepcopy({k: v for k, v in OVERRIDES.get(config_class.__name__, {}).items()}))
+    arguments.update(copy.deepcopy(OVERRIDES.get(config_class.__name__, {})))
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""Inputs for a model it was never told about: several guesses a kind, of which transformers' own greedy search decides."""
+"""Inputs for a model nobody told it about: several guesses a kind, of which transformers' own greedy search decides."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def guesses(model: Any, kind: str, rows: int) -> Iterator[Inputs]:
         return
     features = _images(model, names, rows) if kind == "image" else _sounds(model, names, rows)
     for media in features:
-        if "input_ids" not in names or encoder_decoder and model.main_input_name != "input_ids":
+        if "input_ids" not in names or (encoder_decoder and model.main_input_name != "input_ids"):
             yield media
             if "decoder_input_ids" not in names:
                 yield media | text(rows)
@@ -149,8 +149,8 @@ def _sounds(model: Any, names: set[str], rows: int) -> Iterator[Inputs]:
         yield {"input_values": _noise(rows, 40, 16)}
     if "input_features" not in names and model.main_input_name != "input_features":
         return
-    audio = next((c for n in ("audio_config", "encoder_config", "speech_config") if (c := getattr(model.config, n, None))),
-                 model.config)  # fmt: skip
+    parts = (getattr(model.config, name, None) for name in ("audio_config", "encoder_config", "speech_config"))
+    audio = next((part for part in parts if part), model.config)
     bins = next((v for n in ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim",
                              "input_dim", "n_mels") if isinstance(v := getattr(audio, n, None), int)), 16)  # fmt: skip
     frames = 2 * (getattr(audio, "max_source_positions", None) or 20)

@@ -24,7 +24,14 @@ def one_class(name: str) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     began = time.perf_counter()
     _, folder = classes.generating_classes()[name]
-    record: dict[str, Any] = {"class": name, "architecture": folder, "status": "", "path": "", "reason": "", "faults": []}
+    record: dict[str, Any] = {
+        "class": name,
+        "architecture": folder,
+        "status": "",
+        "path": "",
+        "reason": "",
+        "faults": [],
+    }
     try:
         cls = classes.find(name)
         if cls is None:
@@ -96,7 +103,7 @@ def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
     for label, path in (("first", "auto"), ("second", "auto"), *((p, p) for p in PATHS)):
         try:
             results[label] = ours(calls, given, path)
-        except Exception as error:
+        except Exception as error:  # noqa: PERF203
             if isinstance(error, ValueError) and _is_ours(error):
                 case.setdefault("refusals", {})[label] = _short(error)
             else:
@@ -159,7 +166,9 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, own_check
     if float(lost.max()) > allowed:
         row, column = divmod(int(lost.flatten().argmax()), lost.shape[1])
         where = (lost > allowed).nonzero().tolist()
-        found.append(f"regret {float(lost.max()):.3g} (row {row}, step {column}; {len(where)} of {lost.numel()} tokens)")
+        found.append(
+            f"regret {float(lost.max()):.3g} (row {row}, step {column}; {len(where)} of {lost.numel()} tokens)"
+        )
     if logits is not None:
         difference = judge.error(logits, truth)
         case["error"] = max(case.get("error", 0.0), difference)
@@ -195,7 +204,7 @@ def accepted_inputs(model, kind: str, rows: int) -> tuple[dict[str, torch.Tensor
                 if not isinstance(out, torch.Tensor) or out.ndim != 2 or out.is_floating_point():
                     return None, f"generate gives no tokens but {type(out).__name__}"
                 return guess, ""
-            except Exception as error:
+            except Exception as error:  # noqa: PERF203
                 problem = problem or _short(error)
                 better = inputs.corrected(model, kind, guess, str(error)) if attempt == 0 else None
                 if better is None:
