@@ -141,6 +141,8 @@ class PrefixCache(Cache):
     def to_dynamic(self, config, length: int) -> DynamicCache:
         """The first ``length`` positions as the cache plain ``generate`` makes; this cache is emptied on the way."""
         dynamic = DynamicCache(config=config)
+        if len(dynamic.layers) < len(self.layers):  # some models run a layer of theirs more than once
+            dynamic = DynamicCache()
         for index, layer in enumerate(self.layers):
             if layer.is_initialized:
                 dynamic.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
