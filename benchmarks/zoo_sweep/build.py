@@ -109,6 +109,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Mamba2Config": {"num_heads": 8, "head_dim": 8},
     "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
+    "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "XLNetConfig": {"d_head": 8, "n_head": 4},
     "ZayaConfig": {"num_experts_per_tok": 1},
@@ -156,6 +157,8 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
             continue
         if new is not value:
             arguments[name] = new
+    if "kv_lora_rank" in names and "num_key_value_heads" in arguments:
+        arguments["num_key_value_heads"] = HEADS  # one latent for all heads
     if lists and depth:
         kinds: list[int] = []  # the first layer of each kind, and at least two layers
         per_layer = {
