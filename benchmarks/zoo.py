@@ -32,13 +32,25 @@ HERE = Path(__file__).resolve().parent
 
 # One or two of each kind, none of them slow.
 CI = (
-    *("GPT2LMHeadModel", "LlamaForCausalLM", "OPTForCausalLM", "BloomForCausalLM", "GPTNeoForCausalLM", "FalconForCausalLM"),
+    *(
+        "GPT2LMHeadModel",
+        "LlamaForCausalLM",
+        "OPTForCausalLM",
+        "BloomForCausalLM",
+        "GPTNeoForCausalLM",
+        "FalconForCausalLM",
+    ),
     *("MptForCausalLM", "BertLMHeadModel", "XLMWithLMHeadModel", "BioGptForCausalLM", "GPTNeoXJapaneseForCausalLM"),
     *("MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3nForCausalLM", "GptOssForCausalLM", "DogeForCausalLM"),
     *("Cohere2ForCausalLM", "Llama4ForCausalLM", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "Qwen2MoeForCausalLM"),
     *("MambaForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM", "Lfm2ForCausalLM"),
     *("RwkvForCausalLM", "RecurrentGemmaForCausalLM", "BartForConditionalGeneration", "T5ForConditionalGeneration"),
-    *("MarianMTModel", "T5GemmaForConditionalGeneration", "FSMTForConditionalGeneration", "LEDForConditionalGeneration"),
+    *(
+        "MarianMTModel",
+        "T5GemmaForConditionalGeneration",
+        "FSMTForConditionalGeneration",
+        "LEDForConditionalGeneration",
+    ),
     *("ProphetNetForConditionalGeneration", "BartForCausalLM", "WhisperForConditionalGeneration"),
     *("Speech2TextForConditionalGeneration", "LlavaForConditionalGeneration", "BlipForConditionalGeneration"),
     *("PaliGemmaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "GitForCausalLM"),

@@ -103,7 +103,8 @@ _KEPT = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
     "DbrxConfig": {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
     "GPTNeoConfig": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},

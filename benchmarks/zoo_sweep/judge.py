@@ -34,8 +34,11 @@ class Step:
 
 def double_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
     """Both in float64, the model a copy."""
-    config_free = copy.deepcopy(model).double()
-    return config_free, {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+    double = copy.deepcopy(model).double()
+    for module in double.modules():  # grouped matrix products know no float64
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"
+    return double, {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
 
 
 def trace(
@@ -108,7 +111,9 @@ def _steps(model, ids, generation_config, kwargs, tokens, scored):
             states.append(last[:, -1])
             width = history.shape[1]
             mask = kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
-            mask = mask[:, :width] if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > width else None
+            mask = (
+                mask[:, :width] if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > width else None
+            )
             penalties = torch.stack([degeneration_penalty(history, s, mask) for s in states], dim=1)
             scores = (1 - ALPHA) * p - ALPHA * penalties
             history = torch.cat([history, last[:, -1:]], dim=1)
@@ -134,7 +139,9 @@ def _accepted(model, inputs, extra):
 
 
 def _copied(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {n: v if isinstance(v, torch.Tensor) or n == "encoder_outputs" else copy.deepcopy(v) for n, v in kwargs.items()}
+    return {
+        n: v if isinstance(v, torch.Tensor) or n == "encoder_outputs" else copy.deepcopy(v) for n, v in kwargs.items()
+    }
 
 
 def regret(steps: list[Step], tokens: torch.Tensor, tie: float = 1e-6) -> torch.Tensor:
