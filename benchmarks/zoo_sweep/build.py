@@ -105,12 +105,14 @@ _KEPT = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
     "DbrxConfig": {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
     "GPTNeoConfig": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Mamba2Config": {"num_heads": 8, "head_dim": 8},
     "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
+    "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "XLNetConfig": {"d_head": 8, "n_head": 4},
     "ZayaConfig": {"num_experts_per_tok": 1},
@@ -158,6 +160,8 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
             continue
         if new is not value:
             arguments[name] = new
+    if "kv_lora_rank" in names and "num_key_value_heads" in arguments:
+        arguments["num_key_value_heads"] = HEADS  # one latent for all heads
     if lists and depth:
         kinds: list[int] = []  # the first layer of each kind, and at least two layers
         per_layer = {

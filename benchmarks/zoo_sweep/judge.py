@@ -34,8 +34,11 @@ class Step:
 
 def double_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
     """Both in float64, the model a copy."""
-    config_free = copy.deepcopy(model).double()
-    return config_free, {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+    double = copy.deepcopy(model).double()
+    for module in double.modules():  # grouped matrix products know no float64
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"
+    return double, {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
 
 
 def trace(

@@ -94,7 +94,6 @@ def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
 
     report = support(copy.deepcopy(model), given, top_k=judge.TOP_K)
     case |= {"path": report.path, "reason": report.reason, "inputs": {n: list(v.shape) for n, v in given.items()}}
-    own_check = next((c for c in report.checks if c.name.startswith("same as recomputing")), None)
     faults: list[str] = case["faults"]
     double, double_inputs = judge.double_of(model, given)
 
@@ -122,21 +121,23 @@ def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
     for label, (tokens, logits) in results.items():
         key = tuple(map(tuple, tokens.tolist()))
         if key not in judged:
-            judged[key] = verdict(model, given, double, double_inputs, tokens, logits, case, own_check)
+            judged[key] = verdict(model, given, double, double_inputs, tokens, logits, case, label)
         if judged[key]:
             faults.append(f"{label}: {judged[key]}")
     case["status"] = "fault" if faults else case["status"] or "agrees"
     return case
 
 
-def verdict(model, given, double, double_inputs, tokens, logits, case, own_check) -> str:
+def verdict(model, given, double, double_inputs, tokens, logits, case, label) -> str:
     """What is wrong with these tokens; empty if nothing is."""
+    whole = None
     try:
         steps = judge.trace(double, double_inputs, tokens)
     except Exception as error:
         try:
             case["truth"] = f"float32, because in float64 {_short(error)}"
-            steps = judge.trace(copy.deepcopy(model), given, tokens)
+            double, double_inputs = copy.deepcopy(model), given
+            steps = judge.trace(double, given, tokens)
         except Exception as again:
             case["status"] = "rough"
             case["truth"] = f"none: {_short(again)}"
@@ -149,9 +150,10 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, own_check
         return f"the judge failed: {_short(error)}"
     case["own_error"] = max(case.get("own_error", 0.0), own_error)
     try:
-        whole = judge.trace(double, double_inputs, tokens, cached=False, scored=False)
-        apart = judge.error(torch.stack([s.logits for s in whole], dim=1), truth)
-        if apart > max(1e-6 if "truth" not in case else 1e-3, 0.0):
+        steps_whole = judge.trace(double, double_inputs, tokens, cached=False, scored=False)
+        whole = torch.stack([step.logits for step in steps_whole], dim=1)
+        apart = judge.error(whole, truth)
+        if apart > (1e-3 if "truth" in case else 1e-6):
             case["own_differs"] = f"{apart:.2g}"
     except Exception as error:
         case["own_differs"] = f"uncached fails: {_short(error)}"
@@ -174,6 +176,10 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, own_check
         case["error"] = max(case.get("error", 0.0), difference)
         if difference > allowed:
             found.append(f"logits off by {difference:.2g} (transformers' own in float32: {own_error:.1g})")
+    if found and label == "uncached" and whole is not None and judge.error(logits, whole) <= allowed:
+        # What was asked for by name: the text recomputed. The class's own cached step is what departs from it.
+        case["note"] = "path='uncached' follows the recomputed text, from which the class's own cached step departs"
+        return ""
     return ", ".join(found)
 
 
