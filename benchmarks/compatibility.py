@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PAGE = Path(__file__).resolve().parent / "compatibility.md"
 VOCABULARY = 96
+GROUP = 32  # inputs of a layer that share a scale where weights have four bits
 TIE = 0.02  # scores nearer than this are one to half precision
 # Dynamo and AOTAutograd are what can meet our code; Inductor would spend most of an hour on C++ for these tiny models.
 COMPILE = {"dynamic": True, "backend": "aot_eager"}
@@ -139,6 +141,104 @@ def bitsandbytes(**bits: bool) -> Callable:
     return make
 
 
+def hqq(kind: str):
+    needs("hqq")
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model = build(kind)  # transformers 5 has no loader of HQQ yet
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    for name, layer in layers:
+        config = BaseQuantizeConfig(nbits=4, group_size=GROUP)
+        if name != "lm_head" and not name.endswith(".wo"):  # T5 reads the weight of its "wo" by itself
+            model.set_submodule(name, HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu"))
+    return model
+
+
+def quanto(weights: str) -> Callable:
+    def make(kind: str):
+        needs("optimum", "accelerate")
+        needs("optimum.quanto")  # apart: without optimum its very search fails
+        from transformers import QuantoConfig
+
+        return saved(kind, quantization_config=QuantoConfig(weights=weights), device_map="cpu", dtype=torch.float32)
+
+    return make
+
+
+def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's weight as numbers from 0 to 15, (in, out), and its scales, (in // GROUP, out): 8 stands for zero."""
+    groups = weight.detach().T.unflatten(0, (-1, GROUP))
+    scales = (groups.abs().amax(1) / 7).half()
+    numbers = (groups / scales.float()[:, None]).round().clamp(-8, 7) + 8
+    return numbers.flatten(0, 1).to(torch.int32), scales
+
+
+def _packed(numbers: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Eight numbers of the last dimension to an int32, the lowest four bits first."""
+    eights = numbers.unflatten(-1, (-1, 8))
+    return sum(eights[..., place] << (4 * bits) for bits, place in enumerate(order)).contiguous()
+
+
+def gptq_layer(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    numbers, scales = _four_bits(weight)
+    straight = tuple(range(8))
+    zeros = torch.full(scales.shape, 7, dtype=torch.int32)  # the format stores one less
+    return {
+        "qweight": _packed(numbers.T, straight).T.contiguous(),
+        "qzeros": _packed(zeros, straight),
+        "scales": scales,
+        "g_idx": torch.arange(len(numbers), dtype=torch.int32) // GROUP,
+    }
+
+
+def awq_layer(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    numbers, scales = _four_bits(weight)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    zeros = torch.full(scales.shape, 8, dtype=torch.int32)
+    return {"qweight": _packed(numbers, order), "qzeros": _packed(zeros, order), "scales": scales}
+
+
+def four_bit_checkpoint(kind: str, pack: Callable, quantization_config: dict) -> str:
+    """A folder with the model of ``build``, its layers but the head packed: rounded, without calibration."""
+    from safetensors.torch import save_file
+
+    model, folder = build(kind), tempfile.mkdtemp()
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            weights |= {f"{name}.{part}": value for part, value in pack(weights.pop(f"{name}.weight")).items()}
+    model.config.quantization_config = quantization_config
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def gptq(kind: str):
+    needs("gptqmodel", "optimum", "accelerate")
+    from transformers import AutoModelForCausalLM
+
+    decoder_only(kind)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+    folder = four_bit_checkpoint(kind, gptq_layer, config | {"checkpoint_format": "gptq"})
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32).eval()
+
+
+def awq(kind: str):
+    needs("gptqmodel", "accelerate")
+    from transformers import AutoModelForCausalLM
+
+    decoder_only(kind)
+    config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    folder = four_bit_checkpoint(kind, awq_layer, config)
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32).eval()
+
+
+def decoder_only(kind: str) -> None:
+    if kind != "decoder":
+        raise NotHereError("packed here for the decoder alone")
+
+
 def device_map(kind: str):
     needs("accelerate")
     return saved(kind, device_map="auto")
@@ -200,6 +300,11 @@ SETUPS: dict[str, Callable] = {
     "torchao int8 weights and activations": torchao_dynamic,
     "bitsandbytes 8-bit": bitsandbytes(load_in_8bit=True),
     "bitsandbytes 4-bit": bitsandbytes(load_in_4bit=True),
+    "HQQ 4-bit": hqq,
+    "quanto int8": quanto("int8"),
+    "quanto int4": quanto("int4"),
+    "GPTQ 4-bit": gptq,
+    "AWQ 4-bit": awq,
     '`device_map="auto"`': device_map,
     "`device_map`, a layer on disk": offloaded,
     "`torch.compile(model)`": compiled_module,
@@ -355,10 +460,8 @@ def versions() -> str:
     import transformers
 
     found = [f"torch {torch.__version__.partition('+')[0]}", f"transformers {transformers.__version__}"]
-    for name in ("peft", "torchao", "bitsandbytes", "accelerate"):
-        if importlib.util.find_spec(name):
-            from importlib.metadata import version
-
+    for name in ("peft", "torchao", "bitsandbytes", "hqq", "optimum-quanto", "optimum", "gptqmodel", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join(found)
 
