@@ -343,6 +343,27 @@ def test_stop_strings_arrive(patched, spelling, words):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
+def test_stop_sequence_of_a_pipeline(patched, spelling):
+    pipe = pipeline("text-generation", model=build("llama"), tokenizer=tokenizer())
+    arguments = SPELLINGS[spelling] | {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    text = pipe("Contrast", **arguments)[0]["generated_text"]
+    stop = text[2:4]
+    assert text.index(stop) == 2
+    assert len(text) > 4
+    assert pipe("Contrast", **arguments, stop_sequence=stop)[0]["generated_text"] == text[:4]
+
+
+def test_stop_strings_of_a_strategy_in_a_pipeline():
+    """``stop_sequence`` needs the patch: without it ``generate`` drops the pipeline's tokenizer."""
+    pipe = pipeline("text-generation", model=build("llama"), tokenizer=tokenizer())
+    arguments = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    text = pipe("Contrast", custom_generate=ContrastiveSearch(0.6, 4), **arguments)[0]["generated_text"]
+    strategy = ContrastiveSearch(0.6, 4, tokenizer=pipe.tokenizer, stop_strings=text[2:4])
+    assert len(text) > 4
+    assert pipe("Contrast", custom_generate=strategy, **arguments)[0]["generated_text"] == text[:4]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_stop_strings_of_the_models_generation_config(patched, spelling, words):
     text, early, _ = words
     model = build("llama")

@@ -48,9 +48,10 @@ class _Patch:
 def patch_transformers() -> _Patch:
     """Make ``model.generate(penalty_alpha=0.6, top_k=4)`` run our contrastive search, without ``trust_remote_code``.
 
-    ``streamer``, ``tokenizer`` and ``stop_strings`` arrive whether contrastive search is asked for by the old spelling
-    or by ``custom_generate``. Calling it again changes nothing; :func:`unpatch_transformers`, or using the result as a
-    context manager, undoes it. Everything that is not contrastive search passes through untouched.
+    ``streamer``, ``tokenizer`` and ``stop_strings``, and so a pipeline's ``stop_sequence``, arrive whether contrastive
+    search is asked for by the old spelling or by ``custom_generate``. Calling it again changes nothing;
+    :func:`unpatch_transformers`, or using the result as a context manager, undoes it. Everything that is not
+    contrastive search passes through untouched.
 
     Beams, assistants, constraints and DoLa beside ``penalty_alpha`` raise a ValueError. Only where the call asks for
     one of them (or for ``do_sample``) and ``penalty_alpha`` is the checkpoint's does the call win: it runs as
