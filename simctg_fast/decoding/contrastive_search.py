@@ -53,6 +53,7 @@ class ContrastiveSearch:
         generator: random numbers for ``temperature``; the global generator of the device if None.
         streamer: a ``transformers`` streamer; it gets the prompt, then every token, and is always ended.
         tokenizer, stop_strings: end a sequence at any of these strings (``generate`` keeps its own to itself).
+            A pipeline's ``stop_sequence`` arrives only under ``patch_transformers()``.
         decode_step: keep a step's buffers in place and, on CUDA, replay it as one graph: True, False, or ``"auto"`` (on
             CUDA, where the call allows it). The tokens are the same. ``"compiled"``: with the decoder compiled as well;
             a model's first call takes up to a minute longer, and half-precision scores round differently.
