@@ -205,6 +205,17 @@ def test_a_warning_of_what_somebody_typed_and_of_nothing_else(caplog):
     assert warnings_of(caplog, "pass ContrastiveSearch(temperature=..., generator=...)")
 
 
+@pytest.mark.parametrize("strategy", [ContrastiveSearch(temperature=0.3), ContrastiveSearch(0.6, 7, temperature=0.3)])
+def test_a_top_k_that_counts_candidates_is_not_ignored(strategy, caplog):
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        generate(shared("llama"), {"input_ids": prompt(1)}, strategy, do_sample=True, top_k=7)
+    assert not warnings_of(caplog, "sampling settings")
+    with caplog.at_level(logging.WARNING, "simctg_fast"):
+        other = ContrastiveSearch(0.6, 3, temperature=0.3)
+        generate(shared("llama"), {"input_ids": prompt(1)}, other, do_sample=True, top_k=7)
+    assert warnings_of(caplog, "sampling settings of do_sample=True (top_k=7) are not applied")
+
+
 def test_pipeline_ignores_a_top_k_nobody_chose():
     pipe = text_pipeline()
     assert pipe(TEXT, custom_generate=contrastive_search, max_new_tokens=12) == pipe(

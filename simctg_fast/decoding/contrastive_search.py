@@ -160,7 +160,7 @@ class _Run:
         self.streamer, self.synced_gpus = None, False
         self.penalty_alpha, self.top_k = self._settings(strategy, config, model)
         is_random = strategy.temperature is not None
-        self.processors = without_sampling_warpers(processors, config, model.generation_config, is_random)
+        self.processors = without_sampling_warpers(processors, config, model.generation_config, is_random, self.top_k)
         self.criteria = criteria
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.input_ids = input_ids

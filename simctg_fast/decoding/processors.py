@@ -28,11 +28,15 @@ _DEFAULTS = {"top_k": 50, "temperature": 1.0, "top_p": 1.0}  # of transformers
 
 
 def without_sampling_warpers(
-    processors: LogitsProcessorList, config: GenerationConfig, checkpoint: GenerationConfig, is_random: bool
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    checkpoint: GenerationConfig,
+    is_random: bool,
+    candidates: int,
 ) -> LogitsProcessorList:
     """``processors`` less the warpers that ``generate`` adds for ``do_sample=True``. One warning if that ignores what
     somebody typed: not what the ``checkpoint`` says of itself, nor what transformers' pipelines set, nor ``do_sample``
-    where the choice ``is_random`` as it was asked for.
+    where the choice ``is_random`` as it was asked for, nor a ``top_k`` that is the number of ``candidates``.
 
     A warper that the caller passed in stays, unless it equals the one the configuration asks for.
     """
@@ -43,7 +47,8 @@ def without_sampling_warpers(
         attribute, field = _SAMPLING_WARPERS.get(type(processor).__name__, ("", ""))
         ours = bool(attribute) and type(processor).__module__ == logits_process.__name__
         if ours and _same(getattr(processor, attribute, None), getattr(config, field, None)):
-            dropped.append(field)
+            if field != "top_k" or config.top_k != candidates:
+                dropped.append(field)
         else:
             kept.append(processor)
     typed = [field for field in dropped if _was_typed(field, config, checkpoint)]
