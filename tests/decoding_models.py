@@ -66,7 +66,11 @@ def build(name: str, seed: int = 0, std: float = 0.4, **overrides) -> transforme
     config = getattr(transformers, config_class)(**options)
     if attention is not None:
         config._attn_implementation = attention
-    model = getattr(transformers, model_class)(config).eval()
+    return draw(getattr(transformers, model_class)(config), std, seed)
+
+
+def draw(model: transformers.PreTrainedModel, std: float = 0.4, seed: int = 0) -> transformers.PreTrainedModel:
+    """``model`` in evaluation mode, its weights drawn so that they matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,7 +80,7 @@ def build(name: str, seed: int = 0, std: float = 0.4, **overrides) -> transforme
                 parameter.copy_(std * (noise - noise.mean(dim=-1, keepdim=True)))
             else:
                 parameter.add_(0.1 * noise)
-    return model
+    return model.eval()
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from simctg_fast.decoding.support import recall
 from simctg_fast.engine import Engine
 from simctg_fast.reference.contrastive_search import contrastive_search, true_float64
 
-from .decoding_models import VOCABULARY, build, decode, greedy, inputs_for, left_padded, prompt, tokenizer
+from .decoding_models import VOCABULARY, build, decode, draw, greedy, inputs_for, left_padded, prompt, tokenizer
 from .near_ties import same_tokens
 
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -53,17 +53,8 @@ VISION = {
 }
 
 
-def drawn(model, std=0.35, seed=0):
-    """``model`` with weights that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(std * (noise - noise.mean(dim=-1, keepdim=True)))
-            else:
-                parameter.add_(0.1 * noise)
-    return model.eval()
+def drawn(model, seed=0):
+    return draw(model, std=0.35, seed=seed)
 
 
 def t5gemma(window=4):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from .decoding_models import build, decode, inputs_for
+from .processes import run_child
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -88,7 +88,7 @@ def test_the_judge_is_no_part_of_what_it_judges():
         "import sys; sys.path.insert(0, sys.argv[1]); from zoo_sweep import judge;"
         "print([m for m in sys.modules if m.startswith('simctg_fast.decoding')])"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], capture_output=True, text=True, check=True)
+    out = run_child([sys.executable, "-c", code, str(BENCHMARKS)], check=True)
     assert out.stdout.strip() == "[]"
 
 
@@ -114,7 +114,7 @@ def test_some_forty_classes_agree(tmp_path):
     """Each in a process of its own, forked from one that has imported everything."""
     output = tmp_path / "zoo.jsonl"
     command = [sys.executable, str(BENCHMARKS / "zoo.py"), "--ci", "--jobs", "2", "--output", str(output)]
-    out = subprocess.run(command, capture_output=True, text=True)
+    out = run_child(command)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert out.returncode == 0, out.stdout + out.stderr
     assert len(records) >= 38

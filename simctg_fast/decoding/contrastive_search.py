@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral, Real
 from typing import Any
 
@@ -324,10 +324,9 @@ class _Run:
         return 1 if self.penalty_alpha == 0 and self.strategy.temperature is None else self.top_k
 
     def _run(self, verdict: Verdict) -> None:
-        with ExitStack() as stack:
-            logits = self._open(verdict)
-            if hasattr(self.model, "_optimize_model_for_decode"):
-                stack.enter_context(self.model._optimize_model_for_decode())
+        logits = self._open(verdict)
+        optimized = getattr(self.model, "_optimize_model_for_decode", nullcontext)
+        with optimized():
             self._loop(logits, self._candidates)
 
     def _loop(self, logits: torch.Tensor, k: int) -> None:

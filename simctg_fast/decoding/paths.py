@@ -368,7 +368,7 @@ class UncachedPath(Path):
 
     def prefill(self, input_ids):
         self.prompt_ids = input_ids.shape[1]
-        self.kwargs = without_cache(self.kwargs)
+        self.kwargs = without_caches(self.kwargs) | {"use_cache": False}
         return super().prefill(input_ids)
 
     def _after_prefill(self, outputs) -> None:
@@ -385,8 +385,8 @@ class UncachedPath(Path):
         return self._forward(inputs, candidates, choose)
 
 
-def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {n: v for n, v in kwargs.items() if not isinstance(v, Cache)} | {"use_cache": False}
+def without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in kwargs.items() if not isinstance(v, Cache)}
 
 
 PATHS: dict[str, type[Path]] = {path.name: path for path in (SharedPrefixPath, ReorderPath, UncachedPath)}

@@ -32,6 +32,7 @@ from .paths import (
     copy_outputs,
     grow_kwargs,
     repeat_rows,
+    without_caches,
 )
 from .prefix_cache import CACHE_NAME
 from .support import Check, SupportReport, autocast_dtype
@@ -131,10 +132,6 @@ class _Rows:
     kwargs: dict[str, Any]  # without caches
 
 
-def _without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
-
-
 def _batch_dim(name: str, value: torch.Tensor) -> int:
     return 1 if "position_ids" in name and value.ndim == 3 else 0
 
@@ -185,7 +182,7 @@ def _softer(name: str, value: Any, rows: int) -> Any:
 
 def _copies(call: Call) -> list[_Rows]:
     """One row of the call, and two. Where a batch cannot be taken apart, only the whole."""
-    ids, kwargs = call.input_ids, _without_caches(call.model_kwargs)
+    ids, kwargs = call.input_ids, without_caches(call.model_kwargs)
     batch = len(ids)
     names = [name for name in ("attention_mask", "decoder_attention_mask") if name in kwargs]
     masks = [kwargs[name] for name in names if isinstance(kwargs[name], torch.Tensor) and kwargs[name].ndim == 2]
