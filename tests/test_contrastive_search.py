@@ -440,7 +440,7 @@ def test_training_mode_with_dropout_takes_the_exact_path():
     assert out.shape == (1, 14)
     assert model.training
     assert recall(model).path == "uncached"
-    assert "gives something else each time (dropout?)" in recall(model).checks[-1].detail
+    assert "gives something else each time (model.eval() ends dropout)" in recall(model).checks[-1].detail
     model.eval()
     same_tokens(decode(model, inputs_for(model)), decode(shared("gpt2"), inputs_for(model)), model, inputs_for(model))
     assert recall(model).path == "shared_prefix"

@@ -12,7 +12,7 @@ import transformers
 
 import simctg_fast.engine.scheduler as scheduler_module
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding.slots import SlotDecoder, SlotsUnsupportedError
+from simctg_fast.decoding.slots import SlotDecoder, SlotsUnsupportedError, slot_trial
 from simctg_fast.engine import Engine
 from simctg_fast.engine.scheduler import SlotScheduler
 
@@ -372,12 +372,13 @@ def test_static_batches_give_the_same(name):
 def test_the_trial_is_needed():
     """A model that is silently wrong with rows of different lengths does not pass."""
     model = build("llama")
+    truth = slot_trial(model, 3, 2, None)
     rotary = model.model.rotary_emb
     plain = rotary.forward
     rotary.forward = lambda x, position_ids: plain(x, position_ids=position_ids.amax().expand_as(position_ids))
     made = SlotDecoder(model, 3, 2, True)
-    with made, pytest.raises(SlotsUnsupportedError, match="differ from its own attention"):
-        made.verify(None)
+    with made, pytest.raises(SlotsUnsupportedError, match="differ from those of transformers' own step"):
+        made.verify(truth)
 
 
 def test_too_long_requests_and_foreign_keys():

@@ -330,19 +330,6 @@ def test_right_padding_of_a_decoder():
     decode(build("bart"), inputs, new_tokens=2)  # a source may be
 
 
-def test_prefix_tuning_is_served_or_refused():
-    peft = pytest.importorskip("peft")
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = peft.get_peft_model(build("llama"), config).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
-    inputs = inputs_for(build("llama"), 2)
-    assert torch.equal(decode(model, inputs, penalty_alpha=0.0), greedy(model, inputs))
-    with pytest.raises(ValueError, match=r"path='uncached': uncached: .* differ from those of transformers' own step"):
-        decode(model, inputs, path="uncached")
-
-
 @pytest.mark.parametrize(
     "make",
     [

@@ -19,6 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from ..ops import _backends
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
+from .call import Call, own_cache
 from .compiled_decoder import as_written
 from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_step
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
@@ -28,7 +29,8 @@ from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
 from .support import Check, SupportReport, announce, forget, recall, remember
 from .t5_blocks import fast_t5_blocks
-from .trial import Call, Verdict, judge, own_cache
+from .trial import Verdict, judge
+from .truth import known_tokens, learned_prompt, unknown_token
 
 logger = logging.getLogger("simctg_fast")
 
@@ -183,7 +185,10 @@ class _Run:
         self.positions = position_table(model)
         embeds = None if self.is_encoder_decoder else self.model_kwargs.get("inputs_embeds")
         width = input_ids.shape[1] if embeds is None else embeds.shape[1]
-        self.longest_prompt = width if prompt is None else int(prompt.sum(dim=-1).max())
+        wrapper = learned_prompt(model)
+        self.virtual = 0 if wrapper is None else wrapper.active_peft_config.num_virtual_tokens
+        self.longest_prompt = self.virtual + (width if prompt is None else int(prompt.sum(dim=-1).max()))
+        self.known_tokens: int | None = None  # those that the model can read, where it can write more
         if config.do_sample and strategy.temperature is None and (config.num_return_sequences or 1) > 1:
             logger.warning(
                 "num_return_sequences=%d gives equal texts: contrastive search is deterministic unless "
@@ -289,7 +294,7 @@ class _Run:
         embeds = self.model_kwargs.get("inputs_embeds")
         if bound is not None and embeds is not None and not self.is_encoder_decoder:
             bound += embeds.shape[1] - self.input_ids.shape[1]
-        return bound
+        return bound if bound is None else bound + self.virtual
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -392,6 +397,8 @@ class _Run:
         """What takes over from the step that has just been made; None where it cannot, unless it was insisted on."""
         asked = self.strategy.decode_step
         try:
+            if self.known_tokens is not None:
+                raise StaticStepUnsupportedError("its output embedding writes tokens that it cannot read")
             decode = open_decode_step(self, k, probs, candidates, result)
         except StaticStepUnsupportedError as error:
             if asked != "auto":
@@ -465,6 +472,8 @@ class _Run:
         return choose
 
     def _step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
+        if self.known_tokens is not None and int(candidates.max()) >= self.known_tokens:
+            raise ValueError(unknown_token(self.model, int(candidates.max()), self.known_tokens))
         result = self.opened.step(input_ids, candidates, self._choose(probs))
         if self.history is not None:
             self.history.append(result.hidden_states)
@@ -528,14 +537,25 @@ class _Run:
             record=self.record,
         )
         logits, states, self.prefill_outputs = self.opened.prefill(self.input_ids)
-        mask = self._prompt_mask(self.model_kwargs)
-        if mask is not None and mask.shape[1] != states.shape[1]:
-            raise ValueError(
-                f"attention_mask covers {mask.shape[1]} positions, but the model made hidden states for "
-                f"{states.shape[1]}; allowed: one entry a position"
-            )
+        self.known_tokens = known_tokens(self.model, logits)
+        mask = None if self._candidates == 1 else self._mask_of(states)
         self.history = None if self._candidates == 1 else HiddenStatesHistory(states, mask, self.max_length)
         return logits.to(self.input_ids.device)
+
+    def _mask_of(self, states: torch.Tensor) -> torch.Tensor | None:
+        """Which positions of the prompt's ``states (B, L, D)`` are real."""
+        mask = self._prompt_mask(self.model_kwargs)
+        more = 0 if mask is None else states.shape[1] - mask.shape[1]
+        if mask is None or more == 0:
+            return mask
+        if more == self.virtual:  # a learned prompt stands in front
+            return torch.cat([mask.new_ones(len(mask), more), mask], dim=1)
+        if more > 0 and bool(mask.all()):  # an image's positions, say: all are real, wherever they stand
+            return None
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} positions, but {type(self.model).__name__} made hidden states for "
+            f"{states.shape[1]}: which of them are padding cannot be told; allowed: prompts of one length, unpadded"
+        )
 
     def _begin_again(self, verdict: Verdict, error: Exception) -> None:
         """The path that was found to serve does not serve this call after all: another one takes it from its start."""

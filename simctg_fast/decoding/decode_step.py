@@ -37,7 +37,7 @@ from .paths import SharedPrefixPath, StepResult
 from .prefix_cache import CACHE_NAME, PrefixCacheLayer, next_capacity
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .support import autocast_dtype
-from .trial import RELATIVE_ERROR
+from .truth import RELATIVE_ERROR
 
 logger = logging.getLogger("simctg_fast")
 

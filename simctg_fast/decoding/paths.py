@@ -39,6 +39,10 @@ _PREFILL_ONLY = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_O
     "pixel_values_videos",
     "input_features",
 }
+# What a model that cannot do something raises; anything else is somebody's own, and goes on.
+FAILURES = (
+    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 KEY_VALUE_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer"})
 
 
@@ -89,7 +93,7 @@ class Path:
     def prefill(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Run the prompt. Returns the next token's logits ``(B, V)`` float32, the states of all positions
         ``(B, L, D)``, and the model's output."""
-        kwargs = self.kwargs | self.record | self.tap.arguments
+        kwargs = with_own_states(self.kwargs) | self.record | self.tap.arguments
         if self.tap.arguments:
             self.generation_config.prefill_chunk_size = None  # the output of a chunk holds that chunk's states only
         self.tap.listen(last_position if self.head else None, all_positions=self.head)
@@ -203,6 +207,17 @@ def encoder_rows(outputs: Any, k: int, states: torch.Tensor) -> Any:
     return expanded
 
 
+def with_own_states(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` for one forward, with encoder states of its own: some decoders write into them (Moonshine's streaming
+    one adds positions)."""
+    encoded = kwargs.get("encoder_outputs")
+    if isinstance(encoded, ModelOutput):
+        encoded = copy_outputs(encoded)
+        encoded["last_hidden_state"] = encoded.last_hidden_state.clone()
+        return kwargs | {"encoder_outputs": encoded}
+    return kwargs
+
+
 def grow_kwargs(model, kwargs: dict[str, Any], new_ids: torch.Tensor) -> dict[str, Any]:
     """``kwargs`` of a prompt (masks, positions, embeddings) for that prompt followed by ``new_ids (rows, n)``."""
     kwargs = dict(kwargs)
@@ -212,9 +227,18 @@ def grow_kwargs(model, kwargs: dict[str, Any], new_ids: torch.Tensor) -> dict[st
     if kwargs.get("inputs_embeds") is not None and not is_encoder_decoder:
         new = model.get_input_embeddings()(new_ids)
         kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"], new.to(kwargs["inputs_embeds"])], dim=1)
-    return model._update_model_kwargs_for_generation(
-        {}, kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=new_ids.shape[1]
+    nothing = _NoOutputs()
+    grown = model._update_model_kwargs_for_generation(
+        nothing, kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=new_ids.shape[1]
     )
+    return {name: value for name, value in grown.items() if value is not nothing}
+
+
+class _NoOutputs(dict):
+    """Stands where a forward's outputs belong when none has run; what a model takes from it is this very object."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
 
 
 def _last_positions_only(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -380,7 +404,7 @@ class UncachedPath(Path):
             prompt = input_ids[:, : self.prompt_ids]
             self.expanded = expand_kwargs(self.model, self.kwargs, k, prompt, keep_all=True)
         rows = torch.cat([input_ids.repeat_interleave(k, dim=0), candidates.reshape(-1, 1)], dim=1)
-        kwargs = grow_kwargs(self.model, self.expanded, rows[:, self.prompt_ids :])
+        kwargs = with_own_states(grow_kwargs(self.model, self.expanded, rows[:, self.prompt_ids :]))
         inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **kwargs)
         return self._forward(inputs, candidates, choose)
 

@@ -4,15 +4,17 @@ One forward serves ``rows × k`` candidates at as many different positions. Atte
 (:mod:`.slot_cache`); masks are made from the model's own mask functions, position by position; position ids go in by
 the model's argument for them, or at its position embedding; T5's relative bias, which the model makes for the longest
 row, is shifted for the others. None of this is believed: :meth:`SlotDecoder.verify` compares rows of different lengths
-with the model's own attention over whole sequences before anything is decoded.
+with transformers' own steps for each of them alone before anything is decoded.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +22,15 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_outputs import BaseModelOutput
 
+from .call import own_cache
 from .hidden_states import HiddenStatesTap, last_position
 from .linear_swap import give_forward_back, take_forward
-from .paths import KEY_VALUE_LAYERS
+from .paths import FAILURES, KEY_VALUE_LAYERS
 from .prefix_cache import CACHE_NAME
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .slot_cache import CrossSlots, SlotCache, SlotHistory
-from .trial import FILLINGS, RELATIVE_ERROR, own_cache
+from .trial import FILLINGS
+from .truth import RELATIVE_ERROR, OwnText, error_of, known_tokens, own_text, wrong_head
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (rows, k, D) -> index of the winner (rows,)
 
@@ -229,6 +233,8 @@ class SlotDecoder:
 
     def _set_logits(self, slot: int, logits: torch.Tensor) -> None:
         if self.logits is None:
+            if known_tokens(self.model, logits) is not None:
+                raise SlotsUnsupportedError("its output embedding writes tokens that it cannot read")
             self.logits = torch.zeros(self.slots, logits.shape[-1], device=self.device)
         self.logits[slot] = logits.to(self.logits)
 
@@ -333,24 +339,16 @@ class SlotDecoder:
     # ---- trial ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def verify(self, limit: int | None) -> None:
-        """Fill slots to different lengths, take two steps, and compare every candidate's hidden state and the winners'
-        logits with the model's own attention over the whole sequence. Leaves all slots free.
+    def verify(self, trial: SlotTrial) -> None:
+        """Fill slots to different lengths, take two steps, and compare candidates' hidden states and the winners'
+        logits with transformers' own steps for each text alone. Leaves all slots free.
 
         Raises:
             SlotsUnsupportedError: they differ, or the model cannot be run so at all.
         """
         try:
-            self._verify(limit)
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+            self._verify(trial)
+        except FAILURES as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             if self.last_step is not None and not self.last_step.calls:
@@ -360,39 +358,30 @@ class SlotDecoder:
             for slot in range(self.slots):
                 self.clear(slot)
 
-    def _verify(self, limit: int | None) -> None:
-        longest = max(4, (limit or 1024) - 4)
-        lengths = [min(length, longest) for length in _TRIAL_LENGTHS[-self.slots :]]
-        config = self.model.config.get_text_config(decoder=True)
-        vocabulary = max(4, min(config.vocab_size, 1000))
-        random = torch.Generator().manual_seed(0)
-        draw = lambda n: torch.randint(3, vocabulary, (n,), generator=random).tolist()  # noqa: E731
-        sources = [draw(length) for length in reversed(lengths)] if self.is_encoder_decoder else [None] * len(lengths)
-        prompts = [draw(length) for length in lengths]
-        for slot, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
+    def _verify(self, trial: SlotTrial) -> None:
+        for slot, (source, text) in enumerate(zip(trial.sources, trial.texts, strict=True)):
             if source is not None:
                 self.encode(source)
+            prompt = text.ids[0].tolist()
             half = len(prompt) // 2  # in two chunks, as a long prompt is
             self.prefill(slot, prompt[:half] or prompt[:1], 0, last=False)
-            self.prefill(slot, prompt[half or 1 :], half or 1, last=True)
-        k = self.candidates
-        for filling in FILLINGS:  # beyond the rows' ends: who reads it is far off
+            if len(prompt) > 1:
+                self.prefill(slot, prompt[half or 1 :], half or 1, last=True)
+        for number, filling in enumerate(FILLINGS):  # beyond the rows' ends: who reads it is far off
             self._fill_unused(filling)
-            tokens = torch.tensor([draw(k) for _ in range(self.slots)], device=self.device)
+            tokens = trial.tokens[number].to(self.device)
             seen: list[torch.Tensor] = []
 
             def choose(states: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
                 seen.append(states.clone())
                 return torch.full((len(states),), states.shape[1] - 1, device=states.device)
 
-            self.step(tokens, choose, [slot < len(prompts) for slot in range(self.slots)])
-            for slot, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
-                for column in sorted({0, k - 1}):
-                    state, logits = self._whole([*prompt, int(tokens[slot, column])], source)
-                    self._compare(seen[0][slot, column], state, "hidden states")
-                assert self.logits is not None
-                self._compare(self.logits[slot], logits, "logits")
-                prompt.append(int(tokens[slot, k - 1]))
+            self.step(tokens, choose, [slot < len(trial.texts) for slot in range(self.slots)])
+            assert self.logits is not None
+            for slot, text in enumerate(trial.texts):
+                for column, (states, _) in zip(trial.columns, text.rounds[number], strict=True):
+                    self._compare(seen[0][slot, column], states[True], "hidden states")
+                self._compare(self.logits[slot], text.rounds[number][-1][1], "logits")
         self._fill_unused(0.0)
 
     def _fill_unused(self, value: float) -> None:
@@ -425,39 +414,70 @@ class SlotDecoder:
             torch.equal(row, logits[0]) for row in logits
         )
 
-    def _whole(self, ids: list[int], source: list[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own state and logits at the end of ``ids``, without a cache."""
-        tokens = torch.tensor([ids], device=self.device)
-        inputs: dict[str, Any] = {"use_cache": False, "return_dict": True}
-        if source is None:
-            inputs["input_ids"] = tokens
-        else:
-            inputs |= {"input_ids": torch.tensor([source], device=self.device), "decoder_input_ids": tokens}
-        self.tap.listen(last_position, all_positions=True)
-        try:
-            outputs = self.model(**inputs, **self.tap.arguments)
-        finally:
-            heard = self.tap.mute()
-        state = heard.head[0][0, -1]
-        layers = heard.last_layer
-        if not layers:
-            name = "decoder_hidden_states" if self.is_encoder_decoder else "hidden_states"
-            layers = [getattr(outputs, name)[-1]]
-        last = layers[-1][0, -1]
-        if state.shape != last.shape or torch.cosine_similarity(state.float(), last.float(), dim=-1) < 1 - 1e-3:
-            raise SlotsUnsupportedError("the output embedding's input is not the last hidden state")
-        return state, outputs.logits[0, -1]
-
-    def _compare(self, ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-        a, b = ours.float(), expected.float().to(ours.device)
-        finite = torch.isfinite(a) & torch.isfinite(b)  # logits of banned tokens are −inf in some models
-        error = ((a - b)[finite].norm() / b[finite].norm().clamp_min(1e-12)).item()
-        allowed = RELATIVE_ERROR.get(self.model.dtype, 1e-1)
-        if not error <= allowed or not bool((torch.isfinite(a) == torch.isfinite(b)).all()):
+    def _compare(self, ours: torch.Tensor, expected: torch.Tensor | None, what: str) -> None:
+        assert expected is not None
+        error, allowed = error_of(ours, expected.view(ours.shape)), RELATIVE_ERROR.get(self.model.dtype, 1e-1)
+        if not error <= allowed:
             raise SlotsUnsupportedError(
-                f"{what} of rows of different lengths differ from its own attention's by {error:.2g} "
+                f"{what} of rows of different lengths differ from those of transformers' own step by {error:.2g} "
                 f"(allowed {allowed:g})"
             )
+
+
+@dataclass(frozen=True)
+class SlotTrial:
+    """Texts of different lengths, the tokens that are tried after them, and what transformers' own steps make of it.
+
+    Attributes:
+        tokens: of two rounds, ``(slots, k)`` each; the last of a row is kept.
+        columns: those of them that transformers' own steps tried, too.
+    """
+
+    sources: list[list[int] | None]
+    texts: list[OwnText]
+    tokens: list[torch.Tensor]
+    columns: list[int]
+
+
+@torch.inference_mode()
+def slot_trial(model: Any, slots: int, candidates: int, limit: int | None) -> SlotTrial:
+    """The truth for :meth:`SlotDecoder.verify`, to be made while nothing of ours is in place.
+
+    Args:
+        limit: positions that the model has, None for any number.
+
+    Raises:
+        SlotsUnsupportedError: the model cannot be run so, or its hidden states cannot be read.
+    """
+    longest = max(4, (limit or 1024) - 4)
+    lengths = [min(length, longest) for length in _TRIAL_LENGTHS[-slots:]]
+    vocabulary = max(4, min(model.config.get_text_config(decoder=True).vocab_size, 1000))
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randint(3, vocabulary, shape, generator=random)  # noqa: E731
+    tokens = [draw(slots, candidates) for _ in FILLINGS]
+    columns = sorted({0, candidates - 1})
+    sources: list[list[int] | None] = []
+    texts: list[OwnText] = []
+    tap = HiddenStatesTap(model)
+    for slot, length in enumerate(lengths):
+        rounds = [tried[slot : slot + 1, columns].to(model.device) for tried in tokens]
+        prompt = draw(1, length).to(model.device)
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        sources.append(None)
+        if model.config.is_encoder_decoder:
+            source = draw(1, lengths[-1 - slot]).to(model.device)
+            inputs = {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": prompt}
+            sources[-1] = source[0].tolist()
+        try:
+            texts.append(own_text(model, tap, inputs, rounds))
+        except FAILURES as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise SlotsUnsupportedError(f"its own step fails ({type(error).__name__}: {error})") from error
+        for states, _ in itertools.chain(*texts[-1].rounds):
+            if (reason := wrong_head(states)) is not None:
+                raise SlotsUnsupportedError(reason)
+    return SlotTrial(sources, texts, tokens, columns)
 
 
 def _position_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

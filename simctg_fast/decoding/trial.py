@@ -14,456 +14,38 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
-from transformers.modeling_outputs import ModelOutput
 
+from .call import Call, Rows, copies_of, cut, width_of
 from .hidden_states import HiddenStatesTap
-from .paths import (
-    PATHS,
-    HeadUnsupportedError,
-    Path,
-    PathUnsupportedError,
-    SharedPrefixPath,
-    copy_outputs,
-    grow_kwargs,
-    repeat_rows,
-    without_caches,
-)
+from .paths import FAILURES, PATHS, HeadUnsupportedError, Path, PathUnsupportedError, SharedPrefixPath
 from .prefix_cache import CACHE_NAME
-from .support import Check, SupportReport, autocast_dtype
+from .support import Check, SupportReport
+from .truth import RELATIVE_ERROR, Truth, error_of, learned_prompt, sensitivity
 
 logger = logging.getLogger("simctg_fast")
 
-RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-# What a model that cannot do something raises; anything else is somebody's own, and goes on.
-FAILURES = (
-    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 FILLINGS = (3e3, -7e3)
 
-_PROMPT = 32  # positions of the prompt that are tried, where nothing asks for more
+_PROMPT = 24  # positions of the prompt that are tried, where nothing asks for more
 _BEYOND = 8  # positions of a text that is to be longer than a window
 _MOST_CANDIDATES = 8
+_NOISE, _MOST_NOISE = 3, 0.1  # what is allowed, in multiples of the model's own sensitivity, and at most
 # A trial past a large window may take so long, or this share of the call: a token costs as much as a dozen positions of
 # a prompt, and a trial's truth as some four hundred.
 _SECONDS, _SHARE, _STEP, _POSITIONS = 1.0, 0.1, 12, 400
 
 
-# ---- what is tried ---------------------------------------------------------------------------------------------------
+class _DiffersError(PathUnsupportedError):
+    def __init__(self, what: str, error: float, allowed: float):
+        super().__init__(f"{what} differ from those of transformers' own step by {error:.2g} (allowed {allowed:.2g})")
+        self.error = error
 
 
-@dataclass(frozen=True)
-class Call:
-    """What ``generate`` was called with, before anything of ours touched it. ``model_kwargs`` may hold the cache that
-    transformers made for it, still empty; ``max_length`` the positions it can reach, or None; ``table`` the size of the
-    model's table of positions, or None."""
-
-    model: Any
-    input_ids: torch.Tensor
-    model_kwargs: dict[str, Any]
-    generation_config: GenerationConfig
-    top_k: int
-    max_length: int | None
-    table: int | None
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        return bool(self.model.config.is_encoder_decoder)
-
-    @property
-    def limit(self) -> int:
-        """Positions that a trial may use, the candidates' and a continuation aside."""
-        return (self.table or 1 << 30) - 4
-
-    @property
-    def mask_name(self) -> str:
-        return "decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"
-
-    def new_cache(self) -> Any:
-        """A cache as ``generate`` makes it for this model; None where it makes none."""
-        return own_cache(self.model, self.generation_config, len(self.input_ids), self.max_length)
-
-    def kind(self) -> tuple:
-        """What a verdict on this call holds for: which arguments are given, and what of them models look at."""
-        kind: list[Any] = [self.top_k == 1, len(self.input_ids) == 1, self.windows_reached()]
-        for name, value in sorted(self.model_kwargs.items()):
-            if value is None or isinstance(value, Cache):
-                continue
-            if isinstance(value, torch.Tensor):
-                padded = name.endswith("mask") and value.ndim == 2 and not bool(value.all())
-                kind.append((name, value.ndim, value.dtype, padded))
-            elif isinstance(value, dict):
-                kind.append((name, tuple(key for key, given in value.items() if given is not None)))
-            else:
-                kind.append((name, value if isinstance(value, (bool, int, float, str)) else type(value).__name__))
-        return tuple(kind)
-
-    def windows_reached(self) -> tuple[int, ...]:
-        """Sliding windows that the call's positions reach past."""
-        config = self.model.config.get_text_config(decoder=True)
-        reach = math.inf if self.max_length is None else self.max_length
-        found = {
-            size
-            for name, value in vars(config).items()
-            if "window" in name or name == "attention_chunk_size"
-            for size in (value if isinstance(value, (list, tuple)) else [value])
-            if isinstance(size, int) and not isinstance(size, bool) and 0 < size < reach
-        }
-        return tuple(sorted(found))
-
-
-def own_cache(model: Any, config: GenerationConfig, batch: int, max_length: int | None) -> Any:
-    """The cache that ``generate`` makes for ``model``; None where it leaves that to the model, or has none."""
-    made: dict[str, Any] = {}
-    config = copy.copy(config)
-    config.use_cache, config.cache_implementation = True, None
-    model._prepare_cache_for_generation(config, made, GenerationMode.GREEDY_SEARCH, batch, max_length or 1)
-    return made.get(CACHE_NAME)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    ids: torch.Tensor  # (rows, n)
-    kwargs: dict[str, Any]  # without caches
-
-
-def _batch_dim(name: str, value: torch.Tensor) -> int:
-    return 1 if "position_ids" in name and value.ndim == 3 else 0
-
-
-def _take(value: Any, rows: list[int], name: str = "") -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.index_select(_batch_dim(name, value), torch.tensor(rows, device=value.device))
-    if isinstance(value, ModelOutput):
-        taken = copy_outputs(value)
-        for key in list(taken):
-            taken[key] = _take(taken[key], rows, key)
-        return taken
-    if isinstance(value, (tuple, list)):
-        return type(value)(_take(item, rows, name) for item in value)
-    return value
-
-
-def _has_rows(name: str, value: Any, batch: int) -> bool:
-    """Whether an argument has a row a sequence (features of images, for one, come in any number)."""
-    if isinstance(value, torch.Tensor):
-        return value.ndim > _batch_dim(name, value) and value.shape[_batch_dim(name, value)] == batch
-    if name == "encoder_outputs" or isinstance(value, tuple):
-        items = value.items() if isinstance(value, ModelOutput) else ((name, item) for item in value)
-        return all(_has_rows(key, item, batch) for key, item in items)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _softer(name: str, value: Any, rows: int) -> Any:
-    """What an encoder sees or has made, the second row by a tenth weaker than the first."""
-    if isinstance(value, ModelOutput):
-        softer = copy_outputs(value)
-        for key in list(softer):
-            softer[key] = _softer(key, softer[key], rows)
-        return softer
-    if type(value) is dict:
-        return {key: _softer(key, part, rows) for key, part in value.items()}
-    if isinstance(value, list) and value and len(value) % rows == 0:
-        half = len(value) // rows
-        return [*value[:half], *(0.9 * part if isinstance(part, torch.Tensor) else part for part in value[half:])]
-    apart = ("mask", "position", "probs", "logits")
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or any(word in name for word in apart):
-        return value
-    if value.ndim < 2 or value.shape[0] % rows:
-        return value
-    half = value.shape[0] // rows
-    return torch.cat([value[:half], 0.9 * value[half:]])
-
-
-def _copies(call: Call) -> list[_Rows]:
-    """One row of the call, and two. Where a batch cannot be taken apart, only the whole."""
-    ids, kwargs = call.input_ids, without_caches(call.model_kwargs)
-    batch = len(ids)
-    names = [name for name in ("attention_mask", "decoder_attention_mask") if name in kwargs]
-    masks = [kwargs[name] for name in names if isinstance(kwargs[name], torch.Tensor) and kwargs[name].ndim == 2]
-    others: list[int] = []
-    if batch > 1:
-        if not all(_has_rows(name, value, batch) for name, value in kwargs.items()):
-            return [_Rows(ids, kwargs)]
-        real = sum((mask.sum(dim=-1).cpu() for mask in masks), torch.zeros(batch))
-        first = int(real.argmax())
-        if float(real.min()) < float(real.max()):
-            others = [int(real.argmin())]
-        one = _Rows(_take(ids, [first]), {name: _take(value, [first], name) for name, value in kwargs.items()})
-        if others:
-            rows = [first, *others]
-            return [one, _Rows(_take(ids, rows), {name: _take(value, rows, name) for name, value in kwargs.items()})]
-    else:
-        one = _Rows(ids, kwargs)
-    try:
-        two_ids, doubled = repeat_rows(call.model, one.ids, one.kwargs, 2)
-    except FAILURES:  # a model that cannot repeat its own inputs; its candidates will say so
-        return [one]
-    if _is_text(call, one.kwargs):
-        mask = one.kwargs.get(call.mask_name)
-        real_places = torch.ones_like(two_ids[1], dtype=torch.bool) if mask is None else mask[0].bool()
-        if len(real_places) == two_ids.shape[1]:
-            two_ids = two_ids.clone()
-            two_ids[1, real_places] = two_ids[1, real_places].roll(1)
-    return [one, _Rows(two_ids, {name: _softer(name, value, 2) for name, value in doubled.items()})]
-
-
-def _is_text(call: Call, kwargs: dict[str, Any]) -> bool:
-    """Whether the prompt is token ids alone, which may be cut and turned around."""
-    allowed = {call.mask_name, "use_cache", "logits_to_keep", "position_ids", "token_type_ids"}
-    if call.is_encoder_decoder:
-        allowed |= {"attention_mask", "encoder_outputs", "decoder_position_ids"}
-    return all(value is None or isinstance(value, bool) or name in allowed for name, value in kwargs.items())
-
-
-def _cut(call: Call, copies: list[_Rows], width: int, reach: int) -> list[_Rows]:
-    """``copies`` cut to ``width`` positions where that is possible, and then continued up to ``reach``."""
-    ids, kwargs = copies[-1].ids, copies[-1].kwargs
-    length, mask = ids.shape[1], kwargs.get(call.mask_name)
-    if _is_text(call, kwargs) and length > width and (mask is None or mask.shape == ids.shape):
-        start = length - width
-        if mask is not None and not bool(mask.all()):  # some of the padding stays
-            start = min(start, max(0, int((mask == 0).sum(dim=-1).max()) - width // 4))
-        part = slice(start, start + width)
-        if mask is None or bool(mask[:, part].any(dim=-1).all()):
-            along = [
-                call.mask_name,
-                "token_type_ids",
-                "decoder_position_ids" if call.is_encoder_decoder else "position_ids",
-            ]
-            copies = [_Rows(rows.ids[:, part], _sliced(rows.kwargs, along, length, part)) for rows in copies]
-    missing = reach - max(copies[-1].ids.shape[1], _width(call, kwargs))
-    if missing <= 0:
-        return copies
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = call.model.config.get_text_config(decoder=True).vocab_size
-    new = torch.randint(min(3, vocabulary - 1), min(vocabulary, 1000), (len(ids), missing), generator=generator)
-    new = new.to(ids.device)
-    return [
-        _Rows(
-            torch.cat([rows.ids, new[: len(rows.ids)]], dim=1),
-            grow_kwargs(call.model, rows.kwargs, new[: len(rows.ids)]),
-        )
-        for rows in copies
-    ]
-
-
-def _sliced(kwargs: dict[str, Any], names: list[str], length: int, part: slice) -> dict[str, Any]:
-    found = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)}
-    return kwargs | {name: value[..., part] for name, value in found.items() if value.shape[-1] == length}
-
-
-def _width(call: Call, kwargs: dict[str, Any]) -> int:
-    embeds = None if call.is_encoder_decoder else kwargs.get("inputs_embeds")
-    return 0 if embeds is None else embeds.shape[1]
-
-
-# ---- the truth -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Round:
-    """One step: ``states[head]`` are those of some candidates ``(rows, columns, D)`` as the output embedding gets them
-    (True) or as the last layer leaves them (False); ``logits (rows, V)`` those after the winners."""
-
-    candidates: torch.Tensor  # (rows, k)
-    columns: torch.Tensor  # (rows, columns) which of them
-    states: dict[bool, torch.Tensor]
-    winners: torch.Tensor  # (rows,) index among the candidates
-    logits: torch.Tensor
-
-
-class _OwnStep:
-    """transformers' own step: ``generate``'s loop, from the arguments it was called with. ``replay``: every step runs
-    the text anew, for models that keep a state in themselves, where no copy of a cache reaches it."""
-
-    def __init__(self, call: Call, tap: HiddenStatesTap, rows: _Rows, replay: bool):
-        self.call, self.model, self.tap = call, call.model, tap
-        self.replay, self.kept = replay, []  # type: ignore[var-annotated]
-        self.ids, self.kwargs = rows.ids, dict(rows.kwargs)
-        self.rows = rows
-        self.cached = bool(self.kwargs.get("use_cache", True))
-        config = copy.deepcopy(call.generation_config)
-        config.prefill_chunk_size = None
-        self.config = config
-
-    def prefill(self) -> torch.Tensor:
-        """Logits ``(rows, V)`` after the prompt."""
-        self.ids, self.kwargs = self.rows.ids, dict(self.rows.kwargs)
-        if self.cached and (cache := self.call.new_cache()) is not None:
-            self.kwargs[CACHE_NAME] = cache
-        outputs, _ = self._listen(lambda: self.model._prefill(self.ids, self.config, self.kwargs))
-        self._advance(outputs)
-        return outputs.logits[:, -1].float()
-
-    def step(self, tokens: torch.Tensor, keep: bool = False) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
-        """States and logits after ``tokens (rows,)``, which stay part of the text if ``keep``."""
-        if self.replay:
-            self.prefill()
-            for earlier in self.kept:
-                self._step(earlier, keep=True)
-        if keep:
-            self.kept.append(tokens)
-        return self._step(tokens, keep)
-
-    def _step(self, tokens: torch.Tensor, keep: bool) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
-        before = None if keep else dict(self.kwargs)
-        if not keep:
-            self.kwargs = {n: v if _is_input(n, v) else copy.deepcopy(v) for n, v in self.kwargs.items()}
-        ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        inputs = self.model.prepare_inputs_for_generation(
-            ids, next_sequence_length=1 if self.kwargs.get("use_cache", True) else None, **self.kwargs
-        )
-        outputs, states = self._listen(lambda: self.model(**inputs | self.tap.arguments, return_dict=True))
-        if before is None:
-            self.ids = ids
-            self._advance(outputs)
-        else:
-            self.kwargs = before
-        return states, outputs.logits[:, -1].float()
-
-    def whole(self, tokens: torch.Tensor) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
-        """The same for the prompt and ``tokens (rows, n)`` in one forward without any cache."""
-        ids = torch.cat([self.rows.ids, tokens], dim=1)
-        kwargs = grow_kwargs(self.model, self.rows.kwargs | {"use_cache": False}, tokens)
-        inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
-        outputs, states = self._listen(lambda: self.model(**inputs | self.tap.arguments, return_dict=True))
-        return states, outputs.logits[:, -1].float()
-
-    def _advance(self, outputs: Any) -> None:
-        self.kwargs = self.model._update_model_kwargs_for_generation(
-            outputs, self.kwargs, is_encoder_decoder=self.call.is_encoder_decoder
-        )
-
-    def _listen(self, forward: Any) -> tuple[Any, dict[bool, torch.Tensor | None]]:
-        self.tap.listen(lambda states: states)
-        try:
-            outputs = forward()
-        finally:
-            heard = self.tap.mute()
-        layers = self.tap.last_layer(outputs, heard)
-        self.positions = layers[-1].shape[1] if layers else 1
-        head = heard.head[0] if len(heard.head) == 1 else None
-        return outputs, {
-            True: None if head is None else head[:, -1],
-            False: layers[-1][:, -1] if layers else None,
-        }
-
-
-def _is_input(name: str, value: Any) -> bool:
-    """Whether a model's forward leaves this argument as it is."""
-    return isinstance(value, (torch.Tensor, bool, int, float, str)) or value is None or name == "encoder_outputs"
-
-
-class Truth:
-    """What transformers' own step makes of a small copy of ``call``: two steps with ``k`` candidates.
-
-    Attributes:
-        copies: one row of the call, and two, in whose last the truth was made.
-        asks: the model has to be asked for its last hidden state.
-        head: why winners cannot be chosen before the output embedding, None if they can.
-        whole: how the same text without a cache compares.
-        whole_steps: a step of transformers' own runs the whole text.
-    """
-
-    def __init__(self, call: Call, tap: HiddenStatesTap, copies: list[_Rows], k: int, replay: bool = False):
-        self.copies, self.ids = copies, copies[-1].ids
-        self.allowed = allowed_error(call.model, self.ids.device)
-        own = _OwnStep(call, tap, copies[-1], replay)
-        self.prefill_logits = own.prefill()
-        self.asks = bool(tap.arguments)
-        self.head: str | None = None
-        self.whole_steps = False
-        self.rounds: list[_Round] = []
-        logits, rows = self.prefill_logits, torch.arange(len(self.ids), device=self.ids.device)[:, None]
-        for places in (range(k), sorted({0, k - 1})):
-            candidates = _candidates(logits, k)
-            # Another one in each row, so that not all winners, which come last, are in one place.
-            columns = (torch.tensor(list(places), device=rows.device) + rows) % k
-            states: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-            for place in range(columns.shape[1]):
-                last = place == columns.shape[1] - 1
-                seen, logits = own.step(candidates.gather(1, columns[:, place, None])[:, 0], keep=last)
-                self._check_head(seen)
-                for head in states:
-                    if seen[head] is not None:
-                        states[head].append(seen[head])  # type: ignore[arg-type]
-            self.whole_steps |= own.positions > 1
-            stacked = {h: torch.stack(found, dim=1) for h, found in states.items() if len(found) == columns.shape[1]}
-            self.rounds.append(_Round(candidates, columns, stacked, columns[:, -1], logits))
-        self.whole = self._compare_whole(own, logits)
-
-    def differs_from(self, other: Truth) -> bool:
-        """Whether transformers' own step makes something else of the first row here than there."""
-        if not all(
-            torch.equal(a.candidates[0], b.candidates[0]) for a, b in zip(self.rounds, other.rounds, strict=True)
-        ):
-            return True
-        pairs = [(self.prefill_logits, other.prefill_logits)]
-        pairs += [(a.logits, b.logits) for a, b in zip(self.rounds, other.rounds, strict=True)]
-        return any(error_of(mine[:1], others[:1]) > self.allowed for mine, others in pairs)
-
-    def _check_head(self, seen: dict[bool, torch.Tensor | None]) -> None:
-        """What reaches the output embedding must be the last hidden state up to a factor: cosines are made of it."""
-        state, last = seen[True], seen[False]
-        if state is None:
-            self.head = "the output embedding did not run once in a forward"
-        elif last is None or state.shape != last.shape:
-            self.head = "the last hidden state cannot be read beside the output embedding's input"
-        else:
-            cosine = torch.cosine_similarity(state.float(), last.float(), dim=-1)
-            if bool((cosine < 1 - 1e-3).any()):
-                self.head = "the output embedding's input is not the last hidden state"
-
-    def _compare_whole(self, own: _OwnStep, logits: torch.Tensor) -> Check:
-        name = "same as recomputing every sequence in full"
-        if not own.cached:
-            return Check(name, True, "no cache was used")
-        tokens = torch.cat([r.candidates.gather(1, r.winners[:, None]) for r in self.rounds], dim=1)
-        try:
-            _, expected = own.whole(tokens)
-        except FAILURES as error:
-            return Check(name, False, f"could not be tried ({type(error).__name__}: {error})")
-        finite = torch.isfinite(expected) & torch.isfinite(logits)
-        difference = (expected - logits)[finite].abs().max().item() if bool(finite.any()) else 0.0
-        largest = expected[finite].abs().max().item() if bool(finite.any()) else 0.0
-        same = error_of(logits, expected) <= self.allowed
-        detail = f"largest difference of logits {difference:.2g} (largest logit {largest:.3g})"
-        return Check(name, same, detail if same else f"{detail}, by transformers' own cached step")
-
-
-def _candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.nan_to_num(logits, nan=-math.inf, neginf=-3e38).topk(k, dim=-1).indices
-
-
-def allowed_error(model: Any, device: torch.device) -> float:
-    return RELATIVE_ERROR.get(autocast_dtype(device) or model.dtype, 1e-1)
-
-
-def error_of(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest relative error of a vector (the last dimension). A vector that is not finite (an overflow in float16,
-    a banned token) proves nothing where both are not."""
-    ours, expected = ours.float(), expected.float().to(ours.device)
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(ours)):
-        whole = ~finite.all(dim=-1) & ~torch.isfinite(ours).all(dim=-1)
-        if not bool((whole | (finite == torch.isfinite(ours)).all(dim=-1)).all()):
-            return math.inf
-        finite = finite & torch.isfinite(ours)
-    difference = torch.where(finite, ours - expected, 0.0).norm(dim=-1)
-    size = torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)
-    return float((difference / size).max())
-
-
-# ---- the paths -------------------------------------------------------------------------------------------------------
-
-
-def _try(call: Call, tap: HiddenStatesTap, truth: Truth, rows: _Rows, name: str, head: bool) -> None:
+def _try(call: Call, tap: HiddenStatesTap, truth: Truth, rows: Rows, name: str, head: bool) -> None:
     """Run the truth's two steps on path ``name`` with these ``rows``, the first of the truth's.
 
     Raises:
@@ -475,7 +57,7 @@ def _try(call: Call, tap: HiddenStatesTap, truth: Truth, rows: _Rows, name: str,
     config = copy.deepcopy(call.generation_config)
     if config.prefill_chunk_size is not None:
         config.prefill_chunk_size = max(1, min(config.prefill_chunk_size, rows.ids.shape[1] // 2))
-    width = max(rows.ids.shape[1], _width(call, kwargs))
+    width = max(rows.ids.shape[1], width_of(call, kwargs))
     path = PATHS[name](
         call.model, tap, head=head, generation_config=config, model_kwargs=kwargs, max_length=width + 4, record={}
     )
@@ -486,9 +68,7 @@ def _try(call: Call, tap: HiddenStatesTap, truth: Truth, rows: _Rows, name: str,
     def compare(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
         error = error_of(ours, expected[:count])
         if not error <= allowed:
-            raise PathUnsupportedError(
-                f"{what} differ from those of transformers' own step by {error:.2g} (allowed {allowed:g})"
-            )
+            raise _DiffersError(what, error, allowed)
 
     try:
         _two_steps(path, rows.ids, truth, head, compare)
@@ -552,6 +132,15 @@ class Verdict:
         return self.report.path, self.report.head
 
 
+@dataclass
+class _Outcome:
+    """``route``: the first that serves, if any; why those before it do not; how near the nearest of them comes."""
+
+    route: Route | None = None
+    refusals: list[str] = field(default_factory=list)
+    nearest: float = math.inf
+
+
 def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[str], ours: Ours) -> Verdict | None:
     """The first of ``routes`` that reproduces transformers' own step.
 
@@ -566,52 +155,51 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
     k = max(1, min(call.top_k, _MOST_CANDIDATES))
     began = time.perf_counter()
     try:
-        copies = _copies(call)
-        try:
-            truths = [Truth(call, tap, _cut(call, copies, _PROMPT, 0), k)]
-        except FAILURES as error:  # the second row is of our making; what the first raises is the caller's to see
-            if len(copies) == 1 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            copies = copies[:1]
-            truths = [Truth(call, tap, _cut(call, copies, _PROMPT, 0), k)]
+        if learned_prompt(call.model) is not None:
+            reached = _with_learned_prompt(call, tap, k, refusals)
+            if reached is None:
+                return None
+            call = reached
+        copies, truths = _truths(call, tap, k)
         seconds = time.perf_counter() - began
-        windows = [size + _BEYOND for size in call.windows_reached() if size + _BEYOND <= call.limit]
-        near = [width for width in windows if width <= 2 * _PROMPT]
-        if near and near[-1] > truths[0].ids.shape[1]:
-            truths.append(Truth(call, tap, _cut(call, copies, near[-1], near[-1]), k))
-        route, found = _first_that_serves(call, tap, routes, truths, ours)
-        if route is None and Truth(call, tap, truths[0].copies, k).differs_from(truths[0]):
-            exact = [other for other in routes if other[0] == "uncached"]
-            check = Check("trial", False, "not tried: its forward gives something else each time (dropout?)")
-            refusals += [reason for reason in found if not reason.startswith("uncached:")]
-            return Verdict(make_report(call.model, *exact[-1], refusals, [check]), truths[0].asks) if exact else None
-        # Where nothing agrees, the truth may not have been one: a model that keeps a state in itself has to run its
-        # text anew for each candidate; and where it makes something else of a row beside another, the one row counts.
-        one_row = len(call.input_ids) == 1 and len(copies) == 2
-        for replay, rows in ((True, 2), *(((False, 1), (True, 1)) if one_row else ())):
-            if route is None:
-                others = [Truth(call, tap, truth.copies[:rows], k, replay) for truth in truths]
-                if any(other.differs_from(truth) for other, truth in zip(others, truths, strict=True)):
-                    route, reasons = _first_that_serves(call, tap, routes, others, ours)
-                    if route is not None:
-                        truths, found = others, reasons
-        checks = [truths[-1].whole]
+        found = _first_that_serves(call, tap, routes, truths, ours)
+        if found.route is None and Truth(call, tap, copies, k).differs_from(truths[0]):
+            trains = any(module.training for module in call.model.modules())
+            exact = [route for route in routes if route[0] == "uncached" and trains]
+            refusals += [reason for reason in found.refusals if not (exact and reason.startswith("uncached:"))]
+            detail = "its forward gives something else each time"
+            if not exact:
+                refusals.append(f"trial: {detail}")
+                return None
+            check = Check("trial", False, f"not tried: {detail} (model.eval() ends dropout)")
+            return Verdict(make_report(call.model, *exact[-1], refusals, [check]), truths[0].asks)
+        if found.route is None:
+            truths, found = _other_truths(call, tap, routes, truths, k, found, ours)
+        if found.nearest <= _MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little
+            allowed = min(_MOST_NOISE, _NOISE * sensitivity(truths[0], tap, k))
+            if allowed > max(found.nearest, truths[0].allowed):
+                for truth in truths:
+                    truth.allowed = allowed
+                found = _first_that_serves(call, tap, routes, truths, ours)
+        route = found.route
+        checks = [truths[-1].compare_whole()]
+        windows = _windows(call)
         if route is not None and windows and windows[-1] > 2 * _PROMPT:
-            checks.insert(0, _beyond_window(call, tap, windows[-1], seconds, k, route, ours))
-            if checks[0].detail.startswith("differs"):
-                found.append(f"{route[0]}: {checks[0].name}: {checks[0].detail}")
-                refusals += found
+            beyond = _beyond_window(call, tap, windows[-1], seconds, k, route, ours, truths[0].allowed)
+            checks.insert(0, beyond)
+            if beyond.detail.startswith("differs"):
+                refusals += [*found.refusals, f"{route[0]}: {beyond.name}: {beyond.detail}"]
                 return judge(call, tap, [other for other in routes if other[0] != route[0]], refusals, ours)
     except torch.OutOfMemoryError as error:
         check = Check("trial", False, f"not tried: out of memory ({error})")
         return Verdict(make_report(call.model, *routes[0], refusals, [check]), bool(tap.arguments)) if routes else None
-    refusals += found
-    if not truths[-1].whole.passed:
+    refusals += found.refusals
+    if not checks[-1].passed:
         logger.warning(
             "%s: transformers' own step with its cache, which is followed, differs from a forward over the whole text "
             "(%s).",
             type(call.model).__name__,
-            truths[-1].whole.detail,
+            checks[-1].detail,
         )
     if route is None:
         return None
@@ -619,11 +207,69 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
     return Verdict(make_report(call.model, *route, refusals, checks), asks, truths[0].whole_steps)
 
 
+def _windows(call: Call) -> list[int]:
+    """Lengths of texts that reach beyond the call's windows."""
+    return [size + _BEYOND for size in call.windows_reached() if size + _BEYOND <= call.limit]
+
+
+def _truths(call: Call, tap: HiddenStatesTap, k: int) -> tuple[list[Rows], list[Truth]]:
+    """The small copies of the call, and what transformers' own step makes of them and beyond a small window."""
+    copies = copies_of(call)
+    try:
+        truths = [Truth(call, tap, cut(call, copies, _PROMPT, 0), k)]
+    except FAILURES as error:  # the second row is of our making; what the first raises is the caller's to see
+        if len(copies) == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        copies = copies[:1]
+        truths = [Truth(call, tap, cut(call, copies, _PROMPT, 0), k)]
+    near = [width for width in _windows(call) if width <= 2 * _PROMPT]
+    if near and near[-1] > truths[0].ids.shape[1]:
+        truths.append(Truth(call, tap, cut(call, copies, near[-1], near[-1]), k))
+    return truths[0].copies, truths
+
+
+def _other_truths(
+    call: Call, tap: HiddenStatesTap, routes: list[Route], truths: list[Truth], k: int, found: _Outcome, ours: Ours
+) -> tuple[list[Truth], _Outcome]:
+    """Where nothing agrees, the truth may not have been one: a model that keeps a state in itself has to run its text
+    anew for each candidate; and where it makes something else of a row beside another, the one row counts."""
+    one_row = len(call.input_ids) == 1 and len(truths[0].copies) == 2
+    for replay, rows in ((True, 2), *(((False, 1), (True, 1)) if one_row else ())):
+        others = [Truth(call, tap, truth.copies[:rows], k, replay) for truth in truths]
+        if any(other.differs_from(truth) for other, truth in zip(others, truths, strict=True)):
+            outcome = _first_that_serves(call, tap, routes, others, ours)
+            if outcome.route is not None:
+                return others, outcome
+    return truths, found
+
+
+def _with_learned_prompt(call: Call, tap: HiddenStatesTap, k: int, refusals: list[str]) -> Call | None:
+    """The call as a prompt that PEFT has learned reaches the model: with a cache, or without; None if in neither way.
+    PEFT's own forward says what it does."""
+    wrapper = learned_prompt(call.model)
+    reason = ""
+    for use_cache in (True, False):
+        if use_cache and call.model_kwargs.get("use_cache") is False:
+            continue
+        tried = replace(call, model_kwargs=call.model_kwargs | {"use_cache": use_cache})
+        truth = Truth(tried, tap, cut(tried, copies_of(tried)[:1], _PROMPT, 0), k)
+        error = truth.compare_learned_prompt(wrapper)
+        if error <= truth.allowed:
+            return tried
+        how = "with" if use_cache else "without"
+        reason = reason or (
+            f"the prompt that PEFT has learned does not reach it {how} a cache as in PEFT's own forward (logits differ "
+            f"by {error:.2g})"
+        )
+    refusals.append(f"{type(wrapper).__name__}: {reason}")
+    return None
+
+
 def _first_that_serves(
     call: Call, tap: HiddenStatesTap, routes: list[Route], truths: list[Truth], ours: Ours
-) -> tuple[Route | None, list[str]]:
-    """The first route that agrees with all of ``truths``, and why those before it do not."""
-    refusals: list[str] = []
+) -> _Outcome:
+    """The first route that agrees with all of ``truths``."""
+    outcome = _Outcome()
     for name in dict.fromkeys(name for name, _ in routes):
         reason: str | None = None
         for head in (head for other, head in routes if other == name):
@@ -632,7 +278,8 @@ def _first_that_serves(
                     for truth in truths:
                         for rows in truth.copies:
                             _try(call, tap, truth, rows, name, head)
-                return (name, head), refusals
+                outcome.route = (name, head)
+                return outcome
             except torch.OutOfMemoryError:
                 raise
             except HeadUnsupportedError as error:
@@ -640,16 +287,17 @@ def _first_that_serves(
                 continue
             except PathUnsupportedError as error:
                 reason = str(error)
+                outcome.nearest = min(outcome.nearest, getattr(error, "error", math.inf))
             except FAILURES as error:
                 reason = f"its trial fails ({type(error).__name__}: {error})"
             break
-        refusals.append(f"{name}: {reason}")
+        outcome.refusals.append(f"{name}: {reason}")
         logger.info("%s does not take path %s: %s", type(call.model).__name__, name, reason)
-    return None, refusals
+    return outcome
 
 
 def _beyond_window(
-    call: Call, tap: HiddenStatesTap, width: int, seconds: float, k: int, route: Route, ours: Ours
+    call: Call, tap: HiddenStatesTap, width: int, seconds: float, k: int, route: Route, ours: Ours, allowed: float
 ) -> Check:
     """The trial of one row once more, with a text that is longer than a large window, where the call pays for it."""
     name = f"agrees beyond its window as well (a text of {width})"
@@ -660,7 +308,8 @@ def _beyond_window(
     if cost > max(_SECONDS, _SHARE * seconds * positions / _POSITIONS):
         return Check(name, False, f"not tried: it would take about {cost:.0f} s")
     try:
-        truth = Truth(call, tap, _cut(call, _copies(call)[:1], width, width), k)
+        truth = Truth(call, tap, cut(call, copies_of(call)[:1], width, width), k)
+        truth.allowed = allowed
         with ours():
             _try(call, tap, truth, truth.copies[0], *route)
     except torch.OutOfMemoryError as error:

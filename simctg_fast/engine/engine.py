@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -15,6 +16,8 @@ from .requests import Request, RequestError, parse_request
 from .results import Result, error_result, from_choices, from_request_error
 from .sequence import Sequence
 from .strategies import make_strategy
+
+logger = logging.getLogger("simctg_fast")
 
 BATCHING = ("auto", "slots", "static")
 
@@ -102,7 +105,12 @@ class Engine:
             self.reason = scheduler
             if batching == "slots":
                 raise ValueError(f"batching='slots' cannot serve {type(self.model).__name__}: {scheduler}")
-        return StaticBatches(self.model, self.tokenizer, self.strategy, slots or DEFAULT_SLOTS)
+        with fitting_threads(self.model):
+            static = StaticBatches(self.model, self.tokenizer, self.strategy, slots or DEFAULT_SLOTS)
+        if static.one_length is not None:
+            self.reason += f"; only prompts of one length go together: {static.one_length}"
+            logger.warning("%s: %s", type(self.model).__name__, self.reason)
+        return static
 
     # ---- generation -----------------------------------------------------------------------------------------------
 

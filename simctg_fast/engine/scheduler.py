@@ -14,7 +14,7 @@ import torch
 
 from ..decoding.compiled_decoder import as_written
 from ..decoding.linear_swap import fast_linears
-from ..decoding.slots import SlotDecoder, SlotsUnsupportedError
+from ..decoding.slots import SlotDecoder, SlotsUnsupportedError, slot_trial
 from ..decoding.t5_blocks import fast_t5_blocks
 from ..loading import context_length
 from .memory import free_bytes, is_out_of_memory, release
@@ -80,8 +80,7 @@ class SlotScheduler:
                 positions = positions if limit is None else min(positions, limit)
                 slots = max(1, min(MAX_SLOTS, budget // max(1, per_position * positions)))
             made = cls(model, strategy, slots or DEFAULT_SLOTS, budget)
-            with made._running():
-                made._try()
+            made._try()
         except SlotsUnsupportedError as error:
             return str(error)
         return made
@@ -89,15 +88,21 @@ class SlotScheduler:
     @classmethod
     def _measure(cls, model: Any, strategy: Strategy) -> int:
         made = cls(model, strategy, 3)
-        with made._running() as decoder:
-            decoder.verify(context_length(model))
+        with made._tried() as decoder:
             return made._bytes_per_position(decoder)
 
     def _try(self) -> None:
-        decoder = self._decoder
-        decoder.verify(context_length(self.model))
-        on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
-        self.rows_independent = on_cpu and self.slots > 1 and decoder.rows_are_independent()
+        with self._tried() as decoder:
+            on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
+            self.rows_independent = on_cpu and self.slots > 1 and decoder.rows_are_independent()
+
+    @contextmanager
+    def _tried(self) -> Iterator[SlotDecoder]:
+        with as_written(self.model):
+            trial = slot_trial(self.model, self.slots, self.strategy.candidates, context_length(self.model))
+        with self._running() as decoder:
+            decoder.verify(trial)
+            yield decoder
 
     @contextmanager
     def _running(self) -> Iterator[SlotDecoder]:

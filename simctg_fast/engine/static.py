@@ -1,7 +1,8 @@
 """Static batches: for models whose cache cannot hold rows of different lengths, or not one copy of the prefix.
 
-Rows of similar length go together, and a batch is over when its longest continuation is. Everything that
-:mod:`..decoding` knows about paths and their trial applies; only the choice of tokens is the engine's.
+Rows of similar length go together, of one length where padding changes a row, and a batch is over when its longest
+continuation is. Everything that :mod:`..decoding` knows about paths and their trial applies; only the choice of tokens
+is the engine's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ..decoding.contrastive_search import ContrastiveSearch, _Run, position_tabl
 from ..ops.candidate_select import candidate_scan
 from .memory import is_out_of_memory, release
 from .observe import StepRecord
+from .padding import change_by_padding, padded_rows
 from .prepare import apply_processors
 from .sequence import Sequence
 from .strategies import Strategy
@@ -32,6 +34,7 @@ class StaticBatches:
 
     Attributes:
         slots: rows a batch; halved when memory runs out.
+        one_length: why only rows of one length go together; None where any do.
         steps, row_steps, busy_row_steps: forwards, rows in them, and rows that were still being written.
         generated: tokens written; active: sequences in work; halvings: how often memory ran out.
     """
@@ -40,6 +43,8 @@ class StaticBatches:
 
     def __init__(self, model: Any, tokenizer: Any, strategy: Strategy, slots: int):
         self.model, self.tokenizer, self.strategy, self.slots = model, tokenizer, strategy, slots
+        self.pad = tokenizer.pad_token_id or 0
+        self.one_length = None if slots == 1 else change_by_padding(model, self.pad)
         self.steps = self.row_steps = self.busy_row_steps = 0
         self.halvings = self.active = self.generated = 0
         self.on_step: Callable[[], None] = lambda: None
@@ -54,7 +59,7 @@ class StaticBatches:
             waiting = list(itertools.islice(source, self.lookahead))
             if not waiting or self.stopping:
                 return
-            waiting.sort(key=lambda s: (len(s.source_ids or s.prompt_ids), s.parameters.max_new_tokens))
+            waiting.sort(key=lambda s: (len(_prompt(s)), s.parameters.max_new_tokens))
             while waiting and not self.stopping:
                 size = self._fitting(waiting)
                 batch, waiting = waiting[:size], waiting[size:]
@@ -64,6 +69,8 @@ class StaticBatches:
         """Rows for the next batch: rows that are done run on with it, and must not leave a table of positions."""
         longest = steps = size = 0
         for sequence in waiting[: self.slots]:
+            if self.one_length is not None and len(_prompt(sequence)) != len(_prompt(waiting[0])):
+                break
             longest = max(longest, len(sequence.prompt_ids))
             steps = max(steps, sequence.parameters.max_new_tokens)
             if size and self.positions is not None and longest + steps > self.positions:
@@ -99,19 +106,9 @@ class StaticBatches:
 
     @torch.inference_mode()
     def _generate(self, batch: list[Sequence]) -> None:
-        device = self.model.device
-        is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        ids = [s.source_ids if s.source_ids is not None else s.prompt_ids for s in batch]
-        width = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id or 0
-        rows = torch.full((len(batch), width), pad)
-        mask = torch.zeros_like(rows)
-        for row, tokens in enumerate(ids):
-            place = slice(0, len(tokens)) if is_encoder_decoder else slice(width - len(tokens), width)
-            rows[row, place], mask[row, place] = torch.tensor(tokens), 1
-        extra = {}
-        if is_encoder_decoder:
-            extra["decoder_input_ids"] = torch.tensor([s.prompt_ids for s in batch], device=device)
+        inputs = padded_rows(self.model, [_prompt(sequence) for sequence in batch], self.pad)
+        if self.model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.tensor([s.prompt_ids for s in batch], device=self.model.device)
 
         def run(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             return _BatchRun(
@@ -119,16 +116,18 @@ class StaticBatches:
             )()
 
         self.model.generate(
-            input_ids=rows.to(device),
-            attention_mask=mask.to(device),
+            **inputs,
             custom_generate=run,
             max_new_tokens=max(s.parameters.max_new_tokens for s in batch),
             do_sample=False,
             num_beams=1,
             num_return_sequences=1,
-            pad_token_id=pad,
-            **extra,
+            pad_token_id=self.pad,
         )
+
+
+def _prompt(sequence: Sequence) -> list[int]:
+    return sequence.prompt_ids if sequence.source_ids is None else sequence.source_ids
 
 
 class _BatchRun(_Run):

@@ -1,0 +1,63 @@
+"""Rows of different lengths in one batch: how they are padded, and whether that changes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..decoding.call import own_cache, reached_windows
+from ..decoding.hidden_states import HiddenStatesTap
+from ..decoding.paths import FAILURES, KEY_VALUE_LAYERS
+from ..decoding.truth import RELATIVE_ERROR, error_of, own_text
+
+_SHORT, _BEYOND = 4, 3  # tokens of the short row; of texts that are to be longer than a window
+_LONGEST = 64  # windows up to which texts are tried
+
+
+def padded_rows(model: Any, rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` ``(B, L)`` of rows of any length, as ``generate`` takes them: padded on the
+    right for an encoder, on the left for a decoder."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        place = slice(0, len(tokens)) if model.config.is_encoder_decoder else slice(width - len(tokens), width)
+        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+@torch.no_grad()
+def change_by_padding(model: Any, pad: int) -> str | None:
+    """What padding changes about a row, found out with transformers' own steps; None if nothing.
+
+    Several architectures look at padding, or do not shift their positions by it: what they write for a row depends on
+    the rows beside it, in transformers itself.
+    """
+    windows = reached_windows(model.config)
+    layers = getattr(own_cache(model, model.generation_config, 1, None), "layers", [])
+    odd = sorted({type(layer).__name__ for layer in layers} - KEY_VALUE_LAYERS)
+    if odd and windows and windows[-1] > _LONGEST:
+        return f"its windows are too long for a trial, and its cache has layers of its own ({', '.join(odd)})"
+    longest = max([_SHORT, *(size for size in windows if size <= _LONGEST)]) + _BEYOND
+    random = torch.Generator().manual_seed(0)
+    vocabulary = max(4, min(model.config.get_text_config(decoder=True).vocab_size, 1000))
+    draw = lambda *shape: torch.randint(3, vocabulary, shape, generator=random)  # noqa: E731
+    short, long, steps = draw(_SHORT).tolist(), draw(_SHORT + longest).tolist(), draw(longest, 2, 1).to(model.device)
+
+    def logits(rows: list[list[int]]) -> torch.Tensor:
+        inputs, rounds = padded_rows(model, rows, pad), [tokens[: len(rows)] for tokens in steps]
+        text = own_text(model, HiddenStatesTap(model), inputs, rounds)
+        return torch.stack([tried[-1][1][0] for tried in text.rounds])
+
+    try:
+        alone = logits([short])
+    except FAILURES:  # its first request will say what it is
+        return None
+    try:
+        error = error_of(logits([short, long]), alone)
+    except FAILURES as failure:
+        return f"a padded row fails ({type(failure).__name__}: {failure})"
+    if error <= RELATIVE_ERROR.get(model.dtype, 1e-1):
+        return None
+    return f"logits of a padded row differ from those of the row alone by {error:.2g}"

@@ -1,0 +1,249 @@
+"""Models that are served, or refused by name, for what they do besides reading a text: learned prompts, 8-bit
+activations, states that are written into, positions and tokens of their own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers
+
+from simctg_fast import support
+from simctg_fast.decoding.support import recall
+from simctg_fast.engine import Engine
+from simctg_fast.reference.contrastive_search import degeneration_penalty, true_float64
+
+from .decoding_models import VOCABULARY, build, decode, draw, greedy, inputs_for, prompt, tokenizer
+
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+# ---- prompts that PEFT has learned -----------------------------------------------------------------------------------
+
+
+def with_learned_prompt(base: str, kind: str):
+    peft = pytest.importorskip("peft")
+    task = "SEQ_2_SEQ_LM" if base in ("t5", "bart") else "CAUSAL_LM"
+    model = peft.get_peft_model(build(base), getattr(peft, kind)(task_type=task, num_virtual_tokens=4))
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=random))
+    return model.eval()
+
+
+@torch.no_grad()
+def by_its_own_forward(model, ids, mask, source=None, new_tokens=8, alpha=0.6, k=4):
+    """Contrastive search over one row by PEFT's forward of the whole text, in float64: how the prompt was trained."""
+    model = copy.deepcopy(model).double()
+
+    def forward(ids):
+        seen = torch.cat([mask, mask.new_ones(1, ids.shape[1] - mask.shape[1])], dim=1)
+        text = {"input_ids": ids, "attention_mask": seen}
+        if source is not None:
+            text = {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": ids}
+        out = model(**text, use_cache=False, output_hidden_states=True)
+        states = (out.hidden_states if source is None else out.decoder_hidden_states)[-1]
+        learned = seen.new_ones(1, states.shape[1] - ids.shape[1])
+        return out.logits[0, -1], states[:, torch.cat([learned, seen], dim=1)[0].bool()]
+
+    for _ in range(new_tokens):
+        probabilities, candidates = forward(ids)[0].softmax(dim=-1).topk(k)
+        scores = []
+        for p, token in zip(probabilities, candidates, strict=True):
+            _, states = forward(torch.cat([ids, token.view(1, 1)], dim=1))
+            scores.append((1 - alpha) * p - alpha * degeneration_penalty(states[:, :-1], states[:, -1])[0])
+        ids = torch.cat([ids, candidates[torch.stack(scores).argmax()].view(1, 1)], dim=1)
+    return ids
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("base", ["llama", "gpt2", "t5"])
+def test_a_learned_prompt_is_read_at_every_step(base, kind):
+    """Under transformers 5.24 PEFT's ``generate`` loses a prefix, and reads a prompt once a step."""
+    model = with_learned_prompt(base, kind)
+    inputs = inputs_for(build(base), 2)
+    rows = [tuple(value[row : row + 1] for value in inputs.values()) for row in (0, 1)]
+    if base == "t5":
+        start = torch.tensor([[model.config.decoder_start_token_id]])
+        rows = [(start, torch.ones_like(start), ids[mask.bool()][None]) for ids, mask in rows]
+    elif kind == "PrefixTuningConfig":  # else PEFT counts positions from the padding on
+        rows = [(ids[mask.bool()][None], mask[mask.bool()][None]) for ids, mask in rows]
+    with true_float64():
+        expected = [by_its_own_forward(model, *row)[0, -8:].tolist() for row in rows]
+    for path in ("auto", "uncached"):
+        assert decode(model, inputs, path=path, new_tokens=8)[:, -8:].tolist() == expected
+    one = {name: value[:1] for name, value in inputs.items()}
+    for _ in range(2):
+        assert decode(model, one, new_tokens=8)[0, -8:].tolist() == expected[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_learned_prompt_that_does_not_arrive_is_refused(monkeypatch):
+    model = with_learned_prompt("llama", "PrefixTuningConfig")
+    own = type(model).prepare_inputs_for_generation
+
+    def without(self, *args, **kwargs):
+        inputs = own(self, *args, **kwargs)
+        for layer in inputs["past_key_values"].layers:
+            layer.values.zero_()
+        return inputs
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", without)
+    with pytest.raises(ValueError, match="PeftModelForCausalLM: the prompt that PEFT has learned does not reach it"):
+        decode(model, inputs_for(build("llama"), 2))
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+class Sensitive(torch.nn.Linear):
+    """Makes 1 % of the last bit, as the rounding of activations to 8 bits does: always the same for the same bits, but
+    no two orders of a sum agree."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + 0.01 * torch.sin(1e7 * x.sum(dim=-1, keepdim=True)))
+
+
+def test_noise_of_the_models_own_is_allowed():
+    model = build("llama")
+    for module in model.model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Sensitive
+    inputs = inputs_for(model, 2)
+    out = decode(model, inputs)
+    assert recall(model).path == "shared_prefix"
+    assert torch.equal(decode(model, inputs), out)
+
+
+def test_what_is_allowed_to_noise_is_not_allowed_to_an_error(monkeypatch):
+    """An error of 1 % on a model that is not sensitive."""
+    from simctg_fast.decoding.shared_prefix import SharedPrefixStep
+
+    own = SharedPrefixStep.attend
+
+    def bent(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        return (1.02 * out[0], *out[1:])
+
+    monkeypatch.setattr(SharedPrefixStep, "attend", bent)
+    model, inputs = build("llama"), inputs_for(build("llama"), 2)
+    report = support(model, inputs)
+    assert report.path == "reorder"
+    assert "(allowed 0.001)" in report.reason
+
+
+# ---- states, positions and tokens of their own -----------------------------------------------------------------------
+
+
+def test_encoder_states_that_a_forward_writes_into():
+    """Moonshine's streaming decoder adds its positions to the encoder's states in place, at every forward."""
+    make = getattr(transformers, "MoonshineStreamingForConditionalGeneration", None)
+    if make is None:
+        pytest.skip("no Moonshine streaming in this transformers")
+    encoder = SMALL | {"num_key_value_heads": 4, "head_dim": 8, "sliding_windows": [[16, 4], [16, 0]]}
+    config = transformers.MoonshineStreamingConfig(
+        **TOKENS, **SMALL, num_key_value_heads=4, head_dim=8, encoder_config=encoder, decoder_start_token_id=2
+    )
+    model = draw(make(config), std=0.35)
+    inputs = {"input_values": torch.randn(1, 640, generator=torch.Generator().manual_seed(0))}
+    first = decode(model, inputs)
+    assert torch.equal(decode(model, inputs), first)
+    assert torch.equal(decode(model, inputs, path="uncached"), first)
+    assert torch.equal(decode(model, inputs, penalty_alpha=0.0), greedy(model, inputs))
+    report = support(model, inputs)
+    assert report.path == "reorder"
+    assert all(check.passed for check in report.checks if check.name != "shared_prefix")
+
+
+def test_a_forward_that_cannot_be_repeated_is_refused():
+    model, random = build("llama"), torch.Generator().manual_seed(0)
+    model.model.norm.register_forward_hook(lambda m, a, out: out + torch.randn(out.shape, generator=random))
+    with pytest.raises(ValueError, match="its forward gives something else each time"):
+        decode(model, inputs_for(model, 1))
+
+
+def test_images_in_the_uncached_path_of_idefics():
+    vision = {"embed_dim": 32, "image_size": 8, "patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.IdeficsConfig(
+        **TOKENS, **SMALL, max_position_embeddings=128, cross_layer_interval=1, additional_vocab_size=2,
+        freeze_text_layers=False, freeze_vision_layers=False, alpha_initializer="ones", alpha_type="float",
+        use_resampler=False, vision_config=vision | {"intermediate_size": 48},
+    )  # fmt: skip
+    model = draw(transformers.IdeficsForVisionText2Text(config), std=0.35)
+    pixels = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": prompt(2, 6), "pixel_values": pixels, "image_attention_mask": torch.ones(2, 6, 1).long()}
+    report = support(model, inputs)
+    assert report.path == "reorder"
+    assert report.checks[-1].passed
+    assert torch.equal(decode(model, inputs, path="uncached"), decode(model, inputs))
+
+
+def test_positions_of_its_own_before_the_text():
+    """GIT puts an image's positions before the text, which its mask does not know of."""
+    vision = SMALL | {"image_size": 8, "patch_size": 4, "num_hidden_layers": 1}
+    config = transformers.GitConfig(**TOKENS, **SMALL, max_position_embeddings=64, vision_config=vision)
+    model = draw(transformers.GitForCausalLM(config), std=0.35)
+    inputs = inputs_for(model, 2) | {
+        "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    }
+    whole = inputs | {"input_ids": prompt(2), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    out = decode(model, whole)
+    assert torch.equal(decode(model, whole), out)
+    assert torch.equal(decode(model, whole, penalty_alpha=0.0), greedy(model, whole))
+    with pytest.raises(ValueError, match="attention_mask covers 9 positions, but GitForCausalLM made hidden"):
+        decode(model, inputs)
+
+
+def test_tokens_that_it_writes_and_cannot_read():
+    """Some write codes of sounds, more than their input embedding has tokens."""
+    model = build("llama")
+    model.lm_head = torch.nn.Linear(32, 4 * VOCABULARY, bias=False)
+    draw(model)
+    inputs = inputs_for(model, 1)
+    with pytest.raises(ValueError, match=rf"would go on with token \d+, but its input embedding has {VOCABULARY}"):
+        decode(model, inputs)
+    readable = decode(model, inputs, suppress_tokens=list(range(VOCABULARY, 4 * VOCABULARY)))
+    assert int(readable.max()) < VOCABULARY
+
+
+# ---- batch mates -----------------------------------------------------------------------------------------------------
+
+
+def roformer():
+    sizes = SMALL | {"embedding_size": 32, "max_position_embeddings": 64}
+    return draw(transformers.RoFormerForCausalLM(transformers.RoFormerConfig(**TOKENS, **sizes, is_decoder=True)), 0.35)
+
+
+@pytest.mark.parametrize(("make", "batches"), [(lambda: build("bloom"), 2), (roformer, 3)], ids=["bloom", "roformer"])
+def test_rows_of_a_batch_are_what_they_are_alone(make, batches):
+    """RoFormer reads padding; rows of one length are what is left to put together."""
+    model = make()
+    prompts = [prompt(1, length, seed=length) for length in (13, 4, 9, 4, 9)]
+    engine = Engine(model, tokenizer(), slots=3, max_new_tokens=8)
+    assert ("only prompts of one length go together" in engine.reason) == (batches == 3)
+    requests = [{"id": i, "prompt": tokenizer().decode(ids[0])} for i, ids in enumerate(prompts)]
+    results = {result.id: result for result in engine.generate(requests)}
+    for index, ids in enumerate(prompts):
+        alone = decode(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, new_tokens=8)
+        assert results[index].token_ids == alone[0, -8:].tolist()
+    assert engine.stats["steps"] == 8 * batches
+
+
+def test_slots_obey_the_step_that_generate_means():
+    """A model whose cached step is not what recomputing gives: the engine follows the same one as ``generate``."""
+    config = transformers.MoshiConfig(**TOKENS, **SMALL, head_dim=8, max_position_embeddings=128, sliding_window=4)
+    model = draw(transformers.MoshiForCausalLM(config), std=0.35)
+    ids = prompt(1, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = decode(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, new_tokens=8)
+        engine = Engine(model, tokenizer(), slots=2, max_new_tokens=8)
+        result = next(iter(engine.generate([{"prompt": tokenizer().decode(ids[0])}])))
+    assert result.token_ids == alone[0, -8:].tolist()
+    assert recall(model).path == "reorder"
