@@ -353,14 +353,33 @@ def test_stop_sequence_of_a_pipeline(patched, spelling):
     assert pipe("Contrast", **arguments, stop_sequence=stop)[0]["generated_text"] == text[:4]
 
 
-def test_stop_strings_of_a_strategy_in_a_pipeline():
-    """``stop_sequence`` needs the patch: without it ``generate`` drops the pipeline's tokenizer."""
+@pytest.mark.parametrize("strategy", [ContrastiveSearch(0.6, 4), contrastive_search], ids=["class", "function"])
+def test_stop_sequence_of_a_pipeline_without_the_patch(strategy):
     pipe = pipeline("text-generation", model=build("llama"), tokenizer=tokenizer())
-    arguments = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
-    text = pipe("Contrast", custom_generate=ContrastiveSearch(0.6, 4), **arguments)[0]["generated_text"]
-    strategy = ContrastiveSearch(0.6, 4, tokenizer=pipe.tokenizer, stop_strings=text[2:4])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False, "custom_generate": strategy}
+    text = pipe("Contrast", **arguments)[0]["generated_text"]
     assert len(text) > 4
-    assert pipe("Contrast", custom_generate=strategy, **arguments)[0]["generated_text"] == text[:4]
+    assert pipe("Contrast", **arguments, stop_sequence=text[2:4])[0]["generated_text"] == text[:4]
+    both = arguments | {"custom_generate": ContrastiveSearch(0.6, 4, tokenizer=tokenizer(), stop_strings=text[4:6])}
+    assert pipe("Contrast", **both)[0]["generated_text"] == text[:6]
+    assert pipe("Contrast", **both, stop_sequence=text[2:4])[0]["generated_text"] == text[:4]
+
+
+@pytest.mark.parametrize("strategy", [ContrastiveSearch(0.6, 4), contrastive_search], ids=["class", "function"])
+def test_streamer_arrives_without_the_patch(strategy, capsys):
+    inputs = {"input_ids": prompt(1)}
+    out = generate(inputs, custom_generate=strategy, streamer=TextStreamer(tokenizer(), skip_prompt=True))
+    assert capsys.readouterr().out == text_of(out) + "\n"
+
+
+def test_other_callables_get_what_they_got():
+    """What is kept is kept for contrastive search alone."""
+
+    def other(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        assert not {"tokenizer", "streamer"} & set(kwargs)
+        return input_ids
+
+    build("llama").generate(prompt(1), custom_generate=other, tokenizer=tokenizer(), streamer=TextStreamer(tokenizer()))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -373,15 +392,17 @@ def test_stop_strings_of_the_models_generation_config(patched, spelling, words):
     assert model.generation_config.stop_strings == early
 
 
-def test_strategys_own_tokenizer_and_stop_strings_win(patched, words):
+def test_stop_strings_of_the_strategy_and_of_the_call(patched, words):
+    """The strategy's tokenizer serves both, and the first of them ends the text."""
     text, early, late = words
     inputs = {"input_ids": prompt(1)}
     carrying = ContrastiveSearch(0.6, 4, tokenizer=tokenizer())
     assert text_of(generate(inputs, custom_generate=carrying, stop_strings=early)) == text[:4]
     both = ContrastiveSearch(0.6, 4, tokenizer=tokenizer(), stop_strings=late)
-    assert text_of(generate(inputs, custom_generate=both, stop_strings=early, tokenizer=tokenizer())) == text[:8]
+    assert text_of(generate(inputs, custom_generate=both)) == text[:8]
+    assert text_of(generate(inputs, custom_generate=both, stop_strings=early)) == text[:4]
 
 
 def test_stop_strings_without_a_tokenizer(patched):
-    with pytest.raises(ValueError, match="stop_strings='x' needs the tokenizer"):
+    with pytest.raises(ValueError, match="pass the model's tokenizer to the `tokenizer` argument"):
         generate({"input_ids": prompt(1)}, **SPELLINGS["old"], stop_strings="x")

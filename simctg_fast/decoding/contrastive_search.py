@@ -23,6 +23,7 @@ from .call import Call, own_cache
 from .compiled_decoder import as_written
 from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_step
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
+from .kept_arguments import keep_arguments
 from .linear_swap import fast_linears
 from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult
 from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
@@ -53,9 +54,9 @@ class ContrastiveSearch:
             (Not a 50, which is transformers' default, nor a checkpoint's own value for sampling: say those here.)
         temperature: makes the choice random: candidate i with probability ∝ exp(score_i / temperature).
         generator: random numbers for ``temperature``; the global generator of the device if None.
-        streamer: a ``transformers`` streamer; it gets the prompt, then every token, and is always ended.
-        tokenizer, stop_strings: end a sequence at any of these strings (``generate`` keeps its own to itself).
-            A pipeline's ``stop_sequence`` arrives only under ``patch_transformers()``.
+        streamer: a ``transformers`` streamer, in the place of ``generate``'s; it gets the prompt, then every token, and
+            is always ended.
+        tokenizer, stop_strings: end a sequence at any of these strings, beside those that ``generate`` is given.
         decode_step: keep a step's buffers in place and, on CUDA, replay it as one graph: True, False, or ``"auto"`` (on
             CUDA, where the call allows it). The tokens are the same. ``"compiled"``: with the decoder compiled as well;
             a model's first call takes up to a minute longer, and half-precision scores round differently.
@@ -140,8 +141,17 @@ class ContrastiveSearch:
 
 def contrastive_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """``ContrastiveSearch()`` as a plain function: ``model.generate(custom_generate=contrastive_search,
-    penalty_alpha=0.6, top_k=4)``. For a streamer, stop strings or a random choice use the class."""
+    penalty_alpha=0.6, top_k=4)``. For a random choice use the class."""
     return ContrastiveSearch()(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+
+
+def _wanted(strategy: Any, given: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(strategy, ContrastiveSearch):
+        return given | {"tokenizer": strategy.tokenizer or given["tokenizer"]}
+    return given if strategy is contrastive_search else {}
+
+
+keep_arguments(_wanted)
 
 
 def _check_penalty_alpha(value: float) -> None:

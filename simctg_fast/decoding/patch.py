@@ -8,7 +8,6 @@ import inspect
 import logging
 from typing import Any
 
-from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 from .contrastive_search import ContrastiveSearch, _check_penalty_alpha, contrastive_search
@@ -48,10 +47,8 @@ class _Patch:
 def patch_transformers() -> _Patch:
     """Make ``model.generate(penalty_alpha=0.6, top_k=4)`` run our contrastive search, without ``trust_remote_code``.
 
-    ``streamer``, ``tokenizer`` and ``stop_strings``, and so a pipeline's ``stop_sequence``, arrive whether contrastive
-    search is asked for by the old spelling or by ``custom_generate``. Calling it again changes nothing;
-    :func:`unpatch_transformers`, or using the result as a context manager, undoes it. Everything that is not
-    contrastive search passes through untouched.
+    Calling it again changes nothing; :func:`unpatch_transformers`, or using the result as a context manager, undoes it.
+    Everything that is not contrastive search passes through untouched.
 
     Beams, assistants, constraints and DoLa beside ``penalty_alpha`` raise a ValueError. Only where the call asks for
     one of them (or for ``do_sample``) and ``penalty_alpha`` is the checkpoint's does the call win: it runs as
@@ -89,24 +86,9 @@ def _wrap(original):
                 return original(self, *args, **kwargs)
             # The checkpoint's: left there, it would have ``generate`` look for contrastive search beside an assistant.
             return original(self, **_with_penalty_alpha(0.0, given, extra))
-        # What callables never get is ours to carry; what the strategy was made with beats what generate is given.
-        if strategy.streamer is None:
-            strategy.streamer = given.get("streamer")
-        tokenizer = extra.pop("tokenizer", None) if strategy.tokenizer is None else strategy.tokenizer
-        config = given.get("generation_config")
-        stop_strings = strategy.stop_strings or extra.pop("stop_strings", None)
-        stop_strings = stop_strings or getattr(config, "stop_strings", None) or self.generation_config.stop_strings
-        extra.pop("tokenizer", None)
-        extra.pop("stop_strings", None)
-        strategy = ContrastiveSearch(**vars(strategy) | {"tokenizer": tokenizer, "stop_strings": stop_strings})
-        if config is not None:
-            given["generation_config"] = _without_stop_strings(config)
         for name in ("penalty_alpha", "top_k", "low_memory", "trust_remote_code"):
             extra.pop(name, None)
             given.pop(name, None)
-        given.pop("streamer", None)
-        if self.generation_config.stop_strings is not None:
-            extra["stop_strings"] = None  # beats the model's own
         return original(self, **given | extra | {"custom_generate": strategy})
 
     return generate
@@ -120,15 +102,6 @@ def _with_penalty_alpha(value: float, given: dict[str, Any], extra: dict[str, An
     config = copy.deepcopy(config)
     config.penalty_alpha = value
     return given | extra | {"generation_config": config}
-
-
-def _without_stop_strings(config: GenerationConfig) -> GenerationConfig:
-    """``generate`` looks for the tokenizer of its own stop strings, which it never hands to a callable."""
-    if config.stop_strings is None:
-        return config
-    config = copy.deepcopy(config)
-    config.stop_strings = None
-    return config
 
 
 def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch | None:
