@@ -13,6 +13,7 @@ from .build import AUDIO_TOKEN, IMAGE, IMAGE_TOKEN, PATCH
 
 Inputs = dict[str, torch.Tensor]
 LENGTH, LONGEST_ID = 11, 75  # longer than every window; the ids above are images and sounds
+_PLACEHOLDER = re.compile(r"(.*_)?(image|img|video|vision|audio|speech|[be]o[ia])(_.*)?_token_(id|index)")
 
 
 def _ids(rows: int, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
@@ -48,6 +49,18 @@ def _mark(model: Any, kind: str) -> int:
     names = ("image_token_id", "image_token_index") if kind == "image" else ("audio_token_id", "audio_token_index")
     found = next((v for n in names if isinstance(v := getattr(model.config, n, None), int)), None)
     return found if found is not None else (IMAGE_TOKEN if kind == "image" else AUDIO_TOKEN)
+
+
+def placeholders(config: Any) -> list[int]:
+    """Ids that stand for images and sounds, their beginnings and ends: a text that came to hold one would want another
+    image. (Random weights choose any.)"""
+    found = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found |= set(placeholders(value))
+        elif type(value) is int and _PLACEHOLDER.fullmatch(name):
+            found.add(value)
+    return sorted(found)
 
 
 def kinds(model: Any) -> list[str]:
