@@ -24,9 +24,9 @@ def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def text(rows: int, right: bool = False) -> Inputs:
+def text(rows: int, right: bool = False, length: int = LENGTH, seed: int = 0) -> Inputs:
     """Token ids, of which the second row has three fewer (padded on the left, or on the ``right``)."""
-    ids = _ids(rows)
+    ids = _ids(rows, length, seed)
     mask = torch.ones_like(ids)
     if rows > 1:
         mask[1, -3:] = 0
