@@ -52,7 +52,9 @@ _RULES: list[tuple[str, Any]] = [
     (r"attn_layer_period|expert_layer_period", 2),
     (r"attn_layer_offset|expert_layer_offset", 1),
     (r"sliding_window(_size)?|attention_window(_size)?|keep_window_size|attention_chunk_size|local_attention|"
+     r"local_attention_window_len|"
      r"swa_window_size|window_size", lambda v: WINDOW if isinstance(v, int) and v > 0 else v),
+    (r"use_sliding_window", True),
     (r"max_window_layers", 1),
     (r"(mamba_)?(d_)?state(_size)?|mamba_d_state|ssm_state_size|mamba_state_dim", lambda v: 8 if v else v),
     (r"mamba_(n|num)_heads", 8),
@@ -104,7 +106,13 @@ _KEPT = {
 # Where the names say too little. By configuration class; a dictionary goes into a sub-configuration.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
+    "CohereCompassTextConfig": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "DbrxConfig": {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    "DogeConfig": {"sliding_window": None},  # beside one its dynamic mask is idle
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "DeepseekV2Config": {"num_experts_per_tok": 2},
     "GPTNeoConfig": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
@@ -152,6 +160,9 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
             if isinstance(value, int) and not isinstance(value, bool) and name.endswith(("token_id", "token_index")):
                 arguments[name] = value if value < VOCABULARY else 93 - (len(name) % 8) - 8
             continue
+        if name == "sliding_window" and not value and lists:  # there is room for one
+            arguments[name] = WINDOW
+            continue
         if value is None and not (name.endswith("token_id")):
             continue
         try:
@@ -181,6 +192,9 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
             for name, values in per_layer.items():
                 arguments[name] = [values[index] for index in kinds]
             arguments[layers] = len(kinds)
+            full = set(arguments.get("layer_types", ())) == {"full_attention"}
+            if full and "sliding_window" in arguments and "sliding_attention" in _source(config_class):
+                arguments["layer_types"][-1] = "sliding_attention"
     rope = _value(default, "rope_parameters")
     if "rope_parameters" in names and isinstance(rope, dict):
         arguments["rope_parameters"] = _small_rope(rope)
