@@ -27,7 +27,7 @@ class NotBuiltError(Exception):
 
 # The first pattern that a field's whole name fits decides. A callable gets the default value.
 _RULES: list[tuple[str, Any]] = [
-    (r"(t2u_|text_|char_)?vocab_size(_per_layer_input)?|audio_vocab_size|text_vocab_size", VOCABULARY),
+    (r"(t2u_|text_|char_|unpadded_)?vocab_size(_per_layer_input)?|audio_vocab_size|text_vocab_size", VOCABULARY),
     (r"(additional|extra)_vocab_size", lambda v: min(v, 4)),
     (r"pad_token_id|padding_idx|pad_index", 0),
     (r"bos_token_id|bos_index", 1),
@@ -120,6 +120,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Mamba2Config": {"num_heads": 8, "head_dim": 8},
     "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "XLNetConfig": {"d_head": 8, "n_head": 4},
@@ -130,7 +137,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "MinistralConfig": {"head_dim": 8},
     "HunYuanVLTextConfig": {"head_dim": 8},
     "BltConfig": {"encoder_hash_byte_group_vocab": 50},
-    "MoonshineStreamingConfig": {"num_key_value_heads": 2},
+    "MoonshineConfig": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
+    "MoonshineStreamingConfig": {"num_key_value_heads": HEADS},
+    "MoonshineStreamingEncoderConfig": {"num_key_value_heads": HEADS},
     "Dots3NoteTextConfig": {"num_key_value_heads": 4},
     "Dots3NoteConfig": {"num_key_value_heads": 4},
     "Glm5NextTextConfig": {"num_key_value_heads": 4, "index_kpool": 2},
