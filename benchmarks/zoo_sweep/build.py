@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
         rule = next((rule for pattern, rule in _RULES_COMPILED if pattern.fullmatch(name)), None)
         if rule is None:
             if isinstance(value, int) and not isinstance(value, bool) and name.endswith(("token_id", "token_index")):
-                arguments[name] = value if value < VOCABULARY else 93 - (len(name) % 8) - 8
+                arguments[name] = value if value < VOCABULARY else 77 + zlib.crc32(name.encode()) % 13
             continue
         if name == "sliding_window" and not value and lists:  # there is room for one
             arguments[name] = WINDOW

@@ -35,11 +35,15 @@ def text(rows: int, right: bool = False, length: int = LENGTH, seed: int = 0) ->
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-def _with_marks(rows: int, token: int, count: int) -> Inputs:
+def _with_marks(model: Any, kind: str, rows: int, count: int) -> Inputs:
     """Text in which ``count`` positions of every row stand for an image or a sound."""
+    starts = (getattr(model.config, f"{name}_start_token_id", None) for name in ("vision", "image"))
+    start = next((start for start in starts if start is not None), None) if kind == "image" else None
     inputs = text(rows)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    marks = torch.full((rows, count), token)
+    marks = torch.full((rows, count), _mark(model, kind))
+    if isinstance(start, int):  # by which some count a row's images
+        marks = torch.nn.functional.pad(marks, (1, 0), value=start)
     ids = torch.cat([ids[:, :5], marks, ids[:, 5:]], dim=1)
     mask = torch.cat([mask[:, :5], torch.ones_like(marks), mask[:, 5:]], dim=1)
     return {"input_ids": ids, "attention_mask": mask}
@@ -95,7 +99,7 @@ def guesses(model: Any, kind: str, rows: int) -> Iterator[Inputs]:
                 yield media | text(rows)
             continue
         for count in (4, 1, 16, 2, 0, 64, 5):
-            yield media | _with_marks(rows, _mark(model, kind), count)
+            yield media | _with_marks(model, kind, rows, count)
 
 
 def corrected(model: Any, kind: str, inputs: Inputs, error: str) -> Inputs | None:
@@ -107,7 +111,7 @@ def corrected(model: Any, kind: str, inputs: Inputs, error: str) -> Inputs | Non
     for count in counts:
         per_row = count // rows
         if 0 < per_row <= 100:
-            marks = _with_marks(rows, _mark(model, kind), per_row)
+            marks = _with_marks(model, kind, rows, per_row)
             return {n: v for n, v in inputs.items() if n not in marks} | marks
     return None
 
