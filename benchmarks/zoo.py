@@ -21,6 +21,7 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 LIMIT = 600  # seconds a class
 MEMORY = 12 << 30
 HERE = Path(__file__).resolve().parent
+JUDGED = ("agrees", "refused", "rough", "fault")
 
 # One or two of each kind, none of them slow.
 CI = (
@@ -115,36 +117,89 @@ def _lost(classes, name: str, what: str) -> dict:
 
 def table(records: list[dict], version: str) -> str:
     """The Markdown page."""
-    counts: dict[str, int] = {}
+    records = sorted(records, key=lambda r: (r["architecture"], r["class"]))
+    by_status: dict[str, list[dict]] = {}
     for record in records:
-        counts[record["status"]] = counts.get(record["status"], 0) + 1
+        by_status.setdefault(record["status"], []).append(record)
+    decoded = [record for status in JUDGED for record in by_status.get(status, [])]
+    counts = [f"{len(by_status[status])} {status}" for status in JUDGED if status in by_status]
+    paths = Counter(path for record in decoded for path in record["path"].split(", ") if path != "none")
+    engine = Counter(record["engine"]["batching"] for record in decoded if record.get("engine", {}).get("batching"))
     lines = [
         "# Architectures",
         "",
         f"Every generating class of transformers {version}, small and with random weights, decoded by",
         "`ContrastiveSearch` and judged by transformers' own step in float64 (`python benchmarks/zoo.py`, then",
-        '`--write`). One row and two padded ones; text, images and sound where generic inputs reach the class. "own',
-        'differs": the class itself computes something else with its cache than without; the cached step is what',
-        "`generate` means, and is what counts.",
+        "`--write`). One row and two padded ones; text, images and sound where generic inputs reach the class. Windows",
+        "are of 4 positions, layers of each kind there is. **agrees**: every token is the best there, or as good up to",
+        "rounding, on each path that opens. **refused**: a `ValueError` says why. **rough**: float32 itself is too far",
+        "from float64 to tell. *own differs*: the class itself computes something else with its cache than without, by",
+        "so much of its logits; the cached step is what `generate` means, and is what counts. *engine*: how prompts of",
+        "13, 4 and 9 tokens were batched, two at a time, each of which must get what `generate` gives it alone.",
         "",
-        ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1])) + ".",
+        f"{len(decoded)} classes: {', '.join(counts)}. Paths: {_counted(paths)}. Engine: {_counted(engine)}.",
         "",
-        "| architecture | class | inputs | path | verdict | reason |",
-        "|---|---|---|---|---|---|",
+        "| architecture | classes | inputs | path | engine | verdict | reason |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for record in sorted(records, key=lambda r: (r["architecture"], r["class"])):
-        if record["status"] == "does not generate":
-            continue
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for record in sorted(decoded, key=lambda r: (r["architecture"], r["class"])):
         reached = [name for name, case in record.get("cases", {}).items() if case["status"] != "not reached"]
         kinds = ", ".join(dict.fromkeys(name.split()[0] for name in reached))
-        reason = "; ".join(record["faults"]) if record["status"] == "fault" else record["reason"]
-        if record.get("own_differs"):
-            reason = f"own differs; {reason}"
-        reason = reason.replace("|", "\\|").replace("<", "&lt;")
-        reason = reason if len(reason) <= 220 else reason[:217] + "…"
-        cells = [record["architecture"], record["class"], kinds, record["path"], record["status"], reason]
-        lines.append(f"| {' | '.join(cells)} |")
+        batching = record.get("engine", {}).get("batching", "")
+        cells = (record["architecture"], kinds, record["path"], batching, record["status"], _why(record))
+        rows.setdefault(cells, []).append(record["class"])
+    for (architecture, *cells), names in rows.items():
+        lines.append(f"| {' | '.join([architecture, ', '.join(names), *cells])} |")
+    if "own loop" in by_status:
+        names = ", ".join(record["class"] for record in by_status["own loop"])
+        lines += [
+            "",
+            "## A loop of their own",
+            "",
+            "Their `generate` never comes to that of transformers:",
+            names + ".",
+        ]
+    rest = [record for record in records if record["status"] in ("not built", "not reached")]
+    if rest:
+        lines += ["", "## Not judged", ""]
+        lines += ["What the generic sizes and inputs of the sweep do not fit; nothing is said about them.", ""]
+        lines += ["| architecture | class | how far | what was raised |", "|---|---|---|---|"]
+        lines += [f"| {r['architecture']} | {r['class']} | {r['status']} | {_cut(r['reason'])} |" for r in rest]
     return "\n".join(lines) + "\n"
+
+
+def _counted(counts: Counter) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
+def _why(record: dict) -> str:
+    """Why it is no better than it is; empty where there is nothing to say."""
+    parts = list(record["faults"])
+    refused = {n: c["reason"] for n, c in record.get("cases", {}).items() if c["path"] == "none" and c["reason"]}
+    for name, reason in list(refused.items())[:1]:
+        reason = re.sub(r"^\w*Error: |^\w+ cannot be decoded by contrastive search: ", "", reason)
+        parts.append(reason if len(refused) == len(record["cases"]) else f"{name}: {reason}")
+    if not parts:
+        parts += [part for part in record["reason"].split("; ") if part.startswith("not ")]
+    if not parts and record.get("engine", {}).get("batching") == "static":
+        parts.append(f"not slots: {record['engine']['reason']}")
+    own = record.get("own_differs", [])
+    numbers = [float(value) for value in own if ":" not in value]
+    if numbers:
+        parts.append(f"own differs by {max(numbers):.2g}")
+    elif own:
+        parts.append(f"own differs: {own[0]}")
+    parts += dict.fromkeys(case["note"] for case in record.get("cases", {}).values() if case.get("note"))
+    return "; ".join(_cut(part) for part in parts)
+
+
+def _cut(text: str, limit: int = 160) -> str:
+    """At most so long, cut between words, and safe in a cell."""
+    text = " ".join(text.split())
+    if len(text) > limit:
+        text = text[: limit - 2].rsplit(" ", 1)[0].rstrip(",;:") + " …"
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,8 +209,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="do not go on from earlier results")
     parser.add_argument("--output", type=Path, help="results, a JSON line a class")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/zoo.md from the results")
+    parser.add_argument("--write", action="store_true", help="write the page from the results")
+    parser.add_argument("--page", type=Path, help="the page, instead of benchmarks/zoo.md; may be of some classes")
     options = parser.parse_args(arguments)
+    if options.ci and options.write:
+        parser.error("--ci keeps no results to write a page from")
     import transformers
     from zoo_sweep.classes import generating_classes
 
@@ -183,8 +241,12 @@ def main(arguments: list[str] | None = None) -> int:
     faulty = [record["class"] for record in fresh if record["status"] == "fault"]
     print(f"{len(fresh)} classes in {time.monotonic() - began:.0f} s, {len(faulty)} with faults: {' '.join(faulty)}")
     if options.write:
+        missing = generating_classes().keys() - known.keys()
+        if missing and options.page is None:
+            parser.error(f"{len(missing)} classes have no result yet, {min(missing)} for one: sweep them first")
         output.write_text("".join(json.dumps(known[name]) + "\n" for name in sorted(known)))
-        (HERE / "zoo.md").write_text(table(list(known.values()), transformers.__version__))
+        page = table([known[name] for name in sorted(known)], transformers.__version__)
+        (options.page or HERE / "zoo.md").write_text(page)
     return 1 if faulty else 0
 
 

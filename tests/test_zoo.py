@@ -18,8 +18,10 @@ if not BENCHMARKS.is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-from zoo_sweep import inputs, judge, run  # noqa: E402
-from zoo_sweep.classes import find, generating_classes  # noqa: E402
+import zoo  # noqa: E402
+from zoo_sweep import build as small  # noqa: E402
+from zoo_sweep import engine, inputs, judge, run  # noqa: E402
+from zoo_sweep.classes import enters_generate, find, generating_classes  # noqa: E402
 
 NEW = 8
 
@@ -83,6 +85,25 @@ def test_padding_that_is_not_honoured_is_found(decoded):
     assert float(judged(model, given, tokens).max()) > 1e-3
 
 
+def test_what_generate_bans_is_no_candidate(decoded):
+    model, given, tokens = decoded
+    banned = copy.deepcopy(model)
+    banned.generation_config.suppress_tokens = tokens[:, 0].tolist()
+    assert float(judged(banned, given, tokens)[:, 0].min()) == float("inf")
+    assert float(judged(banned, given, decode(banned, given, new_tokens=NEW)[:, -NEW:]).max()) < 1e-4
+
+
+def test_what_modules_hold_does_not_reach_the_next_candidate(monkeypatch):
+    """RecurrentGemma's state lives in its modules, where no copy of a cache reaches it."""
+    model = small.build(find("RecurrentGemmaForCausalLM"))
+    run.settle(model)
+    given = inputs.text(1)
+    tokens = decode(model, given, path="uncached", new_tokens=4)[:, -4:]
+    assert float(judged(model, given, tokens).max()) < 1e-4
+    monkeypatch.setattr(judge._Walk, "_held", lambda self: [])
+    assert float(judged(model, given, tokens).max()) > 1e-3
+
+
 def test_the_judge_is_no_part_of_what_it_judges():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from zoo_sweep import judge;"
@@ -97,6 +118,55 @@ def test_classes_are_found_by_looking():
     assert {"LlamaForCausalLM", "T5ForConditionalGeneration", "WhisperForConditionalGeneration"} <= set(names)
     assert "BertForMaskedLM" not in names
     assert find("LlamaForCausalLM").__name__ == "LlamaForCausalLM"
+
+
+def test_a_loop_of_its_own_is_seen():
+    assert not enters_generate(find("ParakeetForCTC"))
+    for name in ("LlamaForCausalLM", "BlipForConditionalGeneration", "WhisperForConditionalGeneration"):
+        assert enters_generate(find(name))
+
+
+def test_placeholders_of_images_and_sounds_are_found():
+    config = find("Qwen2VLForConditionalGeneration").config_class
+    found = config(image_token_id=90, video_token_id=91, vision_start_token_id=80, vision_end_token_id=82)
+    assert inputs.placeholders(found) == [80, 82, 90, 91]
+    assert inputs.placeholders(build("llama").config) == []
+
+
+def test_a_row_of_the_engine_that_is_not_its_prompts_is_found(monkeypatch):
+    model = build("llama")
+    assert run.in_the_engine(model)["faults"] == []
+    written = engine.written
+
+    def mixed(model, slots):
+        batching, rows, reason = written(model, slots)
+        return batching, rows if slots == 1 else rows[::-1], reason
+
+    monkeypatch.setattr(engine, "written", mixed)
+    faults = run.in_the_engine(model)["faults"]
+    assert len(faults) == 1
+    assert "slots=2" in faults[0]
+    assert "prompt 0" in faults[0]
+
+
+def test_the_page_says_why():
+    agrees = {"architecture": "a", "status": "agrees", "path": "shared_prefix", "reason": "one copy", "faults": []}
+    text = {"status": "agrees", "path": "shared_prefix"}
+    records = [
+        agrees | {"class": "A1", "cases": {"text 1": text}, "engine": {"batching": "slots", "reason": "tried"}},
+        agrees | {"class": "A2", "cases": {"text 1": text}, "engine": {"batching": "slots", "reason": "tried"}},
+        agrees
+        | {"class": "B", "architecture": "b", "path": "reorder", "reason": "a copy a row; not shared_prefix: a | b"}
+        | {"cases": {"text 1": text}, "own_differs": ["0.5", "0.25"]},
+        agrees | {"class": "C", "architecture": "c", "status": "own loop", "path": "", "reason": "its own"},
+        agrees | {"class": "D", "architecture": "d", "status": "not built", "path": "", "reason": "word " * 100},
+    ]
+    page = zoo.table(records, "5")
+    assert "| a | A1, A2 | text | shared_prefix | slots | agrees |  |" in page
+    assert "| b | B | text | reorder |  | agrees | not shared_prefix: a \\| b; own differs by 0.5 |" in page
+    assert "\nC.\n" in page
+    assert "3 classes: 3 agrees. Paths: shared_prefix 2, reorder 1. Engine: slots 2." in page
+    assert page.splitlines()[-1].endswith("word … |")
 
 
 def test_an_error_from_deeper_down_is_no_refusal():

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class NotBuiltError(Exception):
 
 # The first pattern that a field's whole name fits decides. A callable gets the default value.
 _RULES: list[tuple[str, Any]] = [
-    (r"(t2u_|text_|char_)?vocab_size(_per_layer_input)?|audio_vocab_size|text_vocab_size", VOCABULARY),
+    (r"(t2u_|text_|char_|unpadded_)?vocab_size(_per_layer_input)?|audio_vocab_size|text_vocab_size", VOCABULARY),
     (r"(additional|extra)_vocab_size", lambda v: min(v, 4)),
     (r"pad_token_id|padding_idx|pad_index", 0),
     (r"bos_token_id|bos_index", 1),
@@ -52,7 +53,9 @@ _RULES: list[tuple[str, Any]] = [
     (r"attn_layer_period|expert_layer_period", 2),
     (r"attn_layer_offset|expert_layer_offset", 1),
     (r"sliding_window(_size)?|attention_window(_size)?|keep_window_size|attention_chunk_size|local_attention|"
+     r"local_attention_window_len|"
      r"swa_window_size|window_size", lambda v: WINDOW if isinstance(v, int) and v > 0 else v),
+    (r"use_sliding_window", True),
     (r"max_window_layers", 1),
     (r"(mamba_)?(d_)?state(_size)?|mamba_d_state|ssm_state_size|mamba_state_dim", lambda v: 8 if v else v),
     (r"mamba_(n|num)_heads", 8),
@@ -104,7 +107,13 @@ _KEPT = {
 # Where the names say too little. By configuration class; a dictionary goes into a sub-configuration.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
+    "CohereCompassTextConfig": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "DbrxConfig": {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    "DogeConfig": {"sliding_window": None},  # beside one its dynamic mask is idle
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "DeepseekV2Config": {"num_experts_per_tok": 2},
     "GPTNeoConfig": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
@@ -112,6 +121,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Mamba2Config": {"num_heads": 8, "head_dim": 8},
     "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "XLNetConfig": {"d_head": 8, "n_head": 4},
@@ -122,7 +138,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "MinistralConfig": {"head_dim": 8},
     "HunYuanVLTextConfig": {"head_dim": 8},
     "BltConfig": {"encoder_hash_byte_group_vocab": 50},
-    "MoonshineStreamingConfig": {"num_key_value_heads": 2},
+    "MoonshineConfig": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
+    "MoonshineStreamingConfig": {"num_key_value_heads": HEADS},
+    "MoonshineStreamingEncoderConfig": {"num_key_value_heads": HEADS},
     "Dots3NoteTextConfig": {"num_key_value_heads": 4},
     "Dots3NoteConfig": {"num_key_value_heads": 4},
     "Glm5NextTextConfig": {"num_key_value_heads": 4, "index_kpool": 2},
@@ -150,7 +168,10 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
         rule = next((rule for pattern, rule in _RULES_COMPILED if pattern.fullmatch(name)), None)
         if rule is None:
             if isinstance(value, int) and not isinstance(value, bool) and name.endswith(("token_id", "token_index")):
-                arguments[name] = value if value < VOCABULARY else 93 - (len(name) % 8) - 8
+                arguments[name] = value if value < VOCABULARY else 77 + zlib.crc32(name.encode()) % 13
+            continue
+        if name == "sliding_window" and not value and lists:  # there is room for one
+            arguments[name] = WINDOW
             continue
         if value is None and not (name.endswith("token_id")):
             continue
@@ -181,6 +202,9 @@ def small(config_class: Any, default: Any = None, lists: bool = True) -> dict[st
             for name, values in per_layer.items():
                 arguments[name] = [values[index] for index in kinds]
             arguments[layers] = len(kinds)
+            full = set(arguments.get("layer_types", ())) == {"full_attention"}
+            if full and "sliding_window" in arguments and "sliding_attention" in _source(config_class):
+                arguments["layer_types"][-1] = "sliding_attention"
     rope = _value(default, "rope_parameters")
     if "rope_parameters" in names and isinstance(rope, dict):
         arguments["rope_parameters"] = _small_rope(rope)

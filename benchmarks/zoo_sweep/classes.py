@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
+import textwrap
 from pathlib import Path
 from typing import Any
 
-__all__ = ["find", "generating_classes"]
+__all__ = ["enters_generate", "find", "generating_classes"]
 
 
 @functools.cache
@@ -40,3 +42,18 @@ def find(name: str) -> Any | None:
     module, _ = generating_classes()[name]
     cls = getattr(importlib.import_module(module), name)
     return cls if getattr(cls, "config_class", None) is not None and cls.can_generate() else None
+
+
+def enters_generate(cls: Any) -> bool:
+    """Whether ``cls.generate`` comes to the one of ``GenerationMixin``, its own or that of a model inside: CTC classes
+    and some that write sound have a loop of their own, which takes no ``custom_generate``."""
+    from transformers import GenerationMixin
+
+    if cls.generate is GenerationMixin.generate or "custom_generate" in inspect.signature(cls.generate).parameters:
+        return True
+    owner = next(base for base in cls.__mro__ if "generate" in vars(base))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    return any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "generate"
+        for node in ast.walk(tree)
+    )

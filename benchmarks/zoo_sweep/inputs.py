@@ -13,6 +13,7 @@ from .build import AUDIO_TOKEN, IMAGE, IMAGE_TOKEN, PATCH
 
 Inputs = dict[str, torch.Tensor]
 LENGTH, LONGEST_ID = 11, 75  # longer than every window; the ids above are images and sounds
+_PLACEHOLDER = re.compile(r"(.*_)?(image|img|video|vision|audio|speech|[be]o[ia])(_.*)?_token_(id|index)")
 
 
 def _ids(rows: int, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
@@ -23,9 +24,9 @@ def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def text(rows: int, right: bool = False) -> Inputs:
+def text(rows: int, right: bool = False, length: int = LENGTH, seed: int = 0) -> Inputs:
     """Token ids, of which the second row has three fewer (padded on the left, or on the ``right``)."""
-    ids = _ids(rows)
+    ids = _ids(rows, length, seed)
     mask = torch.ones_like(ids)
     if rows > 1:
         mask[1, -3:] = 0
@@ -34,11 +35,15 @@ def text(rows: int, right: bool = False) -> Inputs:
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-def _with_marks(rows: int, token: int, count: int) -> Inputs:
+def _with_marks(model: Any, kind: str, rows: int, count: int) -> Inputs:
     """Text in which ``count`` positions of every row stand for an image or a sound."""
+    starts = (getattr(model.config, f"{name}_start_token_id", None) for name in ("vision", "image"))
+    start = next((start for start in starts if start is not None), None) if kind == "image" else None
     inputs = text(rows)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    marks = torch.full((rows, count), token)
+    marks = torch.full((rows, count), _mark(model, kind))
+    if isinstance(start, int):  # by which some count a row's images
+        marks = torch.nn.functional.pad(marks, (1, 0), value=start)
     ids = torch.cat([ids[:, :5], marks, ids[:, 5:]], dim=1)
     mask = torch.cat([mask[:, :5], torch.ones_like(marks), mask[:, 5:]], dim=1)
     return {"input_ids": ids, "attention_mask": mask}
@@ -48,6 +53,18 @@ def _mark(model: Any, kind: str) -> int:
     names = ("image_token_id", "image_token_index") if kind == "image" else ("audio_token_id", "audio_token_index")
     found = next((v for n in names if isinstance(v := getattr(model.config, n, None), int)), None)
     return found if found is not None else (IMAGE_TOKEN if kind == "image" else AUDIO_TOKEN)
+
+
+def placeholders(config: Any) -> list[int]:
+    """Ids that stand for images and sounds, their beginnings and ends: a text that came to hold one would want another
+    image. (Random weights choose any.)"""
+    found = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found |= set(placeholders(value))
+        elif type(value) is int and _PLACEHOLDER.fullmatch(name):
+            found.add(value)
+    return sorted(found)
 
 
 def kinds(model: Any) -> list[str]:
@@ -82,7 +99,7 @@ def guesses(model: Any, kind: str, rows: int) -> Iterator[Inputs]:
                 yield media | text(rows)
             continue
         for count in (4, 1, 16, 2, 0, 64, 5):
-            yield media | _with_marks(rows, _mark(model, kind), count)
+            yield media | _with_marks(model, kind, rows, count)
 
 
 def corrected(model: Any, kind: str, inputs: Inputs, error: str) -> Inputs | None:
@@ -94,7 +111,7 @@ def corrected(model: Any, kind: str, inputs: Inputs, error: str) -> Inputs | Non
     for count in counts:
         per_row = count // rows
         if 0 < per_row <= 100:
-            marks = _with_marks(rows, _mark(model, kind), per_row)
+            marks = _with_marks(model, kind, rows, per_row)
             return {n: v for n, v in inputs.items() if n not in marks} | marks
     return None
 

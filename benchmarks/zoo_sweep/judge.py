@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ def trace(
     def loop(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs):
         kwargs.pop("synced_gpus", None)
         kwargs.pop("streamer", None)
-        found.extend(_steps(model, input_ids, generation_config, kwargs, tokens, scored))
+        walk = _Walk(model, input_ids, logits_processor, kwargs, scored)
+        found.extend(walk.along(tokens))
         return torch.cat([input_ids, tokens], dim=1)
 
     exact = true_float64() if model.dtype == torch.float64 else nullcontext()
@@ -77,71 +79,109 @@ def _show_hidden_states(model: Any) -> None:
         config.output_hidden_states = True
 
 
-def _last_hidden(outputs: Any) -> torch.Tensor | None:
-    layers = getattr(outputs, "decoder_hidden_states", None)
-    layers = getattr(outputs, "hidden_states", None) if layers is None else layers
-    last = layers[-1] if isinstance(layers, (tuple, list)) and layers else layers
-    return last if isinstance(last, torch.Tensor) and last.ndim == 3 else None
+class _Walk:
+    """``generate``'s loop along given tokens."""
 
+    def __init__(self, model, ids, logits_processor, kwargs, scored):
+        self.model, self.ids, self.processor = model, ids, logits_processor
+        self.kwargs, self.scored = dict(kwargs), scored
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+        asked = scored and not getattr(model.config, "output_hidden_states", False)
+        self.extra = {"output_hidden_states": True} if asked else {}
+        self.modules = list(model.modules())
 
-def _steps(model, ids, generation_config, kwargs, tokens, scored):
-    encoder_decoder = bool(model.config.is_encoder_decoder)
-    batch = len(ids)
-    kwargs = dict(kwargs)
-    extra = {"output_hidden_states": True} if scored else {}
-    outputs = _prefill(model, ids, generation_config, kwargs, extra)
-    kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=encoder_decoder)
-    logits, history = outputs.logits[:, -1], _last_hidden(outputs) if scored else None
-    for column in range(tokens.shape[1]):
-        chosen = tokens[:, column]
-        probabilities = logits.softmax(dim=-1)
-        tried = torch.nan_to_num(logits, nan=-torch.inf).topk(TOP_K + _MORE, dim=-1).indices
-        states = []
-        if scored and history is not None:
-            for candidate in tried.unbind(dim=1):
-                out, _ = _forward(model, ids, _copied(kwargs), candidate, extra)
-                states.append(_last_hidden(out)[:, -1])
-        outputs, ids = _forward(model, ids, kwargs, chosen, extra)
-        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=encoder_decoder)
-        all_ids = torch.cat([tried, chosen[:, None]], dim=1)
-        p = probabilities.gather(1, all_ids)
-        scores = torch.full_like(p, torch.nan)
-        if scored and history is not None:
-            last = _last_hidden(outputs)
-            states.append(last[:, -1])
-            width = history.shape[1]
-            mask = kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
-            mask = (
-                mask[:, :width] if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > width else None
-            )
-            penalties = torch.stack([degeneration_penalty(history, s, mask) for s in states], dim=1)
-            scores = (1 - ALPHA) * p - ALPHA * penalties
-            history = torch.cat([history, last[:, -1:]], dim=1)
-        yield Step(logits.reshape(batch, -1), all_ids, p, scores)
-        logits = outputs.logits[:, -1]
+    def along(self, tokens: torch.Tensor) -> Iterator[Step]:
+        hooks = [self._hear()] if self.scored and self.model.base_model is not self.model else []
+        try:
+            yield from self._steps(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
+    def _steps(self, tokens):
+        inputs = self.model.prepare_inputs_for_generation(self.ids, is_first_iteration=True, **self.kwargs)
+        outputs, states = self._run(inputs)
+        self._advance(outputs)
+        logits, history = outputs.logits[:, -1], states
+        for chosen in tokens.unbind(dim=1):
+            scores = logits if self.processor is None else self.processor(self.ids, logits.clone())
+            probabilities = scores.softmax(dim=-1)
+            tried = torch.nan_to_num(scores, nan=-torch.inf).topk(TOP_K + _MORE, dim=-1).indices
+            found = []
+            if history is not None:
+                found = [self._tried(candidate) for candidate in tried.unbind(dim=1)]
+            outputs, states = self._run(self._inputs(self.kwargs, chosen))
+            self.ids = torch.cat([self.ids, chosen[:, None]], dim=1)
+            self._advance(outputs)
+            all_ids = torch.cat([tried, chosen[:, None]], dim=1)
+            p = probabilities.gather(1, all_ids)
+            values = torch.full_like(p, torch.nan)
+            if history is not None:
+                found.append(states[:, -1])
+                mask = self._mask(history.shape[1])
+                penalties = torch.stack([degeneration_penalty(history, state, mask) for state in found], dim=1)
+                values = (1 - ALPHA) * p - ALPHA * penalties
+                history = torch.cat([history, states[:, -1:]], dim=1)
+            yield Step(logits.reshape(len(all_ids), -1), all_ids, p, values)
+            logits = outputs.logits[:, -1]
 
-def _prefill(model, ids, generation_config, kwargs, extra):
-    inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
-    return model(**inputs | _accepted(model, inputs, extra), return_dict=True)
+    def _inputs(self, kwargs, token):
+        ids = torch.cat([self.ids, token[:, None]], dim=1)
+        length = 1 if kwargs.get("use_cache", True) else None
+        return self.model.prepare_inputs_for_generation(ids, next_sequence_length=length, **kwargs)
 
+    def _run(self, inputs) -> tuple[Any, torch.Tensor | None]:
+        self.heard: torch.Tensor | None = None
+        outputs = self.model(**inputs | self.extra, return_dict=True)
+        return outputs, self._last_hidden(outputs) if self.scored else None
 
-def _forward(model, ids, kwargs, token, extra):
-    ids = torch.cat([ids, token[:, None]], dim=1)
-    inputs = model.prepare_inputs_for_generation(
-        ids, next_sequence_length=1 if kwargs.get("use_cache", True) else None, **kwargs
-    )
-    return model(**inputs | _accepted(model, inputs, extra), return_dict=True), ids
+    def _tried(self, candidate) -> torch.Tensor:
+        """The candidate's hidden state; whatever holds a state is afterwards as it was before."""
+        kwargs = {n: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for n, v in self.kwargs.items()}
+        kept = self._held()
+        _, states = self._run(self._inputs(kwargs, candidate))
+        for attributes, name, value in kept:
+            attributes[name] = value
+        return states[:, -1]
 
+    def _held(self) -> list[tuple[dict[str, Any], str, torch.Tensor | None]]:
+        """Tensors (and their absence) that modules hold outside parameters and buffers: RecurrentGemma's state."""
+        return [
+            (vars(module), name, None if value is None else value.clone())
+            for module in self.modules
+            for name, value in vars(module).items()
+            if value is None or isinstance(value, torch.Tensor)
+        ]
 
-def _accepted(model, inputs, extra):
-    return {} if getattr(model.config, "output_hidden_states", False) else extra
+    def _advance(self, outputs) -> None:
+        self.kwargs = self.model._update_model_kwargs_for_generation(
+            outputs, self.kwargs, is_encoder_decoder=self.encoder_decoder
+        )
 
+    def _mask(self, width: int) -> torch.Tensor | None:
+        mask = self.kwargs.get("decoder_attention_mask" if self.encoder_decoder else "attention_mask")
+        wide = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > width
+        return mask[:, :width] if wide else None
 
-def _copied(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        n: v if isinstance(v, torch.Tensor) or n == "encoder_outputs" else copy.deepcopy(v) for n, v in kwargs.items()
-    }
+    def _hear(self):
+        def hear(module, args, output):
+            self.heard = getattr(output, "last_hidden_state", None)
+
+        return self.model.base_model.register_forward_hook(hear)
+
+    def _last_hidden(self, outputs: Any) -> torch.Tensor | None:
+        """``hidden_states[-1]``, as transformers 4 read it. Reformer's is no such thing: one of the two streams of its
+        reversible layers, padded to whole chunks; the head reads both, normalised. So where shapes differ, what the
+        base model calls its last hidden state counts."""
+        layers = getattr(outputs, "decoder_hidden_states", None)
+        layers = getattr(outputs, "hidden_states", None) if layers is None else layers
+        last = layers[-1] if isinstance(layers, (tuple, list)) and layers else layers
+        if not isinstance(last, torch.Tensor) or last.ndim != 3:
+            return None
+        heard = self.heard
+        if isinstance(heard, torch.Tensor) and heard.ndim == 3 and heard.shape != last.shape:
+            return heard
+        return last
 
 
 def regret(steps: list[Step], tokens: torch.Tensor, tie: float = 1e-6) -> torch.Tensor:

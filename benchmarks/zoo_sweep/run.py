@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import build, classes, inputs, judge
+from . import build, classes, engine, inputs, judge
 
 NEW_TOKENS = 8
 PATHS = ("shared_prefix", "reorder", "uncached")
@@ -37,6 +37,8 @@ def one_class(name: str) -> dict[str, Any]:
         if cls is None:
             record["status"] = "does not generate"
             return record
+        if not classes.enters_generate(cls):
+            return record | {"status": "own loop", "reason": "its generate has a loop of its own"}
         model = build.build(cls)
         settle(model)
     except Exception as error:
@@ -47,6 +49,8 @@ def one_class(name: str) -> dict[str, Any]:
         for rows in (1, 2):
             cases[f"{kind} {rows}"] = one_case(model, kind, rows)
     record["cases"] = cases
+    if set((cases.get("text 1") or {}).get("inputs", ())) == {"input_ids", "attention_mask"}:
+        record["engine"] = in_the_engine(model)
     summarise(record)
     record["seconds"] = round(time.perf_counter() - began, 1)
     return record
@@ -58,6 +62,7 @@ def settle(model: Any) -> None:
 
     start = getattr(model.config, "decoder_start_token_id", None)
     config = GenerationConfig(pad_token_id=0, bos_token_id=1, decoder_start_token_id=1 if start is None else start)
+    config.suppress_tokens = inputs.placeholders(model.config) or None
     for name, value in vars(model.generation_config).items():
         if not hasattr(config, name) or name.startswith(("lang", "task", "is_multi", "no_timestamps", "alignment")):
             setattr(config, name, value)
@@ -69,6 +74,7 @@ def summarise(record: dict[str, Any]) -> None:
     cases = record["cases"]
     reached = {name: case for name, case in cases.items() if case["status"] != "not reached"}
     record["faults"] = [f"{name}: {fault}" for name, case in cases.items() for fault in case["faults"]]
+    record["faults"] += [f"engine: {fault}" for fault in record.get("engine", {}).pop("faults", ())]
     if not reached:
         record |= {"status": "not reached", "reason": next(iter(cases.values()))["reason"]}
         return
@@ -76,7 +82,7 @@ def summarise(record: dict[str, Any]) -> None:
     record["path"] = ", ".join(paths)
     first = next((c for c in reached.values() if c["path"] == "none"), next(iter(reached.values())))
     record["reason"] = first["reason"]
-    states = {case["status"] for case in reached.values()}
+    states = {case["status"] for case in reached.values()} | ({"fault"} if record["faults"] else set())
     for status in ("fault", "refused", "rough", "agrees"):
         if status in states:
             record["status"] = status
@@ -176,27 +182,70 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, label) ->
         case["error"] = max(case.get("error", 0.0), difference)
         if difference > allowed:
             found.append(f"logits off by {difference:.2g} (transformers' own in float32: {own_error:.1g})")
-    if found and label == "uncached" and whole is not None and judge.error(logits, whole) <= allowed:
+    if not found or label != "uncached" or whole is None or logits is None:
+        return ", ".join(found)
+    if judge.error(logits, whole) <= allowed:
         # What was asked for by name: the text recomputed. The class's own cached step is what departs from it.
         case["note"] = "path='uncached' follows the recomputed text, from which the class's own cached step departs"
         return ""
     return ", ".join(found)
 
 
-def ours(model, given, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def in_the_engine(model: Any) -> dict[str, Any]:
+    """Three prompts of different lengths, two at a time and one by one: what each gets from ``generate`` alone."""
+    found: dict[str, Any] = {"batching": "", "reason": "", "faults": []}
+    alone: list[list[int] | None] = []
+    calls = copy.deepcopy(model)
+    for given in engine.prompts():
+        try:
+            alone.append(ours(calls, given, "auto", engine.NEW_TOKENS)[0][0].tolist())
+        except Exception as error:  # noqa: PERF203
+            if not (isinstance(error, ValueError) and _is_ours(error)):
+                found["faults"].append(f"generate raises {_short(error)}")
+                return found
+            alone.append(None)
+    judged: dict[tuple, str] = {}
+    for slots in (2, 1):
+        try:
+            batching, written, reason = engine.written(model, slots)
+        except Exception as error:
+            if not (isinstance(error, ValueError) and _is_ours(error)):
+                found["faults"].append(f"slots={slots} raises {_short(error)}")
+            elif None not in alone:
+                found["faults"].append(f"slots={slots} refuses what generate takes: {_short(error)}")
+            found["batching"], found["reason"] = "refused", _short(error)
+            continue
+        if not found["batching"]:
+            found["batching"], found["reason"] = batching, reason
+        wrong = []
+        for index, (given, tokens) in enumerate(zip(engine.prompts(), written, strict=True)):
+            if tokens == alone[index]:
+                continue
+            key = (index, *tokens)
+            if key not in judged:
+                double, double_inputs = judge.double_of(model, given)
+                judged[key] = verdict(model, given, double, double_inputs, torch.tensor([tokens]), None, {}, "engine")
+            if judged[key]:
+                wrong.append(f"prompt {index} has {tokens}, alone {alone[index]}: {judged[key]}")
+        if wrong:
+            found["faults"].append(f"slots={slots} ({batching}): {wrong[0]} ({len(wrong)} of {len(written)} prompts)")
+    return found
+
+
+def ours(model, given, path: str, new_tokens: int = NEW_TOKENS) -> tuple[torch.Tensor, torch.Tensor | None]:
     """New tokens ``(B, n)`` and the logits they were chosen by ``(B, n, V)``."""
     from simctg_fast import ContrastiveSearch
 
     out = model.generate(
         **given,
         custom_generate=ContrastiveSearch(judge.ALPHA, judge.TOP_K, path=path),
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
     )
     logits = torch.stack(out.logits, dim=1) if out.logits else None
-    return out.sequences[:, -NEW_TOKENS:], logits
+    return out.sequences[:, -new_tokens:], logits
 
 
 def accepted_inputs(model, kind: str, rows: int) -> tuple[dict[str, torch.Tensor] | None, str]:
