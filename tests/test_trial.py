@@ -241,7 +241,7 @@ def test_every_candidate_and_both_rows_are_compared(monkeypatch):
 
         return original(self, inputs, candidates, bent)
 
-    model, inputs = build("llama"), {"input_ids": prompt(1)}
+    model, inputs = build("llama"), {"input_ids": prompt(2)}
     expected = decode(build("llama"), inputs)
     monkeypatch.setattr(SharedPrefixPath, "_forward", wrong)
     assert torch.equal(decode(model, inputs), expected)

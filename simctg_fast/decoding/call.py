@@ -1,4 +1,4 @@
-"""What a trial runs: a call of ``generate``, and small copies of it."""
+"""What a trial runs: a call of ``generate``, and a small copy of it."""
 
 from __future__ import annotations
 
@@ -142,37 +142,41 @@ def _softer(name: str, value: Any, rows: int) -> Any:
     return torch.cat([value[:half], 0.9 * value[half:]])
 
 
-def copies_of(call: Call) -> list[Rows]:
-    """One row of the call, and two. Where a batch cannot be taken apart, only the whole."""
+def copy_of(call: Call) -> Rows:
+    """The row of a call of one; two different ones of a larger call, or the whole where it cannot be taken apart."""
     ids, kwargs = call.input_ids, without_caches(call.model_kwargs)
     batch = len(ids)
-    names = [name for name in ("attention_mask", "decoder_attention_mask") if name in kwargs]
-    masks = [kwargs[name] for name in names if isinstance(kwargs[name], torch.Tensor) and kwargs[name].ndim == 2]
-    others: list[int] = []
-    if batch > 1:
-        if not all(_has_rows(name, value, batch) for name, value in kwargs.items()):
-            return [Rows(ids, kwargs)]
-        real = sum((mask.sum(dim=-1).cpu() for mask in masks), torch.zeros(batch))
-        first = int(real.argmax())
-        if float(real.min()) < float(real.max()):
-            others = [int(real.argmin())]
-        one = Rows(_take(ids, [first]), {name: _take(value, [first], name) for name, value in kwargs.items()})
-        if others:
-            rows = [first, *others]
-            return [one, Rows(_take(ids, rows), {name: _take(value, rows, name) for name, value in kwargs.items()})]
-    else:
-        one = Rows(ids, kwargs)
+    if batch == 1 or not all(_has_rows(name, value, batch) for name, value in kwargs.items()):
+        return Rows(ids, kwargs)
+    given = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    masks = [mask for mask in given if isinstance(mask, torch.Tensor) and mask.ndim == 2]
+    real = sum((mask.sum(dim=-1).cpu() for mask in masks), torch.zeros(batch))
+    first, second = int(real.argmax()), int(real.argmin())
+    if first == second:  # rows of one length; those of num_return_sequences are one text
+        others = (ids != ids[:1]).any(dim=-1).nonzero().flatten().tolist()
+        if not others:
+            return _two_of(call, *_rows(ids, kwargs, [0]))
+        second = others[0]
+    return Rows(*_rows(ids, kwargs, [first, second]))
+
+
+def _rows(ids: torch.Tensor, kwargs: dict[str, Any], rows: list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
+    return _take(ids, rows), {name: _take(value, rows, name) for name, value in kwargs.items()}
+
+
+def _two_of(call: Call, ids: torch.Tensor, kwargs: dict[str, Any]) -> Rows:
+    """A row twice, the second time with its tokens turned around, and what its encoder has made a little weaker."""
     try:
-        two_ids, doubled = repeat_rows(call.model, one.ids, one.kwargs, 2)
+        two_ids, doubled = repeat_rows(call.model, ids, kwargs, 2)
     except FAILURES:  # a model that cannot repeat its own inputs; its candidates will say so
-        return [one]
-    if _is_text(call, one.kwargs):
-        mask = one.kwargs.get(call.mask_name)
+        return Rows(ids, kwargs)
+    if _is_text(call, kwargs):
+        mask = kwargs.get(call.mask_name)
         real_places = torch.ones_like(two_ids[1], dtype=torch.bool) if mask is None else mask[0].bool()
         if len(real_places) == two_ids.shape[1]:
             two_ids = two_ids.clone()
             two_ids[1, real_places] = two_ids[1, real_places].roll(1)
-    return [one, Rows(two_ids, {name: _softer(name, value, 2) for name, value in doubled.items()})]
+    return Rows(two_ids, {name: _softer(name, value, 2) for name, value in doubled.items()})
 
 
 def _is_text(call: Call, kwargs: dict[str, Any]) -> bool:
@@ -183,9 +187,9 @@ def _is_text(call: Call, kwargs: dict[str, Any]) -> bool:
     return all(value is None or isinstance(value, bool) or name in allowed for name, value in kwargs.items())
 
 
-def cut(call: Call, copies: list[Rows], width: int, reach: int) -> list[Rows]:
-    """``copies`` cut to ``width`` positions where that is possible, and then continued up to ``reach``."""
-    ids, kwargs = copies[-1].ids, copies[-1].kwargs
+def cut(call: Call, rows: Rows, width: int, reach: int) -> Rows:
+    """``rows`` cut to ``width`` positions where that is possible, and then continued up to ``reach``."""
+    ids, kwargs = rows.ids, rows.kwargs
     length, mask = ids.shape[1], kwargs.get(call.mask_name)
     if _is_text(call, kwargs) and length > width and (mask is None or mask.shape == ids.shape):
         start = length - width
@@ -193,26 +197,16 @@ def cut(call: Call, copies: list[Rows], width: int, reach: int) -> list[Rows]:
             start = min(start, max(0, int((mask == 0).sum(dim=-1).max()) - width // 4))
         part = slice(start, start + width)
         if mask is None or bool(mask[:, part].any(dim=-1).all()):
-            along = [
-                call.mask_name,
-                "token_type_ids",
-                "decoder_position_ids" if call.is_encoder_decoder else "position_ids",
-            ]
-            copies = [Rows(rows.ids[:, part], _sliced(rows.kwargs, along, length, part)) for rows in copies]
-    missing = reach - max(copies[-1].ids.shape[1], width_of(call, kwargs))
+            positions = "decoder_position_ids" if call.is_encoder_decoder else "position_ids"
+            ids, kwargs = ids[:, part], _sliced(kwargs, [call.mask_name, "token_type_ids", positions], length, part)
+    missing = reach - max(ids.shape[1], width_of(call, kwargs))
     if missing <= 0:
-        return copies
+        return Rows(ids, kwargs)
     generator = torch.Generator().manual_seed(0)
     vocabulary = call.model.config.get_text_config(decoder=True).vocab_size
     new = torch.randint(min(3, vocabulary - 1), min(vocabulary, 1000), (len(ids), missing), generator=generator)
     new = new.to(ids.device)
-    return [
-        Rows(
-            torch.cat([rows.ids, new[: len(rows.ids)]], dim=1),
-            grow_kwargs(call.model, rows.kwargs, new[: len(rows.ids)]),
-        )
-        for rows in copies
-    ]
+    return Rows(torch.cat([ids, new], dim=1), grow_kwargs(call.model, kwargs, new))
 
 
 def _sliced(kwargs: dict[str, Any], names: list[str], length: int, part: slice) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_ste
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .kept_arguments import keep_arguments
 from .linear_swap import fast_linears
-from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult
+from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, without_caches
 from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
 from .support import Check, SupportReport, announce, forget, recall, remember
@@ -562,10 +562,20 @@ class _Run:
             return torch.cat([mask.new_ones(len(mask), more), mask], dim=1)
         if more > 0 and bool(mask.all()):  # an image's positions, say: all are real, wherever they stand
             return None
+        if more > 0 and self._appends(more):
+            return torch.cat([mask, mask.new_ones(len(mask), more)], dim=1)
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} positions, but {type(self.model).__name__} made hidden states for "
             f"{states.shape[1]}: which of them are padding cannot be told; allowed: prompts of one length, unpadded"
         )
+
+    def _appends(self, count: int) -> bool:
+        """Whether the model puts so many tokens of its own behind a text (XLM: one that stands for the next)."""
+        inputs = self.model.prepare_inputs_for_generation(
+            self.input_ids, is_first_iteration=True, **without_caches(self.model_kwargs)
+        )
+        ids, own = inputs.get("input_ids"), self.input_ids.shape[1]
+        return ids is not None and ids.shape[1] == own + count and torch.equal(ids[:, :own], self.input_ids)
 
     def _begin_again(self, verdict: Verdict, error: Exception) -> None:
         """The path that was found to serve does not serve this call after all: another one takes it from its start."""

@@ -2,8 +2,9 @@
 
 The truth is what ``generate`` means: transformers' own step, from the caller's arguments, over a cache that the model
 makes for itself and with nothing of ours in place. A path has to reproduce its logits of the prompt and, over two
-steps, the hidden state of every candidate and the winners' logits, with one row and with two. Keys and values beyond
-the text hold large numbers meanwhile, in two versions that must give the same bits: who reads them is found out.
+steps, the hidden state of every candidate and the winners' logits: of one row for a call of one, of two for any other.
+Keys and values beyond the text hold large numbers meanwhile, in two versions that must give the same bits: who reads
+them is found out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .call import Call, Rows, copies_of, cut, width_of
+from .call import Call, copy_of, cut, width_of
 from .hidden_states import HiddenStatesTap
 from .paths import FAILURES, PATHS, HeadUnsupportedError, Path, PathUnsupportedError, SharedPrefixPath
 from .prefix_cache import CACHE_NAME
@@ -45,33 +46,32 @@ class _DiffersError(PathUnsupportedError):
         self.error = error
 
 
-def _try(call: Call, tap: HiddenStatesTap, truth: Truth, rows: Rows, name: str, head: bool) -> None:
-    """Run the truth's two steps on path ``name`` with these ``rows``, the first of the truth's.
+def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
+    """Run the truth's two steps on path ``name``.
 
     Raises:
         PathUnsupportedError, HeadUnsupportedError: it cannot, or the outcome differs; the message says how.
     """
-    kwargs = dict(rows.kwargs)
+    call, ids, kwargs = truth.call, truth.ids, dict(truth.own.rows.kwargs)
     if kwargs.get("use_cache", True) and (cache := call.new_cache()) is not None:
         kwargs[CACHE_NAME] = cache
     config = copy.deepcopy(call.generation_config)
     if config.prefill_chunk_size is not None:
-        config.prefill_chunk_size = max(1, min(config.prefill_chunk_size, rows.ids.shape[1] // 2))
-    width = max(rows.ids.shape[1], width_of(call, kwargs))
+        config.prefill_chunk_size = max(1, min(config.prefill_chunk_size, ids.shape[1] // 2))
+    width = max(ids.shape[1], width_of(call, kwargs))
     path = PATHS[name](
         call.model, tap, head=head, generation_config=config, model_kwargs=kwargs, max_length=width + 4, record={}
     )
     if head and truth.head is not None:
         raise HeadUnsupportedError(truth.head)
-    allowed, count = truth.allowed, len(rows.ids)
 
     def compare(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-        error = error_of(ours, expected[:count])
-        if not error <= allowed:
-            raise _DiffersError(what, error, allowed)
+        error = error_of(ours, expected)
+        if not error <= truth.allowed:
+            raise _DiffersError(what, error, truth.allowed)
 
     try:
-        _two_steps(path, rows.ids, truth, head, compare)
+        _two_steps(path, truth, head, compare)
     except FAILURES as error:
         step = getattr(path, "last_step", None)
         if step is None or step.calls or isinstance(error, torch.OutOfMemoryError):
@@ -79,12 +79,12 @@ def _try(call: Call, tap: HiddenStatesTap, truth: Truth, rows: Rows, name: str, 
         raise PathUnsupportedError("it does not use the attention interface") from error
 
 
-def _two_steps(path: Path, ids: torch.Tensor, truth: Truth, head: bool, compare: Callable[..., None]) -> None:
+def _two_steps(path: Path, truth: Truth, head: bool, compare: Callable[..., None]) -> None:
+    ids = truth.ids
     logits, _, _ = path.prefill(ids)
     compare(logits, truth.prefill_logits, "logits of the prompt")
-    count = len(ids)
     for step in truth.rounds:
-        candidates, winners = step.candidates[:count], step.winners[:count]
+        candidates, winners = step.candidates, step.winners
         if head not in step.states:
             raise HeadUnsupportedError("hidden states cannot be read")
         seen: list[torch.Tensor] = []
@@ -101,8 +101,8 @@ def _two_steps(path: Path, ids: torch.Tensor, truth: Truth, head: bool, compare:
         result = path.step(ids, candidates, choose)
         if filled is not None and not (_same_bits(seen[0], seen[1]) and _same_bits(filled.logits, result.logits)):
             raise PathUnsupportedError("it reads keys or values beyond the end of its text")
-        rows = torch.arange(count, device=ids.device)[:, None]
-        compare(seen[-1][rows, step.columns[:count]], step.states[head], "hidden states")
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        compare(seen[-1][rows, step.columns], step.states[head], "hidden states")
         compare(result.logits, step.logits, "logits")
         ids = torch.cat([ids, candidates.gather(1, winners[:, None])], dim=1)
 
@@ -160,10 +160,10 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
             if reached is None:
                 return None
             call = reached
-        copies, truths = _truths(call, tap, k)
+        truths = _truths(call, tap, k)
         seconds = time.perf_counter() - began
         found = _first_that_serves(call, tap, routes, truths, ours)
-        if found.route is None and Truth(call, tap, copies, k).differs_from(truths[0]):
+        if found.route is None and Truth(call, tap, truths[0].own.rows, k).differs_from(truths[0]):
             trains = any(module.training for module in call.model.modules())
             exact = [route for route in routes if route[0] == "uncached" and trains]
             refusals += [reason for reason in found.refusals if not (exact and reason.startswith("uncached:"))]
@@ -174,7 +174,10 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
             check = Check("trial", False, f"not tried: {detail} (model.eval() ends dropout)")
             return Verdict(make_report(call.model, *exact[-1], refusals, [check]), truths[0].asks)
         if found.route is None:
-            truths, found = _other_truths(call, tap, routes, truths, k, found, ours)
+            # A model that keeps a state in itself has to run its text anew for each candidate.
+            replayed = [Truth(call, tap, truth.own.rows, k, replay=True) for truth in truths]
+            if any(other.differs_from(truth) for other, truth in zip(replayed, truths, strict=True)):
+                truths, found = replayed, _first_that_serves(call, tap, routes, replayed, ours)
         if found.nearest <= _MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little
             allowed = min(_MOST_NOISE, _NOISE * sensitivity(truths[0], tap, k))
             if allowed > max(found.nearest, truths[0].allowed):
@@ -212,35 +215,14 @@ def _windows(call: Call) -> list[int]:
     return [size + _BEYOND for size in call.windows_reached() if size + _BEYOND <= call.limit]
 
 
-def _truths(call: Call, tap: HiddenStatesTap, k: int) -> tuple[list[Rows], list[Truth]]:
-    """The small copies of the call, and what transformers' own step makes of them and beyond a small window."""
-    copies = copies_of(call)
-    try:
-        truths = [Truth(call, tap, cut(call, copies, _PROMPT, 0), k)]
-    except FAILURES as error:  # the second row is of our making; what the first raises is the caller's to see
-        if len(copies) == 1 or isinstance(error, torch.OutOfMemoryError):
-            raise
-        copies = copies[:1]
-        truths = [Truth(call, tap, cut(call, copies, _PROMPT, 0), k)]
+def _truths(call: Call, tap: HiddenStatesTap, k: int) -> list[Truth]:
+    """What transformers' own step makes of a small copy of the call, and of one beyond a small window."""
+    rows = copy_of(call)
+    truths = [Truth(call, tap, cut(call, rows, _PROMPT, 0), k)]
     near = [width for width in _windows(call) if width <= 2 * _PROMPT]
     if near and near[-1] > truths[0].ids.shape[1]:
-        truths.append(Truth(call, tap, cut(call, copies, near[-1], near[-1]), k))
-    return truths[0].copies, truths
-
-
-def _other_truths(
-    call: Call, tap: HiddenStatesTap, routes: list[Route], truths: list[Truth], k: int, found: _Outcome, ours: Ours
-) -> tuple[list[Truth], _Outcome]:
-    """Where nothing agrees, the truth may not have been one: a model that keeps a state in itself has to run its text
-    anew for each candidate; and where it makes something else of a row beside another, the one row counts."""
-    one_row = len(call.input_ids) == 1 and len(truths[0].copies) == 2
-    for replay, rows in ((True, 2), *(((False, 1), (True, 1)) if one_row else ())):
-        others = [Truth(call, tap, truth.copies[:rows], k, replay) for truth in truths]
-        if any(other.differs_from(truth) for other, truth in zip(others, truths, strict=True)):
-            outcome = _first_that_serves(call, tap, routes, others, ours)
-            if outcome.route is not None:
-                return others, outcome
-    return truths, found
+        truths.append(Truth(call, tap, cut(call, rows, near[-1], near[-1]), k))
+    return truths
 
 
 def _with_learned_prompt(call: Call, tap: HiddenStatesTap, k: int, refusals: list[str]) -> Call | None:
@@ -252,7 +234,7 @@ def _with_learned_prompt(call: Call, tap: HiddenStatesTap, k: int, refusals: lis
         if use_cache and call.model_kwargs.get("use_cache") is False:
             continue
         tried = replace(call, model_kwargs=call.model_kwargs | {"use_cache": use_cache})
-        truth = Truth(tried, tap, cut(tried, copies_of(tried)[:1], _PROMPT, 0), k)
+        truth = Truth(tried, tap, cut(tried, copy_of(tried), _PROMPT, 0), k)
         error = truth.compare_learned_prompt(wrapper)
         if error <= truth.allowed:
             return tried
@@ -276,8 +258,7 @@ def _first_that_serves(
             try:
                 with ours():
                     for truth in truths:
-                        for rows in truth.copies:
-                            _try(call, tap, truth, rows, name, head)
+                        _try(tap, truth, name, head)
                 outcome.route = (name, head)
                 return outcome
             except torch.OutOfMemoryError:
@@ -299,7 +280,7 @@ def _first_that_serves(
 def _beyond_window(
     call: Call, tap: HiddenStatesTap, width: int, seconds: float, k: int, route: Route, ours: Ours, allowed: float
 ) -> Check:
-    """The trial of one row once more, with a text that is longer than a large window, where the call pays for it."""
+    """The trial once more, with a text that is longer than a large window, where the call pays for it."""
     name = f"agrees beyond its window as well (a text of {width})"
     cost = seconds * width / _PROMPT
     positions = len(call.input_ids) * (
@@ -308,10 +289,10 @@ def _beyond_window(
     if cost > max(_SECONDS, _SHARE * seconds * positions / _POSITIONS):
         return Check(name, False, f"not tried: it would take about {cost:.0f} s")
     try:
-        truth = Truth(call, tap, cut(call, copies_of(call)[:1], width, width), k)
+        truth = Truth(call, tap, cut(call, copy_of(call), width, width), k)
         truth.allowed = allowed
         with ours():
-            _try(call, tap, truth, truth.copies[0], *route)
+            _try(tap, truth, *route)
     except torch.OutOfMemoryError as error:
         return Check(name, False, f"not tried: out of memory ({error})")
     except (PathUnsupportedError, HeadUnsupportedError, *FAILURES) as error:

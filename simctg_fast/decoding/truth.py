@@ -17,6 +17,8 @@ from .support import Check, autocast_dtype
 
 RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")  # what PEFT learns as keys and values
+
 
 @dataclass
 class _Round:
@@ -117,10 +119,9 @@ def _is_input(name: str, value: Any) -> bool:
 
 
 class Truth:
-    """What transformers' own step makes of a small copy of ``call``: two steps, the first with ``k`` candidates.
+    """What transformers' own step makes of ``rows`` of ``call``: two steps, the first with ``k`` candidates.
 
     Args:
-        copies: one row of the call, and two, in whose last the truth is made.
         replay: see `_OwnStep`.
         like: try that one's candidates and not the most probable.
 
@@ -136,25 +137,25 @@ class Truth:
         self,
         call: Call,
         tap: HiddenStatesTap,
-        copies: list[Rows],
+        rows: Rows,
         k: int,
         replay: bool = False,
         like: Truth | None = None,
     ):
-        self.call, self.copies, self.ids = call, copies, copies[-1].ids
+        self.call, self.ids = call, rows.ids
         self.allowed = allowed_error(call.model, self.ids.device)
-        self.own = own = _OwnStep(call, tap, copies[-1], replay)
+        self.own = own = _OwnStep(call, tap, rows, replay)
         self.prefill_logits = own.prefill()
         self.asks = bool(tap.arguments)
         self.head: str | None = None
         self.whole_steps = False
         self.rounds: list[_Round] = []
-        logits, rows = self.prefill_logits, torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        logits, index = self.prefill_logits, torch.arange(len(self.ids), device=self.ids.device)[:, None]
         for number, places in enumerate((range(k), [k - 1])):
             readable = logits[:, : known_tokens(call.model, logits)]
-            candidates = _candidates(readable, k) if like is None else like.rounds[number].candidates[: len(rows)]
+            candidates = _candidates(readable, k) if like is None else like.rounds[number].candidates
             # Another one in each row, so that not all winners, which come last, are in one place.
-            columns = (torch.tensor(list(places), device=rows.device) + rows) % k
+            columns = (torch.tensor(list(places), device=index.device) + index) % k
             states: dict[bool, list[torch.Tensor]] = {True: [], False: []}
             for place in range(columns.shape[1]):
                 last = place == columns.shape[1] - 1
@@ -170,16 +171,16 @@ class Truth:
         self._whole_logits: torch.Tensor | str | None = None
 
     def differs_from(self, other: Truth) -> bool:
-        """Whether transformers' own step makes something else of the first row here than there."""
-        return self.distance(other, 1) > self.allowed
+        """Whether transformers' own step makes something else of the same text there."""
+        return self.distance(other) > self.allowed
 
-    def distance(self, other: Truth, rows: int | None = None) -> float:
-        """The largest relative error of logits, in the first ``rows``; infinite where other candidates were tried."""
+    def distance(self, other: Truth) -> float:
+        """The largest relative error of logits; infinite where other candidates were tried."""
         pairs = list(zip(self.rounds, other.rounds, strict=True))
-        if not all(torch.equal(a.candidates[:rows], b.candidates[:rows]) for a, b in pairs):
+        if not all(torch.equal(a.candidates, b.candidates) for a, b in pairs):
             return math.inf
         logits = [(self.prefill_logits, other.prefill_logits), *((a.logits, b.logits) for a, b in pairs)]
-        return max(error_of(mine[:rows], others[:rows]) for mine, others in logits)
+        return max(error_of(mine, others) for mine, others in logits)
 
     def compare_whole(self) -> Check:
         """How a forward over the same text without a cache compares."""
@@ -206,7 +207,8 @@ class Truth:
         errors = []
         for tokens, logits in ((self.tokens[:, :0], self.prefill_logits), (self.tokens, self.rounds[-1].logits)):
             kwargs = grow_kwargs(self.call.model, self.own.rows.kwargs, tokens)
-            names = ("attention_mask", "decoder_attention_mask", "task_ids", "encoder_outputs")
+            names = ["attention_mask", "decoder_attention_mask", "task_ids", "encoder_outputs"]
+            names += ["position_ids"] if wrapper.active_peft_config.peft_type in _PREFIXES else []
             given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             ids = torch.cat([self.ids, tokens], dim=1)
             if self.call.is_encoder_decoder:
@@ -269,7 +271,7 @@ def sensitivity(truth: Truth, tap: HiddenStatesTap, k: int) -> float:
             return (states * (1 + scale * noise)).to(states.dtype)
 
         with embedding.register_forward_hook(shake):
-            moved = max(moved, Truth(truth.call, tap, truth.copies, k, truth.own.replay, like=truth).distance(truth))
+            moved = max(moved, Truth(truth.call, tap, truth.own.rows, k, truth.own.replay, like=truth).distance(truth))
     return moved
 
 
@@ -279,7 +281,7 @@ def learned_prompt(model: Any) -> Any:
     config = None if wrapper is model else getattr(wrapper, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return None
-    if model.config.is_encoder_decoder and config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
+    if model.config.is_encoder_decoder and config.peft_type not in _PREFIXES:
         return None  # it stands before the source, which is encoded by now
     return wrapper
 
