@@ -84,6 +84,20 @@ def test_a_learned_prompt_is_read_at_every_step(base, kind):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_learned_prompt_and_the_model_without_it_have_a_verdict_each():
+    model, inputs = with_learned_prompt("llama", "PrefixTuningConfig"), inputs_for(build("llama"), 2)
+    base = model.get_base_model()
+    without = decode(build("llama"), inputs)
+    assert torch.equal(decode(base, inputs), without)
+    assert recall(base).path == "shared_prefix"
+    prompted = decode(model, inputs)
+    assert not torch.equal(prompted, without)
+    assert recall(base).path == "uncached"
+    assert torch.equal(decode(base, inputs), without)
+    assert torch.equal(decode(model, inputs), prompted)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_learned_prompt_that_does_not_arrive_is_refused(monkeypatch):
     model = with_learned_prompt("llama", "PrefixTuningConfig")
     own = type(model).prepare_inputs_for_generation

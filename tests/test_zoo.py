@@ -179,7 +179,6 @@ def test_an_error_from_deeper_down_is_no_refusal():
     assert not run._is_ours(theirs.value)
 
 
-@pytest.mark.full  # longer than the two minutes there are for it
 def test_some_forty_classes_agree(tmp_path):
     """Each in a process of its own, forked from one that has imported everything."""
     output = tmp_path / "zoo.jsonl"

@@ -15,6 +15,8 @@ from transformers.modeling_outputs import ModelOutput
 from .paths import FAILURES, copy_outputs, grow_kwargs, repeat_rows, without_caches
 from .prefix_cache import CACHE_NAME
 
+PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")  # what PEFT learns as keys and values
+
 
 @dataclass(frozen=True)
 class Call:
@@ -50,6 +52,7 @@ class Call:
     def kind(self) -> tuple:
         """What a verdict on this call holds for: which arguments are given, and what of them models look at."""
         kind: list[Any] = [self.top_k == 1, len(self.input_ids) == 1, self.windows_reached()]
+        kind.append(getattr(learned_prompt(self.model), "active_adapter", None))
         for name, value in sorted(self.model_kwargs.items()):
             if value is None or isinstance(value, Cache):
                 continue
@@ -77,6 +80,17 @@ def reached_windows(config: Any, reach: float = math.inf) -> tuple[int, ...]:
         if isinstance(size, int) and not isinstance(size, bool) and 0 < size < reach
     }
     return tuple(sorted(found))
+
+
+def learned_prompt(model: Any) -> Any:
+    """The PEFT model that ``generate`` was called on, where it puts a learned prompt before the decoder's text."""
+    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    config = None if wrapper is model else getattr(wrapper, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return None
+    if model.config.is_encoder_decoder and config.peft_type not in PREFIXES:
+        return None  # it stands before the source, which is encoded by now
+    return wrapper
 
 
 def own_cache(model: Any, config: GenerationConfig, batch: int, max_length: int | None) -> Any:

@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from ..ops import _backends
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
-from .call import Call, own_cache
+from .call import Call, learned_prompt, own_cache
 from .compiled_decoder import as_written
 from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_step
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
@@ -31,7 +31,7 @@ from .processors import without_sampling_warpers
 from .support import Check, SupportReport, announce, forget, recall, remember
 from .t5_blocks import fast_t5_blocks
 from .trial import Verdict, judge
-from .truth import known_tokens, learned_prompt, unknown_token
+from .truth import known_tokens, unknown_token
 
 logger = logging.getLogger("simctg_fast")
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from .call import Call, copy_of, cut, width_of
+from .call import Call, copy_of, cut, learned_prompt, width_of
 from .hidden_states import HiddenStatesTap
 from .paths import FAILURES, PATHS, HeadUnsupportedError, Path, PathUnsupportedError, SharedPrefixPath
 from .prefix_cache import CACHE_NAME
 from .support import Check, SupportReport
-from .truth import RELATIVE_ERROR, Truth, error_of, learned_prompt, sensitivity
+from .truth import RELATIVE_ERROR, Truth, error_of, sensitivity
 
 logger = logging.getLogger("simctg_fast")
 
@@ -153,7 +153,7 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
         None if no route serves.
     """
     k = max(1, min(call.top_k, _MOST_CANDIDATES))
-    began = time.perf_counter()
+    began, checks = time.perf_counter(), []
     try:
         if learned_prompt(call.model) is not None:
             reached = _with_learned_prompt(call, tap, k, refusals)
@@ -179,13 +179,16 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
             if any(other.differs_from(truth) for other, truth in zip(replayed, truths, strict=True)):
                 truths, found = replayed, _first_that_serves(call, tap, routes, replayed, ours)
         if found.nearest <= _MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little
-            allowed = min(_MOST_NOISE, _NOISE * sensitivity(truths[0], tap, k))
+            moved = sensitivity(truths[0], tap, k)
+            allowed = min(_MOST_NOISE, _NOISE * moved)
             if allowed > max(found.nearest, truths[0].allowed):
+                detail = f"noise in their last bit moves its logits by {moved:.2g}; allowed {allowed:.2g}"
+                checks.append(Check("agrees within what it makes of noise in its embeddings", True, detail))
                 for truth in truths:
                     truth.allowed = allowed
                 found = _first_that_serves(call, tap, routes, truths, ours)
         route = found.route
-        checks = [truths[-1].compare_whole()]
+        checks.append(truths[-1].compare_whole())
         windows = _windows(call)
         if route is not None and windows and windows[-1] > 2 * _PROMPT:
             beyond = _beyond_window(call, tap, windows[-1], seconds, k, route, ours, truths[0].allowed)

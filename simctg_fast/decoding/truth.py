@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
-from .call import Call, Rows
+from .call import PREFIXES, Call, Rows
 from .hidden_states import HiddenStatesTap
 from .paths import FAILURES, grow_kwargs, with_own_states, without_caches
 from .prefix_cache import CACHE_NAME
 from .support import Check, autocast_dtype
 
 RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")  # what PEFT learns as keys and values
 
 
 @dataclass
@@ -208,7 +206,7 @@ class Truth:
         for tokens, logits in ((self.tokens[:, :0], self.prefill_logits), (self.tokens, self.rounds[-1].logits)):
             kwargs = grow_kwargs(self.call.model, self.own.rows.kwargs, tokens)
             names = ["attention_mask", "decoder_attention_mask", "task_ids", "encoder_outputs"]
-            names += ["position_ids"] if wrapper.active_peft_config.peft_type in _PREFIXES else []
+            names += ["position_ids"] if wrapper.active_peft_config.peft_type in PREFIXES else []
             given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             ids = torch.cat([self.ids, tokens], dim=1)
             if self.call.is_encoder_decoder:
@@ -273,17 +271,6 @@ def sensitivity(truth: Truth, tap: HiddenStatesTap, k: int) -> float:
         with embedding.register_forward_hook(shake):
             moved = max(moved, Truth(truth.call, tap, truth.own.rows, k, truth.own.replay, like=truth).distance(truth))
     return moved
-
-
-def learned_prompt(model: Any) -> Any:
-    """The PEFT model that ``generate`` was called on, where it puts a learned prompt before the decoder's text."""
-    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    config = None if wrapper is model else getattr(wrapper, "active_peft_config", None)
-    if not getattr(config, "is_prompt_learning", False):
-        return None
-    if model.config.is_encoder_decoder and config.peft_type not in _PREFIXES:
-        return None  # it stands before the source, which is encoded by now
-    return wrapper
 
 
 def known_tokens(model: Any, logits: torch.Tensor) -> int | None:
