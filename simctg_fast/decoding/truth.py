@@ -166,6 +166,7 @@ class Truth:
             stacked = {h: torch.stack(found, dim=1) for h, found in states.items() if len(found) == columns.shape[1]}
             self.rounds.append(_Round(candidates, columns, stacked, columns[:, -1], logits))
         self.tokens = torch.cat([r.candidates.gather(1, r.winners[:, None]) for r in self.rounds], dim=1)
+        own.kwargs = rows.kwargs  # and not its cache: one at a time is enough
         self._whole_logits: torch.Tensor | str | None = None
 
     def differs_from(self, other: Truth) -> bool:
