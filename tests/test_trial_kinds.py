@@ -175,6 +175,22 @@ def test_encoder_states_that_a_forward_writes_into():
     assert all(check.passed for check in report.checks if check.name != "shared_prefix")
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_state_that_is_not_selected_with_the_cache(rows):
+    """MiniMax's cache holds the states of its linear attention beside its layers, where `reorder_cache` leaves them."""
+    sizes = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "num_local_experts": 2}
+    kinds = ["linear_attention", "full_attention"]
+    model = draw(
+        transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**TOKENS, **sizes, layer_types=kinds)), 0.35
+    )
+    inputs = inputs_for(model, rows)
+    out = decode(model, inputs)
+    assert recall(model).path == "uncached"
+    assert torch.equal(decode(model, inputs, path="uncached"), out)
+    with pytest.raises(ValueError, match="path='reorder': reorder: "):
+        decode(model, inputs, path="reorder")
+
+
 def test_a_forward_that_cannot_be_repeated_is_refused():
     model, random = build("llama"), torch.Generator().manual_seed(0)
     model.model.norm.register_forward_hook(lambda m, a, out: out + torch.randn(out.shape, generator=random))

@@ -149,10 +149,11 @@ class Truth:
         self.whole_steps = False
         self.rounds: list[_Round] = []
         logits, index = self.prefill_logits, torch.arange(len(self.ids), device=self.ids.device)[:, None]
-        for number, places in enumerate((range(k), [k - 1])):
+        # Then some that stand elsewhere than the first winners do: they must follow those, and not what stood there.
+        for number, places in enumerate((range(k), sorted({0, min(1, k - 1)}))):
             readable = logits[:, : known_tokens(call.model, logits)]
             candidates = _candidates(readable, k) if like is None else like.rounds[number].candidates
-            # Another one in each row, so that not all winners, which come last, are in one place.
+            # Another one in each row, so that not all winners, the last, are in one place.
             columns = (torch.tensor(list(places), device=index.device) + index) % k
             states: dict[bool, list[torch.Tensor]] = {True: [], False: []}
             for place in range(columns.shape[1]):
