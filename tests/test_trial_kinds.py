@@ -179,11 +179,9 @@ def test_encoder_states_that_a_forward_writes_into():
 def test_a_state_that_is_not_selected_with_the_cache(rows):
     """MiniMax's cache holds the states of its linear attention beside its layers, where `reorder_cache` leaves them."""
     sizes = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "num_local_experts": 2}
-    kinds = ["linear_attention", "full_attention"]
-    model = draw(
-        transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**TOKENS, **sizes, layer_types=kinds)), 0.35
-    )
-    inputs = inputs_for(model, rows)
+    sizes |= {"layer_types": ["linear_attention", "full_attention"]}
+    model = draw(transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**TOKENS, **sizes)), 0.35)
+    inputs = {"input_ids": prompt(rows)}
     out = decode(model, inputs)
     assert recall(model).path == "uncached"
     assert torch.equal(decode(model, inputs, path="uncached"), out)

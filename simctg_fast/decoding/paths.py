@@ -375,10 +375,8 @@ class ReorderPath(Path):
     def result_cache(self, input_ids, surplus):
         cache = self.kwargs[self.cache_name]
         layers = self_attention_cache(cache).layers
-        croppable = getattr(cache, "is_croppable", True) and all(
-            type(layer).__name__ == "DynamicLayer" for layer in layers
-        )
-        if self.rows is not None and croppable:
+        plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+        if self.rows is not None and plain and getattr(cache, "is_croppable", True):
             cache.reorder_cache(self.rows)
             cache.crop(-1 - surplus)
             return cache
