@@ -372,6 +372,21 @@ def test_streamer_arrives_without_the_patch(strategy, capsys):
     assert capsys.readouterr().out == text_of(out) + "\n"
 
 
+def test_of_two_streamers_both_end():
+    class Recorder(list):
+        def put(self, value):
+            self.append(value)
+
+        def end(self):
+            self.append("end")
+
+    own, given = Recorder(), Recorder()
+    generate({"input_ids": prompt(1)}, custom_generate=ContrastiveSearch(0.6, 4, streamer=own), streamer=given)
+    assert len(own) == 14
+    assert own[-1] == given[-1] == "end"
+    assert len(given) == 2
+
+
 def test_other_callables_get_what_they_got():
     """What is kept is kept for contrastive search alone."""
 

@@ -4,6 +4,7 @@ activations, states that are written into, positions and tokens of their own."""
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 import transformers
 
 from simctg_fast import support
+from simctg_fast.decoding.own_step import moved_by_noise
 from simctg_fast.decoding.support import recall
 from simctg_fast.engine import Engine
+from simctg_fast.engine.padding import change_by_padding
 from simctg_fast.reference.contrastive_search import degeneration_penalty, true_float64
 
 from .decoding_models import VOCABULARY, build, decode, draw, greedy, inputs_for, prompt, tokenizer
@@ -84,6 +87,17 @@ def test_a_learned_prompt_is_read_at_every_step(base, kind):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_learned_prompt_whose_cached_step_fails():
+    """Bloom's cached step raises behind a prompt of PEFT's; without a cache it reads it."""
+    model = with_learned_prompt("bloom", "PromptTuningConfig")
+    inputs = inputs_for(build("bloom"), 2)
+    row = {name: value[:1] for name, value in inputs.items()}
+    with true_float64():
+        expected = by_its_own_forward(model, *row.values())[0, -8:].tolist()
+    assert decode(model, inputs, new_tokens=8)[0, -8:].tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_learned_prompt_and_the_model_without_it_have_a_verdict_each():
     model, inputs = with_learned_prompt("llama", "PrefixTuningConfig"), inputs_for(build("llama"), 2)
     base = model.get_base_model()
@@ -135,8 +149,43 @@ def test_noise_of_the_models_own_is_allowed():
     assert torch.equal(decode(model, inputs), out)
 
 
-def test_what_is_allowed_to_noise_is_not_allowed_to_an_error(monkeypatch):
-    """An error of 1 % on a model that is not sensitive."""
+class Rounded(torch.nn.Linear):
+    """Rounds its inputs, as bitsandbytes' layers do: most changes in the last bit are swallowed."""
+
+    def forward(self, x):
+        return super().forward(x.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("layer", "least", "most"), [(torch.nn.Linear, 0, 1e-4), (Rounded, 1e-3, 1), (Sensitive, 1e-3, 1)]
+)
+def test_noise_that_is_swallowed_most_of_the_time(layer, least, most):
+    model, ids = build("llama"), prompt(2)
+    for module in model.model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = layer
+    moved = moved_by_noise(model, lambda: model(ids).logits, model(ids).logits)
+    assert least < moved < most
+
+
+def test_noise_is_for_this_thread_alone():
+    model, ids = build("llama"), prompt(2)
+    expected, seen = model(ids).logits, []
+
+    def run():
+        thread = threading.Thread(target=lambda: seen.append(model(ids).logits))
+        thread.start()
+        thread.join()
+        return model(ids).logits
+
+    assert moved_by_noise(model, run, expected) > 0
+    assert all(torch.equal(logits, expected) for logits in seen)
+    assert moved_by_noise(torch.nn.Linear(2, 2), lambda: expected, expected) == 0  # with no embedding to be found
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_what_is_allowed_to_noise_is_not_allowed_to_an_error(monkeypatch, quantised):
+    """An error of 2 % on a model that is not sensitive, whatever it calls itself."""
     from simctg_fast.decoding.shared_prefix import SharedPrefixStep
 
     own = SharedPrefixStep.attend
@@ -147,6 +196,7 @@ def test_what_is_allowed_to_noise_is_not_allowed_to_an_error(monkeypatch):
 
     monkeypatch.setattr(SharedPrefixStep, "attend", bent)
     model, inputs = build("llama"), inputs_for(build("llama"), 2)
+    model.hf_quantizer = object() if quantised else None
     report = support(model, inputs)
     assert report.path == "reorder"
     assert "(allowed 0.001)" in report.reason
@@ -240,6 +290,51 @@ def test_tokens_that_it_writes_and_cannot_read():
     assert int(readable.max()) < VOCABULARY
 
 
+def with_one_token_more(boosted_after, end):
+    """A model that writes a token which it cannot read, from a length on, and a processor that has the first row end
+    just before it."""
+    model = build("llama")
+    model.lm_head = torch.nn.Linear(32, VOCABULARY + 1, bias=False)
+    draw(model)
+
+    def processor(ids, scores):
+        scores = scores.clone()
+        scores[:, VOCABULARY] = -torch.inf
+        if ids.shape[1] >= boosted_after:
+            scores[0, VOCABULARY] = 100.0
+        if ids.shape[1] == boosted_after - 1:
+            scores[0, end] = 1000.0
+        return scores
+
+    return model, processor
+
+
+def test_what_a_finished_row_would_write_is_nobodys_concern():
+    model, processor = with_one_token_more(12, end=5)
+    inputs = {"input_ids": prompt(2), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    out = decode(model, inputs, logits_processor=[processor], eos_token_id=5, pad_token_id=0)
+    assert out[0, 11] == 5
+    assert not out[0, 12:].any()
+    with pytest.raises(ValueError, match=f"would go on with token {VOCABULARY}, "):
+        decode(model, inputs, logits_processor=[processor])
+
+
+def test_the_request_that_cannot_be_gone_on_with_fails_alone():
+    model, processor = with_one_token_more(12, end=5)
+
+    def readable(ids, scores):
+        return scores.index_fill(-1, torch.tensor([VOCABULARY]), -torch.inf)
+
+    def factory(request, tokenizer):
+        return processor if request["id"] == 1 else readable
+
+    requests = [{"id": i, "prompt": tokenizer().decode(prompt(1, 9, seed=i)[0])} for i in range(3)]
+    engine = Engine(model, tokenizer(), slots=3, max_new_tokens=8, processor=factory)
+    results = {result.id: result for result in engine.generate(requests)}
+    assert results[1].error["type"] == "unknown_token"
+    assert len(results[0].token_ids) == len(results[2].token_ids) == 8
+
+
 # ---- batch mates -----------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +356,39 @@ def test_rows_of_a_batch_are_what_they_are_alone(make, batches):
         alone = decode(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, new_tokens=8)
         assert results[index].token_ids == alone[0, -8:].tolist()
     assert engine.stats["steps"] == 8 * batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_padding_that_shows_in_half_precision(dtype):
+    sizes = SMALL | {"embedding_size": 32, "max_position_embeddings": 64}
+    model = draw(transformers.RoFormerForCausalLM(transformers.RoFormerConfig(**TOKENS, **sizes, is_decoder=True)), 0.2)
+    assert change_by_padding(model, 0) is not None
+    assert change_by_padding(model.to(dtype), 0) is not None
+    assert change_by_padding(build("bloom").to(dtype), 0) is None
+
+
+def test_the_trial_with_padding_stays_in_a_table_of_positions():
+    config = transformers.GPTNeoConfig(
+        **TOKENS, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=16, window_size=12,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    assert change_by_padding(draw(transformers.GPTNeoForCausalLM(config)), 0) is None
+
+
+@pytest.mark.parametrize(
+    "setting", [{"stop_strings": ["zz"]}, {"token_healing": True}, {"cache_implementation": "quantized"}], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_checkpoints_settings_of_generate_do_not_keep_the_engine(name, setting):
+    requests = [{"id": i, "prompt": tokenizer().decode(prompt(1, 5 + i)[0])} for i in range(3)]
+    written = []
+    for settings in ({}, setting):
+        model = build(name)
+        for key, value in settings.items():
+            setattr(model.generation_config, key, value)
+        engine = Engine(model, tokenizer(), slots=2, max_new_tokens=6)
+        written.append((engine.stats["batching"], [result.token_ids for result in engine.generate(requests)]))
+    assert written[0] == written[1]
 
 
 def test_slots_obey_the_step_that_generate_means():

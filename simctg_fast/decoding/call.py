@@ -52,7 +52,8 @@ class Call:
     def kind(self) -> tuple:
         """What a verdict on this call holds for: which arguments are given, and what of them models look at."""
         kind: list[Any] = [self.top_k == 1, len(self.input_ids) == 1, self.windows_reached()]
-        kind.append(getattr(learned_prompt(self.model), "active_adapter", None))
+        if (wrapper := learned_prompt(self.model)) is not None:
+            kind.append((id(wrapper), wrapper.active_adapter, wrapper.active_peft_config.peft_type))
         for name, value in sorted(self.model_kwargs.items()):
             if value is None or isinstance(value, Cache):
                 continue

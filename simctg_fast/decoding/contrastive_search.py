@@ -119,8 +119,8 @@ class ContrastiveSearch:
         **model_kwargs,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
         """Called by ``generate``; see there for the arguments."""
-        streamer = self.streamer if self.streamer is not None else model_kwargs.pop("streamer", None)
-        model_kwargs.pop("streamer", None)
+        given = model_kwargs.pop("streamer", None)
+        streamer = given if self.streamer is None else self.streamer
         synced_gpus = bool(model_kwargs.pop("synced_gpus", False))
         tokenizer = self.tokenizer or model_kwargs.pop("tokenizer", None)
         model_kwargs.pop("tokenizer", None)
@@ -135,8 +135,8 @@ class ContrastiveSearch:
             run.synced_gpus, run.streamer = synced_gpus, streamer
             return run()
         finally:
-            if streamer is not None:
-                streamer.end()
+            for each in {id(s): s for s in (streamer, given) if s is not None}.values():  # who has had the prompt waits
+                each.end()
 
 
 def contrastive_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -370,6 +370,11 @@ class _Run:
             if k > processed.shape[-1]:
                 raise ValueError(f"top_k must be at most the {processed.shape[-1]} logits of the model, got {k}")
             probs, candidates = top_k_probs(processed, k)
+            if self.known_tokens is not None:
+                beyond = candidates.masked_fill(unfinished[:, None] == 0, 0)
+                if int(beyond.max()) >= self.known_tokens:
+                    raise ValueError(unknown_token(self.model, int(beyond.max()), self.known_tokens))
+                candidates = candidates.clamp(max=self.known_tokens - 1)
             without = probs.isnan().any(dim=-1) & unfinished.bool()
             bad |= without
             if interval == 1:
@@ -482,8 +487,6 @@ class _Run:
         return choose
 
     def _step(self, input_ids: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor) -> StepResult:
-        if self.known_tokens is not None and int(candidates.max()) >= self.known_tokens:
-            raise ValueError(unknown_token(self.model, int(candidates.max()), self.known_tokens))
         result = self.opened.step(input_ids, candidates, self._choose(probs))
         if self.history is not None:
             self.history.append(result.hidden_states)

@@ -22,10 +22,11 @@ import torch
 
 from .call import Call, copy_of, cut, learned_prompt, width_of
 from .hidden_states import HiddenStatesTap
+from .own_step import error_of
 from .paths import FAILURES, PATHS, HeadUnsupportedError, Path, PathUnsupportedError, SharedPrefixPath
 from .prefix_cache import CACHE_NAME
 from .support import Check, SupportReport
-from .truth import RELATIVE_ERROR, Truth, error_of, sensitivity
+from .truth import RELATIVE_ERROR, Truth, sensitivity
 
 logger = logging.getLogger("simctg_fast")
 
@@ -34,7 +35,7 @@ FILLINGS = (3e3, -7e3)
 _PROMPT = 24  # positions of the prompt that are tried, where nothing asks for more
 _BEYOND = 8  # positions of a text that is to be longer than a window
 _MOST_CANDIDATES = 8
-_NOISE, _MOST_NOISE = 3, 0.1  # what is allowed, in multiples of the model's own sensitivity, and at most
+NOISE, MOST_NOISE = 3, 0.1  # what is allowed, in multiples of the model's own sensitivity, and at most
 # A trial past a large window may take so long, or this share of the call: a token costs as much as a dozen positions of
 # a prompt, and a trial's truth as some four hundred.
 _SECONDS, _SHARE, _STEP, _POSITIONS = 1.0, 0.1, 12, 400
@@ -178,12 +179,12 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
             replayed = [Truth(call, tap, truth.own.rows, k, replay=True) for truth in truths]
             if any(other.differs_from(truth) for other, truth in zip(replayed, truths, strict=True)):
                 truths, found = replayed, _first_that_serves(call, tap, routes, replayed, ours)
-        if found.nearest <= _MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little
+        if found.nearest <= MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little
             moved = sensitivity(truths[0], tap, k)
-            allowed = min(_MOST_NOISE, _NOISE * moved)
+            allowed = min(MOST_NOISE, NOISE * moved)
             if allowed > max(found.nearest, truths[0].allowed):
-                detail = f"noise in their last bit moves its logits by {moved:.2g}; allowed {allowed:.2g}"
-                checks.append(Check("agrees within what it makes of noise in its embeddings", True, detail))
+                detail = f"noise moves its own logits by {moved:.2g}; allowed {allowed:.2g}"
+                checks.append(Check("agrees within what the model makes of rounding", True, detail))
                 for truth in truths:
                     truth.allowed = allowed
                 found = _first_that_serves(call, tap, routes, truths, ours)
@@ -237,14 +238,17 @@ def _with_learned_prompt(call: Call, tap: HiddenStatesTap, k: int, refusals: lis
         if use_cache and call.model_kwargs.get("use_cache") is False:
             continue
         tried = replace(call, model_kwargs=call.model_kwargs | {"use_cache": use_cache})
-        truth = Truth(tried, tap, cut(tried, copy_of(tried), _PROMPT, 0), k)
-        error = truth.compare_learned_prompt(wrapper)
-        if error <= truth.allowed:
-            return tried
+        try:
+            truth = Truth(tried, tap, cut(tried, copy_of(tried), _PROMPT, 0), k)
+            error = truth.compare_learned_prompt(wrapper)
+            if error <= truth.allowed:
+                return tried
+            what = f"logits differ by {error:.2g}"
+        except FAILURES as failure:
+            what = f"{type(failure).__name__}: {failure}"
         how = "with" if use_cache else "without"
-        reason = reason or (
-            f"the prompt that PEFT has learned does not reach it {how} a cache as in PEFT's own forward (logits differ "
-            f"by {error:.2g})"
+        reason = (
+            reason or f"the prompt that PEFT has learned does not reach it {how} a cache as in its forward ({what})"
         )
     refusals.append(f"{type(wrapper).__name__}: {reason}")
     return None

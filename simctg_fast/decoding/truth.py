@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 
 from .call import PREFIXES, Call, Rows
 from .hidden_states import HiddenStatesTap
-from .paths import FAILURES, grow_kwargs, with_own_states, without_caches
-from .prefix_cache import CACHE_NAME
+from .own_step import OwnStep, error_of, input_embedding, moved_by_noise, wrong_head
+from .paths import FAILURES, grow_kwargs
 from .support import Check, autocast_dtype
 
 RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -30,97 +29,11 @@ class _Round:
     logits: torch.Tensor
 
 
-class _OwnStep:
-    """transformers' own step: ``generate``'s loop, from the arguments it was called with. ``replay``: every step runs
-    the text anew, for models that keep a state in themselves, where no copy of a cache reaches it."""
-
-    def __init__(self, call: Call, tap: HiddenStatesTap, rows: Rows, replay: bool):
-        self.call, self.model, self.tap = call, call.model, tap
-        self.replay, self.kept = replay, []  # type: ignore[var-annotated]
-        self.ids, self.kwargs = rows.ids, dict(rows.kwargs)
-        self.rows = rows
-        self.cached = bool(self.kwargs.get("use_cache", True))
-        config = copy.deepcopy(call.generation_config)
-        config.prefill_chunk_size = None
-        self.config = config
-
-    def prefill(self) -> torch.Tensor:
-        """Logits ``(rows, V)`` after the prompt."""
-        self.ids, self.kwargs = self.rows.ids, dict(self.rows.kwargs)
-        if self.cached and (cache := self.call.new_cache()) is not None:
-            self.kwargs[CACHE_NAME] = cache
-        outputs, _ = self._listen(lambda: self.model._prefill(self.ids, self.config, with_own_states(self.kwargs)))
-        self._advance(outputs)
-        return outputs.logits[:, -1].float()
-
-    def step(self, tokens: torch.Tensor, keep: bool = False) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
-        """States and logits after ``tokens (rows,)``, which stay part of the text if ``keep``."""
-        if self.replay:
-            self.prefill()
-            for earlier in self.kept:
-                self._step(earlier, keep=True)
-        if keep:
-            self.kept.append(tokens)
-        return self._step(tokens, keep)
-
-    def _step(self, tokens: torch.Tensor, keep: bool) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
-        before = None if keep else dict(self.kwargs)
-        if not keep:
-            self.kwargs = {n: v if _is_input(n, v) else copy.deepcopy(v) for n, v in self.kwargs.items()}
-        ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        inputs = self.model.prepare_inputs_for_generation(
-            ids, next_sequence_length=1 if self.kwargs.get("use_cache", True) else None, **self.kwargs
-        )
-        inputs = with_own_states(inputs) | self.tap.arguments
-        outputs, states = self._listen(lambda: self.model(**inputs, return_dict=True))
-        if before is None:
-            self.ids = ids
-            self._advance(outputs)
-        else:
-            self.kwargs = before
-        return states, outputs.logits[:, -1].float()
-
-    def whole(self, tokens: torch.Tensor) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
-        """The same for the prompt and ``tokens (rows, n)`` in one forward without any cache."""
-        ids = torch.cat([self.rows.ids, tokens], dim=1)
-        kwargs = grow_kwargs(self.model, self.rows.kwargs | {"use_cache": False}, tokens)
-        inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
-        inputs = with_own_states(inputs) | self.tap.arguments
-        outputs, states = self._listen(lambda: self.model(**inputs, return_dict=True))
-        return states, outputs.logits[:, -1].float()
-
-    def _advance(self, outputs: Any) -> None:
-        self.kwargs = self.model._update_model_kwargs_for_generation(
-            outputs, self.kwargs, is_encoder_decoder=self.call.is_encoder_decoder
-        )
-        if not self.cached:  # Llama hands back a prefix of PEFT's, with the text in it
-            self.kwargs.pop(CACHE_NAME, None)
-
-    def _listen(self, forward: Any) -> tuple[Any, dict[bool, torch.Tensor | None]]:
-        self.tap.listen(lambda states: states)
-        try:
-            outputs = forward()
-        finally:
-            heard = self.tap.mute()
-        layers = self.tap.last_layer(outputs, heard)
-        self.positions = layers[-1].shape[1] if layers else 1
-        head = heard.head[0] if len(heard.head) == 1 else None
-        return outputs, {
-            True: None if head is None else head[:, -1],
-            False: layers[-1][:, -1] if layers else None,
-        }
-
-
-def _is_input(name: str, value: Any) -> bool:
-    """Whether a model's forward leaves this argument as it is."""
-    return isinstance(value, (torch.Tensor, bool, int, float, str)) or value is None or name == "encoder_outputs"
-
-
 class Truth:
     """What transformers' own step makes of ``rows`` of ``call``: two steps, the first with ``k`` candidates.
 
     Args:
-        replay: see `_OwnStep`.
+        replay: see `OwnStep`.
         like: try that one's candidates and not the most probable.
 
     Attributes:
@@ -142,7 +55,7 @@ class Truth:
     ):
         self.call, self.ids = call, rows.ids
         self.allowed = allowed_error(call.model, self.ids.device)
-        self.own = own = _OwnStep(call, tap, rows, replay)
+        self.own = own = OwnStep(call, tap, rows, replay)
         self.prefill_logits = own.prefill()
         self.asks = bool(tap.arguments)
         self.head: str | None = None
@@ -168,7 +81,6 @@ class Truth:
             self.rounds.append(_Round(candidates, columns, stacked, columns[:, -1], logits))
         self.tokens = torch.cat([r.candidates.gather(1, r.winners[:, None]) for r in self.rounds], dim=1)
         own.kwargs = rows.kwargs  # and not its cache: one at a time is enough
-        self._whole_logits: torch.Tensor | str | None = None
 
     def differs_from(self, other: Truth) -> bool:
         """Whether transformers' own step makes something else of the same text there."""
@@ -187,14 +99,11 @@ class Truth:
         name = "same as recomputing every sequence in full"
         if not self.own.cached:
             return Check(name, True, "no cache was used")
-        if self._whole_logits is None:
-            try:
-                self._whole_logits = self.own.whole(self.tokens)[1]
-            except FAILURES as error:
-                self._whole_logits = f"could not be tried ({type(error).__name__}: {error})"
-        expected, logits = self._whole_logits, self.rounds[-1].logits
-        if isinstance(expected, str):
-            return Check(name, False, expected)
+        try:
+            _, expected = self.own.whole(self.tokens)
+        except FAILURES as error:
+            return Check(name, False, f"could not be tried ({type(error).__name__}: {error})")
+        logits = self.rounds[-1].logits
         finite = torch.isfinite(expected) & torch.isfinite(logits)
         difference = (expected - logits)[finite].abs().max().item() if bool(finite.any()) else 0.0
         largest = expected[finite].abs().max().item() if bool(finite.any()) else 0.0
@@ -218,72 +127,22 @@ class Truth:
         return max(errors)
 
 
-@dataclass(frozen=True)
-class OwnText:
-    """transformers' own steps along a text: ``ids (B, L)`` as ``generate`` begins it, and for every round what each of
-    the tokens tried gives, as ``_OwnStep.step`` returns it."""
-
-    ids: torch.Tensor
-    rounds: list[list[tuple[dict[bool, torch.Tensor | None], torch.Tensor]]]
-
-
-def own_text(model: Any, tap: HiddenStatesTap, inputs: dict[str, Any], rounds: list[torch.Tensor]) -> OwnText:
-    """Run ``generate``'s own steps on ``inputs``; ``rounds``: tokens tried ``(B, c)``, the last of which is kept."""
-    found: list[OwnText] = []
-
-    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        call = Call(model, input_ids, kwargs, generation_config, top_k=1, max_length=None, table=None)
-        own = _OwnStep(call, tap, Rows(input_ids, without_caches(kwargs)), replay=False)
-        own.prefill()
-        steps = [
-            [own.step(tokens[:, i], keep=i == tokens.shape[1] - 1) for i in range(tokens.shape[1])] for tokens in rounds
-        ]
-        found.append(OwnText(input_ids, steps))
-        return input_ids
-
-    with tap:
-        model.generate(
-            **inputs,
-            custom_generate=loop,
-            max_new_tokens=len(rounds) + 1,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-        )
-    return found[0]
-
-
 def sensitivity(truth: Truth, tap: HiddenStatesTap, k: int) -> float:
-    """How far the smallest noise moves the model's logits: two draws, a unit in the last place of its embeddings (of
-    bitsandbytes' and other quantisers' float16)."""
-    model = truth.call.model
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else model
-    embedding = decoder.get_input_embeddings()
-    quantised = getattr(model, "hf_quantizer", None) is not None
-    scale = torch.finfo(torch.float16 if quantised else model.dtype).eps / 8**quantised
-    moved = 0.0
-    for seed in (0, 1):
-        random = torch.Generator(truth.ids.device).manual_seed(seed)
+    """How far the smallest noise moves the model's logits, see `moved_by_noise`."""
 
-        def shake(module, args, states, random=random):
-            noise = torch.randn(states.shape, generator=random, device=states.device)
-            return (states * (1 + scale * noise)).to(states.dtype)
+    def logits() -> torch.Tensor:
+        again = Truth(truth.call, tap, truth.own.rows, k, truth.own.replay, like=truth)
+        return torch.stack([again.prefill_logits, *(step.logits for step in again.rounds)])
 
-        with embedding.register_forward_hook(shake):
-            moved = max(moved, Truth(truth.call, tap, truth.own.rows, k, truth.own.replay, like=truth).distance(truth))
-    return moved
+    expected = torch.stack([truth.prefill_logits, *(step.logits for step in truth.rounds)])
+    return moved_by_noise(truth.call.model, logits, expected)
 
 
 def known_tokens(model: Any, logits: torch.Tensor) -> int | None:
     """Tokens that the decoder can read, where there are ``logits (…, V)`` for more."""
-    get_decoder = getattr(model, "get_decoder", None)
-    try:
-        embedding = (get_decoder() if callable(get_decoder) else model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    if getattr(type(embedding), "forward", None) is not torch.nn.Embedding.forward:  # Idefics' is made of two
-        return None
+    embedding = input_embedding(model)
+    if not isinstance(embedding, torch.nn.Embedding) or type(embedding).forward is not torch.nn.Embedding.forward:
+        return None  # Idefics' is made of two
     return embedding.num_embeddings if logits.shape[-1] > embedding.num_embeddings else None
 
 
@@ -294,35 +153,9 @@ def unknown_token(model: Any, token: int, known: int) -> str:
     )
 
 
-def wrong_head(seen: dict[bool, torch.Tensor | None]) -> str | None:
-    """What reaches the output embedding must be the last hidden state up to a factor: cosines are made of it."""
-    state, last = seen[True], seen[False]
-    if state is None:
-        return "the output embedding did not run once in a forward"
-    if last is None or state.shape != last.shape:
-        return "the last hidden state cannot be read beside the output embedding's input"
-    cosine = torch.cosine_similarity(state.float(), last.float(), dim=-1)
-    return "the output embedding's input is not the last hidden state" if bool((cosine < 1 - 1e-3).any()) else None
-
-
 def _candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     return torch.nan_to_num(logits, nan=-math.inf, neginf=-3e38).topk(k, dim=-1).indices
 
 
 def allowed_error(model: Any, device: torch.device) -> float:
     return RELATIVE_ERROR.get(autocast_dtype(device) or model.dtype, 1e-1)
-
-
-def error_of(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest relative error of a vector (the last dimension). A vector that is not finite (an overflow in float16,
-    a banned token) proves nothing where both are not."""
-    ours, expected = ours.float(), expected.float().to(ours.device)
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(ours)):
-        whole = ~finite.all(dim=-1) & ~torch.isfinite(ours).all(dim=-1)
-        if not bool((whole | (finite == torch.isfinite(ours)).all(dim=-1)).all()):
-            return math.inf
-        finite = finite & torch.isfinite(ours)
-    difference = torch.where(finite, ours - expected, 0.0).norm(dim=-1)
-    size = torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)
-    return float((difference / size).max())

@@ -35,7 +35,7 @@ class Engine:
         seed: of the random strategies, where a request has none of its own.
         logprobs, trace: record them for every token.
         batching: ``"slots"`` (rows of different lengths, replaced one by one), ``"static"`` (batches of similar
-            length), or ``"auto"``: slots where a trial on the model agrees with its own attention.
+            length), or ``"auto"``: slots where a trial agrees with the model's own step.
         parameters: defaults of what requests may set (`Parameters`): ``max_new_tokens``, ``penalty_alpha``, ``top_k`` …
 
     Raises:
@@ -100,7 +100,7 @@ class Engine:
             with fitting_threads(self.model):
                 scheduler = SlotScheduler.open(self.model, self.strategy, slots, memory, self.parameters.max_new_tokens)
             if isinstance(scheduler, SlotScheduler):
-                self.reason = "a trial step agrees with the model's own attention"
+                self.reason = "a trial agrees with the model's own steps"
                 return scheduler
             self.reason = scheduler
             if batching == "slots":

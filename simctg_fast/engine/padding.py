@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 from ..decoding.call import own_cache, reached_windows
+from ..decoding.contrastive_search import position_table
 from ..decoding.hidden_states import HiddenStatesTap
+from ..decoding.own_step import error_of, own_text
 from ..decoding.paths import FAILURES, KEY_VALUE_LAYERS
-from ..decoding.truth import RELATIVE_ERROR, error_of, own_text
+from ..decoding.trial import MOST_NOISE, NOISE
 
 _SHORT, _BEYOND = 4, 3  # tokens of the short row; of texts that are to be longer than a window
 _LONGEST = 64  # windows up to which texts are tried
+# What two orders of a sum may make of logits, unless a row beside another of its own length shows that it is more.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2}
 
 
 def padded_rows(model: Any, rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
@@ -34,30 +38,34 @@ def change_by_padding(model: Any, pad: int) -> str | None:
     Several architectures look at padding, or do not shift their positions by it: what they write for a row depends on
     the rows beside it, in transformers itself.
     """
-    windows = reached_windows(model.config)
+    if model.training:  # of dropout nothing can be told
+        return None
+    windows, table = reached_windows(model.config), position_table(model)
     layers = getattr(own_cache(model, model.generation_config, 1, None), "layers", [])
     odd = sorted({type(layer).__name__ for layer in layers} - KEY_VALUE_LAYERS)
     if odd and windows and windows[-1] > _LONGEST:
         return f"its windows are too long for a trial, and its cache has layers of its own ({', '.join(odd)})"
     longest = max([_SHORT, *(size for size in windows if size <= _LONGEST)]) + _BEYOND
+    longest = longest if table is None else max(1, min(longest, (table - _SHORT) // 2 - 1))
     random = torch.Generator().manual_seed(0)
     vocabulary = max(4, min(model.config.get_text_config(decoder=True).vocab_size, 1000))
     draw = lambda *shape: torch.randint(3, vocabulary, shape, generator=random)  # noqa: E731
-    short, long, steps = draw(_SHORT).tolist(), draw(_SHORT + longest).tolist(), draw(longest, 2, 1).to(model.device)
+    short, mate, long = draw(_SHORT).tolist(), draw(_SHORT).tolist(), draw(_SHORT + longest).tolist()
+    steps = draw(longest, 2, 1).to(model.device)
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
         inputs, rounds = padded_rows(model, rows, pad), [tokens[: len(rows)] for tokens in steps]
-        text = own_text(model, HiddenStatesTap(model), inputs, rounds)
-        return torch.stack([tried[-1][1][0] for tried in text.rounds])
+        return own_text(model, HiddenStatesTap(model), inputs, rounds).logits[:, 0]
 
     try:
         alone = logits([short])
+        rounding = error_of(logits([short, mate]), alone)
     except FAILURES:  # its first request will say what it is
         return None
     try:
         error = error_of(logits([short, long]), alone)
     except FAILURES as failure:
         return f"a padded row fails ({type(failure).__name__}: {failure})"
-    if error <= RELATIVE_ERROR.get(model.dtype, 1e-1):
+    if error <= max(_ROUNDING.get(model.dtype, 2e-2), min(MOST_NOISE, NOISE * rounding)):
         return None
     return f"logits of a padded row differ from those of the row alone by {error:.2g}"

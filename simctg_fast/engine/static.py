@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from ..decoding.contrastive_search import ContrastiveSearch, _Run, position_table
+from ..decoding.own_step import PLAIN
+from ..decoding.truth import unknown_token
 from ..ops.candidate_select import candidate_scan
 from .memory import is_out_of_memory, release
 from .observe import StepRecord
@@ -117,11 +119,9 @@ class StaticBatches:
 
         self.model.generate(
             **inputs,
+            **PLAIN,
             custom_generate=run,
             max_new_tokens=max(s.parameters.max_new_tokens for s in batch),
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
             pad_token_id=self.pad,
         )
 
@@ -160,6 +160,11 @@ class _BatchRun(_Run):
             for index, sequence in enumerate(rows):
                 if sequence is not None and bad[index]:
                     sequence.fail("nan_logits", f"the logits left no probabilities at new token {len(sequence.tokens)}")
+            if self.known_tokens is not None:
+                for index, token in enumerate(proposal.tokens.amax(dim=-1).tolist()):
+                    if (sequence := rows[index]) is not None and token >= self.known_tokens:
+                        sequence.fail("unknown_token", unknown_token(self.model, token, self.known_tokens))
+                proposal.tokens.clamp_(max=self.known_tokens - 1)
             self.decision: tuple = ()
             self.proposal = proposal
             result = self._step(input_ids, proposal.tokens, proposal.probs)
