@@ -360,6 +360,8 @@ class SlotDecoder:
             try:
                 self._verify(trial, RELATIVE_ERROR.get(self.model.dtype, 1e-1))
             except _SlotsDifferError as error:
+                if error.error > MOST_NOISE:
+                    raise
                 text = trial.texts[-1]
                 moved = moved_by_noise(self.model, lambda: text.again(self.model).logits, text.logits)
                 if not error.error < (allowed := min(MOST_NOISE, NOISE * moved)):

@@ -9,13 +9,13 @@ import torch
 from ..decoding.call import own_cache, reached_windows
 from ..decoding.contrastive_search import position_table
 from ..decoding.hidden_states import HiddenStatesTap
-from ..decoding.own_step import error_of, own_text
+from ..decoding.own_step import error_of, moved_by_noise, own_text
 from ..decoding.paths import FAILURES, KEY_VALUE_LAYERS
 from ..decoding.trial import MOST_NOISE, NOISE
 
 _SHORT, _BEYOND = 4, 3  # tokens of the short row; of texts that are to be longer than a window
 _LONGEST = 64  # windows up to which texts are tried
-# What two orders of a sum may make of logits, unless a row beside another of its own length shows that it is more.
+# What two orders of a sum may make of logits, unless noise shows that it is more.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2}
 
 
@@ -50,7 +50,7 @@ def change_by_padding(model: Any, pad: int) -> str | None:
     random = torch.Generator().manual_seed(0)
     vocabulary = max(4, min(model.config.get_text_config(decoder=True).vocab_size, 1000))
     draw = lambda *shape: torch.randint(3, vocabulary, shape, generator=random)  # noqa: E731
-    short, mate, long = draw(_SHORT).tolist(), draw(_SHORT).tolist(), draw(_SHORT + longest).tolist()
+    short, long = draw(_SHORT).tolist(), draw(_SHORT + longest).tolist()
     steps = draw(longest, 2, 1).to(model.device)
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
@@ -59,13 +59,14 @@ def change_by_padding(model: Any, pad: int) -> str | None:
 
     try:
         alone = logits([short])
-        rounding = error_of(logits([short, mate]), alone)
     except FAILURES:  # its first request will say what it is
         return None
     try:
         error = error_of(logits([short, long]), alone)
     except FAILURES as failure:
         return f"a padded row fails ({type(failure).__name__}: {failure})"
-    if error <= max(_ROUNDING.get(model.dtype, 2e-2), min(MOST_NOISE, NOISE * rounding)):
+    if error <= _ROUNDING.get(model.dtype, 2e-2):
+        return None
+    if error <= MOST_NOISE and error <= NOISE * moved_by_noise(model, lambda: logits([short]), alone):
         return None
     return f"logits of a padded row differ from those of the row alone by {error:.2g}"
