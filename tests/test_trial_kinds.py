@@ -157,10 +157,18 @@ class Rounded(torch.nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("layer", "least", "most"), [(torch.nn.Linear, 0, 1e-4), (Rounded, 1e-3, 1), (Sensitive, 1e-3, 1)]
+    ("layer", "quantised", "least", "most"),
+    [
+        (torch.nn.Linear, False, 0, 1e-4),
+        (torch.nn.Linear, True, 0, 1e-4),
+        (Rounded, True, 1e-3, 1),
+        (Rounded, False, 0, 1e-3),
+        (Sensitive, False, 1e-3, 1),
+    ],
 )
-def test_noise_that_is_swallowed_most_of_the_time(layer, least, most):
+def test_noise_that_is_swallowed_most_of_the_time(layer, quantised, least, most):
     model, ids = build("llama"), prompt(2)
+    model.hf_quantizer = object() if quantised else None
     for module in model.model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = layer
