@@ -254,6 +254,18 @@ def test_a_forward_that_cannot_be_repeated_is_refused():
         decode(model, inputs_for(model, 1))
 
 
+def test_a_decoder_that_does_not_look_at_its_source():
+    side = TOKENS | SMALL | {"model_type": "bert", "max_position_embeddings": 64}
+    sides = {"encoder": side, "decoder": dict(side)}
+    config = transformers.EncoderDecoderConfig(**sides, decoder_start_token_id=1, pad_token_id=0)
+    model = draw(transformers.EncoderDecoderModel(config), std=0.35)
+    model.generation_config.decoder_start_token_id, model.generation_config.pad_token_id = 1, 0
+    inputs = inputs_for(build("t5"), 2)
+    out = decode(model, inputs)
+    assert recall(model).path == "shared_prefix"
+    assert torch.equal(decode(model, inputs, path="reorder"), out)
+
+
 def test_images_in_the_uncached_path_of_idefics():
     vision = {"embed_dim": 32, "image_size": 8, "patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.IdeficsConfig(

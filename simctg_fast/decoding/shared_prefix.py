@@ -53,7 +53,9 @@ class SharedPrefixStep:
     def __init__(self, cache: PrefixCache, cross_cache, candidates: int):
         self.cache = cache
         self.candidates = candidates
-        self.cross = {} if cross_cache is None else {layer.keys.data_ptr(): layer for layer in cross_cache.layers}
+        # A decoder without cross-attention leaves them empty.
+        cross = [] if cross_cache is None else [layer for layer in cross_cache.layers if layer.keys is not None]
+        self.cross = {layer.keys.data_ptr(): layer for layer in cross}
         self.windows: dict[int, tuple[torch.Tensor, int]] = {}  # id(mask) -> the mask (kept alive), its window
         self.calls: set[int] = set()  # id(layer) of those that attention calls have read
 
