@@ -106,7 +106,6 @@ def test_a_learned_prompt_and_the_model_without_it_have_a_verdict_each():
     assert recall(base).path == "shared_prefix"
     prompted = decode(model, inputs)
     assert not torch.equal(prompted, without)
-    assert recall(base).path == "uncached"
     assert torch.equal(decode(base, inputs), without)
     assert torch.equal(decode(model, inputs), prompted)
 
@@ -278,6 +277,8 @@ def test_images_in_the_uncached_path_of_idefics():
     inputs = {"input_ids": prompt(2, 6), "pixel_values": pixels, "image_attention_mask": torch.ones(2, 6, 1).long()}
     report = support(model, inputs)
     assert report.path == "reorder"
+    if "could not be tried" in report.checks[-1].detail:
+        pytest.skip("this transformers cannot run it without a cache")
     assert report.checks[-1].passed
     assert torch.equal(decode(model, inputs, path="uncached"), decode(model, inputs))
 
