@@ -380,10 +380,9 @@ def test_an_embedding_that_serves_as_head_is_told_from_one_at_the_input():
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     out = decode(model, inputs, new_tokens=6)
     assert recall(model).path == "reorder"
-    if (
-        "cache" in inspect.signature(model.forward).parameters
-    ):  # before transformers 5.24 the cached step was another one
-        # Given ids, its whole forward has the mask that it lacks beside encoder_outputs.
+    # Given ids, its whole forward has the mask that it lacks beside encoder_outputs. (Before 5.24 its cached step was
+    # another one.)
+    if "cache" in inspect.signature(model.forward).parameters:
         same_tokens(out, truth(model, inputs, new_tokens=6), model, inputs)
     assert torch.equal(decode(model, inputs, penalty_alpha=0.0, new_tokens=6), greedy(model, inputs, new_tokens=6))
     assert torch.equal(decode(model, inputs, new_tokens=6), out)
