@@ -28,6 +28,7 @@ PLAIN: dict[str, Any] = {
     "max_length": None,
 }
 
+NOISE, MOST_NOISE = 3, 0.1  # what is allowed, in multiples of what noise moves a model's logits, and at most
 _COARSE = 1.2e-4  # relative: a tenth of the last bit of float16
 
 
@@ -133,10 +134,10 @@ class OwnText:
         return torch.stack([tried[-1][1] for tried in self.rounds])
 
     def again(self, model: Any) -> OwnText:
-        return own_text(model, HiddenStatesTap(model), self.inputs, self.tried)
+        return own_text(model, self.inputs, self.tried)
 
 
-def own_text(model: Any, tap: HiddenStatesTap, inputs: dict[str, Any], rounds: list[torch.Tensor]) -> OwnText:
+def own_text(model: Any, inputs: dict[str, Any], rounds: list[torch.Tensor]) -> OwnText:
     """Run ``generate``'s own steps on ``inputs``; ``rounds``: tokens tried ``(B, c)``, the last of which is kept."""
     found: list[OwnText] = []
 
@@ -150,7 +151,7 @@ def own_text(model: Any, tap: HiddenStatesTap, inputs: dict[str, Any], rounds: l
         found.append(OwnText(inputs, rounds, input_ids, steps))
         return input_ids
 
-    with tap:
+    with HiddenStatesTap(model) as tap:
         model.generate(**inputs, **PLAIN, custom_generate=loop, max_new_tokens=len(rounds) + 1)
     return found[0]
 
@@ -163,6 +164,18 @@ def input_embedding(model: Any) -> torch.nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return embedding if isinstance(embedding, torch.nn.Module) else None
+
+
+def allowed_for_noise(moved: float) -> float:
+    """The relative error that is allowed to a model whose logits noise moves by ``moved``."""
+    return min(MOST_NOISE, NOISE * moved)
+
+
+def draw_tokens(model: Any) -> Callable[..., torch.Tensor]:
+    """Draws token ids of any shape, the same ones each time; special ones, which come first, are not among them."""
+    vocabulary = max(4, min(model.config.get_text_config(decoder=True).vocab_size, 1000))
+    random = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randint(3, vocabulary, shape, generator=random)
 
 
 def moved_by_noise(model: Any, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> float:

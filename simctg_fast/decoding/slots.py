@@ -25,12 +25,21 @@ from transformers.modeling_outputs import BaseModelOutput
 from .call import own_cache
 from .hidden_states import HiddenStatesTap, last_position
 from .linear_swap import give_forward_back, take_forward
-from .own_step import OwnText, error_of, moved_by_noise, own_text, wrong_head
+from .own_step import (
+    MOST_NOISE,
+    OwnText,
+    allowed_for_noise,
+    draw_tokens,
+    error_of,
+    moved_by_noise,
+    own_text,
+    wrong_head,
+)
 from .paths import FAILURES, KEY_VALUE_LAYERS
 from .prefix_cache import CACHE_NAME
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
 from .slot_cache import CrossSlots, SlotCache, SlotHistory
-from .trial import FILLINGS, MOST_NOISE, NOISE
+from .trial import FILLINGS
 from .truth import RELATIVE_ERROR, known_tokens
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (rows, k, D) -> index of the winner (rows,)
@@ -364,7 +373,7 @@ class SlotDecoder:
                     raise
                 text = trial.texts[-1]
                 moved = moved_by_noise(self.model, lambda: text.again(self.model).logits, text.logits)
-                if not error.error < (allowed := min(MOST_NOISE, NOISE * moved)):
+                if not error.error < (allowed := allowed_for_noise(moved)):
                     raise
                 self._verify(trial, allowed)
         except FAILURES as error:
@@ -416,9 +425,7 @@ class SlotDecoder:
     @torch.inference_mode()
     def rows_are_independent(self) -> bool:
         """Whether a row's bits stay the same when fewer rows are computed with it, as far as a trial can tell."""
-        random = torch.Generator().manual_seed(0)
-        vocabulary = max(4, min(self.model.config.get_text_config(decoder=True).vocab_size, 1000))
-        tokens = torch.randint(3, vocabulary, (self.slots, self.candidates), generator=random)
+        tokens = draw_tokens(self.model)(self.slots, self.candidates)
         seen: list[torch.Tensor] = []
 
         def choose(states: torch.Tensor) -> torch.Tensor:
@@ -466,14 +473,11 @@ def slot_trial(model: Any, slots: int, candidates: int, limit: int | None) -> Sl
     """
     longest = max(4, (limit or 1024) - 4)
     lengths = [min(length, longest) for length in _TRIAL_LENGTHS[-slots:]]
-    vocabulary = max(4, min(model.config.get_text_config(decoder=True).vocab_size, 1000))
-    random = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randint(3, vocabulary, shape, generator=random)  # noqa: E731
+    draw = draw_tokens(model)
     tokens = [draw(slots, candidates) for _ in FILLINGS]
     columns = sorted({0, candidates - 1})
     sources: list[list[int] | None] = []
     texts: list[OwnText] = []
-    tap = HiddenStatesTap(model)
     for slot, length in enumerate(lengths):
         rounds = [tried[slot : slot + 1, columns].to(model.device) for tried in tokens]
         prompt = draw(1, length).to(model.device)
@@ -484,7 +488,7 @@ def slot_trial(model: Any, slots: int, candidates: int, limit: int | None) -> Sl
             inputs = {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": prompt}
             sources[-1] = source[0].tolist()
         try:
-            texts.append(own_text(model, tap, inputs, rounds))
+            texts.append(own_text(model, inputs, rounds))
         except FAILURES as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -22,7 +22,7 @@ import torch
 
 from .call import Call, copy_of, cut, learned_prompt, width_of
 from .hidden_states import HiddenStatesTap
-from .own_step import error_of
+from .own_step import MOST_NOISE, allowed_for_noise, error_of
 from .paths import FAILURES, PATHS, HeadUnsupportedError, Path, PathUnsupportedError, SharedPrefixPath
 from .prefix_cache import CACHE_NAME
 from .support import Check, SupportReport
@@ -35,7 +35,6 @@ FILLINGS = (3e3, -7e3)
 _PROMPT = 24  # positions of the prompt that are tried, where nothing asks for more
 _BEYOND = 8  # positions of a text that is to be longer than a window
 _MOST_CANDIDATES = 8
-NOISE, MOST_NOISE = 3, 0.1  # what is allowed, in multiples of the model's own sensitivity, and at most
 # A trial past a large window may take so long, or this share of the call: a token costs as much as a dozen positions of
 # a prompt, and a trial's truth as some four hundred.
 _SECONDS, _SHARE, _STEP, _POSITIONS = 1.0, 0.1, 12, 400
@@ -181,7 +180,7 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
                 truths, found = replayed, _first_that_serves(call, tap, routes, replayed, ours)
         if found.nearest <= MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little
             moved = sensitivity(truths[0], tap, k)
-            allowed = min(MOST_NOISE, NOISE * moved)
+            allowed = allowed_for_noise(moved)
             if allowed > max(found.nearest, truths[0].allowed):
                 detail = f"noise moves its own logits by {moved:.2g}; allowed {allowed:.2g}"
                 checks.append(Check("agrees within what the model makes of rounding", True, detail))

@@ -84,15 +84,14 @@ class Truth:
 
     def differs_from(self, other: Truth) -> bool:
         """Whether transformers' own step makes something else of the same text there."""
-        return self.distance(other) > self.allowed
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        same = all(torch.equal(a.candidates, b.candidates) for a, b in pairs)
+        return not same or error_of(self.logits, other.logits) > self.allowed
 
-    def distance(self, other: Truth) -> float:
-        """The largest relative error of logits; infinite where other candidates were tried."""
-        pairs = list(zip(self.rounds, other.rounds, strict=True))
-        if not all(torch.equal(a.candidates, b.candidates) for a, b in pairs):
-            return math.inf
-        logits = [(self.prefill_logits, other.prefill_logits), *((a.logits, b.logits) for a, b in pairs)]
-        return max(error_of(mine, others) for mine, others in logits)
+    @property
+    def logits(self) -> torch.Tensor:
+        """After the prompt and after each step, ``(3, rows, V)``."""
+        return torch.stack([self.prefill_logits, *(step.logits for step in self.rounds)])
 
     def compare_whole(self) -> Check:
         """How a forward over the same text without a cache compares."""
@@ -130,12 +129,10 @@ class Truth:
 def sensitivity(truth: Truth, tap: HiddenStatesTap, k: int) -> float:
     """How far the smallest noise moves the model's logits, see `moved_by_noise`."""
 
-    def logits() -> torch.Tensor:
-        again = Truth(truth.call, tap, truth.own.rows, k, truth.own.replay, like=truth)
-        return torch.stack([again.prefill_logits, *(step.logits for step in again.rounds)])
+    def again() -> torch.Tensor:
+        return Truth(truth.call, tap, truth.own.rows, k, truth.own.replay, like=truth).logits
 
-    expected = torch.stack([truth.prefill_logits, *(step.logits for step in truth.rounds)])
-    return moved_by_noise(truth.call.model, logits, expected)
+    return moved_by_noise(truth.call.model, again, truth.logits)
 
 
 def known_tokens(model: Any, logits: torch.Tensor) -> int | None:

@@ -8,10 +8,8 @@ import torch
 
 from ..decoding.call import own_cache, reached_windows
 from ..decoding.contrastive_search import position_table
-from ..decoding.hidden_states import HiddenStatesTap
-from ..decoding.own_step import error_of, moved_by_noise, own_text
+from ..decoding.own_step import MOST_NOISE, allowed_for_noise, draw_tokens, error_of, moved_by_noise, own_text
 from ..decoding.paths import FAILURES, KEY_VALUE_LAYERS
-from ..decoding.trial import MOST_NOISE, NOISE
 
 _SHORT, _BEYOND = 4, 3  # tokens of the short row; of texts that are to be longer than a window
 _LONGEST = 64  # windows up to which texts are tried
@@ -47,15 +45,13 @@ def change_by_padding(model: Any, pad: int) -> str | None:
         return f"its windows are too long for a trial, and its cache has layers of its own ({', '.join(odd)})"
     longest = max([_SHORT, *(size for size in windows if size <= _LONGEST)]) + _BEYOND
     longest = longest if table is None else max(1, min(longest, (table - _SHORT) // 2 - 1))
-    random = torch.Generator().manual_seed(0)
-    vocabulary = max(4, min(model.config.get_text_config(decoder=True).vocab_size, 1000))
-    draw = lambda *shape: torch.randint(3, vocabulary, shape, generator=random)  # noqa: E731
+    draw = draw_tokens(model)
     short, long = draw(_SHORT).tolist(), draw(_SHORT + longest).tolist()
     steps = draw(longest, 2, 1).to(model.device)
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
         inputs, rounds = padded_rows(model, rows, pad), [tokens[: len(rows)] for tokens in steps]
-        return own_text(model, HiddenStatesTap(model), inputs, rounds).logits[:, 0]
+        return own_text(model, inputs, rounds).logits[:, 0]
 
     try:
         alone = logits([short])
@@ -68,6 +64,7 @@ def change_by_padding(model: Any, pad: int) -> str | None:
     if error <= _ROUNDING.get(model.dtype, 2e-2):
         return None
     exact = model.dtype in (torch.float32, torch.float64)  # in half precision noise explains anything
-    if exact and error <= MOST_NOISE and error <= NOISE * moved_by_noise(model, lambda: logits([short]), alone):
+    moved = moved_by_noise(model, lambda: logits([short]), alone) if exact and error <= MOST_NOISE else 0.0
+    if error <= allowed_for_noise(moved):
         return None
     return f"logits of a padded row differ from those of the row alone by {error:.2g}"
