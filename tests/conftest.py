@@ -118,12 +118,13 @@ def isa(request):
 
     extension = _backends.extension()
     if extension is None:
+        if not isinstance(error := _backends.extension_error(), ModuleNotFoundError):
+            raise error  # built, but it does not load
         pytest.skip("the C++ extension is not built")
-    before = extension.active_isa()
-    try:
-        extension.set_isa(request.param)
-    except ValueError:
+    if request.param not in extension.supported_isas():
         pytest.skip(f"this processor has no {request.param}")
+    before = extension.active_isa()
+    extension.set_isa(request.param)
     yield request.param
     extension.set_isa(before)
 

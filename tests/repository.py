@@ -13,5 +13,7 @@ def repository(name: str) -> Path:
     """The path of a file or folder of the repository; skips the test, or the whole file that is being imported."""
     path = ROOT / name
     if not path.exists():
+        if (ROOT / ".git").exists():  # the repository itself: a name that is wrong, or a file that is lost
+            raise FileNotFoundError(path)
         pytest.skip(f"needs {name} of the repository, which is not beside the tests", allow_module_level=True)
     return path

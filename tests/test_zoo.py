@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from .decoding_models import build, decode, inputs_for
 from .processes import run_child
+from .repository import repository
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not here", allow_module_level=True)
+BENCHMARKS = repository("benchmarks")
 sys.path.insert(0, str(BENCHMARKS))
 
 import zoo  # noqa: E402
