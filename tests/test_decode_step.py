@@ -178,7 +178,7 @@ def test_a_step_that_differs_is_not_used(calls, monkeypatch):
 
     monkeypatch.setattr(decode_step._StaticStep, "attend", wrong)
     with pytest.raises(ValueError, match="differs"):
-        both(model_of("llama"), prompts(2))
+        both(build("llama"), prompts(2))
     assert not calls["steps"]
 
 

@@ -443,7 +443,7 @@ def check_operators() -> None:
     triton, plain = (shared_prefix_attention(**arguments, impl=impl) for impl in ("triton", "torch"))
     torch.testing.assert_close(triton, plain, atol=2e-6, rtol=0)
     buffer, rows = torch.zeros(2, 3, 5, 4), torch.randn(6, 3, 1, 4)
-    CommitPlan().run([(buffer, rows)], torch.tensor([1, 4]), torch.tensor([2, 3]))
+    CommitPlan(1, buffer.device).run([(buffer, rows)], torch.tensor([1, 4]), torch.tensor([2, 3]))
     assert torch.equal(buffer[0, :, 1], rows[2, :, 0])
     assert torch.equal(buffer[1, :, 4], rows[3, :, 0])
     for call, message in (

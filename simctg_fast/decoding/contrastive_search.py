@@ -25,6 +25,7 @@ from .decode_step import DecodeStep, StaticStepUnsupportedError, open_decode_ste
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .kept_arguments import keep_arguments
 from .linear_swap import fast_linears
+from .padding_warning import no_padding_warning
 from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, without_caches
 from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
@@ -214,6 +215,7 @@ class _Run:
         self.raw_logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
         self.prefill_outputs: Any = None
         self.refused: dict[tuple[str, bool], str] = {}  # routes that gave up in the course of this call, and why
+        self.step_scores: torch.Tensor | None = None  # (B, k) of the last step; None for one candidate
         self.streamed = 0  # steps whose tokens the streamer has
         self.layers: list[tuple[torch.Tensor, ...]] = []  # hidden states, one entry a step
         self.attentions: list[tuple[torch.Tensor, ...]] = []
@@ -308,6 +310,7 @@ class _Run:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
+    @no_padding_warning()
     def __call__(self):
         _backends.extension()  # an instruction set that is not there is said as such, not as a path's failure
         with ExitStack() as stack:
@@ -414,7 +417,7 @@ class _Run:
         try:
             if self.known_tokens is not None:
                 raise StaticStepUnsupportedError("its output embedding writes tokens that it cannot read")
-            decode = open_decode_step(self, k, probs, candidates, result)
+            decode = open_decode_step(self, k, probs, candidates, result, self.step_scores)
         except StaticStepUnsupportedError as error:
             if asked != "auto":
                 raise ValueError(f"decode_step={asked!r}, but {error}; allowed: False or 'auto'") from error
@@ -469,6 +472,7 @@ class _Run:
             )
 
     def _choose(self, probs: torch.Tensor):
+        self.step_scores = None
         if probs.shape[1] == 1:
             return lambda hidden_states: torch.zeros(len(probs), dtype=torch.long, device=hidden_states.device)
 
@@ -482,7 +486,8 @@ class _Run:
             if noise is not None:
                 scores = scores / self.strategy.temperature + noise.to(penalty.device)
             # NaN (a hidden state that overflowed) loses; of equal scores the more probable, which comes first, wins.
-            return scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf")).argmax(dim=-1)
+            self.step_scores = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
+            return self.step_scores.argmax(dim=-1)
 
         return choose
 

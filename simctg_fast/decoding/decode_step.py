@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,15 +30,17 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.masking_utils import causal_mask_function
 
+from ..ops import _backends
 from ..ops.candidate_select import candidate_select
 from ..ops.prefix_commit import CommitPlan, prefix_commit
 from ..ops.top_k import top_k_probs
 from .compiled_decoder import compiled_decoder, obstacle
+from .cuda_graph import CaptureError, record, rehearse
 from .hidden_states import HiddenStatesHistory, HiddenStatesTap
 from .paths import SharedPrefixPath, StepResult
 from .prefix_cache import CACHE_NAME, PrefixCacheLayer, next_capacity
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
-from .support import autocast_dtype
+from .support import autocast_dtype, setting_of
 from .truth import RELATIVE_ERROR
 
 logger = logging.getLogger("simctg_fast")
@@ -47,11 +51,26 @@ GRAPH_SAFE = (
 )  # fmt: skip
 _KNOWN_KWARGS = frozenset({CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
 _KNOWN_CRITERIA = frozenset({MaxLengthCriteria.__name__, EosTokenCriteria.__name__})
-_WARM_UP = 2  # eager steps before a capture: kernels are compiled, libraries have their handles
+_REHEARSALS = 2  # the host may wait in the first, for something that is made once
+_ROUNDING = 4  # times what the winners' logits are off, candidates' states may be
+MIN_CAPTURED = 24  # tokens that have to follow for a graph to pay: opening one costs the host some eager steps
 
 
 class StaticStepUnsupportedError(Exception):
     """This call cannot be served by static buffers; the message says why."""
+
+
+@dataclass
+class _Known:
+    """What earlier calls have found out about a model: the kinds of calls whose step was reproduced, the sizes of steps
+    that were rehearsed, and which masks are windows, by their local size."""
+
+    reproduced: set[Any] = field(default_factory=set)
+    rehearsed: set[Any] = field(default_factory=set)
+    windows: dict[int, bool] = field(default_factory=dict)
+
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, _Known]] = weakref.WeakKeyDictionary()
 
 
 class _StaticLayer(PrefixCacheLayer):
@@ -80,7 +99,7 @@ class _StaticStep(SharedPrefixStep):
     def __init__(self, cache: Cache, k: int, lengths: torch.Tensor, starts: torch.Tensor | None, windows: dict):
         super().__init__(cache, None, k)
         self.lengths, self.starts = lengths, starts
-        self.known_windows: dict[int, bool] = windows  # local size -> whether masks of it are that window
+        self.known_windows: dict[int, bool] = windows
         self.masks: list[tuple[torch.Tensor, int | None]] = []  # each with its window
 
     @property
@@ -228,10 +247,14 @@ class DecodeStep:
         self.bad = torch.zeros(self.batch, dtype=torch.bool, device=device)
         self.steps_needed = torch.zeros((), dtype=torch.long, device=device)
         self.steps = 0
-        self.windows: dict[int, bool] = {}
+        self.known = _known.setdefault(self.model, {}).setdefault(setting_of(self.model), _Known())
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.eager_steps = 0
+        self.kept: tuple[Any, ...] = ()  # what the graph reads beside the buffers
+        self.rehearsals = 0
         self.not_captured = _obstacle(self.model, device) if capture else "capture=False"
+        if self.not_captured is None and self._tokens_left() < MIN_CAPTURED:
+            self.not_captured = f"{self._tokens_left()} tokens are left, a graph pays from {MIN_CAPTURED} on"
+        self.wants_graph = self.not_captured is None
         self.not_compiled = obstacle(self.tap.decoder) if compile_decoder else "compile_decoder=False"
         self.compiled = False
         self.plan: CommitPlan | None = None
@@ -260,20 +283,22 @@ class DecodeStep:
         self._reserve()
         if self.outside:
             self.scores.copy_(self.processors(self.input_ids, self.logits))
-        if self.not_captured is None and self.graph is None and self.eager_steps >= _WARM_UP:
-            self._capture()
+        if self.graph is None and self.wants_graph:
+            self._rehearse_or_capture()
+        elif self.graph is None:
+            self._run()
         if self.graph is not None:
             self.graph.replay()
-        else:
-            self._run()
-            self.eager_steps += 1
         self.steps += 1
         self.length += 1
 
     @torch.no_grad()
-    def reproduces(self, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult) -> bool:
+    def reproduces(
+        self, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult, scores: torch.Tensor | None
+    ) -> bool:
         """Run the path's last step, whose ``result`` is already in the cache, once more, keeping its winners. Returns
-        whether their logits agree and the same would have been chosen (in half precision, by most of the rows)."""
+        whether their logits agree, and what would have been chosen has the best of the path's ``scores (B, k)``, up to
+        what rounding makes of these (None: there is no choice)."""
         kept = None if self.history is None else self.history.states[:, self.length - 1].clone()
         self.lengths -= 1
         selected, logits = self._forward(probs, candidates, keep=_on(self.device, result.selected))
@@ -283,22 +308,23 @@ class DecodeStep:
         expected = result.logits.to(logits)
         finite = torch.isfinite(expected) & torch.isfinite(logits)
         difference = torch.where(finite, logits - expected, 0.0).norm(dim=-1)
-        size = torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)
+        error = difference / torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)
         dtype = autocast_dtype(self.device) or result.hidden_states.dtype
-        near = difference <= RELATIVE_ERROR.get(dtype, 1e-1) * size
+        near = error <= RELATIVE_ERROR.get(dtype, 1e-1)
         near &= (torch.isfinite(logits) == torch.isfinite(expected)).all(-1)
-        same = (selected == result.selected.to(selected)).float().mean()
-        return bool(near.all()) and float(same) >= (0.5 if torch.finfo(dtype).bits <= 16 else 1.0)
+        if scores is not None:
+            regret = scores.amax(-1) - scores.gather(1, selected[:, None].to(scores.device))[:, 0]
+            # Cosines move by about as much as states do, and these by about as much as logits; two of them are compared.
+            allowed = 2 * self.penalty_alpha * _ROUNDING * (error + torch.finfo(dtype).eps)
+            near &= (selected == _on(self.device, result.selected)) | (_on(self.device, regret) <= allowed)
+        return bool(near.all())
 
-    def compile(self, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult) -> None:
-        """Compile the decoder, and keep it so where it :meth:`reproduces` the step as well as it did before. The same
-        code serves other buffers, lengths and sizes: what a process has compiled for a model is compiled once."""
-        if self.not_compiled is not None:
-            return
-        self.compiled = True
-        self._let_capacity_vary()
-        if not self.reproduces(probs, candidates, result) and self.not_compiled is None:
-            self._do_not_compile("its step differs when it is compiled")
+    def compile(self) -> None:
+        """Compile the decoder from now on. The same code serves other buffers, lengths and sizes: what a process has
+        compiled for a model is compiled once."""
+        if self.not_compiled is None:
+            self.compiled = True
+            self._let_capacity_vary()
 
     def _do_not_compile(self, reason: str) -> None:
         self.compiled, self.not_compiled = False, reason
@@ -333,7 +359,7 @@ class DecodeStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Try the candidates, commit the winners, or those at the places ``keep (B,)``. Returns the winners' places
         ``(B,)`` and the logits ``(B, V)`` of those committed."""
-        step = _StaticStep(self.cache, self.k, self.lengths, self.starts, self.windows)
+        step = _StaticStep(self.cache, self.k, self.lengths, self.starts, self.known.windows)
         chosen: dict[str, torch.Tensor] = {}
 
         def select(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -404,7 +430,8 @@ class DecodeStep:
         if self.length < self.capacity:
             return
         capacity = next_capacity(self.length + 1, self.max_length)
-        self.graph, self.eager_steps = None, min(self.eager_steps, _WARM_UP - 1)
+        self.graph, self.kept = None, ()
+        self.wants_graph &= self._tokens_left() >= MIN_CAPTURED
         for layer in self.cache.layers:
             for name in ("keys", "values"):
                 setattr(layer, name, _longer(getattr(layer, name), capacity, 2))
@@ -416,32 +443,41 @@ class DecodeStep:
 
     # ---- capture --------------------------------------------------------------------------------------------------
 
-    def _capture(self) -> None:
-        """Record the next step. Nothing runs meanwhile, so what fails leaves the buffers as they are."""
+    def _tokens_left(self) -> float:
+        return math.inf if self.max_length is None else self.max_length - self.length
+
+    def _rehearse_or_capture(self) -> None:
+        """Make a step of a size that is new as a rehearsal, or record the next one. Nothing runs while it is recorded,
+        so what fails leaves the buffers as they are, and the step is made without a graph."""
+        sizes = (self.k, self.batch, self.capacity, self.history is None, self.starts is None, self.compiled)
+        size = (self.device, *sizes, *map(type, self.processors))
+        if size not in self.known.rehearsed:
+            waits = rehearse(self._run, self.device)
+            self.rehearsals += 1
+            if waits is None:
+                self.known.rehearsed.add(size)
+            elif self.rehearsals == _REHEARSALS:
+                self._do_not_capture(f"its step makes the host wait for the device ({waits})")
+            return
         from simctg_fast.kernels._decode import own_counters
 
-        graph, plan = torch.cuda.CUDAGraph(), CommitPlan()
-        self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=self.device)
-        torch.cuda.synchronize(self.device)
+        # What outlives the recording is made before it: memory of the graph's own is written over at every replay.
+        self.plan = CommitPlan(2 * len(self.cache.layers), self.device)
+        counters = torch.zeros(1 << 16, dtype=torch.int32, device=self.device)
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.cuda.device(self.device))
-                stack.enter_context(own_counters(self.counters))
-                self.plan = plan
-                stack.enter_context(torch.cuda.graph(graph, capture_error_mode="thread_local"))
-                self._run()
-        except (RuntimeError, SharedPrefixUnsupportedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.not_captured = f"its step cannot be captured ({type(error).__name__}: {error})"
-            logger.info("%s: %s", type(self.model).__name__, self.not_captured)
-            torch.cuda.synchronize(self.device)
-            return
+            with own_counters(counters):
+                self.graph = record(self._run, self.device)
+            self.plan.finish()
+            self.kept = (self.plan, counters)  # the table, and the tensors it points at
+        except CaptureError as error:
+            self._do_not_capture(f"its step cannot be captured ({error})")
+            self._run()
         finally:
             self.plan = None
-        plan.finish()
-        self.captured_plan = plan  # its table, and the tensors the table points at, live as long as the graph
-        self.graph = graph
+
+    def _do_not_capture(self, reason: str) -> None:
+        self.wants_graph, self.not_captured = False, reason
+        logger.info("%s: %s", type(self.model).__name__, reason)
 
 
 def _longer(buffer: torch.Tensor, capacity: int, dim: int) -> torch.Tensor:
@@ -470,14 +506,16 @@ def _obstacle(model: torch.nn.Module, device: torch.device) -> str | None:
         return f"it is spread over {', '.join(sorted(devices | placed))}"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return f"it runs tensor-parallel over {model._tp_size} devices"
-    return None
+    return None if _backends.has_triton() else f"triton does not load: {_backends.triton_error()}"
 
 
 # ---- for ContrastiveSearch ------------------------------------------------------------------------------------------
 
 
-def open_decode_step(run, k: int, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult) -> DecodeStep:
-    """Take over a ``ContrastiveSearch`` run after one of its steps.
+def open_decode_step(
+    run, k: int, probs: torch.Tensor, candidates: torch.Tensor, result: StepResult, scores: torch.Tensor | None
+) -> DecodeStep:
+    """Take over a ``ContrastiveSearch`` run after one of its steps, whose ``scores (B, k)`` decided (None for k = 1).
 
     Raises:
         StaticStepUnsupportedError: the call or the model does not allow it.
@@ -486,7 +524,11 @@ def open_decode_step(run, k: int, probs: torch.Tensor, candidates: torch.Tensor,
     odd = sorted({type(criterion).__name__ for criterion in run.criteria} - _KNOWN_CRITERIA)
     kwargs = getattr(path, "expanded", None) or {}
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _KNOWN_KWARGS)
+    left = (
+        math.inf if run.max_length is None or path.name != SharedPrefixPath.name else run.max_length - path.cache.length
+    )
     for problem in (
+        run.strategy.decode_step == "auto" and left < MIN_CAPTURED and f"{left} tokens are left",
         not isinstance(path, SharedPrefixPath) and f"it is decoded on path {path.name!r}",
         run.is_encoder_decoder and "encoder-decoders run step by step",
         not path.head and "its output embedding does not get the last hidden state",
@@ -530,16 +572,22 @@ def open_decode_step(run, k: int, probs: torch.Tensor, candidates: torch.Tensor,
         max_length=run.max_length,
         compile_decoder=run.strategy.decode_step == "compiled",
     )
+    reproduced = step.known.reproduced
     try:
-        if not step.reproduces(probs, candidates, result):
+        if run.kind not in reproduced and not step.reproduces(probs, candidates, result, scores):
             raise StaticStepUnsupportedError("its step over static buffers differs")
-        step.compile(probs, candidates, result)
+        step.compile()
+        if step.compiled and (run.kind, "compiled") not in reproduced:
+            if not step.reproduces(probs, candidates, result, scores) and step.compiled:
+                step._do_not_compile("its step differs when it is compiled")
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, SharedPrefixUnsupportedError, TypeError, ValueError) as error:
         raise StaticStepUnsupportedError(
             f"a step over static buffers fails ({type(error).__name__}: {error})"
         ) from error
+    if run.kind is not None:  # else the caller named a path, and nothing is remembered of such calls
+        reproduced.update([run.kind, (run.kind, "compiled")] if step.compiled else [run.kind])
     for layer in path.cache.layers:  # the step owns the buffers now, and may move them
         layer.keys = layer.values = None
     return step

@@ -6,7 +6,8 @@ that at the price of one row. :func:`fast_linears` gives the model's `torch.nn.L
 gradients, autocast, another dtype, tracing) runs the module's own forward. Weights are looked up at each call, so an
 update, a LoRA merge or a replaced parameter counts at once. Only ``forward`` is put in place, not ``__call__``: hooks
 run as always. GPT-2's `NewGELUActivation` (eight tensor operations) and the norms of T5 and Llama (six) become one pass
-each, `Dropout` outside of training nothing at all.
+each, `Dropout` outside of training nothing at all. On CUDA, where launches count, these become one operation of
+PyTorch's each: it computes in float32 and rounds half precision once, where the modules round after each operation.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ PACK = ("auto", True, False)
 _MEMORY_SHARE = 0.25  # of the free memory, at most, goes into packed copies
 _PACKED_ROWS = 12  # from here on packed copies are faster by more than they cost
 _MOST_PACKED_ROWS = 512  # up to here they are faster than a general matrix product
+
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in float64 the modules compute in float32
 
 _LINEAR_FORWARD = Linear.forward
 _CONV1D_FORWARD = Conv1D.forward
@@ -198,7 +201,21 @@ def _conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
     return _CONV1D_FORWARD(self, x)
 
 
+def _on_cuda(x: Any) -> bool:
+    """Whether one operation of PyTorch's may stand for a module's own on ``x``. What follows an operation follows these
+    as well; what is compiled is fused by the compiler."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_cuda
+        and x.dtype in _CUDA_DTYPES
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.compiler.is_dynamo_compiling()
+    )
+
+
 def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
+    if _on_cuda(input):
+        return torch.nn.functional.gelu(input, approximate="tanh")
     if (
         type(input) is Tensor
         and input.dtype is torch.float32
@@ -217,6 +234,14 @@ def _dropout_forward(self: Dropout, input: Tensor) -> Tensor:
 
 def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
     weight, epsilon = self._parameters.get("weight"), self.__dict__["variance_epsilon"]
+    if (
+        _on_cuda(hidden_states)
+        and isinstance(weight, Tensor)
+        and weight.device == hidden_states.device
+        and weight.dtype is hidden_states.dtype
+        and weight.shape == hidden_states.shape[-1:]
+    ):
+        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
     if (
         type(hidden_states) is Tensor
         and type(weight) is Parameter
@@ -394,7 +419,7 @@ def fast_linears(
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
-    contiguous float32 weight on the CPU, and `NewGELUActivation`, `Dropout` and root mean square norms. Blocks may be
+    contiguous float32 weight on the CPU, and `NewGELUActivation`, `Dropout` and root mean square norms there or on CUDA. Blocks may be
     nested, and other threads may use the model meanwhile. On the way out, also by an exception, every module is as it
     was found.
 
@@ -413,7 +438,7 @@ def fast_linears(
             holds for the calling thread.
 
     Yields:
-        The number of modules that were routed: 0 without the C++ extension.
+        The number of modules that were routed: on the CPU 0 without the C++ extension.
 
     Raises:
         ValueError: a ``pack`` that is none of these, a ``rows_hint`` below 1.
@@ -427,7 +452,7 @@ def fast_linears(
     _rows.limit = max(before, max_rows)
     try:
         wanted = rows_hint <= max_rows or (pack is True and _packed_wins())
-        if wanted and _backends.extension() is not None:
+        if (wanted and _backends.extension() is not None) or any(p.is_cuda for p in model.parameters()):
             with _lock:
                 for module in model.modules():
                     entry = take_forward(_patched, module, _patch)

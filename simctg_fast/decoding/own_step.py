@@ -14,6 +14,7 @@ import torch
 
 from .call import Call, Rows
 from .hidden_states import HiddenStatesTap
+from .padding_warning import no_padding_warning
 from .paths import grow_kwargs, with_own_states, without_caches
 from .prefix_cache import CACHE_NAME
 
@@ -137,6 +138,7 @@ class OwnText:
         return own_text(model, self.inputs, self.tried)
 
 
+@no_padding_warning()
 def own_text(model: Any, inputs: dict[str, Any], rounds: list[torch.Tensor]) -> OwnText:
     """Run ``generate``'s own steps on ``inputs``; ``rounds``: tokens tried ``(B, c)``, the last of which is kept."""
     found: list[OwnText] = []

@@ -35,6 +35,7 @@ from .own_step import (
     own_text,
     wrong_head,
 )
+from .padding_warning import no_padding_warning
 from .paths import FAILURES, KEY_VALUE_LAYERS
 from .prefix_cache import CACHE_NAME
 from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
@@ -186,6 +187,7 @@ class SlotDecoder:
 
     # ---- one slot -------------------------------------------------------------------------------------------------
 
+    @no_padding_warning()
     @torch.inference_mode()
     def prefill(self, slot: int, ids: list[int], start: int, last: bool) -> None:
         """Run ``ids``, which follow the ``start`` positions the slot holds already. ``last``: the prompt ends here, and
@@ -259,6 +261,7 @@ class SlotDecoder:
 
     # ---- all slots ------------------------------------------------------------------------------------------------
 
+    @no_padding_warning()
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, choose: Choose, advance: list[bool]) -> None:
         """Try candidates ``tokens (rows, k)`` and keep each row's winner, as ``choose`` picks them.

@@ -45,7 +45,7 @@ _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = weakref.Wea
 _listening = threading.local()
 
 
-def _setting(model) -> tuple:
+def setting_of(model) -> tuple:
     """What a verdict depends on beside the module itself and the kind of call."""
     text_config = model.config.get_text_config(decoder=True)
     attention = (model.config._attn_implementation, text_config._attn_implementation)
@@ -60,7 +60,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def recall(model: torch.nn.Module, kind: Any = None) -> Any:
     """What was found for calls of this ``kind`` on this very model, if its attention and dtype are still what they were
     then; with ``kind=None`` the report of the last call of any."""
-    found, setting = _known.get(model, {}), _setting(model)
+    found, setting = _known.get(model, {}), setting_of(model)
     if kind is not None:
         verdict = found.pop((setting, kind), None)
         if verdict is not None:
@@ -71,11 +71,11 @@ def recall(model: torch.nn.Module, kind: Any = None) -> Any:
 
 def forget(model: torch.nn.Module, kind: Any) -> None:
     """Drop what was found: the model has changed since."""
-    _known.get(model, {}).pop((_setting(model), kind), None)
+    _known.get(model, {}).pop((setting_of(model), kind), None)
 
 
 def remember(model: torch.nn.Module, kind: Any, verdict: Any) -> None:
-    _known.setdefault(model, {})[_setting(model), kind] = verdict
+    _known.setdefault(model, {})[setting_of(model), kind] = verdict
 
 
 def announce(report: SupportReport) -> None:

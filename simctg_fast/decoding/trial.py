@@ -163,7 +163,7 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
         truths = _truths(call, tap, k)
         seconds = time.perf_counter() - began
         found = _first_that_serves(call, tap, routes, truths, ours)
-        if found.route is None and Truth(call, tap, truths[0].own.rows, k).differs_from(truths[0]):
+        if found.route is None and truths[0].again(tap, k).differs_from(truths[0]):
             trains = any(module.training for module in call.model.modules())
             exact = [route for route in routes if route[0] == "uncached" and trains]
             refusals += [reason for reason in found.refusals if not (exact and reason.startswith("uncached:"))]
@@ -175,7 +175,7 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
             return Verdict(make_report(call.model, *exact[-1], refusals, [check]), truths[0].asks)
         if found.route is None:
             # A model that keeps a state in itself has to run its text anew for each candidate.
-            replayed = [Truth(call, tap, truth.own.rows, k, replay=True) for truth in truths]
+            replayed = [truth.again(tap, k, replay=True) for truth in truths]
             if any(other.differs_from(truth) for other, truth in zip(replayed, truths, strict=True)):
                 truths, found = replayed, _first_that_serves(call, tap, routes, replayed, ours)
         if found.nearest <= MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little

@@ -34,7 +34,7 @@ class Truth:
 
     Args:
         replay: see `OwnStep`.
-        like: try that one's candidates and not the most probable.
+        like: try that one's candidates and not the most probable, which rounding may make others.
 
     Attributes:
         allowed: relative error of a path's logits and states.
@@ -82,11 +82,13 @@ class Truth:
         self.tokens = torch.cat([r.candidates.gather(1, r.winners[:, None]) for r in self.rounds], dim=1)
         own.kwargs = rows.kwargs  # and not its cache: one at a time is enough
 
+    def again(self, tap: HiddenStatesTap, k: int, replay: bool = False) -> Truth:
+        """What transformers' own step makes of the same text once more."""
+        return Truth(self.call, tap, self.own.rows, k, replay, like=self)
+
     def differs_from(self, other: Truth) -> bool:
-        """Whether transformers' own step makes something else of the same text there."""
-        pairs = zip(self.rounds, other.rounds, strict=True)
-        same = all(torch.equal(a.candidates, b.candidates) for a, b in pairs)
-        return not same or error_of(self.logits, other.logits) > self.allowed
+        """Whether transformers' own step makes something else of the same text: what :meth:`again` says of ``other``."""
+        return not error_of(self.logits, other.logits) <= self.allowed
 
     @property
     def logits(self) -> torch.Tensor:
@@ -129,10 +131,7 @@ class Truth:
 def sensitivity(truth: Truth, tap: HiddenStatesTap, k: int) -> float:
     """How far the smallest noise moves the model's logits, see `moved_by_noise`."""
 
-    def again() -> torch.Tensor:
-        return Truth(truth.call, tap, truth.own.rows, k, truth.own.replay, like=truth).logits
-
-    return moved_by_noise(truth.call.model, again, truth.logits)
+    return moved_by_noise(truth.call.model, lambda: truth.again(tap, k, truth.own.replay).logits, truth.logits)
 
 
 def known_tokens(model: Any, logits: torch.Tensor) -> int | None:

@@ -76,12 +76,16 @@ class Engine:
         )
         self.backend = self._backend(batching, slots, memory)
         self.prompt_tokens = 0
-        self.on_step: Callable[[], None] | None = None  # called after each step, for a display
-        self.backend.on_step = self._after_step
 
-    def _after_step(self) -> None:
-        if self.on_step is not None:
-            self.on_step()
+    @property
+    def on_step(self) -> Callable[[], None] | None:
+        """Called after each step, for a display."""
+        step: Callable[[], None] | None = self.backend.on_step
+        return step
+
+    @on_step.setter
+    def on_step(self, step: Callable[[], None] | None) -> None:
+        self.backend.on_step = step
 
     @classmethod
     def from_pretrained(

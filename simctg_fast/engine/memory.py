@@ -23,7 +23,8 @@ def release() -> None:
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can still be had on ``device``; None where nobody says."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch itself
+        return int(torch.cuda.mem_get_info(device)[0]) + max(0, unused)
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

@@ -55,7 +55,7 @@ class SlotScheduler:
         self.halvings = self.active = self.generated = 0
         self.model_seconds = self.seconds = 0.0
         self.stopping = False
-        self.on_step: Callable[[], None] = lambda: None
+        self.on_step: Callable[[], None] | None = None
         self.rows_independent = False
         self.decoder: SlotDecoder | None = None
         self.reserved: dict[int, Sequence] = {}  # slots that wait for a sibling's prompt
@@ -144,7 +144,8 @@ class SlotScheduler:
                 if out_of_memory is not None:  # not in the handler: the error holds on to what has to be freed
                     self._halve(out_of_memory)
                 self.seconds += time.perf_counter() - began
-                self.on_step()
+                if self.on_step is not None:
+                    self.on_step()
                 ended, self.ended = self.ended, []
                 yield from ended
                 began = time.perf_counter()

@@ -49,7 +49,7 @@ class StaticBatches:
         self.one_length = None if slots == 1 else change_by_padding(model, self.pad)
         self.steps = self.row_steps = self.busy_row_steps = 0
         self.halvings = self.active = self.generated = 0
-        self.on_step: Callable[[], None] = lambda: None
+        self.on_step: Callable[[], None] | None = None
         self.lookahead = LOOKAHEAD * slots
         self.positions = position_table(model)
         self.stopping = False
@@ -180,7 +180,8 @@ class _BatchRun(_Run):
             tokens = torch.tensor(record.tokens, device=input_ids.device)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             logits = result.logits.to(input_ids.device, copy=True)
-            self.owner.on_step()
+            if self.owner.on_step is not None:
+                self.owner.on_step()
         self.surplus = 0
 
     def _begin_again(self, verdict, error):

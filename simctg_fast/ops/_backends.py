@@ -83,6 +83,11 @@ def triton_runs_on(device: torch.device) -> bool:
     return triton is not None and (device.type == "cuda" or bool(triton.knobs.runtime.interpret))
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured from this thread's current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def require_triton(device: torch.device) -> None:
     """For an ``impl="triton"`` that was asked for by name.
 

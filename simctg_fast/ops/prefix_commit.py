@@ -23,7 +23,11 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
     On CUDA a position outside its buffer writes nothing; elsewhere it raises.
     """
     if winners.device.type == "cuda" and _backends.has_triton() and all(_same_device(winners, *p) for p in pairs):
-        CommitPlan().run(pairs, position, winners)
+        if _backends.is_capturing():
+            raise RuntimeError(
+                "prefix_commit is being captured in a CUDA graph: make a CommitPlan before, and run that"
+            )
+        CommitPlan(len(pairs), winners.device).run(pairs, position, winners)
         return
     extension = _backends.extension()
     each = position if isinstance(position, torch.Tensor) else None
@@ -65,31 +69,41 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
 
 
 class CommitPlan:
-    """Commits on CUDA by a table of addresses. In a graph the copies' addresses are those of the capture: a plan made
-    for it fills its table by :meth:`finish` once the capture has ended, before the first replay."""
+    """Commits on CUDA by a table of addresses, on ``device`` for so many ``tensors``.
 
-    def __init__(self) -> None:
-        self.table: torch.Tensor | None = None
+    In a CUDA graph the addresses are those of the capture. A plan for one is made *before* it (memory that a capture
+    allocates is written over at every replay), and its table filled by :meth:`finish` once the capture has ended.
+    """
+
+    def __init__(self, tensors: int, device: torch.device) -> None:
+        from simctg_fast.kernels import prefix_commit as kernels
+
+        self.table = torch.empty(tensors * kernels.COLUMNS, dtype=torch.int64, device=device)
         self.numbers: list[int] = []
         self.pairs: Sequence[Pair] = ()
 
     def run(self, pairs: Sequence[Pair], position: int | torch.Tensor, winners: torch.Tensor) -> None:
+        """As :func:`prefix_commit`, for as many pairs as the plan has tensors, on its device.
+
+        Raises:
+            ValueError: entries whose bytes cannot be copied as they are: of another dtype or device than their buffer.
+        """
+        if not all(_same_device(winners, *pair) for pair in pairs):
+            raise ValueError("new keys or values have another dtype or device than their buffer")
         from simctg_fast.kernels import prefix_commit as kernels
 
         self.pairs = pairs  # a graph reads the tensors of its capture again
         self.numbers, unit = kernels.table_of(pairs)
-        device = winners.device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self.table = torch.empty(len(self.numbers), dtype=torch.int64, device=device)
-        else:
-            host = torch.tensor(self.numbers, dtype=torch.int64)
-            self.table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        assert len(self.numbers) == self.table.numel()
+        if not _backends.is_capturing():
+            self.finish()
         kernels.launch(self.table, unit, winners, position)
 
     def finish(self) -> None:
-        """Fill the table that the captured launch reads."""
-        if self.table is not None:
-            self.table.copy_(torch.tensor(self.numbers, dtype=torch.int64))
+        """Fill the table that the launch reads; the host does not wait."""
+        host = torch.tensor(self.numbers, dtype=torch.int64)
+        on_cuda = self.table.device.type == "cuda"
+        self.table.copy_(host.pin_memory() if on_cuda else host, non_blocking=on_cuda)
 
 
 def _same_device(winners: torch.Tensor, buffer: torch.Tensor, rows: torch.Tensor) -> bool:
