@@ -186,7 +186,7 @@ def _launch_commit(table: torch.Tensor, unit: torch.dtype, winners: torch.Tensor
             for head in range(shape & 0xFFFFFFFF):
                 source = of + (winner * of_row + head * of_head) * size
                 target = to + (row * to_row + head * to_head + place * to_place) * size
-                assert _known(source) and _known(target), "the table holds an address of nothing"
+                assert all(map(_known, (source, target))), "the table holds an address of nothing"
                 ctypes.memmove(target, source, head_units * size)
 
 

@@ -195,7 +195,7 @@ def test_waiting_once_is_no_reason(driver, steps):
 
 @pytest.mark.parametrize("how", ["it raises", "the host reads"])
 def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkeypatch):
-    """The call goes on without a graph; the next one, of a sound step, is captured."""
+    """The call goes on without a graph, the next one does not try again, and one of a sound model is captured."""
     run, broken = DecodeStep._run, [True]
 
     def fails(self):
@@ -214,10 +214,29 @@ def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkey
     assert "its step cannot be captured" in steps[0].not_captured
     assert expected in steps[0].not_captured
     same_tokens(ours, search(model, inputs, False), model, inputs)
+    tried = driver.rehearsed
+    assert torch.equal(search(model, inputs), ours)
+    assert (steps[-1].not_captured, driver.rehearsed) == (steps[0].not_captured, tried)
+    broken[0] = False
+    search(build("gpt2"), inputs)
+    assert steps[-1].graph is not None
+
+
+def test_a_capture_that_runs_out_of_memory_is_tried_by_the_next_call(driver, steps, monkeypatch):
+    run, broken = DecodeStep._run, [True]
+
+    def fails(self):
+        if driver.recording is not None and broken[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        run(self)
+
+    monkeypatch.setattr(DecodeStep, "_run", fails)
+    model, inputs = build("llama"), prompts(2)
+    ours = search(model, inputs)
+    assert "out of memory" in steps[0].not_captured
     broken[0] = False
     assert torch.equal(search(model, inputs), ours)
     assert steps[-1].not_captured is None
-    assert steps[-1].graph is not None
 
 
 def test_an_interrupt_during_a_capture_is_raised(driver, monkeypatch):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 
 import pytest
 import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
 
+from simctg_fast import Engine
 from simctg_fast.decoding import decode_step
 from simctg_fast.decoding.contrastive_search import ContrastiveSearch
 from simctg_fast.decoding.decode_step import DecodeStep
+from simctg_fast.decoding.padding_warning import no_padding_warning
 
-from .decoding_models import PAD, build
+from .decoding_models import PAD, build, tokenizer
 from .near_ties import same_tokens
 
 model_of = functools.cache(build)
@@ -180,6 +183,74 @@ def test_a_step_that_differs_is_not_used(calls, monkeypatch):
     with pytest.raises(ValueError, match="differs"):
         both(build("llama"), prompts(2))
     assert not calls["steps"]
+
+
+@pytest.mark.parametrize(("gap", "serves"), [(0.0, True), (1e-8, True), (1e-2, False)])
+def test_a_near_tie_may_fall_either_way(gap, serves, monkeypatch, calls):
+    """The step is judged by what the path's own scores say of its choice, and not by the place of that."""
+    forward, reproduces = DecodeStep._forward, DecodeStep.reproduces
+
+    def the_other(self, probs, candidates, result, scores):
+        other = ((result.selected + 1) % 4)[:, None]
+        scores = scores.scatter(1, other, scores.gather(1, result.selected[:, None]) - gap)
+        with monkeypatch.context() as patch:
+            patch.setattr(DecodeStep, "_forward", lambda *x, **more: (other[:, 0], forward(*x, **more)[1]))
+            return reproduces(self, probs, candidates, result, scores)
+
+    monkeypatch.setattr(DecodeStep, "reproduces", the_other)
+    model, inputs = build("llama"), prompts(3)
+    if serves:
+        same_tokens(*both(model, inputs), model, inputs)
+        assert calls["steps"]
+    else:
+        with pytest.raises(ValueError, match="its step over static buffers differs"):
+            both(model, inputs)
+
+
+def test_a_wrong_choice_is_not_used(monkeypatch, calls):
+    """In half precision too."""
+    select = decode_step.candidate_select
+
+    def second(*args):
+        selected, winner, penalty, position = select(*args)
+        return (selected + 1) % 4, winner, penalty, position
+
+    monkeypatch.setattr(decode_step, "candidate_select", second)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="its step over static buffers differs"):
+            both(build("llama").to(dtype), prompts(3))
+    assert not calls["steps"]
+
+
+class Force(LogitsProcessor):
+    """Every other token is the model's padding token."""
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, 5] = scores.amax() + 1 if input_ids.shape[1] % 2 else float("-inf")
+        return scores
+
+
+def test_generated_tokens_are_not_taken_for_padding(monkeypatch):
+    """GPT-2 looks for padding where it gets no mask; other threads' forwards and later ones do as ever."""
+    warned = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", lambda text, *_: warned.append(text))
+    model = build("gpt2")
+    model.config.pad_token_id = 5
+    inputs = {key: x.clamp(min=6) if key == "input_ids" else x for key, x in prompts(2).items()}
+    both(model, inputs, logits_processor=[Force()])
+    requests = [{"prompt": tokenizer().decode(row)} for row in inputs["input_ids"]]
+    assert len(list(Engine(model, tokenizer(), slots=2, max_new_tokens=4, batching="slots").generate(requests))) == 2
+    assert not warned
+    with no_padding_warning():
+        model(torch.tensor([[5, 7]]))
+        assert not warned
+        thread = threading.Thread(target=lambda: model(torch.tensor([[5, 7]])))
+        thread.start()
+        thread.join()
+    assert len(warned) == 1
+    model(torch.tensor([[5, 7]]))
+    assert len(warned) == 2
 
 
 def test_what_is_not_captured_says_why():

@@ -14,6 +14,7 @@ import simctg_fast.engine.scheduler as scheduler_module
 from simctg_fast import ContrastiveSearch
 from simctg_fast.decoding.slots import SlotDecoder, SlotsUnsupportedError, slot_trial
 from simctg_fast.engine import Engine
+from simctg_fast.engine.memory import free_bytes
 from simctg_fast.engine.scheduler import SlotScheduler
 
 from .decoding_models import build, prompt, shared, tokenizer
@@ -510,3 +511,11 @@ def test_stop_finishes_what_is_in_work():
     assert 1 <= len(results) <= 2
     assert all(result.finish_reason == "length" for result in results)
     assert isinstance(engine.backend, SlotScheduler)
+
+
+def test_free_memory_on_a_gpu_counts_what_torch_holds(monkeypatch):
+    """Blocks that torch keeps for later are not free for the driver."""
+    sizes = {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 400}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    assert free_bytes(torch.device("cuda")) == 400

@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.activations import NewGELUActivation
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from simctg_fast.decoding import linear_swap
 from simctg_fast.decoding.linear_swap import fast_linears
 from simctg_fast.ops import _backends
 from simctg_fast.ops.rms_norm import rms_norm
@@ -53,8 +58,6 @@ def test_other_layouts_dtypes_gradients_and_shapes():
 @pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_modules_are_routed_through_it(kind, monkeypatch):
-    from simctg_fast.decoding import linear_swap
-
     torch.manual_seed(0)
     if kind == "t5":
         model = T5ForConditionalGeneration(
@@ -81,3 +84,49 @@ def test_modules_are_routed_through_it(kind, monkeypatch):
         norm(x).sum().backward()
     assert norm.weight.grad is not None
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, T5LayerNorm, NewGELUActivation])
+def test_on_cuda_modules_become_one_operation(kind, dtype, monkeypatch):
+    """As exact as the module itself; everywhere else than on CUDA, and in float64, the module is left alone."""
+    norm = kind is not NewGELUActivation
+    module = (kind(48) if norm else kind()).to(dtype)
+    x = 3 * torch.randn(5, 1, 48, generator=torch.Generator().manual_seed(0))
+    if norm:
+        torch.nn.init.normal_(module.weight)
+        exact = x.to(dtype).double()
+        wanted = truth(exact, module.weight)
+    else:
+        wanted = torch.nn.functional.gelu(x.to(dtype).double(), approximate="tanh")
+    x, own, called = x.to(dtype), module(x.to(dtype)), []
+    name = "rms_norm" if norm else "gelu"
+    function = getattr(torch.nn.functional, name)
+    monkeypatch.setattr(torch.nn.functional, name, lambda *args, **more: called.append(1) or function(*args, **more))
+    monkeypatch.setattr(_backends, "extension", lambda: None)  # a GPU does not need it
+    with fast_linears(module), torch.no_grad():
+        assert torch.equal(module(x), own)
+    assert not called
+    monkeypatch.setattr(linear_swap, "_is_on_cuda", lambda model: True)
+    monkeypatch.setattr(linear_swap, "_on_cuda", lambda x: x.dtype in linear_swap._CUDA_DTYPES)
+    with fast_linears(module), torch.no_grad():
+        ours = module(x)
+        assert called == [1]
+        module.double()(x.double())
+        assert called == [1]
+    assert ours.dtype == dtype
+    assert (ours.double() - wanted).norm() <= 1.05 * (own.double() - wanted).norm() + 1e-6 * wanted.norm()
+
+
+def test_what_is_on_cuda(monkeypatch):
+    torch._C._ensureCUDADeviceGuardSet()
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda", dtype=torch.bfloat16)
+        assert linear_swap._on_cuda(x)
+        assert not linear_swap._on_cuda(x.double())
+        assert not linear_swap._on_cuda(torch.empty(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+            assert not linear_swap._on_cuda(x)
+        assert linear_swap._is_on_cuda(LlamaRMSNorm(3).to("cuda"))
+    assert not linear_swap._is_on_cuda(torch.nn.Linear(2, 3))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from simctg_fast.decoding import prefix_cache, shared_prefix
+from simctg_fast import ContrastiveSearch
+from simctg_fast.decoding import decode_step, linear_swap, prefix_cache, shared_prefix
+from simctg_fast.ops import _backends
 
 from .decoding_models import build, decode, inputs_for, left_padded, prompt, shared
 
@@ -114,3 +117,53 @@ def test_no_cache_or_history_is_concatenated(monkeypatch):
     monkeypatch.setattr(torch, "cat", cat)
     decode(model, inputs, new_tokens=NEW)
     assert sizes == []
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are a launch each on a GPU; ``one`` makes one of what is a kernel of ours there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or "view" in func.name() or "empty" in func.name())
+        return func(*args, **(kwargs or {}))
+
+    def one(self, function):
+        def counted(*args, **kwargs):
+            self.count += 1
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.parametrize(("name", "a_layer"), [("gpt2", 10), ("llama", 24)])
+def test_launches_a_layer_on_a_gpu(name, a_layer, monkeypatch):
+    """Of a step over static buffers, as many as CONTRIBUTING's floors reckon with."""
+    run, counts = decode_step.DecodeStep._run, []
+
+    def counted(self):
+        with monkeypatch.context() as patch, Launches() as launches:
+            for module, function in (
+                (shared_prefix, "shared_prefix_attention"), (decode_step, "prefix_commit"),
+                (decode_step, "top_k_probs"), (decode_step, "candidate_select"),
+                (torch.nn.functional, "rms_norm"),  # one kernel of torch's on CUDA
+            ):  # fmt: skip
+                patch.setattr(module, function, launches.one(getattr(module, function)))
+            run(self)
+        counts.append(launches.count)
+
+    monkeypatch.setattr(decode_step.DecodeStep, "_run", counted)
+    monkeypatch.setattr(linear_swap, "_on_cuda", lambda x: True)
+    monkeypatch.setattr(linear_swap, "_is_on_cuda", lambda model: True)
+    monkeypatch.setattr(_backends, "extension", lambda: None)
+    per_step = []
+    for layers in (2, 4):
+        model = build(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": layers})
+        strategy = ContrastiveSearch(0.6, 4, decode_step=True)
+        model.generate(prompt(2), custom_generate=strategy, max_new_tokens=4, do_sample=False)
+        per_step.append(counts[-1])
+    assert per_step[1] - per_step[0] == 2 * a_layer
+    assert per_step[0] - 2 * a_layer <= 36

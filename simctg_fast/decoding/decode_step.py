@@ -63,10 +63,11 @@ class StaticStepUnsupportedError(Exception):
 @dataclass
 class _Known:
     """What earlier calls have found out about a model: the kinds of calls whose step was reproduced, the sizes of steps
-    that were rehearsed, and which masks are windows, by their local size."""
+    that were rehearsed, why none is captured, and which masks are windows, by their local size."""
 
     reproduced: set[Any] = field(default_factory=set)
     rehearsed: set[Any] = field(default_factory=set)
+    not_captured: str | None = None
     windows: dict[int, bool] = field(default_factory=dict)
 
 
@@ -251,7 +252,7 @@ class DecodeStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.kept: tuple[Any, ...] = ()  # what the graph reads beside the buffers
         self.rehearsals = 0
-        self.not_captured = _obstacle(self.model, device) if capture else "capture=False"
+        self.not_captured = self.known.not_captured or _obstacle(self.model, device) if capture else "capture=False"
         if self.not_captured is None and self._tokens_left() < MIN_CAPTURED:
             self.not_captured = f"{self._tokens_left()} tokens are left, a graph pays from {MIN_CAPTURED} on"
         self.wants_graph = self.not_captured is None
@@ -314,7 +315,7 @@ class DecodeStep:
         near &= (torch.isfinite(logits) == torch.isfinite(expected)).all(-1)
         if scores is not None:
             regret = scores.amax(-1) - scores.gather(1, selected[:, None].to(scores.device))[:, 0]
-            # Cosines move by about as much as states do, and these by about as much as logits; two of them are compared.
+            # Two cosines are compared, which move by about as much as states do, and these by as much as logits.
             allowed = 2 * self.penalty_alpha * _ROUNDING * (error + torch.finfo(dtype).eps)
             near &= (selected == _on(self.device, result.selected)) | (_on(self.device, regret) <= allowed)
         return bool(near.all())
@@ -470,13 +471,16 @@ class DecodeStep:
             self.plan.finish()
             self.kept = (self.plan, counters)  # the table, and the tensors it points at
         except CaptureError as error:
-            self._do_not_capture(f"its step cannot be captured ({error})")
+            out_of_memory = isinstance(error.__cause__, torch.OutOfMemoryError)  # of this call alone
+            self._do_not_capture(f"its step cannot be captured ({error})", remember=not out_of_memory)
             self._run()
         finally:
             self.plan = None
 
-    def _do_not_capture(self, reason: str) -> None:
+    def _do_not_capture(self, reason: str, remember: bool = True) -> None:
         self.wants_graph, self.not_captured = False, reason
+        if remember:
+            self.known.not_captured = reason
         logger.info("%s: %s", type(self.model).__name__, reason)
 
 
@@ -577,9 +581,9 @@ def open_decode_step(
         if run.kind not in reproduced and not step.reproduces(probs, candidates, result, scores):
             raise StaticStepUnsupportedError("its step over static buffers differs")
         step.compile()
-        if step.compiled and (run.kind, "compiled") not in reproduced:
-            if not step.reproduces(probs, candidates, result, scores) and step.compiled:
-                step._do_not_compile("its step differs when it is compiled")
+        unknown = step.compiled and (run.kind, "compiled") not in reproduced
+        if unknown and not step.reproduces(probs, candidates, result, scores) and step.compiled:
+            step._do_not_compile("its step differs when it is compiled")
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, SharedPrefixUnsupportedError, TypeError, ValueError) as error:

@@ -213,6 +213,10 @@ def _on_cuda(x: Any) -> bool:
     )
 
 
+def _is_on_cuda(model: Module) -> bool:
+    return any(parameter.is_cuda for parameter in model.parameters())
+
+
 def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
     if _on_cuda(input):
         return torch.nn.functional.gelu(input, approximate="tanh")
@@ -223,6 +227,7 @@ def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
         and input.is_contiguous()
         and not (torch.is_grad_enabled() and input.requires_grad)
         and is_plain_eager()
+        and _backends.extension() is not None
     ):
         return run_gelu(input)
     return _NEW_GELU_FORWARD(self, input)
@@ -253,6 +258,7 @@ def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
         and hidden_states.shape[-1:] == weight.shape
         and not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad))
         and is_plain_eager()
+        and _backends.extension() is not None
     ):
         return run_rms_norm(hidden_states, weight, epsilon)
     return type(self).forward(self, hidden_states)
@@ -317,6 +323,7 @@ def _is_eligible(module: Module) -> bool:
         and weight.dtype is torch.float32
         and weight.is_cpu
         and weight.is_contiguous()
+        and _backends.extension() is not None
     )
 
 
@@ -419,9 +426,9 @@ def fast_linears(
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
-    contiguous float32 weight on the CPU, and `NewGELUActivation`, `Dropout` and root mean square norms there or on CUDA. Blocks may be
-    nested, and other threads may use the model meanwhile. On the way out, also by an exception, every module is as it
-    was found.
+    contiguous float32 weight on the CPU, and `NewGELUActivation`, `Dropout` and root mean square norms (of these also
+    what computes on CUDA). Blocks may be nested, and other threads may use the model meanwhile. On the way out, also by
+    an exception, every module is as it was found.
 
     Args:
         model: any module.
@@ -452,7 +459,7 @@ def fast_linears(
     _rows.limit = max(before, max_rows)
     try:
         wanted = rows_hint <= max_rows or (pack is True and _packed_wins())
-        if (wanted and _backends.extension() is not None) or any(p.is_cuda for p in model.parameters()):
+        if (wanted and _backends.extension() is not None) or _is_on_cuda(model):
             with _lock:
                 for module in model.modules():
                     entry = take_forward(_patched, module, _patch)

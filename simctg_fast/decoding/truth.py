@@ -87,7 +87,7 @@ class Truth:
         return Truth(self.call, tap, self.own.rows, k, replay, like=self)
 
     def differs_from(self, other: Truth) -> bool:
-        """Whether transformers' own step makes something else of the same text: what :meth:`again` says of ``other``."""
+        """Whether transformers' own step makes something else of the same text: ``other`` is :meth:`again` of it."""
         return not error_of(self.logits, other.logits) <= self.allowed
 
     @property
