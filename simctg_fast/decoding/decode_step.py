@@ -450,8 +450,8 @@ class DecodeStep:
     def _rehearse_or_capture(self) -> None:
         """Make a step of a size that is new as a rehearsal, or record the next one. Nothing runs while it is recorded,
         so what fails leaves the buffers as they are, and the step is made without a graph."""
-        sizes = (self.k, self.batch, self.capacity, self.history is None, self.starts is None, self.compiled)
-        size = (self.device, *sizes, *map(type, self.processors))
+        parts = (self.history is None, self.starts is None, self.eos is None, self.compiled)
+        size = (self.device, self.k, self.batch, self.capacity, *parts, *map(type, self.processors))
         if size not in self.known.rehearsed:
             waits = rehearse(self._run, self.device)
             self.rehearsals += 1
