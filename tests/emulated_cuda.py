@@ -1,9 +1,13 @@
-"""CUDA graphs emulated on the CPU, to find out without a GPU what a captured step would do.
+"""CUDA emulated on the CPU, to find out without a GPU what our code would do on one.
 
-As on a device, nothing is computed while a graph is recorded, a replay runs the recorded operations over the same
-tensors, memory that was allocated inside the recording holds garbage until an operation of the replay writes it, a host
-that reads a tensor invalidates the recording, and a recording that is not ended leaves allocator, stream and random
-numbers as they are. What is not PyTorch's own operation cannot be recorded: kernels of ours have to be off.
+`emulated_cuda` has captured graphs: as on a device, nothing is computed while a graph is recorded, a replay runs the
+recorded operations over the same tensors, memory that was allocated inside the recording holds garbage until an
+operation of the replay writes it, a host that reads a tensor invalidates the recording, and a recording that is not
+ended leaves allocator, stream and random numbers as they are. Its tensors are the CPU's; kernels of ours, which are not
+PyTorch's operations and cannot be recorded there, have to be off.
+
+`emulated_device` has tensors of a CUDA device as well: what mixes devices raises, branches for CUDA are taken, and our
+Triton kernels run in the interpreter (which has to be on in the process), recorded and replayed with the rest.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import sys
 import threading
 import warnings
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from simctg_fast.decoding import decode_step
 from simctg_fast.ops import _backends
@@ -38,13 +43,17 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
+def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "inner", tensor).untyped_storage()
+
+
 def address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return storage(tensor).data_ptr()
 
 
 class Stream:
     def __init__(self, device: Any = 0):
-        self.device = device
+        self.device, self.cuda_stream = device, id(self)
 
     def wait_stream(self, other: Stream) -> None:
         pass
@@ -100,6 +109,9 @@ class _Recorder(TorchDispatchMode):
         if func in WAITS:
             graph.invalid = True
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        if is_ours_on_cuda(func, args, kwargs):
+            with self:
+                return func.redispatch(CUDA_KEYS, *args, **kwargs)
         given = tensors_in((args, kwargs))
         for tensor in given:
             graph.remember(tensor)
@@ -124,7 +136,7 @@ class Graph:
 
     def remember(self, tensor: torch.Tensor) -> None:
         if address(tensor) not in self.made and address(tensor) not in self.before:
-            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage(tensor))
             self.before[address(tensor)] = (whole, whole.clone())
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
@@ -174,7 +186,7 @@ class Graph:
 
 
 def _spoil(tensor: torch.Tensor) -> None:
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage(tensor))
     whole.fill_(0x5A if tensor.dtype == torch.bool else 0xAB)
 
 
@@ -198,8 +210,8 @@ def _known(place: int) -> bool:
 
 
 @contextmanager
-def emulated_cuda(monkeypatch):
-    """Static steps on the CPU are rehearsed, recorded and replayed as on CUDA within the block. Yields the `Driver`."""
+def emulated_cuda(monkeypatch, tensors_of_cpu: bool = True):
+    """Static steps are rehearsed, recorded and replayed as on CUDA within the block. Yields the `Driver`."""
     from simctg_fast.kernels import prefix_commit as kernels
 
     driver = Driver()
@@ -225,7 +237,7 @@ def emulated_cuda(monkeypatch):
     table_of = kernels.table_of
 
     def known_table_of(pairs):
-        _ranges.update((address(x), x.untyped_storage().nbytes()) for pair in pairs for x in pair)
+        _ranges.update((address(x), storage(x).nbytes()) for pair in pairs for x in pair)
         return table_of(pairs)
 
     def launch(table, unit, winners, position):
@@ -264,9 +276,173 @@ def emulated_cuda(monkeypatch):
             patch.setattr(name, value, raising=False)
         patch.setattr("simctg_fast.decoding.cuda_graph._streams", {})
         patch.setattr("simctg_fast.decoding.cuda_graph._lost", [])
-        patch.setattr(decode_step, "_obstacle", lambda *_: None)
-        patch.setattr(_backends, "extension", lambda: None)
-        patch.setattr(kernels, "table_of", remembered_table_of)
-        patch.setattr(kernels, "launch", launch)
+        if tensors_of_cpu:
+            patch.setattr(decode_step, "_obstacle", lambda *_: None)
+            patch.setattr(_backends, "extension", lambda: None)
+            patch.setattr(kernels, "table_of", remembered_table_of)
+            patch.setattr(kernels, "launch", launch)
         _ranges.clear()
         yield driver
+
+
+# ---- tensors of a device --------------------------------------------------------------------------------------------
+
+CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_MOVES = {aten._to_copy.default, aten.copy_.default}
+_INDEXES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}  # by indices of the host as well
+
+
+class CudaTensor(torch.Tensor):
+    """Says that it is on ``cuda:0``; its numbers are in ``inner``, on the CPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=torch.device("cuda", 0),
+        )  # fmt: skip
+        self.inner = inner
+        return self
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def __deepcopy__(self, memo):
+        return CudaTensor(self.inner.clone())
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _on_device(func, args, kwargs or {})
+
+
+def unwrapped(x: Any) -> Any:
+    return x.inner if isinstance(x, CudaTensor) else x
+
+
+def is_ours_on_cuda(func, args, kwargs) -> bool:
+    return func.namespace == "simctg_fast" and any(isinstance(x, CudaTensor) for x in tensors_in((args, kwargs)))
+
+
+def _on_device(func, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if is_ours_on_cuda(func, args, kwargs):
+        with _Device():
+            return func.redispatch(CUDA_KEYS, *args, **kwargs)
+    given = tensors_in((args, kwargs))
+    on_cuda = any(isinstance(x, CudaTensor) for x in given)
+    on_host = any(not isinstance(x, CudaTensor) and x.dim() for x in given)
+    if on_cuda and on_host and func not in _MOVES | _INDEXES:
+        devices = [(tuple(x.shape), str(x.device)) for x in given]
+        raise RuntimeError(f"Expected all tensors to be on the same device, {func} got {devices}")
+    if kwargs.get("device") is not None:
+        to_cuda = torch.device(kwargs["device"]).type == "cuda"
+        kwargs = kwargs | {"device": torch.device("cpu"), "pin_memory": None}
+    else:
+        to_cuda = isinstance(args[0], CudaTensor) if func is aten.copy_.default else on_cuda
+    if "pin_memory" not in {argument.name for argument in func._schema.arguments}:
+        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+    out = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))
+    same = {id(unwrapped(x)): x for x in given}  # an operation in place returns what it was given
+
+    def wrapped(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return same[id(x)] if id(x) in same else CudaTensor(x) if to_cuda else x
+
+    return tree_map(wrapped, out)
+
+
+class _Device(TorchDispatchMode):
+    """Makes new tensors of the device where they are asked for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _on_device(func, args, kwargs or {})
+
+
+def to_cuda(model: torch.nn.Module) -> torch.nn.Module:
+    moved: dict[int, torch.Tensor] = {}  # tied weights stay one
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, x in owned.items():
+                if x is not None and id(x) not in moved:
+                    on_device = CudaTensor(x.detach())
+                    moved[id(x)] = torch.nn.Parameter(on_device) if owned is module._parameters else on_device
+                owned[name] = None if x is None else moved[id(x)]
+    return model
+
+
+@contextmanager
+def device_guard():
+    """Indexing and copying switch to the tensor's device, for which torch built without CUDA has nothing registered:
+    the guard of meta tensors, which does nothing, takes its place. A build with CUDA has its own."""
+    if torch.backends.cuda.is_built():
+        torch._C._ensureCUDADeviceGuardSet()
+        yield
+        return
+    cuda_type, meta_type = 1, 14  # of c10::DeviceType
+    library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
+    registry = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    registry[cuda_type] = registry[meta_type]
+    try:
+        yield
+    finally:
+        registry[cuda_type] = None
+
+
+class _Properties:
+    multi_processor_count = 4
+
+
+@contextmanager
+def emulated_device(monkeypatch):
+    """A CUDA device within the block, graphs included. Yields the `Driver`. (`torch.inference_mode` does not know such
+    tensors: have it be `torch.no_grad` before the package is imported.)"""
+    import triton.runtime.interpreter as interpreter
+
+    launch = interpreter.GridExecutor.__call__
+
+    def run(self, *args, **options):
+        given, graph = tensors_in((args, options)), driver.recording
+        args, options = tree_map(unwrapped, (args, options))
+
+        def kernel():
+            with _disable_current_modes():
+                launch(self, *args, **options)
+
+        if graph is not None:
+            with _disable_current_modes():
+                for tensor in given:
+                    graph.remember(tensor)
+            graph.operations.append((kernel, (), {}, None))
+        # What is recorded after it has to find indices that are some; the commit's table is filled later.
+        if graph is None or self.fn.__name__ != "prefix_commit_kernel":
+            kernel()
+
+    replaced = {
+        "torch.cuda._initialized": True,
+        "torch.cuda.get_device_capability": lambda device=None: (9, 0),
+        "torch.cuda.get_device_properties": lambda device=None: _Properties,
+        "torch.cuda.mem_get_info": lambda device=None: (10**10, 2 * 10**10),
+        "torch.cuda.memory_reserved": lambda device=None: 0,
+        "torch.cuda.memory_allocated": lambda device=None: 0,
+        "torch.cuda.device_of": lambda tensor: nullcontext(),
+        "torch.Tensor.pin_memory": lambda self: self,
+    }
+    with monkeypatch.context() as patch, emulated_cuda(monkeypatch, tensors_of_cpu=False) as driver, device_guard():
+        for name, value in replaced.items():
+            patch.setattr(name, value)
+        patch.setattr(interpreter.GridExecutor, "__call__", run)
+        before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes its numbers on the CPU first
+        try:
+            with _Device():
+                yield driver
+        finally:
+            torch._C._set_only_lift_cpu_tensors(before)

@@ -67,7 +67,7 @@ def entropy(p: Any) -> torch.Tensor:
     for t in range(1, p.scores.shape[1]):
         value, alpha = checkpoint(
             _entropy_step, value, alpha, p.scores[:, t], p.tokens, t, p.left, p.right, p.scale,
-            inside(p.lengths, t), use_reentrant=False,
+            inside(p.lengths, t), use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
     last = alpha.log_softmax(1)
     return _empty(_weighted(last, value - _finite(last, last)), p.lengths)
@@ -81,7 +81,7 @@ def kl(p: Any, q: Any) -> torch.Tensor:
     for t in range(1, p.scores.shape[1]):
         value, alpha, beta = checkpoint(
             _kl_step, value, alpha, beta, p.scores[:, t], q.scores[:, t], p.tokens, t, tables, p.scale, q.scale,
-            inside(p.lengths, t), use_reentrant=False,
+            inside(p.lengths, t), use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
     last_p, last_q = alpha.log_softmax(1), beta.log_softmax(1)
     return _empty(_weighted(last_p, value + _finite(last_p, last_p) - _finite(last_q, last_p)), p.lengths)

@@ -59,8 +59,9 @@ class ContrastiveSearch:
             is always ended.
         tokenizer, stop_strings: end a sequence at any of these strings, beside those that ``generate`` is given.
         decode_step: keep a step's buffers in place and, on CUDA, replay it as one graph where 24 tokens or more follow:
-            True, False, or ``"auto"`` (on CUDA, where the call allows it). The tokens are the same. ``"compiled"``: with the decoder compiled as well;
-            a model's first call takes up to a minute longer, and half-precision scores round differently.
+            True, False, or ``"auto"`` (on CUDA, where the call allows it). The tokens are the same. ``"compiled"``:
+            with the decoder compiled as well; a model's first call takes up to a minute longer, and half-precision
+            scores round differently.
         path: ``"auto"``, or ``"shared_prefix"``, ``"reorder"``, ``"uncached"`` (see ``support``) to insist on one.
         fast_linear: on the CPU, route the linear layers of a float32 model through our small-batch kernel meanwhile.
         pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if
