@@ -581,8 +581,8 @@ def open_decode_step(
         if run.kind not in reproduced and not step.reproduces(probs, candidates, result, scores):
             raise StaticStepUnsupportedError("its step over static buffers differs")
         step.compile()
-        unknown = step.compiled and (run.kind, "compiled") not in reproduced
-        if unknown and not step.reproduces(probs, candidates, result, scores) and step.compiled:
+        untried = step.compiled and (run.kind, "compiled") not in reproduced
+        if untried and not step.reproduces(probs, candidates, result, scores) and step.compiled:
             step._do_not_compile("its step differs when it is compiled")
     except torch.OutOfMemoryError:
         raise
