@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, architecture, last_dimension_contiguous, launch, on, precise, size_class
+from ._launch import (
+    Config,
+    architecture,
+    cdiv,
+    last_dimension_contiguous,
+    launch,
+    on,
+    precise,
+    size_class,
+    start_kernel,
+)
 
 TILE = 128
 _PLANES_BYTES = 24 << 20  # of unit vectors in two planes that exist at one time
@@ -267,7 +277,7 @@ def sums_kernel(
         if REDUCTION == 0:
             items = tl.maximum(sum_of_pairs, 1.0)
         if HAS_NORMALIZER:
-            items = tl.load(normalizer_ptr)
+            items = tl.load(normalizer_ptr).to(tl.float32)
         tl.store(loss_ptr, loss / items)
         tl.debug_barrier()
         for b0 in range(0, batch, BLOCK_B):
@@ -397,19 +407,24 @@ def gradient_kernel(
 
 
 class _Operands:
-    """The tensors that stand for some sequences' vectors in the products."""
+    """The tensors that stand for some sequences' vectors in the products.
 
-    def __init__(self, states: Tensor, mask: Tensor | None, inverse: Tensor | None):
+    Writes the norms to `inverse`, or reads them there where they are `known`.
+    """
+
+    def __init__(self, states: Tensor, mask: Tensor | None, inverse: Tensor, known: bool):
         batch, length, width = states.shape
         self.split = states.dtype == torch.float32 and not precise()
         self.precision = "ieee"
-        self.inverse = states.new_empty((batch, length), dtype=torch.float32) if inverse is None else inverse
+        self.inverse = inverse
         self.x = self.low = states
         if self.split:
             self.x = states.new_empty((batch, length, width), dtype=torch.float16)
             self.low = torch.empty_like(self.x)
-        if self.split or inverse is None:
-            norms_kernel[(batch * length,)](
+        if self.split or not known:
+            start_kernel(
+                norms_kernel,
+                (batch * length,),
                 states,
                 states.stride(0),
                 states.stride(1),
@@ -417,12 +432,12 @@ class _Operands:
                 self.x,
                 self.low,
                 # Recomputed for the planes alone: the saved norms already know the padding.
-                self.inverse if inverse is None else torch.empty_like(self.inverse),
+                torch.empty_like(inverse) if known else inverse,
                 length,
                 width,
                 HAS_MASK=mask is not None,
                 SPLIT=self.split,
-                BLOCK=min(1024, triton.next_power_of_2(width)),
+                BLOCK=min(1024, size_class(width)),
                 num_warps=4,
             )
         self.strides = (self.x.stride(0), self.x.stride(1))
@@ -435,13 +450,18 @@ def _loadable(mask: Tensor | None) -> Tensor | None:
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
 
 
-def _groups(states: Tensor):
+def _groups(states: Tensor) -> list[slice]:
     """Slices of the batch whose planes fit the budget; the whole batch where there are none."""
     batch, length, width = states.shape
     size = batch
     if states.dtype == torch.float32 and not precise():
         size = max(1, min(batch, _PLANES_BYTES // (4 * length * width)))
     return [slice(b, min(b + size, batch)) for b in range(0, batch, size)]
+
+
+def _part(tensor: Tensor, group: slice) -> Tensor:
+    """The group's part of a tensor: the tensor itself, without the time that a view takes, where that is all."""
+    return tensor if group.stop - group.start == tensor.shape[0] else tensor[group]
 
 
 def forward(
@@ -454,8 +474,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, weights, inverse norms, radial sums, bits and flags of ``(B, T, D)`` states with no size 0."""
     states = last_dimension_contiguous(hidden_states)
-    batch, length, _ = states.shape
-    tiles = triton.cdiv(length, TILE)
+    batch, length, width = states.shape
+    tiles = cdiv(length, TILE)
     pairs_of_tiles = tiles * (tiles + 1) // 2
     mask = _loadable(attention_mask)
     new, floats = states.new_empty, torch.float32
@@ -467,23 +487,26 @@ def forward(
     flags = new((batch, kept, kept), dtype=torch.uint8)
     totals = new((batch, pairs_of_tiles), dtype=floats)
     partials = new((batch, kept, kept, TILE), dtype=floats)
+    half_words = bits.view(torch.int16)
     with on(states):
         for group in _groups(states):
-            operands = _Operands(states[group], None if mask is None else mask[group], None)
-            inverse[group] = operands.inverse
+            own_mask = None if mask is None else _part(mask, group)
+            operands = _Operands(_part(states, group), own_mask, _part(inverse, group), known=False)
 
             def run(config: Config, operands=operands, group=group) -> None:
-                hinge_kernel[(pairs_of_tiles, group.stop - group.start)](
+                start_kernel(
+                    hinge_kernel,
+                    (pairs_of_tiles, group.stop - group.start),
                     operands.x,
                     operands.low,
                     *operands.strides,
                     operands.inverse,
-                    totals[group],
-                    partials[group],
-                    bits[group].view(torch.int16),
-                    flags[group],
+                    _part(totals, group),
+                    _part(partials, group),
+                    _part(half_words, group),
+                    _part(flags, group),
                     length,
-                    states.shape[2],
+                    width,
                     tiles,
                     1.0 - margin,
                     KEEP=keep,
@@ -495,14 +518,16 @@ def forward(
                     num_stages=config.num_stages,
                 )
 
-            kind = ("hinge", operands.key, keep, size_class(length), size_class(states.shape[2]))
+            kind = ("hinge", operands.key, keep, size_class(length), size_class(width))
             launch(kind, HINGE_CONFIGS[operands.key], run, states.device)
-        sums_kernel[(1 + (batch * tiles if keep else 0),)](
+        start_kernel(
+            sums_kernel,
+            (1 + (batch * tiles if keep else 0),),
             inverse,
             inverse if mask is None else mask,
             totals,
             partials,
-            inverse if normalizer is None else normalizer.to(floats),
+            inverse if normalizer is None else normalizer,
             loss,
             weights,
             radial,
@@ -510,7 +535,7 @@ def forward(
             length,
             tiles,
             pairs_of_tiles,
-            margin,
+            float(margin),
             REDUCTION=_REDUCTIONS[reduction],
             HAS_MASK=mask is not None,
             HAS_NORMALIZER=normalizer is not None,
@@ -535,16 +560,18 @@ def backward(
     """``(B, T, D)``, contiguous, of the hidden states' dtype."""
     states = last_dimension_contiguous(hidden_states)
     _, length, width = states.shape
-    tiles = triton.cdiv(length, TILE)
+    tiles = cdiv(length, TILE)
     result = torch.empty_like(states, memory_format=torch.contiguous_format)
     with on(states):
         for group in _groups(states):
             size = group.stop - group.start
-            operands = _Operands(states[group], inverse_norms[group], inverse_norms[group])
+            operands = _Operands(_part(states, group), None, _part(inverse_norms, group), known=True)
             sums = None
             if length > _IN_KERNEL_SUMS:
                 sums = states.new_empty((size, tiles, width), dtype=torch.float32)
-                tile_sums_kernel[(tiles, triton.cdiv(width, 64), size)](
+                start_kernel(
+                    tile_sums_kernel,
+                    (tiles, cdiv(width, 64), size),
                     operands.x,
                     operands.low,
                     *operands.strides,
@@ -560,18 +587,20 @@ def backward(
                 )
 
             def run(config: Config, operands=operands, group=group, size=size, sums=sums) -> None:
-                gradient_kernel[(triton.cdiv(width, config.block_k), tiles, size)](
+                start_kernel(
+                    gradient_kernel,
+                    (cdiv(width, config.block_k), tiles, size),
                     operands.x,
                     operands.low,
                     *operands.strides,
                     operands.inverse,
-                    radial[group],
-                    bits[group],
-                    flags[group],
+                    _part(radial, group),
+                    _part(bits, group),
+                    _part(flags, group),
                     operands.inverse if sums is None else sums,
-                    weights[group],
+                    _part(weights, group),
                     grad,
-                    result[group],
+                    _part(result, group),
                     length,
                     width,
                     tiles,

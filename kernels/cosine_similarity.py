@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, architecture, last_dimension_contiguous, launch, on, precise, size_class
+from ._launch import (
+    Config,
+    architecture,
+    cdiv,
+    last_dimension_contiguous,
+    launch,
+    on,
+    precise,
+    size_class,
+    start_kernel,
+)
 
 TILE = 64
 # (architecture, bytes of an element)
@@ -72,12 +82,14 @@ def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, width = states.shape
     out = states.new_empty((batch, length, length))
     inverse = states.new_empty((batch, length), dtype=torch.float32)
-    tiles = triton.cdiv(length, TILE)
+    tiles = cdiv(length, TILE)
     key = architecture(states.device), states.element_size()
     highest = states.element_size() == 4 and precise()
 
     def run(config: Config) -> None:
-        cosine_kernel[(tiles, tiles, batch)](
+        start_kernel(
+            cosine_kernel,
+            (tiles, tiles, batch),
             states,
             states.stride(0),
             states.stride(1),

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, architecture, last_dimension_contiguous, launch, on, precise, size_class
+from ._launch import (
+    Config,
+    architecture,
+    cdiv,
+    last_dimension_contiguous,
+    launch,
+    on,
+    precise,
+    size_class,
+    start_kernel,
+)
 
 TILE = 128
 # Where the two exponentials of the weights do not fit the registers of a tile of 128: tiles of 64, four warps.
@@ -169,15 +179,17 @@ def _precision(vectors: Tensor) -> str:
 
 def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Tensor:
     queries, keys = last_dimension_contiguous(queries), last_dimension_contiguous(keys)
-    rows, columns = triton.cdiv(queries.shape[0], TILE), triton.cdiv(keys.shape[0], TILE)
+    rows, columns = cdiv(queries.shape[0], TILE), cdiv(keys.shape[0], TILE)
     shares = max(1, min(columns, _PROGRAMS // rows))
-    each = triton.cdiv(columns, shares)
-    shares = triton.cdiv(columns, each)
+    each = cdiv(columns, shares)
+    shares = cdiv(columns, each)
     partial = queries.new_empty((shares, queries.shape[0]), dtype=torch.float32)
     key = architecture(queries.device), queries.element_size()
 
     def run(config: Config) -> None:
-        lse_kernel[(rows, shares)](
+        start_kernel(
+            lse_kernel,
+            (rows, shares),
             queries,
             keys,
             queries.stride(0),
@@ -229,7 +241,9 @@ def _gradient(
             end = min(first + strip, count)
 
             def run(config: Config, first=first, end=end) -> None:
-                weights_kernel[(triton.cdiv(others, tile), triton.cdiv(end - first, tile))](
+                start_kernel(
+                    weights_kernel,
+                    (cdiv(others, tile), cdiv(end - first, tile)),
                     rows,
                     columns,
                     rows.stride(0),

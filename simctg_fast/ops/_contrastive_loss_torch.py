@@ -18,7 +18,7 @@ WORD = 32  # pairs in a word of the bits
 NONE, ALL, MIXED = 0, 1, 2
 
 _BLOCK_ELEMENTS = 1 << 19  # floats in one operand of a product (2 MB); one product touches two of them and a block of S
-_SMALLEST_NORM = 2.0**-120  # below it a vector counts as zero: the reciprocal of its norm would not fit a float
+SMALLEST_NORM = 2.0**-120  # below it a vector counts as zero: the reciprocal of its norm would not fit a float
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def inverse_norms(hidden_states: Tensor, real: Tensor | None) -> Tensor:
         states = hidden_states[group, rows].to(result.dtype)
         # The largest component is divided out first: no square overflows or vanishes.
         largest = torch.linalg.vector_norm(states, torch.inf, dim=-1, keepdim=True)
-        usable = largest > _SMALLEST_NORM
+        usable = largest > SMALLEST_NORM
         divisor = torch.where(usable, largest, torch.ones_like(largest))
         inverse = torch.linalg.vector_norm(states / divisor, dim=-1, keepdim=True).reciprocal_().div_(divisor)
         inverse = torch.where(usable, inverse, torch.zeros_like(inverse))

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from ._contrastive_loss_torch import accumulator_dtype, full_precision
+from ._accumulate import add_rows_
+from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype, full_precision
 from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
 from .contrastive_loss import FUSED_DTYPES, IMPLS, require_triton
 
-_BLOCK = 512  # rows and columns of a block of S: 1 MB of floats, which stays in the second-level cache
+_BLOCK = 512  # on the CPU, rows and columns of a block of S: 1 MB of floats, which stays in the second-level cache
+# Elsewhere launches cost more than caches save: a block is a strip of so many elements, 128 MB of floats. The forward
+# pass holds one or two of them, the backward pass two.
+_STRIP_ELEMENTS = 1 << 25
 # Up to this scale exp(scale * cosine) and a sum over all keys fit a float without a maximum taken out, and so does the
 # reciprocal of it times a gradient.
 _LARGEST_PLAIN_SCALE = 32.0
@@ -133,10 +137,19 @@ def _check(vectors: Tensor, keys: Tensor | None, scale: float, impl: str) -> Non
 def _inverse_norms(vectors: Tensor) -> Tensor:
     """``(N,)``: 1 / norm, 0 for zero vectors, NaN where not finite."""
     dtype = accumulator_dtype(vectors.dtype)
-    norms = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
-    if vectors.device.type == "cpu" and not bool(((norms > 1e-15) & (norms < 1e15)).all()):
-        return _scaled_inverse_norms(vectors.unsqueeze(0), None).squeeze(0)  # a square may have overflowed
-    return torch.where(norms > 0, norms.reciprocal(), norms)  # NaN stays NaN
+    if vectors.device.type == "cpu":
+        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
+        if not bool(((norms > 1e-15) & (norms < 1e15)).all()):
+            return _scaled_inverse_norms(vectors.unsqueeze(0), None).squeeze(0)  # a square may have overflowed
+        return torch.where(norms > 0, norms.reciprocal(), norms)  # NaN stays NaN
+    if vectors.numel() == 0:
+        return vectors.new_zeros((vectors.shape[0],), dtype=dtype)
+    # To ask the norms would make the host wait: the largest component is always divided out.
+    largest = torch.linalg.vector_norm(vectors, torch.inf, dim=1, keepdim=True, dtype=dtype)
+    zero = largest <= SMALLEST_NORM
+    divisor = largest.masked_fill(zero, 1.0)
+    inverse = torch.linalg.vector_norm(vectors / divisor, dim=1, keepdim=True, dtype=dtype).mul_(divisor).reciprocal_()
+    return inverse.masked_fill_(zero, 0.0).squeeze(1)
 
 
 def _unit(vectors: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +158,8 @@ def _unit(vectors: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _tangent(gradient: Tensor, unit: Tensor, inverse: Tensor, result: Tensor) -> Tensor:
     """From the gradient of unit vectors to that of the vectors, block by block into `result`."""
-    for rows in _blocks(unit.shape[0]):
+    step = _BLOCK if unit.device.type == "cpu" else max(1, _STRIP_ELEMENTS // max(1, unit.shape[1]))
+    for rows in _slices(0, unit.shape[0], step):
         own, out = unit[rows].to(inverse.dtype), gradient[rows].to(inverse.dtype)
         radial = (own * out).sum(dim=1, keepdim=True)
         result[rows] = (out - own * radial).mul_(inverse[rows].unsqueeze(1))
@@ -155,8 +169,28 @@ def _tangent(gradient: Tensor, unit: Tensor, inverse: Tensor, result: Tensor) ->
 # ---- log-sum-exp and its gradient, in blocks -------------------------------------------------------------------------
 
 
-def _blocks(rows: int) -> list[slice]:
-    return [slice(start, min(start + _BLOCK, rows)) for start in range(0, rows, _BLOCK)]
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+
+def _blocks(rows: int, columns: int, device: torch.device, symmetric: bool = False) -> list[tuple[slice, slice]]:
+    """Rows and columns of the blocks that cover S; of a symmetric S the square ones on its diagonal, and what is right
+    of them.
+    """
+    blocks = []
+    start = 0
+    while start < rows:
+        height = width = _BLOCK
+        if device.type != "cpu":
+            width = max(1, columns - start if symmetric else columns)
+            height = max(1, _STRIP_ELEMENTS // width)
+            height -= height % _BLOCK if height > _BLOCK else 0
+        own = slice(start, min(start + height, rows))
+        if symmetric:
+            blocks.append((own, own))
+        blocks += [(own, others) for others in _slices(own.stop if symmetric else 0, columns, width)]
+        start = own.stop
+    return blocks
 
 
 class _Sums:
@@ -197,11 +231,13 @@ class _Sums:
 
 
 class _Logits:
-    """Blocks of ``scale * left @ right.T`` in one buffer; a query that is itself a key gets `hole` there."""
+    """Blocks of ``scale * left @ right.T``, one after the other in one buffer."""
 
-    def __init__(self, left: Tensor, right: Tensor, scale: float, itself: int):
+    def __init__(self, left: Tensor, right: Tensor, scale: float, itself: int, symmetric: bool = False):
         self.left, self.right, self.scale, self.itself = left, right, scale, itself
-        self.buffer = left.new_empty(min(_BLOCK, left.shape[0]) * min(_BLOCK, right.shape[0]))
+        self.blocks = _blocks(left.shape[0], right.shape[0], left.device, symmetric)
+        sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in self.blocks]
+        self.buffer = left.new_empty(max(sizes, default=0))
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -210,6 +246,7 @@ class _Logits:
         return torch.addmm(out, left, right.T, beta=0.0, alpha=self.scale, out=out)
 
     def fill(self, block: Tensor, rows: slice, columns: slice, value: float) -> None:
+        """Writes `value` where a query is itself the key."""
         offset = self.itself + rows.start - columns.start
         if self.itself >= 0 and -block.shape[0] < offset < block.shape[1]:
             block.diagonal(offset).fill_(value)
@@ -224,13 +261,11 @@ def _weights_of(lse: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 def _self_lse(unit: Tensor, scale: float) -> Tensor:
     sums = _Sums(unit.shape[0], unit, scale)
-    logits = _Logits(unit, unit, scale, 0)
-    blocks = _blocks(unit.shape[0])
-    for index, rows in enumerate(blocks):
-        for columns in blocks[index:]:
-            block = logits.block(rows, columns)
-            logits.fill(block, rows, columns, -torch.inf)
-            sums.add(block, rows, None if columns == rows else columns)
+    logits = _Logits(unit, unit, scale, 0, symmetric=True)
+    for rows, columns in logits.blocks:
+        block = logits.block(rows, columns)
+        logits.fill(block, rows, columns, -torch.inf)
+        sums.add(block, rows, None if columns == rows else columns)
     return sums.finish()
 
 
@@ -239,34 +274,31 @@ def _self_gradient(grad: Tensor, unit: Tensor, lse: Tensor, scale: float) -> Ten
     weight, shift = _weights_of(lse, grad * scale, scale)
     plain = scale <= _LARGEST_PLAIN_SCALE
     result = torch.zeros_like(unit)
-    logits = _Logits(unit, unit, scale, 0)
+    logits = _Logits(unit, unit, scale, 0, symmetric=True)
     other = torch.empty_like(logits.buffer)
-    blocks = _blocks(unit.shape[0])
-    for index, rows in enumerate(blocks):
-        for columns in blocks[index:]:
-            block = logits.block(rows, columns)
-            factor = other[: block.numel()].view_as(block)
-            if plain:
-                torch.add(weight[rows].unsqueeze(1), weight[columns], out=factor)
-                block.exp_().mul_(factor)
-            else:
-                torch.sub(block, shift[columns], out=factor).exp_().mul_(weight[columns])
-                block.sub_(shift[rows].unsqueeze(1)).exp_().mul_(weight[rows].unsqueeze(1)).add_(factor)
-            logits.fill(block, rows, columns, 0.0)
-            result[rows].addmm_(block, unit[columns])
-            if columns != rows:
-                result[columns].addmm_(block.T, unit[rows])
+    for rows, columns in logits.blocks:
+        block = logits.block(rows, columns)
+        factor = other[: block.numel()].view_as(block)
+        if plain:
+            torch.add(weight[rows].unsqueeze(1), weight[columns], out=factor)
+            block.exp_().mul_(factor)
+        else:
+            torch.sub(block, shift[columns], out=factor).exp_().mul_(weight[columns])
+            block.sub_(shift[rows].unsqueeze(1)).exp_().mul_(weight[rows].unsqueeze(1)).add_(factor)
+        logits.fill(block, rows, columns, 0.0)
+        result[rows].addmm_(block, unit[columns])
+        if columns != rows:
+            result[columns].addmm_(block.T, unit[rows])
     return result
 
 
 def _pair_lse(left: Tensor, right: Tensor, scale: float, itself: int) -> Tensor:
     sums = _Sums(left.shape[0], left, scale)
     logits = _Logits(left, right, scale, itself)
-    for rows in _blocks(left.shape[0]):
-        for columns in _blocks(right.shape[0]):
-            block = logits.block(rows, columns)
-            logits.fill(block, rows, columns, -torch.inf)
-            sums.add(block, rows)
+    for rows, columns in logits.blocks:
+        block = logits.block(rows, columns)
+        logits.fill(block, rows, columns, -torch.inf)
+        sums.add(block, rows)
     return sums.finish()
 
 
@@ -277,15 +309,14 @@ def _pair_gradients(
     plain = scale <= _LARGEST_PLAIN_SCALE
     left_result, right_result = torch.zeros_like(left), torch.zeros_like(right)
     logits = _Logits(left, right, scale, itself)
-    for rows in _blocks(left.shape[0]):
-        for columns in _blocks(right.shape[0]):
-            block = logits.block(rows, columns)
-            if not plain:
-                block.sub_(shift[rows].unsqueeze(1))
-            block.exp_().mul_(weight[rows].unsqueeze(1))
-            logits.fill(block, rows, columns, 0.0)
-            left_result[rows].addmm_(block, right[columns])
-            right_result[columns].addmm_(block.T, left[rows])
+    for rows, columns in logits.blocks:
+        block = logits.block(rows, columns)
+        if not plain:
+            block.sub_(shift[rows].unsqueeze(1))
+        block.exp_().mul_(weight[rows].unsqueeze(1))
+        logits.fill(block, rows, columns, 0.0)
+        left_result[rows].addmm_(block, right[columns])
+        right_result[columns].addmm_(block.T, left[rows])
     return left_result, right_result
 
 
@@ -374,7 +405,7 @@ def _pair_backward(
             gradients = _pair_gradients(grad, left, right, lse, scale, itself)
         own = (grad * -scale).unsqueeze(1).to(left.dtype)
         gradients[0].addcmul_(right[targets], own)
-        gradients[1].index_add_(0, targets, left * own)
+        add_rows_(gradients[1], targets, left * own)
         results = []
         for gradient, unit, inverse, like in zip(
             gradients, (left, right), (query_inverse, key_inverse), (queries, keys), strict=True
