@@ -25,6 +25,7 @@ from ._launch import (
     size_class,
     start_kernel,
 )
+from .contrastive_loss import norms_kernel
 
 TILE = 128
 # Where the two exponentials of the weights do not fit the registers of a tile of 128: tiles of 64, four warps.
@@ -175,6 +176,32 @@ def weights_tile(key: tuple[int, int]) -> tuple[int, int]:
 
 def _precision(vectors: Tensor) -> str:
     return "ieee" if vectors.element_size() == 2 or precise() else "tf32x3"
+
+
+def inverse_norms(vectors: Tensor) -> Tensor:
+    """``(N,)`` float32: 1 / norm of ``(N, width)`` vectors, 0 for zero vectors, NaN where not finite; no size 0."""
+    vectors = last_dimension_contiguous(vectors)
+    rows, width = vectors.shape
+    inverse = vectors.new_empty((rows,), dtype=torch.float32)
+    with on(vectors):
+        start_kernel(
+            norms_kernel,
+            (rows,),
+            vectors,
+            0,
+            vectors.stride(0),
+            vectors,
+            vectors,
+            vectors,
+            inverse,
+            rows,
+            width,
+            HAS_MASK=False,
+            SPLIT=False,
+            BLOCK=min(1024, size_class(width)),
+            num_warps=4,
+        )
+    return inverse
 
 
 def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Tensor:

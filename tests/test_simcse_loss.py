@@ -248,6 +248,61 @@ def test_memory_is_linear():
     assert 0 < largest <= 512 * 512
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows", [1, 511, 1300])
+def test_blocks_cover_each_pair_once(rows, device, symmetric, monkeypatch):
+    monkeypatch.setattr(ops, "_STRIP_ELEMENTS", 100_000)
+    columns = rows if symmetric else 700
+    seen = torch.zeros(rows, columns, dtype=torch.int8)
+    blocks = ops._blocks(rows, columns, torch.device(device), symmetric)
+    for own, others in blocks:
+        seen[own, others] += 1
+        if symmetric and own != others:
+            seen[others, own] += 1
+        if device == "cuda":
+            assert 0 < (own.stop - own.start) * (others.stop - others.start) <= 100_000
+    assert (seen == 1).all()
+    assert len(blocks) <= {"cpu": 9, "cuda": 36}[device]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+def test_in_strips_as_off_the_cpu(temperature, monkeypatch):
+    """The blocks of other devices, on this one."""
+    vectors, targets = torch.randn(1100, 12), torch.randint(0, 700, (1100,))
+
+    def both(v):
+        pairs = ops.pair_loss(v, v[:700], targets, 1 / temperature, "torch")
+        return ops.self_loss(v, 1 / temperature, "torch").sum() + pairs.sum()
+
+    expected, gradient = gradient_of(both, vectors.double())
+    blocks = ops._blocks
+    monkeypatch.setattr(ops, "_STRIP_ELEMENTS", 200_000)
+    monkeypatch.setattr(ops, "_blocks", lambda r, c, device, s=False: blocks(r, c, torch.device("cuda"), s))
+    loss, got = gradient_of(both, vectors)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.double(), gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_inverse_norms_without_a_look(dtype):
+    """Large, small, zero and broken rows, as on a device whose values the host does not read."""
+    rows = torch.randn(8, 24, dtype=dtype)
+    largest, smallest = (1e25, 1e-25) if dtype != torch.float16 else (1e4, 1e-3)
+    for row, factor in enumerate((largest, smallest, 0.0)):
+        rows[row] *= factor
+    rows[3, 5], rows[4, 5], rows[5, 1:] = torch.inf, torch.nan, 0
+    wide = ops.accumulator_dtype(dtype)
+    got = ops._inverse_norms_unseen(rows, wide)
+    truth = rows.double().norm(dim=1).reciprocal()
+    assert got.dtype == wide
+    assert float(got[2]) == 0.0
+    assert got[3:5].isnan().all()
+    for row in (0, 1, 5, 6, 7):
+        assert float(got[row]) == pytest.approx(float(truth[row]), rel=1e-6)
+    assert ops._inverse_norms_unseen(rows[:, :0], wide).tolist() == [0.0] * 8
+
+
 GATHERED = """
 from simctg_fast import SimCSELoss
 from simctg_fast.functional import simcse_loss_from_embeddings

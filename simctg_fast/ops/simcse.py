@@ -142,13 +142,17 @@ def _inverse_norms(vectors: Tensor) -> Tensor:
         if not bool(((norms > 1e-15) & (norms < 1e15)).all()):
             return _scaled_inverse_norms(vectors.unsqueeze(0), None).squeeze(0)  # a square may have overflowed
         return torch.where(norms > 0, norms.reciprocal(), norms)  # NaN stays NaN
+    return _inverse_norms_unseen(vectors, dtype)
+
+
+def _inverse_norms_unseen(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same without a look at the norms, for which the host would wait: the largest component is divided out."""
     if vectors.numel() == 0:
         return vectors.new_zeros((vectors.shape[0],), dtype=dtype)
-    # To ask the norms would make the host wait: the largest component is always divided out.
     largest = torch.linalg.vector_norm(vectors, torch.inf, dim=1, keepdim=True, dtype=dtype)
     zero = largest <= SMALLEST_NORM
     divisor = largest.masked_fill(zero, 1.0)
-    inverse = torch.linalg.vector_norm(vectors / divisor, dim=1, keepdim=True, dtype=dtype).mul_(divisor).reciprocal_()
+    inverse = torch.linalg.vector_norm(vectors / divisor, dim=1, keepdim=True, dtype=dtype).reciprocal_().div_(divisor)
     return inverse.masked_fill_(zero, 0.0).squeeze(1)
 
 
@@ -208,9 +212,9 @@ class _Sums:
         """Adds a block of logits to its rows and, where given, transposed to its columns; may overwrite the block."""
         if self.plain:
             block.exp_()
-            self.total[rows] += block.sum(dim=1)
+            self.total[rows].add_(block.sum(dim=1))
             if columns is not None:
-                self.total[columns] += block.sum(dim=0)
+                self.total[columns].add_(block.sum(dim=0))
             return
         self._add_relative(block, rows, 1)
         if columns is not None:
@@ -328,13 +332,14 @@ def _self_forward(vectors: Tensor, scale: float, impl: str) -> tuple[Tensor, Ten
     impl = resolve(impl, vectors)
     dtype = accumulator_dtype(vectors.dtype)
     with full_precision(vectors.device):
-        inverse = _inverse_norms(vectors)
         if impl == "triton" and vectors.numel() > 0:
             from simctg_fast.kernels import simcse as kernels
 
+            inverse = kernels.inverse_norms(vectors)
             unit = _unit(vectors, inverse, vectors.dtype)
             lse = kernels.self_forward(unit, scale)
         else:
+            inverse = _inverse_norms(vectors)
             unit = _unit(vectors, inverse, dtype)
             lse = _self_lse(unit, scale)
         partners = (unit[0::2].to(dtype) * unit[1::2]).sum(dim=1, dtype=dtype).repeat_interleave(2)
@@ -367,13 +372,14 @@ def _pair_forward(
     impl = resolve(impl, queries)
     dtype = accumulator_dtype(queries.dtype)
     with full_precision(queries.device):
-        query_inverse, key_inverse = _inverse_norms(queries), _inverse_norms(keys)
         if impl == "triton" and queries.numel() > 0 and keys.numel() > 0:
             from simctg_fast.kernels import simcse as kernels
 
+            query_inverse, key_inverse = kernels.inverse_norms(queries), kernels.inverse_norms(keys)
             left, right = _unit(queries, query_inverse, queries.dtype), _unit(keys, key_inverse, keys.dtype)
             lse = kernels.pair_forward(left, right, scale, itself)
         else:
+            query_inverse, key_inverse = _inverse_norms(queries), _inverse_norms(keys)
             left, right = _unit(queries, query_inverse, dtype), _unit(keys, key_inverse, dtype)
             lse = _pair_lse(left, right, scale, itself)
         partners = (left.to(dtype) * right[targets]).sum(dim=1, dtype=dtype)
