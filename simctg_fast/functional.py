@@ -101,6 +101,8 @@ def contrastive_loss(
     if attention_mask is not None:
         _require_tensor("attention_mask", attention_mask)
     if normalizer is not None:
+        if isinstance(normalizer, (int, float)):
+            normalizer = torch.full((), normalizer, device=hidden_states.device)  # a copy would make the host wait
         normalizer = torch.as_tensor(normalizer, device=hidden_states.device)
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, must be a scalar")

@@ -34,7 +34,7 @@ def simcse(rows, width, dtype, supervised, temperature):
 
 # Two tiles, the second ragged, every reduction and both kinds of operands among them; a width of several slices.
 FAST = [
-    contrastive([2, 141, 40], 1.0, "fp32", "pairs"),
+    contrastive([2, 141, 40], 1.0, "fp32", "pairs", normalizer=3000),
     contrastive([1, 130, 72], 1.0, "fp16", "dense"),
     contrastive([2, 12, 16], 1.0, "fp32", "paper", "highest", None),
     contrastive([3, 9, 200], 1.0, "fp16", "pairs", normalizer=1000.0),

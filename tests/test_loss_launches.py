@@ -258,7 +258,9 @@ def test_shipped_kernels_can_be_kept(kernel):
     assert not kernel.used_global_vals
 
 
-@pytest.mark.parametrize(("dtype", "backward"), [(torch.bfloat16, 1), (torch.float32, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "backward"), [(torch.bfloat16, 1), pytest.param(torch.float32, 2, marks=pytest.mark.full)]
+)
 def test_launches_of_a_training_step(driver, bindings, monkeypatch, dtype, backward):
     """32 x 256, the size at which the host is the limit: three launches forward, bound once and never again."""
     monkeypatch.setattr(contrastive_loss, "precise", lambda: False)  # float32 as two planes

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simctg_fast import SimCTGLoss, contrastive_loss, simcse_sup_loss, simcse_unsup_loss
+from simctg_fast import SimCTGLoss, contrastive_loss, functional, simcse_sup_loss, simcse_unsup_loss
 from simctg_fast.functional import (
     contrastive_loss_items,
     cosine_similarity_matrix,
@@ -75,6 +75,8 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         assert not nondeterministic(func, args, kwargs), f"{func} depends on the order of float atomics on CUDA"
         result = func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            assert args[0].device.type == result.device.type, "a copy between host and device makes the host wait"
         returns = func._schema.returns
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         name = func._schema.name
@@ -152,6 +154,8 @@ def test_the_watch_bites(cuda):
             call()
     with pytest.raises(DataDependentOutputException), Watch():
         bool((rows > 0).all())
+    with pytest.raises(AssertionError, match="between host and device"), Watch():
+        torch.tensor([1, 2], device="cuda")
     with Watch() as watch:
         table.index_put_((index,), rows, accumulate=True)
         (index > 0).cumsum(0)
@@ -182,8 +186,9 @@ IMPLS = ["torch", "triton"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["pairs", "paper", "dense"])
 def test_contrastive_loss(cuda, launches, reduction, dtype, impl):
-    states, mask = cuda(3, 520, 64, dtype=dtype), cuda(3, 520, dtype=torch.bool)
-    for own_mask in (None, mask, mask.to(torch.int64)) if reduction != "dense" else (None,):
+    length = 300 if impl == "torch" else 520
+    states, mask = cuda(3, length, 64, dtype=dtype), cuda(3, length, dtype=torch.bool)
+    for own_mask in (None, mask) if reduction != "dense" else (None,):
         for normalizer in (None, cuda(dtype=torch.int64)):
             with Watch() as watch:
                 _, *saved = contrastive_ops._forward(states, own_mask, normalizer, 0.5, reduction, True, impl)
@@ -229,7 +234,7 @@ def test_simcse(cuda, launches, scale, dtype, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_rest(cuda, launches, impl):
+def test_the_rest(cuda, launches, impl, monkeypatch):
     states, tokens = cuda(2, 70, 32, dtype=torch.bfloat16), cuda(2, 70, dtype=torch.int64)
     with Watch():
         matrix, inverse = cosine_ops._forward(states, impl)
@@ -238,6 +243,14 @@ def test_the_rest(cuda, launches, impl):
         contrastive_loss_items(mask)
         isotropy_sums(states, mask)
         simcse_ops._dense_pair_loss(states[0], states[1], tokens[0], 20.0, 0)
+        seen = []
+        monkeypatch.setattr(functional, "_contrastive_loss", lambda *args: seen.append(args))
+        monkeypatch.setattr(functional, "_pair_loss", lambda *args: args[0].sum(dim=1))
+        for normalizer in (7, 7.5, cuda(1)):
+            functional.contrastive_loss(states, 0.5, mask, normalizer=normalizer, impl=impl)
+        functional.info_nce(states[0], states[1], targets=0)
+    assert [args[2].dtype for args in seen] == [torch.int64, torch.float32, torch.float32]
+    assert all(args[2].shape == () and args[2].device == states.device for args in seen)
 
 
 ROWS, WIDTH = 32768, 768

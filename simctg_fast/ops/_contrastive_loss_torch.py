@@ -143,8 +143,8 @@ def _keep(
     flags[group, second, first] = state.transpose(1, 2)
 
     def words(mask: Tensor) -> Tensor:
-        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-        octets = (mask.unflatten(2, (-1, 8)) * weights).sum(dim=3, dtype=torch.uint8)
+        places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+        octets = (mask.unflatten(2, (-1, 8)).to(torch.uint8) << places).sum(dim=3, dtype=torch.uint8)
         return octets.view(torch.int32)
 
     def put(mask: Tensor, row: int, column: int) -> None:
