@@ -8,7 +8,6 @@ the CPU, and our operators' own backward implementations are called.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import sys
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from simctg_fast.ops import cosine_similarity as cosine_ops
 from simctg_fast.ops import simcse as simcse_ops
 
 from . import conftest
+from .emulated_cuda import device_guard
 from .processes import run_child
 
 aten = torch.ops.aten
@@ -109,25 +109,6 @@ def launches(monkeypatch):
         monkeypatch.setattr(module, "architecture", lambda device: 90)
         monkeypatch.setattr(module, "on", lambda tensor: contextlib.nullcontext())
     return noted
-
-
-@contextlib.contextmanager
-def device_guard():
-    """Indexing and copying switch to the tensor's device, for which torch built without CUDA has nothing registered:
-    the guard of meta tensors, which does nothing, takes its place. A build with CUDA has its own, and FakeTensorMode
-    sees to it where there is no device.
-    """
-    if torch.backends.cuda.is_built():
-        yield
-        return
-    cuda_type, meta_type = 1, 14  # of c10::DeviceType
-    library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
-    registry = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    registry[cuda_type] = registry[meta_type]
-    try:
-        yield
-    finally:
-        registry[cuda_type] = None
 
 
 @pytest.fixture
