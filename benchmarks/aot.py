@@ -114,8 +114,8 @@ def _scoring(variant: str, arch: int):
     constants = {
         "HAS_MASK": form in ("ragged", "odd"), "HAS_LENGTHS": form != "scan", "SELECT": form != "scan",
         "KEEP": form != "even", "WIDEN": kind == "mixed", "EVEN": form in ("even", "scan"),
-        "PRECISION": "ieee" if exact else "tf32x3", "SPLIT": True, "BLOCK_S": 128, "BLOCK_K": block_k,
-        "BLOCK_T": config.block_t, "BLOCK_D": config.block_d,
+        "PRECISION": "ieee" if exact else "tf32x3", "SPLIT": True, "BLOCK_S": candidate_select._SPLIT_LIMIT,
+        "BLOCK_K": block_k, "BLOCK_T": config.block_t, "BLOCK_D": config.block_d,
     }  # fmt: skip
     return candidate_select.candidate_select_kernel, signature, constants, config.num_warps, config.num_stages
 
@@ -177,7 +177,7 @@ def build(case: Case):
         if name not in constants
         and name not in unaligned
         and (signature[name][0] == "*" or name.startswith("stride") or name in ("width", "vocabulary"))
-        and name not in ("stride_mb", "stride_mc", "stride_mh", "stride_bb", "stride_bc", "stride_bh")
+        and not kernel.params[index].do_not_specialize
     ]
     source = ASTSource(
         fn=kernel,

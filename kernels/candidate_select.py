@@ -22,7 +22,7 @@ from ._launch import architecture, last_dimension_contiguous, on, precise
 CANDIDATE_LIMIT = 64
 WIDTH_LIMIT = 16384
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SPLIT_LIMIT = 128
+_SPLIT_LIMIT = 128  # a power of two
 _PROGRAMS_EACH = 4  # on a multiprocessor at a time
 _NOTHING = tl.constexpr(-2139095041 * 4294967296 + 4294967295)  # ranked(−inf, 0)
 
@@ -112,7 +112,8 @@ def _finish(
             tl.store(new_at + d, unit, mask=d < room)
 
 
-@triton.jit(do_not_specialize=["length", "splits", "k"])
+# What moves from step to step or call to call must not compile anew: k, lengths, and what grows with the buffers.
+@triton.jit(do_not_specialize=["mask_ptr", "stride_mb", "lengths_ptr", "length", "splits", "k", "capacity"])
 def candidate_select_kernel(
     states_ptr, stride_sb, stride_sk,  # [B, k, D]
     history_ptr, stride_hb, stride_ht,  # [B, capacity, D]
@@ -237,7 +238,7 @@ def _launch(hidden_states, history, length, lengths, mask, probs, penalty_alpha,
             HAS_MASK=mask is not None, HAS_LENGTHS=lengths is not None, SELECT=select, KEEP=keep, WIDEN=widen,
             EVEN=width % config.block_d == 0,
             PRECISION="ieee" if exact else "tf32x3",
-            SPLIT=splits > 1, BLOCK_S=triton.next_power_of_2(splits), BLOCK_K=block_k,
+            SPLIT=splits > 1, BLOCK_S=_SPLIT_LIMIT, BLOCK_K=block_k,
             BLOCK_T=config.block_t, BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return selected, winner, penalty, position

@@ -88,7 +88,14 @@ def _logits(
     return tl.where(seen, score, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["length", "start", "window", "splits"])
+# What moves from step to step or call to call must not compile anew: sizes that grow, and masks and biases, whose rows
+# are as long as the prefix.
+@triton.jit(
+    do_not_specialize=[
+        "mask_ptr", "stride_mb", "stride_mc", "stride_mh", "bias_ptr", "stride_bb", "stride_bc", "stride_bh",
+        "lengths_ptr", "starts_ptr", "length", "start", "window", "splits", "positions",
+    ]
+)  # fmt: skip
 def shared_prefix_attention_kernel(
     query_ptr, stride_qr, stride_qh,  # [B·k, H, D]
     key_ptr, stride_kb, stride_kh, stride_kt,  # [B, H_kv, T, D]

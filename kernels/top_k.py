@@ -29,7 +29,7 @@ def _write(entries, top, total, probs_ptr, tokens_ptr, row, k, BLOCK_K: tl.const
     tl.store(tokens_ptr + row * k + i, ranked_index(entries), mask=i < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def top_k_kernel(
     logits_ptr, stride_row, entries_ptr, sums_ptr, counter_ptr, probs_ptr, tokens_ptr, vocabulary, k,
     SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
