@@ -6,6 +6,10 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 # triton 3.6's interpreter makes integers of arrays in a way that numpy 2.4 refuses
 OLDEST_PINS = transformers==5.17.0 triton==3.6.0 'numpy<2.4'
+TRITONS = 3.6.0 3.8.0 3.9.0
+AOT = .venv-aot-$(TRITON)
+AOT_PY = $(if $(TRITON),$(AOT),$(VENV))/bin/python
+AOT_TESTS = -m pytest -q -n $(WORKERS) tests/test_aot_*.py -m "full or not full"
 TESTS ?= tests
 WORKERS ?= 2
 
@@ -45,9 +49,11 @@ test-isa: $(DEV) ## What reaches the C++ kernels, under each instruction set of 
 	@$(REQUIRE) $(PY) $(BUILD_EXT)
 	@$(TEST_ISA)
 
-test-full: $(DEV) ## Every test, at full size
+test-full: $(DEV) ## Every test, at full size, and `make aot` on triton 3.6.0, 3.8.0 and 3.9.0
 	@$(REQUIRE) $(PY) $(BUILD_EXT)
 	@$(PY) $(PYTEST) -m "full or not full"
+	@$(if $(filter tests,$(TESTS)),for triton in $(TRITONS); do \
+		echo "triton $$triton"; $(MAKE) --no-print-directory aot TRITON=$$triton ARGS= || exit 1; done)
 
 test-oldest: $(OLDEST)/.stamp-$(TORCH) ## The fast set on transformers 5.17.0 and triton 3.6.0
 	@$(REQUIRE) $(OLDEST)/bin/python $(BUILD_EXT)
@@ -83,8 +89,9 @@ oracle-wheels: ## transformers 4.55.4 and what it pins, into .oracle-wheels, to 
 		requests urllib3 idna certifi charset_normalizer
 	@ls .oracle-wheels
 
-aot: $(DEV) ## Registers, spills, shared memory and instructions of the decoding kernels, compiled for GPUs that are not here
-	@PYTHONPATH=. $(PY) benchmarks/aot.py $(ARGS)
+# Compilers differ in the registers that they find: TRITON=3.6.0 asks that one, in an environment of its own.
+aot: $(if $(TRITON),$(AOT)/.stamp-$(TORCH),$(DEV)) ## Every Triton kernel compiled for GPUs that are not here [TRITON=3.6.0]; a table with ARGS="--arch 90"
+	@PYTHONPATH=. $(AOT_PY) $(if $(ARGS),benchmarks/aot.py $(ARGS),$(AOT_TESTS))
 
 clean: ## Remove builds and caches (environments stay: rm -r .venv*)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks simctg_fast/_C.*
@@ -112,6 +119,14 @@ $(OLDEST)/.stamp-$(TORCH): pyproject.toml
 	@$(OLDEST)/bin/python $(PIP) setuptools pybind11 ninja $(OLDEST_PINS)
 	@$(OLDEST)/bin/python $(PIP) --no-build-isolation --editable ".[test]" $(OLDEST_PINS)
 	@rm -f $(OLDEST)/.stamp-* && touch $@
+
+# What compiles the kernels: torch, then the triton that was asked for. ptxas comes with it, and no GPU is needed.
+.venv-aot-%/.stamp-$(TORCH):
+	@$(call make_venv,$(@D))
+	@echo "$(@D): installing torch $(TORCH) and triton $* (a minute or two)"
+	@$(@D)/bin/python $(PIP) torch==$(TORCH)
+	@$(@D)/bin/python $(PIP) triton==$* pytest pytest-xdist 'numpy<2.4'
+	@rm -f $(@D)/.stamp-* && touch $@
 
 define make_venv
 if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \

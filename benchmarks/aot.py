@@ -81,7 +81,7 @@ VARIANTS = {
         for flags in ("plain", "all")
     ]
     + [f"bf16-{size}-all" for size in ("d32-m16", "d64-m32", "d80-m16", "d112-m64", "d128-m32")]
-    + ["bf16-d80-m16-plain", "bf16-d128-m32-plain"]
+    + ["bf16-d64-m32-plain", "bf16-d80-m16-plain", "bf16-d128-m32-plain"]
     + [f"fp32high-d{dim}-m16-{flags}" for dim in (64, 128, 256) for flags in ("plain", "all")],
     "commit": ["int64", "int16"],
     "top_k": ["fp32-k4", "bf16-k64"],
@@ -96,6 +96,10 @@ def cases(kernels=tuple(VARIANTS), archs=ARCHITECTURES) -> Iterator[Case]:
                     yield Case(kernel, variant, arch)
 
 
+def _options(config, registers: int | None):
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": registers}
+
+
 def _scoring(variant: str, arch: int):
     """even: the step's launch; ragged: a mask, and penalties; odd: the same, of a width that is no multiple of 16;
     scan: the penalties alone. mixed: bf16 states, float32 history."""
@@ -103,7 +107,8 @@ def _scoring(variant: str, arch: int):
     operand = "fp32" if kind.startswith("fp32") or kind == "mixed" else kind
     exact = kind not in ("fp32high", "mixed")
     block_k = max(16, triton.next_power_of_2(int(k[1:])))
-    config = candidate_select.config_of(arch, SIZES[operand], 8 if form == "odd" else 4096, block_k, exact)
+    width = 8 if form == "odd" else 4096
+    config = candidate_select.config_of(arch, SIZES[operand], width, block_k, exact, kind == "mixed")
     states = "bf16" if kind == "mixed" else operand
     signature = {
         "states_ptr": f"*{states}", "stride_sb": I, "stride_sk": I, "history_ptr": f"*{operand}", "stride_hb": "i64",
@@ -117,7 +122,7 @@ def _scoring(variant: str, arch: int):
         "PRECISION": "ieee" if exact else "tf32x3", "SPLIT": True, "BLOCK_S": candidate_select._SPLIT_LIMIT,
         "BLOCK_K": block_k, "BLOCK_T": config.block_t, "BLOCK_D": config.block_d,
     }  # fmt: skip
-    return candidate_select.candidate_select_kernel, signature, constants, config.num_warps, config.num_stages
+    return candidate_select.candidate_select_kernel, signature, constants, _options(config, config.registers)
 
 
 def _attention(variant: str, arch: int):
@@ -142,14 +147,15 @@ def _attention(variant: str, arch: int):
         "BLOCK_D": padded, "BLOCK_V": padded,
     }  # fmt: skip
     kernel = shared_prefix_attention.shared_prefix_attention_kernel
-    return kernel, signature, constants, config.num_warps, config.num_stages
+    exact = not kind.endswith("high")
+    return kernel, signature, constants, _options(config, config.registers if exact else None)
 
 
 def _commit(variant: str, arch: int):
     signature = {"table_ptr": L, "winners_ptr": L, "positions_ptr": L, "position": I}
     unit = prefix_commit._TRITON[getattr(torch, variant)]
     constants = {"HAS_POSITIONS": True, "UNIT": unit, "COLUMNS": prefix_commit.COLUMNS, "BLOCK": 256}
-    return prefix_commit.prefix_commit_kernel, signature, constants, 4, 3
+    return prefix_commit.prefix_commit_kernel, signature, constants, {"num_warps": 4, "num_stages": 3}
 
 
 def _top_k(variant: str, arch: int):
@@ -159,7 +165,7 @@ def _top_k(variant: str, arch: int):
         "probs_ptr": F, "tokens_ptr": L, "vocabulary": I, "k": I,
     }  # fmt: skip
     constants = {"SPLIT": True, "BLOCK_S": 32, "BLOCK_K": int(k[1:]), "BLOCK": top_k.BLOCK}
-    return top_k.top_k_kernel, signature, constants, top_k.NUM_WARPS, 3
+    return top_k.top_k_kernel, signature, constants, {"num_warps": top_k.NUM_WARPS, "num_stages": 3}
 
 
 _MAKERS = {"scoring": _scoring, "attention": _attention, "commit": _commit, "top_k": _top_k}
@@ -168,7 +174,7 @@ _ODD = {"scoring": {"width", "stride_sk", "stride_ht", "stride_sb", "stride_hb"}
 
 def build(case: Case):
     """The compiled kernel; its launcher would find the same alignment at run time."""
-    kernel, signature, constants, warps, stages = _MAKERS[case.kernel](case.variant, case.arch)
+    kernel, signature, constants, options = _MAKERS[case.kernel](case.variant, case.arch)
     names = kernel.arg_names
     unaligned = _ODD.get(case.kernel, set()) if case.variant.endswith("odd") else set()
     aligned = [
@@ -185,7 +191,6 @@ def build(case: Case):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
 
 
@@ -206,7 +211,8 @@ def _count(found: list[str]) -> str:
 
 
 def report(case: Case) -> Report:
-    *_, warps, stages = _MAKERS[case.kernel](case.variant, case.arch)
+    *_, options = _MAKERS[case.kernel](case.variant, case.arch)
+    warps, stages = options["num_warps"], options["num_stages"]
     compiled = build(case)
     used, code = disassemble(compiled.asm["cubin"])
     shared = compiled.metadata.shared

@@ -29,44 +29,53 @@ _NOTHING = tl.constexpr(-2139095041 * 4294967296 + 4294967295)  # ranked(−inf,
 
 @dataclass(frozen=True)
 class Config:
-    """Positions and channels of a tile of the history, warps, and stages of the pipeline."""
+    """Positions and channels of a tile of the history, warps, stages of the pipeline, and the most registers of a
+    thread; None: ptxas weighs them against blocks on a multiprocessor, and may spill a few bytes for one more."""
 
     block_t: int
     block_d: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 # (architecture, bytes of an element of the product): up to 16 candidates
 CONFIGS = {
-    (80, 2): Config(32, 64, 4, 4),
-    (80, 4): Config(32, 32, 4, 3),
-    (90, 2): Config(32, 128, 4, 5),
+    (80, 2): Config(32, 64, 4, 4, 128),
+    (80, 4): Config(32, 32, 4, 3, 128),
+    (90, 2): Config(32, 128, 4, 5, 128),
     (90, 4): Config(32, 64, 4, 5),
-    (100, 2): Config(32, 128, 4, 5),
+    (100, 2): Config(32, 128, 4, 5, 128),
     (100, 4): Config(32, 64, 4, 5),
 }
 # More candidates need the registers of twice the warps, and float32 shallower pipelines.
 WIDE = {
-    (80, 2): Config(32, 64, 8, 4),
+    (80, 2): Config(32, 64, 8, 4, 128),
     (80, 4): Config(32, 64, 8, 3),
-    (90, 2): Config(32, 128, 8, 5),
+    (90, 2): Config(32, 128, 8, 5, 128),
     (90, 4): Config(32, 64, 8, 5),
-    (100, 2): Config(32, 128, 8, 5),
+    (100, 2): Config(32, 128, 8, 5, 128),
     (100, 4): Config(32, 64, 8, 3),
 }
-_WIDE_THREEFOLD = Config(16, 64, 8, 3)  # tf32x3 holds three products' operands
+_WIDEST = {(100, 2): Config(32, 128, 8, 5, 255)}  # 64 candidates, where one block fills the shared memory
+# tf32x3 holds three products' operands.
+_THREEFOLD = {80: Config(32, 32, 4, 3, 128), 90: Config(32, 64, 4, 5, 255), 100: Config(32, 64, 4, 5, 255)}
+_WIDE_THREEFOLD = Config(16, 32, 8, 4, 255)
+_WIDE_MIXED = Config(16, 64, 8, 3, 255)  # half-precision states need 64 channels for loads of 128 bits
 # Widths that are no multiple of 16 are read an element at a time.
-_UNALIGNED, _UNALIGNED_WIDE = Config(32, 16, 4, 1), Config(16, 16, 4, 2)
+_UNALIGNED, _UNALIGNED_WIDE = Config(32, 16, 4, 1, 128), Config(16, 16, 4, 2, 255)
 
 
-def config_of(arch: int, size: int, width: int, block_k: int, exact: bool) -> Config:
-    """``size``: bytes of an element of the product; ``exact``: no tf32x3."""
+def config_of(arch: int, size: int, width: int, block_k: int, exact: bool, mixed: bool) -> Config:
+    """``size``: bytes of an element of the product; ``exact``: no tf32x3; ``mixed``: states and history differ in
+    dtype."""
     if width % 16:
         return _UNALIGNED if block_k == 16 else _UNALIGNED_WIDE
     if block_k == 16:
-        return CONFIGS[arch, size]
-    return WIDE[arch, size] if exact else _WIDE_THREEFOLD
+        return CONFIGS[arch, size] if exact else _THREEFOLD[arch]
+    if not exact:
+        return _WIDE_MIXED if mixed else _WIDE_THREEFOLD
+    return _WIDEST.get((arch, size), WIDE[arch, size]) if block_k == 64 else WIDE[arch, size]
 
 
 @triton.jit
@@ -213,7 +222,7 @@ def _launch(hidden_states, history, length, lengths, mask, probs, penalty_alpha,
     size = 4 if widen else history.element_size()
     block_k = max(16, triton.next_power_of_2(k))
     exact = size == 2 or precise()
-    config = config_of(architecture(states.device), size, width, block_k, exact)
+    config = config_of(architecture(states.device), size, width, block_k, exact, widen)
     # Under a capture the length moves while the launch stays, so the split follows the capacity.
     splits = plan(states.device, batch, capacity if lengths is not None else max(1, length), config.block_t)
     select = probs is not None
@@ -240,6 +249,7 @@ def _launch(hidden_states, history, length, lengths, mask, probs, penalty_alpha,
             PRECISION="ieee" if exact else "tf32x3",
             SPLIT=splits > 1, BLOCK_S=_SPLIT_LIMIT, BLOCK_K=block_k,
             BLOCK_T=config.block_t, BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+            maxnreg=config.registers,
         )  # fmt: skip
     return selected, winner, penalty, position
 

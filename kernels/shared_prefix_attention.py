@@ -27,40 +27,44 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True)
 class Config:
-    """Positions of a tile, warps, and stages of the pipeline."""
+    """Positions of a tile, warps, stages of the pipeline, and the most registers of a thread where products are exact;
+    None: ptxas weighs them against blocks on a multiprocessor, and may spill a few bytes for one more."""
 
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 # (architecture, bytes of an element, padded head dimension)
 CONFIGS = {
-    (80, 2, 64): Config(64, 4, 4),
-    (80, 2, 128): Config(64, 4, 3),
-    (80, 2, 256): Config(32, 4, 3),
-    (80, 4, 64): Config(32, 4, 4),
-    (80, 4, 128): Config(16, 4, 3),
+    (80, 2, 64): Config(64, 4, 4, 128),
+    (80, 2, 128): Config(64, 4, 3, 255),
+    (80, 2, 256): Config(32, 4, 3, 255),
+    (80, 4, 64): Config(16, 4, 4, 128),
+    (80, 4, 128): Config(16, 4, 3, 128),
     (80, 4, 256): Config(16, 4, 3),
-    (90, 2, 64): Config(64, 4, 4),
-    (90, 2, 128): Config(64, 4, 4),
-    (90, 2, 256): Config(32, 4, 3),
+    (90, 2, 64): Config(64, 4, 4, 128),
+    (90, 2, 128): Config(64, 4, 4, 255),
+    (90, 2, 256): Config(32, 4, 3, 255),
     (90, 4, 64): Config(32, 4, 4),
-    (90, 4, 128): Config(16, 4, 3),
-    (90, 4, 256): Config(16, 8, 3),
-    (100, 2, 64): Config(64, 4, 4),
-    (100, 2, 128): Config(64, 4, 4),
-    (100, 2, 256): Config(32, 4, 3),
+    (90, 4, 128): Config(16, 4, 3, 128),
+    (90, 4, 256): Config(16, 8, 3, 128),
+    (100, 2, 64): Config(64, 4, 4, 128),
+    (100, 2, 128): Config(64, 4, 4, 255),
+    (100, 2, 256): Config(32, 4, 3, 255),
     (100, 4, 64): Config(32, 4, 4),
-    (100, 4, 128): Config(16, 4, 3),
-    (100, 4, 256): Config(16, 8, 3),
+    (100, 4, 128): Config(16, 4, 3, 128),
+    (100, 4, 256): Config(16, 8, 3, 128),
 }
+_SHORT_HEADS = Config(64, 4, 4, 168)  # of up to 32, in half precision
 # Taller tiles. Of 32 rows, masks and biases leave registers for fewer positions; of more, they need those of twice the
 # warps.
-MIDDLE = {(arch, 2, 128): Config(32, 4, 4) for arch in (80, 90, 100)}
+MIDDLE = {(arch, 2, 64): Config(64, 4, 4, 255) for arch in (80, 90, 100)}
+MIDDLE |= {(arch, 2, 128): Config(32, 4, 4) for arch in (80, 90, 100)}
 TALL = {
     (80, 2, 64): Config(32, 8, 4),
-    (80, 2, 128): Config(32, 8, 4),
+    (80, 2, 128): Config(32, 8, 4, 255),
     (90, 2, 64): Config(64, 8, 4),
     (90, 2, 128): Config(32, 8, 4),
     (100, 2, 64): Config(64, 8, 4),
@@ -251,7 +255,9 @@ def config_of(arch: int, size: int, dim: int, value_dim: int, block_m: int) -> C
     key = (arch, size, head)
     if block_m > 32:
         return TALL[key]
-    return MIDDLE.get(key, CONFIGS[key]) if block_m == 32 else CONFIGS[key]
+    if block_m == 32:
+        return MIDDLE.get(key, CONFIGS[key])
+    return _SHORT_HEADS if size == 2 and max(padded(dim), padded(value_dim)) <= 32 else CONFIGS[key]
 
 
 def exact_products(arch: int, size: int, dim: int, value_dim: int) -> bool:
@@ -319,6 +325,7 @@ def shared_prefix_attention(
     if bias is not None and bias.stride(-1) != 1:
         bias = bias.contiguous()
     own = new_key is not None
+    exact = exact_products(arch, size, dim, value_dim) or precise()
     with on(query):
         shared_prefix_attention_kernel[(batch * kv_heads, splits, tiles)](
             query, query.stride(0), query.stride(1),
@@ -337,8 +344,8 @@ def shared_prefix_attention(
             HAS_MASK=mask is not None, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None, HAS_LENGTHS=lengths is not None, HAS_STARTS=starts is not None,
             HAS_WINDOW=window is not None and own, SPLIT=split,
-            PRECISION="ieee" if exact_products(arch, size, dim, value_dim) or precise() else "tf32x3",
+            PRECISION="ieee" if exact else "tf32x3",
             BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded(dim), BLOCK_V=block_v,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers if exact else None,
         )  # fmt: skip
     return out

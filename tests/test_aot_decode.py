@@ -192,6 +192,30 @@ def test_growing_texts_compile_one_top_k_and_one_commit(launches):
     assert launches.kinds() == {"top_k": 6}  # powers of two
 
 
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_cases_are_what_the_launchers_start(launches, monkeypatch, arch):
+    """Constants and options of a case of each kernel: what is compiled here is what runs there."""
+    from simctg_fast.kernels import candidate_select, prefix_commit, shared_prefix_attention, top_k
+
+    for module in (candidate_select, shared_prefix_attention):
+        monkeypatch.setattr(module, "architecture", lambda device: arch)
+    half, lengths = {"dtype": torch.bfloat16}, torch.full((2,), 900)
+    states, history = torch.empty(2, 4, 4096, **half), torch.empty(2, 999, 4096, **half)
+    candidate_select.candidate_select(states, torch.empty(2, 4), history, lengths, None, 0.6, False)
+    query, new = (torch.empty(8, heads, 1, 128, **half) for heads in (32, 8))
+    prefix = torch.empty(2, 8, 999, 128, **half)
+    options = (0.125, None, None, None, None, 0, lengths, lengths)
+    shared_prefix_attention.shared_prefix_attention(query, prefix, prefix, 999, new, new, *options, None)
+    top_k.top_k_probs(torch.empty(2, 128256), 4)
+    prefix_commit.launch(torch.zeros(2, prefix_commit.COLUMNS), torch.int64, lengths, lengths)
+    variants = ("scoring-bf16-k4-even", "attention-bf16-d128-m16-plain", "top_k-fp32-k4", "commit-int64")
+    for (kernel, _, given), variant in zip(launches.calls, variants, strict=True):
+        name, variant = variant.split("-", 1)
+        compiled, _, constants, options = aot._MAKERS[name](variant, arch)
+        assert compiled is kernel
+        assert {"num_stages": 3, **given} == {**constants, **options}  # triton's own number of stages is 3
+
+
 def test_rule_of_specialisation_is_tritons(launches):
     """The count above, by the function that triton's launches go through."""
     jit = pytest.importorskip("triton.runtime.jit")
