@@ -69,7 +69,7 @@ def _table_kernel(
     out_ptr,  # [B, T - 1, K, D]
     scale, T, K, D,
     HAS_LENGTHS: tl.constexpr, SOURCES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the rows of `left` (SOURCES) or of `right`, for BLOCK_K slots of one position."""
     position = tl.program_id(0).to(tl.int64)
@@ -80,7 +80,8 @@ def _table_kernel(
     base = (b * T + t) * K
     norm = tl.load(norms_ptr + b * T + t)
     own = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    d0 = tl.program_id(2) * BLOCK_O
+    acc = tl.zeros([BLOCK_K, BLOCK_O], tl.float32)
     if t + 1 < length:
         for o0 in range(0, K, BLOCK_J):
             other = o0 + tl.arange(0, BLOCK_J)
@@ -90,7 +91,7 @@ def _table_kernel(
                     scale, K, D, BLOCK_D, PRECISION,
                 )  # fmt: skip
                 token = tl.load(tokens_ptr + base + K + other, mask=other < K, other=0)
-                rows = load_rows(right_ptr, token, other < K, D, BLOCK_D)
+                rows = load_rows(right_ptr, token, other < K, d0, D, BLOCK_O)
                 acc += tl.dot(share, rows, input_precision=PRECISION)
             else:
                 share = _share(
@@ -98,11 +99,29 @@ def _table_kernel(
                     scale, K, D, BLOCK_D, PRECISION,
                 )  # fmt: skip
                 token = tl.load(tokens_ptr + base + other, mask=other < K, other=0)
-                rows = load_rows(left_ptr, token, other < K, D, BLOCK_D)
+                rows = load_rows(left_ptr, token, other < K, d0, D, BLOCK_O)
                 acc += tl.dot(tl.trans(share), rows, input_precision=PRECISION)
-    d = tl.arange(0, BLOCK_D)
+    d = d0 + tl.arange(0, BLOCK_O)
     mask = (own < K)[:, None] & (d < D)[None, :]
     tl.store(out_ptr + (position * K + own[:, None]) * D + d[None, :], acc * scale, mask=mask)
+
+
+def flow_config(beam: int) -> dict[str, int]:
+    """How the reverse sweep is launched, whatever the rank."""
+    side = power(beam)
+    return {
+        "BLOCK_K": min(64, side),
+        "BLOCK_J": min(32, side),
+        "BLOCK_D": 32,
+        "num_warps": 8,
+        "num_stages": 1,
+        "maxnreg": 255,
+    }
+
+
+def table_config(beam: int, rank: int) -> dict[str, int]:
+    """How the tables' gradients are launched: a program has BLOCK_O of their columns."""
+    return {**flow_config(beam), "BLOCK_O": min(64, power(rank))}
 
 
 def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables: bool):
@@ -114,21 +133,22 @@ def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths,
     if batch == 0:
         return into, *grads
     pointer, has_lengths = as_lengths(lengths, tokens)
-    blocks = {"BLOCK_K": min(64, power(beam)), "BLOCK_J": min(32, power(beam)), "BLOCK_D": power(rank)}
-    common = {"HAS_LENGTHS": has_lengths, "PRECISION": precision(), **blocks}
+    common = {"HAS_LENGTHS": has_lengths, "PRECISION": precision()}
+    launch = table_config(beam, rank)
     with torch.cuda.device_of(scores):
         _flow_kernel[(batch,)](
             grad, messages, norms, scores, tokens, left, right, pointer, into, flow, scale, length, beam, rank,
-            **common, num_warps=8,
+            **common, **flow_config(beam),
         )  # fmt: skip
         if tables and length > 1:
             shape = (batch, length - 1, beam, rank)
-            grid = (batch * (length - 1), triton.cdiv(beam, blocks["BLOCK_K"]))
+            tiles = triton.cdiv(beam, launch["BLOCK_K"]), triton.cdiv(rank, launch["BLOCK_O"])
+            grid = (batch * (length - 1), *tiles)
             for sources, table, own in ((True, grads[0], tokens[:, :-1]), (False, grads[1], tokens[:, 1:])):
                 out = scores.new_empty(shape)
                 _table_kernel[grid](
                     messages, norms, scores, tokens, left, right, pointer, flow, out, scale, length, beam, rank,
-                    SOURCES=sources, **common, num_warps=4,
+                    SOURCES=sources, **common, **launch,
                 )  # fmt: skip
                 table.index_add_(0, own.reshape(-1), out.view(-1, rank))
     return into, *grads

@@ -107,6 +107,13 @@ def _select_kernel(
         tl.store(values_ptr + row * K + lane, value, mask=valid)
 
 
+def config(beam_size: int) -> dict[str, int]:
+    """How a row is launched."""
+    side = triton.next_power_of_2(beam_size)
+    cap = max(64, 4 * side)
+    return {"BLOCK_K": side, "CAP": cap, "num_warps": 8 if cap >= 1024 else 4}
+
+
 def supports(emissions: torch.Tensor, beam_size: int) -> bool:
     return beam_size <= BEAM_LIMIT and emissions.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,14 +126,13 @@ def beam_select(emissions, beam_size: int, lengths):
     shape = (batch, length, beam_size)
     tokens = torch.empty(shape, dtype=torch.int64, device=emissions.device)
     values = torch.empty(shape, dtype=torch.float32, device=emissions.device)
-    cap = max(64, 4 * triton.next_power_of_2(beam_size))
-    scratch = torch.empty((batch * length, cap), dtype=torch.int64, device=emissions.device)
+    launch = config(beam_size)
+    scratch = torch.empty((batch * length, launch["CAP"]), dtype=torch.int64, device=emissions.device)
     pointer, has_lengths = as_lengths(lengths, tokens)
     if batch:
         with torch.cuda.device_of(emissions):
             _select_kernel[(batch * length,)](
                 emissions, pointer, scratch, tokens, values, emissions.stride(0), emissions.stride(1),
-                length, vocabulary, beam_size, HAS_LENGTHS=has_lengths,
-                BLOCK_K=triton.next_power_of_2(beam_size), CAP=cap, num_warps=8 if cap >= 1024 else 4,
+                length, vocabulary, beam_size, HAS_LENGTHS=has_lengths, **launch,
             )  # fmt: skip
     return tokens, values

@@ -8,11 +8,28 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(table_ptr, tokens, row_mask, D, BLOCK_D: tl.constexpr):
-    """Rows of a table for a vector of tokens: [tokens, BLOCK_D], zeros where masked off."""
-    d = tl.arange(0, BLOCK_D)
+def load_rows(table_ptr, tokens, row_mask, d0, D, BLOCK_D: tl.constexpr):
+    """Columns from d0 on of a table's rows, for a vector of tokens: [tokens, BLOCK_D], zeros where masked off."""
+    d = d0 + tl.arange(0, BLOCK_D)
     mask = row_mask[:, None] & (d < D)[None, :]
     return tl.load(table_ptr + tokens[:, None] * D + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def products(
+    left_ptr, right_ptr, source, target, source_mask, target_mask, scale, D,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale * left[source] · right[target]: [sources, targets], summed over slices of the rank from the first on.
+
+    Shared memory holds one slice of the operands, whatever the rank is.
+    """
+    total = tl.zeros([source.shape[0], target.shape[0]], tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        u = load_rows(left_ptr, source, source_mask, d0, D, BLOCK_D) * scale
+        v = load_rows(right_ptr, target, target_mask, d0, D, BLOCK_D)
+        total = tl.dot(u, tl.trans(v), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -22,9 +39,7 @@ def transitions(
     """Scores from slots k of one position to slots j of the next: [k, j]. `base`: where the position's tokens begin."""
     source = tl.load(tokens_ptr + base + k, mask=k < K, other=0)
     target = tl.load(tokens_ptr + base + K + j, mask=j < K, other=0)
-    u = load_rows(left_ptr, source, k < K, D, BLOCK_D) * scale
-    v = load_rows(right_ptr, target, j < K, D, BLOCK_D)
-    return tl.dot(u, tl.trans(v), input_precision=PRECISION)
+    return products(left_ptr, right_ptr, source, target, k < K, j < K, scale, D, BLOCK_D, PRECISION)
 
 
 @triton.jit
@@ -53,6 +68,11 @@ def exp_or_zero(x):
 def power(size: int) -> int:
     """The next power of two from 16 on: the smallest side of a `tl.dot`."""
     return max(16, triton.next_power_of_2(size))
+
+
+def registers(warps: int) -> int:
+    """All that a thread can have. Left to itself, the assembler spills a few bytes to fit one more block."""
+    return min(255, 65536 // (32 * warps))
 
 
 def precision() -> str:

@@ -100,8 +100,17 @@ def _backtrace_kernel(pointers_ptr, last_ptr, lengths_ptr, path_ptr, T, K, HAS_L
         slot = tl.where(here, before, slot)
 
 
-def _blocks(beam: int, rank: int) -> dict[str, int]:
-    return {"BLOCK_K": min(128, power(beam)), "BLOCK_J": min(32, power(beam)), "BLOCK_D": power(rank)}
+def config(beam: int) -> dict[str, int]:
+    """How the filter is launched, whatever the rank."""
+    side = power(beam)
+    return {
+        "BLOCK_K": min(128, side),
+        "BLOCK_J": min(32, side),
+        "BLOCK_D": 32,
+        "num_warps": 8,
+        "num_stages": 1,
+        "maxnreg": 255,
+    }
 
 
 def _launch(scores, tokens, left, right, lengths, scale, messages, norms, pointers, last, maximum: bool) -> None:
@@ -113,7 +122,7 @@ def _launch(scores, tokens, left, right, lengths, scale, messages, norms, pointe
     with torch.cuda.device_of(scores):
         _filter_kernel[(batch,)](
             scores, tokens, left, right, lengths, messages, norms, pointers, last, scale, length, beam, rank,
-            HAS_LENGTHS=has_lengths, MAX=maximum, PRECISION=precision(), **_blocks(beam, rank), num_warps=8,
+            HAS_LENGTHS=has_lengths, MAX=maximum, PRECISION=precision(), **config(beam),
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .crf_common import as_lengths, exp_or_zero, load_rows, pick, power, precision, to_uniform, transitions
+from .crf_common import as_lengths, exp_or_zero, pick, power, precision, products, registers, to_uniform, transitions
 
 BEAM_LIMIT = 1024  # slots a tile can hold
 
@@ -21,15 +21,15 @@ def _ffbs_kernel(
     slots_ptr,  # [B, T, N]
     seed, scale, T, K, D, N,
     HAS_LENGTHS: tl.constexpr, HAS_UNIFORMS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     k = tl.arange(0, BLOCK_K)
     length = T
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b).to(tl.int32)
-    slot = tl.zeros([BLOCK_N], tl.int32)
+    slot = tl.zeros([WIDTH], tl.int32)
     for step in range(T):
         t = T - 1 - step
         at = (b * T + t) * N + n
@@ -38,24 +38,22 @@ def _ffbs_kernel(
             alpha = tl.load(messages_ptr + base + k, mask=k < K, other=0.0)
             alpha += tl.load(scores_ptr + base + k, mask=k < K, other=-float("inf"))
             alpha -= tl.load(norms_ptr + b * T + t)
-            x = alpha[:, None] + tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+            x = alpha[:, None] + tl.zeros([BLOCK_K, WIDTH], tl.float32)
             if t + 1 < length:
                 source = tl.load(tokens_ptr + base + k, mask=k < K, other=0)
                 target = tl.load(tokens_ptr + base + K + slot)
-                u = load_rows(left_ptr, source, k < K, D, BLOCK_D) * scale
-                v = load_rows(right_ptr, target, n < N, D, BLOCK_D)
-                x += tl.dot(u, tl.trans(v), input_precision=PRECISION)
+                x += products(left_ptr, right_ptr, source, target, k < K, n < N, scale, D, BLOCK_D, PRECISION)
             if HAS_UNIFORMS:
                 uniform = tl.load(uniforms_ptr + at, mask=n < N, other=0.0)
             else:
-                zero = tl.zeros([BLOCK_N], tl.int32)
+                zero = tl.zeros([WIDTH], tl.int32)
                 word, _, _, _ = tl.philox(seed, zero, zero + t, n, zero + b.to(tl.int32))
                 uniform = to_uniform(word)
             x = tl.where((k < K)[:, None], x, -float("inf"))
             slot = pick(exp_or_zero(x - tl.max(x, axis=0)[None, :]), uniform, BLOCK_K)
             tl.store(slots_ptr + at, slot.to(tl.int64), mask=n < N)
         else:
-            tl.store(slots_ptr + at, tl.full([BLOCK_N], -1, tl.int64), mask=n < N)
+            tl.store(slots_ptr + at, tl.full([WIDTH], -1, tl.int64), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["T", "seed"])
@@ -64,7 +62,7 @@ def _stochastic_kernel(
     slots_ptr, prefixes_ptr, pointers_ptr,  # [B, T, N], [B, T, K, N], [B, T, K, N]
     seed, inverse, T, K, D, N,
     HAS_LENGTHS: tl.constexpr, HAS_UNIFORMS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One table of one item. Prefix scores pass from step to step through global memory."""
     b = tl.program_id(0).to(tl.int64)
@@ -83,8 +81,8 @@ def _stochastic_kernel(
             else:
                 before = base - K
                 state = tl.load(prefixes_ptr + (before + k) * N + n, mask=k < K, other=-float("inf"))
-                for j0 in range(0, K, BLOCK_J):
-                    j = j0 + tl.arange(0, BLOCK_J)
+                for j0 in range(0, K, WIDTH):
+                    j = j0 + tl.arange(0, WIDTH)
                     step = transitions(tokens_ptr, left_ptr, right_ptr, before, k, j, 1.0, K, D, BLOCK_D, PRECISION)
                     candidates = state[:, None] + step
                     logits = candidates * inverse
@@ -93,7 +91,7 @@ def _stochastic_kernel(
                         at = ((b * (T - 1) + t - 1) * K + j) * N + n
                         uniform = tl.load(uniforms_ptr + at, mask=j < K, other=0.0)
                     else:
-                        zero = tl.zeros([BLOCK_J], tl.int32)
+                        zero = tl.zeros([WIDTH], tl.int32)
                         w0, w1, w2, w3 = tl.philox(seed, 1 + j // 4, zero + (t - 1), zero + n, zero + b.to(tl.int32))
                         odd = j % 4
                         word = tl.where(odd == 0, w0, tl.where(odd == 1, w1, tl.where(odd == 2, w2, w3)))
@@ -122,6 +120,27 @@ def _stochastic_kernel(
         slot = tl.where(here, before_slot, slot)
 
 
+def _config(beam: int, width: int) -> dict[str, int]:
+    """How a tile of a whole beam is launched: its height, the samples or targets beside it, slices of the rank.
+
+    Whatever the rank is, 32 KiB of shared memory are enough, and no register is spilled.
+    """
+    height = power(beam)
+    warps = 4 if height <= 64 else 8 if height <= 128 else 16
+    return {
+        "BLOCK_K": height, "WIDTH": 16 if height <= 256 else width, "BLOCK_D": 16 if height <= 256 else 8,
+        "num_warps": warps, "num_stages": 1, "maxnreg": registers(warps),
+    }  # fmt: skip
+
+
+def ffbs_config(beam: int) -> dict[str, int]:
+    return _config(beam, 8 if beam <= 512 else 4)
+
+
+def stochastic_config(beam: int) -> dict[str, int]:
+    return _config(beam, 8 if beam <= 512 else 2)
+
+
 def _check(beam: int) -> None:
     if beam > BEAM_LIMIT:
         raise ValueError(f"the beam holds {beam} tokens, the sampling kernels take at most {BEAM_LIMIT}")
@@ -133,14 +152,14 @@ def ffbs(messages, norms, scores, tokens, left, right, lengths, scale, samples, 
     _check(beam)
     slots = torch.empty((batch, length, samples), dtype=torch.int64, device=scores.device)
     pointer, has_lengths = as_lengths(lengths, tokens)
-    block_n = 16
+    launch = ffbs_config(beam)
     if batch:
         with torch.cuda.device_of(scores):
-            _ffbs_kernel[(batch, triton.cdiv(samples, block_n))](
+            _ffbs_kernel[(batch, triton.cdiv(samples, launch["WIDTH"]))](
                 messages, norms, scores, tokens, left, right, pointer, scores if uniforms is None else uniforms,
                 slots, seed, scale, length, beam, left.shape[1], samples,
                 HAS_LENGTHS=has_lengths, HAS_UNIFORMS=uniforms is not None, PRECISION=precision(),
-                BLOCK_K=power(beam), BLOCK_N=block_n, BLOCK_D=power(left.shape[1]), num_warps=16 if beam > 128 else 4,
+                **launch,
             )  # fmt: skip
     return slots
 
@@ -159,6 +178,6 @@ def stochastic_viterbi(scores, tokens, left, right, lengths, temperature, sample
                 scores, tokens, left, right, pointer, scores if uniforms is None else uniforms,
                 slots, prefixes, pointers, seed, 1.0 / temperature, length, beam, left.shape[1], samples,
                 HAS_LENGTHS=has_lengths, HAS_UNIFORMS=uniforms is not None, PRECISION=precision(),
-                BLOCK_K=power(beam), BLOCK_J=16, BLOCK_D=power(left.shape[1]), num_warps=16 if beam > 128 else 4,
+                **stochastic_config(beam),
             )  # fmt: skip
     return slots, prefixes, pointers

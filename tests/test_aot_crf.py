@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,6 @@ from simctg_fast.kernels import crf_backward, crf_beam, crf_filter, crf_sample  
 
 BIN = Path(nvidia.__file__).parent / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-BEAM, RANK = 256, 32
 
 F, L, I, U8 = "*fp32", "*i64", "i32", "*u8"  # noqa: E741
 FILTER = {
@@ -50,35 +51,49 @@ SELECT = {
     "stride_t": "i64", "T": I, "V": I, "K": I,
 }  # fmt: skip
 BACKTRACE = {"pointers_ptr": U8, "last_ptr": L, "lengths_ptr": L, "path_ptr": L, "T": I, "K": I}
-COMMON = {"HAS_LENGTHS": True, "PRECISION": "ieee", "BLOCK_D": 32}
-CASES = {
-    "filter": (crf_filter._filter_kernel, FILTER, {**COMMON, "MAX": False, "BLOCK_K": 128, "BLOCK_J": 32}, 8),
-    "max": (crf_filter._filter_kernel, FILTER, {**COMMON, "MAX": True, "BLOCK_K": 128, "BLOCK_J": 32}, 8),
-    "backtrace": (crf_filter._backtrace_kernel, BACKTRACE, {"HAS_LENGTHS": True}, 1),
-    "flow": (crf_backward._flow_kernel, FLOW, {**COMMON, "BLOCK_K": 64, "BLOCK_J": 32}, 8),
-    "sources": (crf_backward._table_kernel, TABLE, {**COMMON, "SOURCES": True, "BLOCK_K": 64, "BLOCK_J": 32}, 4),
-    "targets": (crf_backward._table_kernel, TABLE, {**COMMON, "SOURCES": False, "BLOCK_K": 64, "BLOCK_J": 32}, 4),
-    "ffbs": (crf_sample._ffbs_kernel, FFBS, {**COMMON, "HAS_UNIFORMS": False, "BLOCK_K": 256, "BLOCK_N": 16}, 16),
-    "stochastic": (
-        crf_sample._stochastic_kernel, STOCHASTIC, {**COMMON, "HAS_UNIFORMS": False, "BLOCK_K": 256, "BLOCK_J": 16}, 16,
-    ),
-    "select": (crf_beam._select_kernel, SELECT, {"HAS_LENGTHS": True, "BLOCK_K": 256, "CAP": 1024}, 8),
-}  # fmt: skip
+LENGTHS = {"HAS_LENGTHS": True}
+SAMPLER = {**LENGTHS, "HAS_UNIFORMS": False}
+BEAMS, RANKS = (64, 128, 256, 512, 1024), (16, 32, 64, 128, 256)
+# Kernel, signature, flags, and how the launcher starts it for a beam and a rank.
+KERNELS = {
+    "filter": (crf_filter._filter_kernel, FILTER, {**LENGTHS, "MAX": False}, lambda k, d: crf_filter.config(k)),
+    "max": (crf_filter._filter_kernel, FILTER, {**LENGTHS, "MAX": True}, lambda k, d: crf_filter.config(k)),
+    "backtrace": (crf_filter._backtrace_kernel, BACKTRACE, LENGTHS, lambda k, d: {"num_warps": 1}),
+    "flow": (crf_backward._flow_kernel, FLOW, LENGTHS, lambda k, d: crf_backward.flow_config(k)),
+    "sources": (crf_backward._table_kernel, TABLE, {**LENGTHS, "SOURCES": True}, crf_backward.table_config),
+    "targets": (crf_backward._table_kernel, TABLE, {**LENGTHS, "SOURCES": False}, crf_backward.table_config),
+    "ffbs": (crf_sample._ffbs_kernel, FFBS, SAMPLER, lambda k, d: crf_sample.ffbs_config(k)),
+    "stochastic": (crf_sample._stochastic_kernel, STOCHASTIC, SAMPLER, lambda k, d: crf_sample.stochastic_config(k)),
+    "select": (crf_beam._select_kernel, SELECT, LENGTHS, lambda k, d: crf_beam.config(k)),
+}
+SINGLE = ("backtrace", "select")  # neither meets the rank
 
 
-def build(name: str, capability: int):
-    kernel, signature, constants, warps = CASES[name]
+@functools.cache
+def build(name: str, beam: int, rank: int, precision: str, capability: int):
+    kernel, signature, flags, config = KERNELS[name]
+    launch = config(beam, rank)
+    options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
+    # What the launcher finds at run time: tensors begin at a multiple of 16, and so may a beam and a rank be.
+    even = tuple(key for key, size in (("K", beam), ("D", rank)) if size % 16 == 0)
+    names = kernel.arg_names
+    constants = {**flags, **launch, **({"PRECISION": precision} if "PRECISION" in names else {})}
+    return compiled(name, tuple(constants.items()), tuple(options.items()), even, capability)
+
+
+@functools.cache  # the grid meets equal constants again and again
+def compiled(name: str, constants: tuple, options: tuple, even: tuple[str, ...], capability: int):
+    kernel, signature, _, _ = KERNELS[name]
     names = kernel.arg_names
     signature = {key: signature.get(key, "constexpr") for key in names}
-    # What the launcher finds at run time: tensors and the vocabulary's and beam's strides are multiples of 16.
-    aligned = {i for i, key in enumerate(names) if signature[key].startswith("*") or key in ("K", "D")}
+    aligned = {i for i, key in enumerate(names) if signature[key].startswith("*") or key in even}
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(names.index(key),): value for key, value in constants.items()},
+        constexprs={(names.index(key),): value for key, value in constants},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -90,20 +105,41 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
-# One GPU and the kernels that compile fast in the fast set, everything in the full one.
-SLOW = ("select", "filter", "stochastic")
-EVERYTHING = [
-    pytest.param(name, capability, marks=[] if capability == 90 and name not in SLOW else pytest.mark.full)
-    for name in CASES
-    for capability in SHARED_LIMIT
+def grid() -> Iterator[tuple]:
+    """Beams and ranks that divide everything, ones that divide nothing, and products in TF32."""
+    for name in KERNELS:
+        if name in SINGLE:
+            yield from ((name, beam, 32, "ieee") for beam in BEAMS)
+            continue
+        yield from ((name, beam, rank, "ieee") for beam in BEAMS for rank in RANKS)
+        yield from ((name, beam, 33, "ieee") for beam in (100, 250, 700, 1000))
+        yield from ((name, beam, 64, "tf32") for beam in BEAMS)
+
+
+# In the fast set, for one GPU: captioners' sizes, and what a whole row of the tables would not leave room for.
+FAST = {(name, 256, 32, "ieee", 90) for name in KERNELS if name != "select"}
+FAST |= {(name, 1024, 64, "ieee", 90) for name in ("ffbs", "stochastic")} | {("sources", 1024, 256, "ieee", 90)}
+CASES = [
+    pytest.param(
+        *case,
+        arch,
+        id="-".join(map(str, (*case, f"sm{arch}"))),
+        marks=[] if (*case, arch) in FAST else pytest.mark.full,
+    )
+    for case in grid()
+    for arch in SHARED_LIMIT
 ]
 
 
-@pytest.mark.parametrize(("name", "capability"), EVERYTHING)
-def test_aot_no_spills(name, capability, tmp_path):
-    compiled = build(name, capability)
-    used = resources(compiled.asm["cubin"], tmp_path)
+@pytest.mark.parametrize(("name", "beam", "rank", "precision", "capability"), CASES)
+def test_aot_no_spills(name, beam, rank, precision, capability, tmp_path):
+    built = build(name, beam, rank, precision, capability)
+    used = resources(built.asm["cubin"], tmp_path)
     assert used["LOCAL"] == 0, used
     assert used["STACK"] == 0, used
     assert used["REG"] <= 255
-    assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+    assert built.metadata.shared <= SHARED_LIMIT[capability]
+
+
+def test_the_fast_set_is_of_the_grid():
+    assert {(*case, 90) for case in grid()} >= FAST

@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-# Beam, rank and vocabulary that are no power of two; nothing but ones; an item of length 0; the whole vocabulary; none.
-SMALL = ((2, 4, 20, 5, 3), (1, 1, 3, 1, 1), (2, 1, 6, 6, 2), (0, 3, 6, 2, 2))
+# Beam, rank and vocabulary that are no power of two; nothing but ones; an item of length 0; the whole vocabulary; none;
+# a rank of several slices.
+SMALL = ((2, 4, 20, 5, 3), (1, 1, 3, 1, 1), (2, 1, 6, 6, 2), (0, 3, 6, 2, 2), (2, 3, 20, 5, 70))
 TILES = (2, 3, 200, 150, 20)  # several tiles a side
 
 
