@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops._accumulate import add_rows_
 from .crf_common import as_lengths, exp_or_zero, load_rows, power, precision, transitions
 
 
@@ -150,5 +151,5 @@ def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths,
                     messages, norms, scores, tokens, left, right, pointer, flow, out, scale, length, beam, rank,
                     SOURCES=sources, **common, **launch,
                 )  # fmt: skip
-                table.index_add_(0, own.reshape(-1), out.view(-1, rank))
+                add_rows_(table, own.reshape(-1), out.view(-1, rank))
     return into, *grads

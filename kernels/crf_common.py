@@ -45,13 +45,13 @@ def transitions(
 @triton.jit
 def pick(weights, uniform, BLOCK_K: tl.constexpr):
     """Inverse CDF along the first dimension of [BLOCK_K, n]: the first slot whose running sum exceeds uniform ·
-    total."""
+    total. It has weight: sums taken in another order than the slots' may rise at one that adds nothing."""
     running = tl.cumsum(weights, axis=0)
     total = tl.max(running, axis=0)
-    slot = tl.sum((running <= (uniform * total)[None, :]).to(tl.int32), axis=0)
-    k = tl.arange(0, BLOCK_K)
-    last = tl.max(tl.where(weights > 0, k[:, None], 0), axis=0)
-    return tl.minimum(slot, last)
+    k = tl.arange(0, BLOCK_K)[:, None]
+    live = weights > 0
+    first = tl.min(tl.where(live & (running > (uniform * total)[None, :]), k, BLOCK_K), axis=0)
+    return tl.minimum(first, tl.max(tl.where(live, k, 0), axis=0))
 
 
 @triton.jit

@@ -120,25 +120,26 @@ def _stochastic_kernel(
         slot = tl.where(here, before_slot, slot)
 
 
-def _config(beam: int, width: int) -> dict[str, int]:
-    """How a tile of a whole beam is launched: its height, the samples or targets beside it, slices of the rank.
+def _config(beam: int, width: int, free: int) -> dict[str, int]:
+    """How a tile of a whole beam is launched: its height, the samples or targets beside it, slices of the rank; up to
+    the height `free` a thread is told that it may have all registers.
 
     Whatever the rank is, 32 KiB of shared memory are enough, and no register is spilled.
     """
     height = power(beam)
     warps = 4 if height <= 64 else 8 if height <= 128 else 16
     return {
-        "BLOCK_K": height, "WIDTH": 16 if height <= 256 else width, "BLOCK_D": 16 if height <= 256 else 8,
-        "num_warps": warps, "num_stages": 1, "maxnreg": registers(warps),
+        "BLOCK_K": height, "WIDTH": width, "BLOCK_D": 16 if height <= 256 else 8, "num_warps": warps, "num_stages": 1,
+        **({"maxnreg": registers(warps)} if height <= free else {}),
     }  # fmt: skip
 
 
 def ffbs_config(beam: int) -> dict[str, int]:
-    return _config(beam, 8 if beam <= 512 else 4)
+    return _config(beam, 16 if beam <= 256 else 8, 512)
 
 
 def stochastic_config(beam: int) -> dict[str, int]:
-    return _config(beam, 8 if beam <= 512 else 2)
+    return _config(beam, 16 if beam <= 256 else 8 if beam <= 512 else 2, 1024)
 
 
 def _check(beam: int) -> None:

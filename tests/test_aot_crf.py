@@ -71,7 +71,7 @@ SINGLE = ("backtrace", "select")  # neither meets the rank
 
 @functools.cache
 def build(name: str, beam: int, rank: int, precision: str, capability: int):
-    kernel, signature, flags, config = KERNELS[name]
+    kernel, _, flags, config = KERNELS[name]
     launch = config(beam, rank)
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
     # What the launcher finds at run time: tensors begin at a multiple of 16, and so may a beam and a rank be.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..ops.crf_common import take_along
 from ..ops.crf_dense import dense_log_partition, dense_viterbi
 from .arguments import as_lengths, as_paths, beyond, check_device, check_emissions, check_scores, check_tokens
 from .low_rank import REDUCTIONS
@@ -79,7 +80,7 @@ class LinearChainCRF(nn.Module):
 
     def _along(self, scores, transitions, lengths, path):
         """What each position adds to the score of a path, `(B, T)`."""
-        result = scores.gather(2, path[:, :, None]).squeeze(2)
+        result = take_along(scores, path[:, :, None]).squeeze(2)
         result = result + nn.functional.pad(transitions[path[:, :-1], path[:, 1:]], (1, 0))
         past = beyond(lengths, scores.shape[1])
         return result if past is None else result.masked_fill(past, 0)

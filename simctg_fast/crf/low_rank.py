@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..ops.crf_beam import crf_beam_select
+from ..ops.crf_common import take_along
 from ..ops.crf_filter import crf_filter, crf_filter_backward
 from ..ops.crf_sample import crf_ffbs
 from ..ops.crf_stochastic import crf_stochastic_viterbi
@@ -306,11 +307,9 @@ class LowRankCRF(nn.Module):
             p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
             f = self._filter(p)
             # The marginals are the gradient of the log-partition: what the reverse sweep makes of softmax(alpha_T).
-            seed = torch.zeros_like(f.messages)
-            final = torch.softmax(f.last_alpha, 1)
-            if p.lengths is not None:
-                final = final.masked_fill((p.lengths == 0)[:, None], 0)
-            seed.scatter_(1, self._last(p).expand(-1, -1, seed.shape[2]), final.unsqueeze(1))
+            position = torch.arange(p.scores.shape[1], device=p.scores.device)
+            ends = position == (position[-1] if p.lengths is None else p.lengths[:, None] - 1)
+            seed = torch.where(ends[..., None], torch.softmax(f.last_alpha, 1)[:, None], 0)
             into = crf_filter_backward(seed, f.messages, f.norms, *p.arguments(), p.scale, False, impl=self.impl)[0]
             return Marginals(into + seed, p.tokens)
 
@@ -410,7 +409,7 @@ class LowRankCRF(nn.Module):
                 emissions.detach(), min(width, self.num_embeddings), lengths, forced, impl=self.impl
             )
         if values is None or (emissions.requires_grad and torch.is_grad_enabled()):
-            values = emissions.gather(2, tokens).to(dtype)
+            values = take_along(emissions, tokens).to(dtype)
             if past is not None:
                 values = values.masked_fill(past[:, :, None], 0)  # padding may hold anything, NaN too
         if on_cpu:
@@ -420,17 +419,13 @@ class LowRankCRF(nn.Module):
         scores = values if temperature == 1.0 else values * scale
         return Potentials(scores, tokens, left, right, lengths, past, scale)
 
-    def _last(self, p: Potentials) -> torch.Tensor:
-        """Index of each item's last position, `(B, 1, 1)`, for a gather along dimension 1."""
-        batch, length = p.scores.shape[:2]
-        if p.lengths is None:
-            return p.tokens.new_full((batch, 1, 1), length - 1)
-        return (p.lengths - 1).clamp(min=0).view(batch, 1, 1)
-
     def _filter(self, p: Potentials) -> Filtered:
         messages, norms = crf_filter(*p.arguments(), p.scale, impl=self.impl)
         alpha = messages + p.scores - norms[:, :, None]
-        last = alpha.gather(1, self._last(p).expand(-1, -1, alpha.shape[2])).squeeze(1)
+        if p.lengths is None:
+            last = alpha[:, -1]
+        else:
+            last = alpha[torch.arange(alpha.shape[0], device=alpha.device), (p.lengths - 1).clamp(min=0)]
         total = torch.logsumexp(last, 1)
         if p.lengths is not None:
             total = total.masked_fill(p.lengths == 0, 0)
@@ -439,8 +434,8 @@ class LowRankCRF(nn.Module):
     def _conditionals(self, p: Potentials, f: Filtered, slots: torch.Tensor) -> torch.Tensor:
         """log p(y_t | y_{t+1}), `(B, T, N)`: alpha_t(y_t) + transition - message_{t+1}(y_{t+1})."""
         inside = slots.clamp(min=0)
-        here = f.alpha.gather(2, inside)
-        follows = p.scale * self._edges(p, inside) - f.messages.gather(2, inside)[:, 1:]
+        here = take_along(f.alpha, inside)
+        follows = p.scale * self._edges(p, inside) - take_along(f.messages, inside)[:, 1:]
         follows = torch.cat([follows, (-f.last_total)[:, None, None].expand(-1, 1, slots.shape[2])], 1)
         if p.lengths is not None:
             position = torch.arange(slots.shape[1], device=slots.device)
@@ -467,7 +462,7 @@ class LowRankCRF(nn.Module):
     def _path(self, p: Potentials, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and per-position scores of paths given by their slots, `(B, T, N)` each."""
         inside = slots.clamp(min=0)
-        scores = p.scores.gather(2, inside)
+        scores = take_along(p.scores, inside)
         scores = scores + nn.functional.pad(self._edges(p, inside), (0, 0, 1, 0))
         return self._tokens(p, slots), scores.masked_fill(slots < 0, 0)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops.crf_beam import crf_beam_select
+from ..ops.crf_common import take_along
 from ..ops.crf_stochastic import crf_stochastic_viterbi
 from .arguments import as_lengths, beyond, check_device, check_emissions, check_scores, check_temperature, draw_seed
 
@@ -32,7 +33,7 @@ class _Published(nn.Module):
         past = beyond(lengths, emissions.shape[1])
         tokens, scores = crf_beam_select(emissions.detach(), width, lengths, impl=self.impl)
         if emissions.requires_grad and torch.is_grad_enabled():
-            scores = emissions.gather(2, tokens).to(scores.dtype)
+            scores = take_along(emissions, tokens).to(scores.dtype)
             scores = scores if past is None else scores.masked_fill(past[:, :, None], 0)
         if scores.device.type == "cpu":
             check_scores(scores, past)

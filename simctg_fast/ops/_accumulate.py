@@ -1,22 +1,27 @@
-"""Adding rows to a table where several rows may have one target."""
+"""Sums over repeated indices that come out the same in every run."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def add_rows_(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``table[index[i]] += rows[i]``, the same sum in every run.
+def _has_atomics(device: torch.device) -> bool:
+    """Whether torch's `index_add_` adds in whatever order threads arrive."""
+    return device.type == "cuda"
 
-    Which operator keeps an order depends on the device: `index_add_` is sequential on the CPU and a float atomic on
-    CUDA; `index_put_` with ``accumulate=True`` sorts the index on CUDA, and may use atomics between threads on the CPU.
+
+def add_rows_(table: Tensor, index: Tensor, rows: Tensor) -> None:
+    """table[index[i]] += rows[i], the same sum in every run.
 
     Args:
-        table: ``(M, …)``, changed in place.
-        index: ``(N,)`` int64, each in ``0..M - 1``, with repetitions.
-        rows: ``(N, …)``, of the table's dtype and device.
+        table: `(V, …)`, changed in place. index: `(M,)` int64, any index as often as it comes. rows: `(M, …)` of the
+            table's dtype.
+
+    On CUDA an accumulating `index_put_` sorts the indices and adds in that order, where `index_add_` uses atomics; on
+    the CPU `index_add_` is the sequential one of the two.
     """
-    if table.device.type == "cpu":
-        table.index_add_(0, index, rows)
-    else:
+    if _has_atomics(table.device):
         table.index_put_((index,), rows, accumulate=True)
+    else:
+        table.index_add_(0, index, rows)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import os
 
 import torch
+from torch.nn.functional import embedding
 
-from . import _backends
+from . import _accumulate, _backends
 
 IMPLS = ("auto", "triton", "cpu", "torch")
 TILE_LIMIT = 1024  # widest beam of the Triton kernels that hold one in a tile
@@ -101,7 +102,8 @@ def check_potentials(
 
 def transition(tokens: torch.Tensor, t: int, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """Transitions from position t to t + 1: `(B, K, K)`, source slot first."""
-    return torch.matmul(left[tokens[:, t]] * scale, right[tokens[:, t + 1]].transpose(1, 2))
+    source, target = embedding(tokens[:, t], left), embedding(tokens[:, t + 1], right)
+    return torch.matmul(source * scale, target.transpose(1, 2))
 
 
 def inside(lengths: torch.Tensor | None, t: int) -> torch.Tensor | None:
@@ -111,6 +113,47 @@ def inside(lengths: torch.Tensor | None, t: int) -> torch.Tensor | None:
 
 def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+# ---- gathering, with gradients that are the same in every run -------------------------------------------------------
+
+
+def add_along_(table: torch.Tensor, dim: int, index: torch.Tensor, values: torch.Tensor) -> None:
+    """`table.scatter_add_(dim, index, values)`, the same sum in every run; the other dimensions are of equal sizes."""
+    if not _accumulate._has_atomics(table.device):
+        table.scatter_add_(dim, index, values)
+        return
+    flat = index * table.stride(dim)
+    for other in range(table.dim()):
+        if other != dim:
+            shape = [1] * table.dim()
+            shape[other] = -1
+            flat = flat + (torch.arange(table.shape[other], device=table.device) * table.stride(other)).view(shape)
+    _accumulate.add_rows_(table.view(-1), flat.reshape(-1), values.reshape(-1))
+
+
+class _TakeAlong(torch.autograd.Function):
+    @staticmethod
+    def forward(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return values.gather(2, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        values, index = inputs
+        ctx.shape = values.shape
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        result = grad.new_zeros(ctx.shape)
+        add_along_(result, 2, index, grad)
+        return result, None
+
+
+def take_along(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`values.gather(2, index)` for `(B, T, K)` and `(B, T, N)`, whose gradient on CUDA uses no atomics."""
+    return _TakeAlong.apply(values, index)
 
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
@@ -168,10 +211,14 @@ def uniforms_stochastic(
 
 
 def pick(weights: torch.Tensor, uniform: torch.Tensor, dim: int) -> torch.Tensor:
-    """Inverse CDF in slot order along `dim`: the first slot whose running sum exceeds ``uniform * total``."""
-    running = weights.cumsum(dim)
-    total = running.select(dim, -1)
-    slot = (running <= (uniform * total).unsqueeze(dim)).sum(dim)
+    """Inverse CDF in slot order along `dim`: the first slot whose running sum exceeds ``uniform * total``.
+
+    `weights` are in [0, 1]. They are added as integers, 2^-40 each: any order of the additions gives the same sums, and
+    a slot without weight is never drawn.
+    """
+    running = (weights * float(1 << 40)).to(torch.int64).cumsum(dim)
+    edge = (uniform.double() * running.select(dim, -1)).floor().to(torch.int64)
+    slot = (running <= edge.unsqueeze(dim)).sum(dim)
     # Rounding may carry `uniform * total` up to the total itself: the last slot that has any weight, then.
     index = torch.arange(weights.shape[dim], device=weights.device)
     index = index.view([-1 if d == dim % weights.dim() else 1 for d in range(weights.dim())])

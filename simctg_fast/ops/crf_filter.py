@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from . import _backends
+from ._accumulate import add_rows_
 from .crf_common import address, check_potentials, choose, inside, transition
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
@@ -163,10 +164,10 @@ def _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths,
         grad_scores[:, t] = into
         if tables:
             source, target = tokens[:, t], tokens[:, t + 1]
-            grad_left.index_add_(0, source.reshape(-1), torch.matmul(share, right[target]).view(-1, rank) * scale)
-            grad_right.index_add_(
-                0, target.reshape(-1), torch.matmul(share.transpose(1, 2), left[source]).view(-1, rank) * scale
-            )
+            into_left = torch.matmul(share, right[target]).view(-1, rank) * scale
+            into_right = torch.matmul(share.transpose(1, 2), left[source]).view(-1, rank) * scale
+            add_rows_(grad_left, source.reshape(-1), into_left)
+            add_rows_(grad_right, target.reshape(-1), into_right)
         flow = grad[:, t] + into
     return grad_scores, grad_left, grad_right
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from . import _backends
-from .crf_common import address, check_potentials, choose, inside, pick, transition, uniforms_stochastic
+from ._accumulate import add_rows_
+from .crf_common import add_along_, address, check_potentials, choose, inside, pick, transition, uniforms_stochastic
 from .crf_viterbi import pointer_dtype
 
 SCRATCH = 1 << 19  # candidates (source, target, sample) that the PyTorch path holds at a time; one sample at least
@@ -174,7 +175,7 @@ def _autograd(ctx, grad_slots, grad, grad_backpointers):
     differences of the scores of one position (a softmax over slots does).
     """
     scores, tokens, left, right, lengths, backpointers = ctx.saved_tensors
-    batch, length, size, samples = backpointers.shape
+    batch, length, size, _ = backpointers.shape
     grad_scores, grad_left, grad_right = torch.zeros_like(scores), torch.zeros_like(left), torch.zeros_like(right)
     rank = left.shape[1]
     flow = torch.zeros_like(grad[:, 0])
@@ -188,13 +189,13 @@ def _autograd(ctx, grad_slots, grad, grad_backpointers):
             break
         pointer = backpointers[:, t].to(torch.int64)
         weight = scores.new_zeros((batch, size, size))  # weight[k, j]: what flows over the edge, all samples together
-        weight.scatter_add_(
-            1, pointer.transpose(1, 2).reshape(batch, samples, size), flow.transpose(1, 2).reshape(batch, samples, size)
-        )
+        add_along_(weight, 1, pointer.transpose(1, 2), flow.transpose(1, 2))
         source, target = tokens[:, t - 1], tokens[:, t]
-        grad_left.index_add_(0, source.reshape(-1), torch.matmul(weight, right[target]).view(-1, rank))
-        grad_right.index_add_(0, target.reshape(-1), torch.matmul(weight.transpose(1, 2), left[source]).view(-1, rank))
-        flow = torch.zeros_like(flow).scatter_add_(1, pointer, flow)
+        add_rows_(grad_left, source.reshape(-1), torch.matmul(weight, right[target]).view(-1, rank))
+        add_rows_(grad_right, target.reshape(-1), torch.matmul(weight.transpose(1, 2), left[source]).view(-1, rank))
+        before = torch.zeros_like(flow, memory_format=torch.contiguous_format)
+        add_along_(before, 1, pointer, flow)
+        flow = before
     return grad_scores, None, grad_left, grad_right, *[None] * 5
 
 
