@@ -285,6 +285,30 @@ def emulated_cuda(monkeypatch, tensors_of_cpu: bool = True):
         yield driver
 
 
+# ---- what adds in whatever order threads arrive ----------------------------------------------------------------------
+
+# From the documentation of `torch.use_deterministic_algorithms`, as ATen names them; of the likelihood it is the
+# two-dimensional one.
+_VARYING = {
+    "index_add", "index_copy", "index_reduce", "scatter_add", "scatter_reduce", "put", "histc", "bincount", "median",
+    "nanmedian", "kthvalue", "nll_loss2d_forward", "nll_loss2d_backward", "_ctc_loss_backward", "_embedding_bag",
+    "index_select_backward", "gather_backward", "resize",
+}  # fmt: skip
+_VARYING_ENDS = ("_pool3d_backward", "_pad2d_backward", "sampler_2d_backward")
+
+
+def varies_on_cuda(func, args, kwargs) -> bool:
+    """Whether two runs of the operator on CUDA may differ, outside of torch's deterministic mode."""
+    name = func._schema.name.split("::")[1].removesuffix("_")
+    if name in ("index_put", "_index_put_impl"):  # accumulating, it sorts first
+        return not (kwargs.get("accumulate", False) or (len(args) > 3 and args[3]))
+    if name == "scatter":
+        return func._overloadname.startswith("src")
+    if name in ("cumsum", "cumprod"):
+        return args[0].dtype.is_floating_point
+    return name in _VARYING or name.endswith(_VARYING_ENDS)
+
+
 # ---- tensors of a device --------------------------------------------------------------------------------------------
 
 CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -22,22 +22,10 @@ from simctg_fast.ops import _accumulate
 from simctg_fast.ops._accumulate import add_rows_
 from simctg_fast.ops.crf_common import add_along_, pick
 
+from .emulated_cuda import varies_on_cuda
+from .processes import run_child
+
 ROOT = Path(__file__).resolve().parents[1]
-# The documentation of torch.use_deterministic_algorithms, "normally-nondeterministic operations", as ATen names them.
-NEVER = {
-    "index_add", "index_copy", "index_reduce", "scatter", "scatter_add", "scatter_reduce", "put", "histc", "bincount",
-    "median", "nanmedian", "kthvalue", "nll_loss2d_forward", "_ctc_loss_backward", "_embedding_bag", "_index_put_impl",
-}  # fmt: skip
-
-
-def differs_on_cuda(func, args, kwargs) -> bool:
-    name = func._schema.name.split("::")[1]
-    name = name.removesuffix("_")
-    if name == "index_put":  # accumulating, it sorts first
-        return not (kwargs.get("accumulate", False) or (len(args) > 3 and args[3]))
-    if name == "cumsum":
-        return args[0].dtype.is_floating_point
-    return name in NEVER or name.endswith(("_pool3d_backward", "_pad2d_backward", "sampler_2d_backward"))
 
 
 class SameInEveryRun(TorchDispatchMode):
@@ -46,7 +34,7 @@ class SameInEveryRun(TorchDispatchMode):
         if func.namespace == "simctg_fast":  # and what our own operators are made of
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-        if differs_on_cuda(func, args, kwargs):
+        if varies_on_cuda(func, args, kwargs):
             raise AssertionError(f"{func} is not deterministic on CUDA")
         return func(*args, **kwargs)
 
@@ -156,12 +144,9 @@ def test_training_steps_in_pytorch():
 
 def run_interpreted(call: str) -> None:
     pytest.importorskip("triton")
-    from .processes import run_child  # not where this file is imported by its bare name
-
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    paths = [str(ROOT), str(ROOT / "tests")]
-    code = f"import sys; sys.path[:0] = {paths!r}; import test_crf_determinism as t; t.{call}"
-    done = run_child([sys.executable, "-W", "ignore", "-c", code], env=environment)
+    code = f"from tests import test_crf_determinism as t; t.{call}"
+    done = run_child([sys.executable, "-W", "ignore", "-c", code], env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -33,32 +33,10 @@ from simctg_fast.ops import cosine_similarity as cosine_ops
 from simctg_fast.ops import simcse as simcse_ops
 
 from . import conftest
-from .emulated_cuda import device_guard
+from .emulated_cuda import device_guard, varies_on_cuda
 from .processes import run_child
 
 aten = torch.ops.aten
-
-# From the documentation of `torch.use_deterministic_algorithms`: what has a deterministic algorithm beside the usual
-# one, and what has none. Convolution, pooling and padding are left out; of NLLLoss it is the two-dimensional one.
-NONDETERMINISTIC = {
-    aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_, aten.index_select_backward,
-    aten.gather_backward, aten.index_copy, aten.index_copy_, aten.scatter_reduce, aten.scatter_reduce_,
-    aten.index_reduce, aten.index_reduce_, aten.put, aten.put_, aten.histc, aten.bincount, aten.median,
-    aten.nll_loss2d_forward, aten.nll_loss2d_backward, aten._ctc_loss_backward, aten.grid_sampler_2d_backward,
-    aten.resize_,
-}  # fmt: skip
-
-
-def nondeterministic(func, args, kwargs) -> bool:
-    """Whether repeated runs on CUDA may differ in deterministic mode's absence."""
-    packet = func.overloadpacket
-    if packet in (aten.index_put, aten.index_put_, aten._index_put_impl_):
-        return not (args[3] if len(args) > 3 else kwargs.get("accumulate", False))
-    if packet in (aten.scatter, aten.scatter_):
-        return func._overloadname.startswith("src")
-    if packet in (aten.cumsum, aten.cumsum_, aten.cumprod):
-        return args[0].dtype.is_floating_point and kwargs.get("dtype") in (None, *(torch.float32, torch.float64))
-    return packet in NONDETERMINISTIC
 
 
 @dataclass
@@ -73,7 +51,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        assert not nondeterministic(func, args, kwargs), f"{func} depends on the order of float atomics on CUDA"
+        assert not varies_on_cuda(func, args, kwargs), f"{func} depends on the order of float atomics on CUDA"
         result = func(*args, **kwargs)
         if func is aten._to_copy.default:
             assert args[0].device.type == result.device.type, "a copy between host and device makes the host wait"
