@@ -76,10 +76,8 @@ parity: $(DEV) ## Token for token against transformers 4.55.4, which gets an env
 	@$(REQUIRE) $(PY) $(BUILD_EXT)
 	@$(PY) benchmarks/parity.py $(ARGS)
 
-gpu: ## Checks and speed on a CUDA device, with the system's own python3 and torch, no network [PART=decode]
-	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --look
-	@PYTHONPATH=. $(PYTHON) $(BUILD_EXT)
-	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(PART)
+gpu: ## Checks and speed on a CUDA device, with the system's own python3 and torch, no network [CALL=1, or PART=decode]
+	@$(PYTHON) benchmarks/gpu.py $(CALL) $(PART) $(ARGS)
 
 # For that machine's Python: pure ones, and tokenizers, whose wheel serves Python 3.9 and every one after it. requests
 # and what it needs: transformers 5 no longer brings it.

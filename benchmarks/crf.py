@@ -71,7 +71,7 @@ def rounds_of(providers: dict[str, Callable[[], float]]) -> dict[str, list[float
     slow = {who: [seconds] for who, seconds in once.items() if seconds > SECONDS / 2}
     quick = {who: run for who, run in providers.items() if who not in slow}
     each = sum(once[who] for who in quick)
-    return interleaved(quick, max(3, min(ROUNDS, int(SECONDS / each)))) | slow
+    return interleaved(quick, max(3, min(ROUNDS, int(SECONDS / max(each, 1e-9))))) | slow
 
 
 def record(name: str, who: str, metric: str, values: list[float], s: Sizes, x: tuple[str, str] = ("", "")) -> Row:

@@ -5,26 +5,30 @@ python benchmarks/gpu_generate.py JSON       # one measurement in an environment
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import gc
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_case import Case, Piece, Where, case, copy_bandwidth, measured
+
 ROOT = Path(__file__).resolve().parent.parent
 ORACLE = ROOT / ".oracle-wheels"
-NEW_TOKENS = (17, 81)  # the time of a token is the difference
-ORACLE_SECONDS = 120
+# The time of a token is the difference of two calls, the time of a call that of the longer. Both are long enough to be
+# captured, and the shorter comes once before, to compile and to warm up.
+NEW_TOKENS, TINY_TOKENS = (65, 129), (5, 15)
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,26 @@ class Run:
     batch: int
     prompt: int
     goals: dict[str, float] = field(default_factory=dict)
-    compiled_goals: dict[str, float] = field(default_factory=dict)
+    compiled_goals: dict[str, float] | None = None  # None: not compiled
 
     def __str__(self) -> str:
         return f"{self.shape} {self.dtype} B={self.batch} prompt {self.prompt} k=4"
 
 
-_LLAMA = [
-    Run("llama-8b", "bfloat16", batch, 1024, {"oracle": 7, "greedy": greedy}, {"oracle": 7, "floor": floor})
-    for batch, floor, greedy in ((1, 0.76, 1.06), (8, 0.75, 1.08), (32, 0.68, 1.2))
-]
 RUNS = {
     "gpt2": [
-        Run("gpt2-small", "bfloat16", 1, 512, {"oracle": 14}, {"oracle": 22}),
-        Run("gpt2-small", "bfloat16", 32, 512, {"oracle": 11}, {"oracle": 16}),
+        Run("gpt2-small", "bfloat16", 1, 512, {"4.55.4": 14}, {"4.55.4": 22}),
+        Run("gpt2-small", "bfloat16", 32, 512, {"4.55.4": 11}, {"4.55.4": 16}),
     ],
-    "llama": _LLAMA,
+    "llama": [
+        Run("llama-8b", "bfloat16", 1, 1024, {"4.55.4": 7}, {"4.55.4": 7, "floor": 0.76}),
+        Run("llama-8b", "bfloat16", 32, 1024),  # 4.55.4 and the compiler would take as long as all the rest
+    ],
 }
-# The same on a device that is there to try this file only.
-TRIALS = {"gpt2": [Run("gpt2-tiny", "float32", 2, 12)], "llama": [Run("llama-tiny", "float32", 2, 12)]}
+TRIALS = {
+    name: [Run(f"{name}-tiny", "float32", 2, 12, {"4.55.4": 1}, {"4.55.4": 1}), Run(f"{name}-tiny", "float32", 1, 12)]
+    for name in RUNS
+}
 
 
 def make_model(shape: str, dtype: str, device: str):
@@ -89,131 +94,151 @@ def make_model(shape: str, dtype: str, device: str):
         torch.set_default_dtype(before)
 
 
-def token_time(model, ids: torch.Tensor, rounds: int, **options: Any) -> tuple[float, torch.Tensor, float]:
-    """Milliseconds a new token (the fastest of some rounds), the ids, and the peak of memory beyond what was held."""
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a new token and of the longer call, the ids, and the peak of memory beyond what was held."""
+
+    ms: float
+    call_ms: float
+    ids: torch.Tensor
+    peak_mb: float
+
+
+def timing(model, ids: torch.Tensor, lengths: tuple[int, int], rounds: int, **options: Any) -> Timing:
+    """The fastest of some rounds."""
     cuda = ids.device.type == "cuda"
-    best = dict.fromkeys(NEW_TOKENS, float("inf"))
-    out, peak = ids, 0.0
+
+    def call(tokens: int) -> tuple[float, torch.Tensor]:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0,
+            **{n: make() if callable(make) else make for n, make in options.items()},
+        )  # fmt: skip
+        if cuda:
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start), out
+
+    call(lengths[0])
+    gc.collect()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    best = dict.fromkeys(lengths, float("inf"))
     for _ in range(rounds):
-        for tokens in NEW_TOKENS:
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-            start = time.perf_counter()
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0,
-                **{n: make() if callable(make) else make for n, make in options.items()},
-            )  # fmt: skip
-            if cuda:
-                torch.cuda.synchronize()
-                peak = (torch.cuda.max_memory_allocated() - held) / 1e6
-            best[tokens] = min(best[tokens], 1e3 * (time.perf_counter() - start))
-    return (best[NEW_TOKENS[1]] - best[NEW_TOKENS[0]]) / (NEW_TOKENS[1] - NEW_TOKENS[0]), out, peak
+        for tokens in lengths:
+            seconds, out = call(tokens)
+            best[tokens] = min(best[tokens], seconds)
+    peak = (torch.cuda.max_memory_allocated() - held) / 1e6 if cuda else 0.0
+    short, long = lengths
+    return Timing((best[long] - best[short]) / (long - short), best[long], out, peak)
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[list]:
-    """The `DecodeStep` of every run meanwhile, by what it says of itself: (not_captured, not_compiled)."""
-    from simctg_fast.decoding.decode_step import DecodeStep
-
-    seen: list[tuple[str | None, str | None]] = []
-    step = DecodeStep.__call__
-
-    def call(self):
-        step(self)
-        seen[-1:] = [(self.not_captured, self.not_compiled)]
-
-    begin = DecodeStep.begin
-    DecodeStep.begin = lambda self, *args: (seen.append((None, None)), begin(self, *args))[1]  # type: ignore
-    DecodeStep.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        DecodeStep.begin, DecodeStep.__call__ = begin, step  # type: ignore[method-assign]
+@functools.cache
+def the_model(part: str, where: Where):
+    run = runs_of(part, where)[0]
+    return make_model(run.shape, run.dtype, where.device)
 
 
-def measure_models(device: str, part: str, copy: Callable[[], float], rounds: int = 2) -> Iterator[tuple]:
-    """Tokens a second of contrastive search, its share of the bandwidth floor, and its ratios; a row for the step as it
-    is, and one for the step with its decoder compiled. ``copy`` measures the bandwidth, bytes a second."""
-    logging.basicConfig(format="  %(message)s")  # a run that is not captured says why
-    logging.getLogger("simctg_fast").setLevel(logging.INFO)
-    runs = (RUNS if device == "cuda" else TRIALS)[part]
-    bandwidth = copy() if device == "cuda" else None
-    model = make_model(runs[0].shape, runs[0].dtype, device)
-    for run in runs:
-        yield from _measure(model, run, bandwidth, rounds)
+@functools.cache
+def bandwidth(where: Where) -> float:
+    return copy_bandwidth(where)
 
 
-def _measure(model, run: Run, bandwidth: float | None, rounds: int) -> Iterator[tuple]:
+def runs_of(part: str, where: Where) -> list[Run]:
+    return (TRIALS if where.tiny else RUNS)[part]
+
+
+def search(where: Where, part: str, run: Run, k: int, step: bool | str, rounds: int) -> Timing:
     from simctg_fast import ContrastiveSearch
 
-    ids = torch.randint(1, model.config.vocab_size, (run.batch, run.prompt), device=model.device)
+    lengths = TINY_TOKENS if where.tiny else NEW_TOKENS
+    strategy = None if k == 0 else lambda: ContrastiveSearch(0.6, k, decode_step=step)
+    return timing(the_model(part, where), prompt(where, part, run), lengths, rounds, custom_generate=strategy)
 
-    def search(k: int, step: bool | str) -> tuple[float, torch.Tensor, float]:
-        return token_time(model, ids, rounds, custom_generate=lambda: ContrastiveSearch(0.6, k, decode_step=step))
 
-    uncaptured, theirs = search(4, False), token_time(model, ids, rounds)
+def prompt(where: Where, part: str, run: Run) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(run.batch)
+    vocabulary = the_model(part, where).config.vocab_size
+    return torch.randint(1, vocabulary, (run.batch, run.prompt), generator=draw).to(where.device)
+
+
+_ours: dict[str, tuple[Timing, Timing]] = {}  # captured, and the plain loop, of the runs that passed
+_oracle: dict[str, Timing | str] = {}
+
+
+def measure_run(where: Where, part: str, run: Run) -> Iterator[Case]:
+    """Contrastive search captured, beside the plain loop, our greedy search and transformers' greedy search."""
+    from gpu_first import uncaptured, watched
+
     with watched() as steps:
-        ours, greedy = search(4, True), search(1, True)
-    reasons = {captured for captured, _ in steps}
-    passed, same = _agree(run, ours[1], uncaptured[1])
-    if bandwidth is None:
-        yield str(run), passed, f"{same}; not timed on {model.device}", {}
-    else:
-        oracle = _oracle(run)
-        greedy_over = ours[0] / greedy[0]
-        text = f"{greedy_over:.2f} of our greedy, {uncaptured[0] / ours[0]:.2f}x uncaptured, {same}; "
-        text += f"peak {ours[2]:.0f} MB, greedy {greedy[2]:.0f}, history {_history(model, run) / 1e6:.0f}"
-        numbers = {
-            "greedy_ms": greedy[0], "uncaptured_ms": uncaptured[0], "transformers_greedy_ms": theirs[0],
-            "over_greedy": greedy_over, "peak_mb": ours[2], "greedy_peak_mb": greedy[2],
-        }  # fmt: skip
-        if reasons != {None}:
-            passed, text = False, f"not captured: {'; '.join(map(str, reasons - {None}))}; {text}"
-        yield _row(model, run, str(run), passed, ours[0], bandwidth, oracle, run.goals, text, numbers)
-    yield from _measure_compiled(model, run, bandwidth, search, uncaptured, ours, None if bandwidth is None else oracle)
+        ours, greedy = (search(where, part, run, k, True, 2) for k in (4, 1))
+    plain, theirs = search(where, part, run, 4, False, 1), search(where, part, run, 0, False, 1)
+    problem = uncaptured(where, steps)
+    same, text = agreement(run, ours.ids, plain.ids)
+    if problem or not same:
+        yield case(str(run), False, problem or f"{text}: not reported")
+        return
+    _ours[str(run)] = (ours, plain)
+    text += f"; peak {ours.peak_mb:.0f} MB, greedy {greedy.peak_mb:.0f}"
+    found = {"our greedy": greedy, "the plain loop": plain, "transformers' greedy": theirs}
+    yield row(where, part, run, str(run), ours, found, {n: g for n, g in run.goals.items() if n != "4.55.4"}, text)
 
 
-def _measure_compiled(model, run: Run, bandwidth, search, uncaptured, ours, oracle) -> Iterator[tuple]:
-    """The fastest of some rounds, the first of which compiles: what that took is said beside."""
+def measure_oracle(where: Where, part: str, run: Run) -> Iterator[Case]:
+    """Against transformers 4.55.4's contrastive search, in a process of its own."""
+    if str(run) not in _ours or "4.55.4" not in run.goals:
+        return
+    _oracle[str(run)] = oracle_of(run, where)
+    goals = {n: g for n, g in run.goals.items() if n == "4.55.4"}
+    yield row(where, part, run, f"{run}, against 4.55.4", _ours[str(run)][0], {"4.55.4": _oracle[str(run)]}, goals)
+
+
+def measure_compiled(where: Where, part: str, run: Run) -> Iterator[Case]:
+    from gpu_first import uncaptured, watched
+
+    if str(run) not in _ours or run.compiled_goals is None:
+        return
+    if where.tiny:
+        from simctg_fast.decoding import compiled_decoder
+
+        compiled_decoder.BACKEND = "eager"
     name, start = f"{run}, decoder compiled", time.perf_counter()
-    try:
-        with watched() as steps:
-            compiled = search(4, "compiled")
-    except ValueError as error:
-        yield name, False, str(error), {"seconds": time.perf_counter() - start}
+    with watched() as steps:
+        compiled = search(where, part, run, 4, "compiled", 2)
+    problem = uncaptured(where, steps)
+    same, text = agreement(run, compiled.ids, _ours[str(run)][1].ids)
+    if problem or not same:
+        yield case(name, False, problem or f"{text}: not reported")
         return
-    passed, same = _agree(run, compiled[1], uncaptured[1])
-    if bandwidth is None:
-        yield name, passed, f"{same}; not timed on {model.device}", {}
-        return
-    seconds = time.perf_counter() - start
-    text = f"{ours[0] / compiled[0]:.2f}x not compiled, {same}; compiling and {len(steps)} runs {seconds:.0f} s"
-    if any(captured is not None for captured, _ in steps):
-        passed, text = False, f"not captured: {steps[-1][0]}; {text}"
-    numbers = {"not_compiled_ms": ours[0], "peak_mb": compiled[2], "seconds": seconds}
-    yield _row(model, run, name, passed, compiled[0], bandwidth, oracle, run.compiled_goals, text, numbers)
+    text += f"; compiling and {len(steps)} calls {time.perf_counter() - start:.0f} s"
+    found = {"not compiled": _ours[str(run)][0], "4.55.4": _oracle.get(str(run), "4.55.4 was not measured")}
+    yield row(where, part, run, name, compiled, found, run.compiled_goals, text)
 
 
-def _agree(run: Run, ours: torch.Tensor, plain: torch.Tensor) -> tuple[bool, str]:
+def agreement(run: Run, ours: torch.Tensor, plain: torch.Tensor) -> tuple[bool, str]:
     """New tokens beside those of the plain loop. In half precision near ties fall either way, and a sequence goes its
     own way from there on; the step itself was compared with the plain loop's, score by score, before it was used."""
     same = (ours[:, run.prompt :] == plain[:, run.prompt :]).float()
-    text = f"{same.mean().item():.0%} of the new tokens as in the plain loop"
-    first = same.cumprod(dim=1).sum(dim=1)
-    return (
-        run.dtype != "float32" or bool((same == 1).all()),
-        f"{text}, the first {first.mean().item():.0f} of {same.shape[1]}",
-    )
+    first = same.cumprod(dim=1).sum(dim=1).mean().item()
+    text = f"{same.mean().item():.0%} of the new tokens as in the plain loop, the first {first:.0f} of {same.shape[1]}"
+    return run.dtype != "float32" or bool((same == 1).all()), text
 
 
-def _history(model, run: Run) -> float:
-    return run.batch * (run.prompt + NEW_TOKENS[1]) * model.config.hidden_size * model.dtype.itemsize
+def row(where: Where, part: str, run: Run, name: str, ours: Timing, found: dict, goals: dict, note: str = "") -> Case:
+    others = {peer: x.ms if isinstance(x, Timing) else f"{peer}: {x}" for peer, x in found.items()}
+    calls = {peer: x.call_ms for peer, x in found.items() if isinstance(x, Timing)}
+    lengths = TINY_TOKENS if where.tiny else NEW_TOKENS
+    floor = moved(the_model(part, where), run, run.prompt + sum(lengths) / 2) / bandwidth(where) * 1e3
+    return measured(
+        name, ours.ms, floor_ms=floor, others=others, call_ms=ours.call_ms, calls=calls, goals=goals, note=note,
+        tokens_per_s=1e3 * run.batch / ours.ms, peak_mb=ours.peak_mb, new_tokens=lengths[1],
+    )  # fmt: skip
 
 
-def _floor(model, run: Run, bandwidth: float) -> float:
-    """Milliseconds a token: weights, one copy of keys and values, and the history, read once."""
+def moved(model, run: Run, length: float) -> float:
+    """Bytes a token: weights, one copy of keys and values, and the history, read once."""
     config, size = model.config, model.dtype.itemsize
     weights = sum(p.numel() * size for p in {id(p): p for p in model.parameters()}.values())
     embedding = model.get_input_embeddings().weight
@@ -221,61 +246,65 @@ def _floor(model, run: Run, bandwidth: float) -> float:
         weights -= embedding.numel() * size
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * config.num_hidden_layers * kv_heads * (config.hidden_size // config.num_attention_heads) * size
-    length = run.prompt + sum(NEW_TOKENS) // 2
-    return (weights + run.batch * length * (cache + config.hidden_size * size)) / bandwidth * 1e3
+    return weights + run.batch * length * (cache + config.hidden_size * size)
 
 
-def _row(model, run: Run, name, passed, milliseconds, bandwidth, oracle, goals, text, numbers) -> tuple:
-    floor = _floor(model, run, bandwidth)
-    ratio = f"{oracle / milliseconds:.1f}x 4.55.4" if isinstance(oracle, float) else f"no oracle ({oracle})"
-    text = f"{milliseconds:.3f} ms a token, {floor / milliseconds:.0%} of the floor's rate, {ratio}, {text}"
-    numbers = numbers | {
-        "ms": milliseconds, "tokens_per_s": 1e3 * run.batch / milliseconds, "floor_ms": floor,
-        "share_of_floor": floor / milliseconds, "oracle_ms": oracle if isinstance(oracle, float) else None,
-        "over_oracle": oracle / milliseconds if isinstance(oracle, float) else None, "goals": goals,
-    }  # fmt: skip
-    return name, passed, f"{text}; goals {goals}", numbers
+def pieces(part: str) -> list[Piece]:
+    """What tells most comes first: every run, then the oracle, then the compiler."""
+
+    def of(where: Where, measure, index: int) -> Iterator[Case]:
+        return measure(where, part, runs_of(part, where)[index])
+
+    return [
+        functools.partial(of, measure=measure, index=index)
+        for measure in (measure_run, measure_oracle, measure_compiled)
+        for index in range(len(RUNS[part]))
+    ]
+
+
+GPT2, LLAMA = pieces("gpt2"), pieces("llama")
 
 
 # ---- transformers 4.55.4 --------------------------------------------------------------------------------------------
 
 
-def _oracle(run: Run) -> float | str:
-    """Milliseconds a token of transformers 4.55.4's contrastive search, or why there are none."""
+def oracle_of(run: Run, where: Where) -> Timing | str:
+    """Transformers 4.55.4's contrastive search, or why it was not measured."""
     wheels = sorted(ORACLE.glob("*.whl"))
     if not wheels:
-        return "make oracle-wheels fetches it"
-    torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as site:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(site)
-        command = [sys.executable, __file__, json.dumps([run.shape, run.dtype, run.batch, run.prompt])]
-        environment = os.environ | {"PYTHONPATH": site, "HF_HUB_OFFLINE": "1"}
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ORACLE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"it took over {ORACLE_SECONDS} s"
+        return "`make oracle-wheels` fetches it"
+    if where.cuda:
+        torch.cuda.empty_cache()
+    lengths = TINY_TOKENS if where.tiny else NEW_TOKENS
+    asked = [run.shape, run.dtype, run.batch, run.prompt, where.device, lengths]
+    environment = os.environ | {"PYTHONPATH": unpacked(*wheels).name, "HF_HUB_OFFLINE": "1"}
+    command, limit = [sys.executable, __file__, json.dumps(asked)], min(120.0, where.left() - 5)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"it took over {limit:.0f} s"
     if done.returncode:
-        return (done.stderr.strip().splitlines() or ["it failed"])[-1]
-    return float(done.stdout.strip().splitlines()[-1])
+        return (done.stderr.strip().splitlines() or ["it failed"])[-1][:160]
+    ms, call_ms = json.loads(done.stdout.strip().splitlines()[-1])
+    return Timing(ms, call_ms, torch.empty(0), 0.0)
 
 
-def oracle(shape: str, dtype: str, batch: int, prompt: int) -> None:
+@functools.cache
+def unpacked(*wheels: Path) -> tempfile.TemporaryDirectory:
+    site = tempfile.TemporaryDirectory()
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site.name)
+    return site
+
+
+def oracle(shape: str, dtype: str, batch: int, prompt: int, device: str, lengths: list[int]) -> None:
     """Runs under transformers 4.55.4, without this library."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(shape, dtype, device)
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=device)
-    print(token_time(model, ids, 1, penalty_alpha=0.6, top_k=4)[0])
-
-
-def main() -> int:
-    if len(sys.argv) != 2:
-        print(__doc__)
-        return 2
-    oracle(*json.loads(sys.argv[1]))
-    return 0
+    found = timing(model, ids, tuple(lengths), 1, penalty_alpha=0.6, top_k=4)
+    print(json.dumps([found.ms, found.call_ms]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    oracle(*json.loads(sys.argv[1]))

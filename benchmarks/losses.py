@@ -107,11 +107,11 @@ def tutorial(states: Tensor) -> Tensor:
     return torch.relu(MARGIN - (own.unsqueeze(-1) - scores)).mean()
 
 
-def contrastive_providers(names: list[str], impl: str) -> dict[str, Loss]:
+def contrastive_providers(names: list[str], impl: str, backend: str = "inductor") -> dict[str, Loss]:
     providers: dict[str, Loss] = {"ours": lambda states: contrastive_loss(states, MARGIN, impl=impl), "eager": eager}
     if "compile" in names:
         torch._dynamo.reset()  # each shape gets code of its own
-        providers["compile"] = torch.compile(eager, dynamic=False)
+        providers["compile"] = torch.compile(eager, dynamic=False, backend=backend)
     providers |= {"published": published, "tutorial": tutorial}
     return {name: providers[name] for name in names if name in providers}
 

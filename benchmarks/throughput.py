@@ -135,13 +135,16 @@ def run_generate_batch(model, requests, size: int, chosen: list[int], steps: int
     ``size`` requests at a time. Its cache has room for so many of the longest: by default it takes 0.6 of the memory,
     and warming that up takes longer than the work.
     """
+    import inspect
+
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     asked = [r | {"new": r["new"] if steps is None else steps} for r in (requests[index] for index in chosen)]
     page = 32
     longest = max(len(r["ids"]) + r["new"] for r in asked)
+    known = inspect.signature(ContinuousBatchingConfig).parameters
     cache = ContinuousBatchingConfig(
-        page_size=page,
+        **{"page_size" if "page_size" in known else "block_size": page},  # transformers 5.17 has the old name
         num_blocks=size * (longest // page + 2),
         max_batch_tokens=max(512, size),
         max_requests_per_batch=size,
@@ -568,7 +571,7 @@ QUICK = {
 }
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--slots", type=int, default=16)
@@ -603,10 +606,15 @@ def main() -> None:
     parser.add_argument("--no-oracle", action="store_true", help="leave transformers 4.55.4 out")
     parser.add_argument("--csv", type=Path, default=RESULTS / "throughput.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.quick:
         parser.set_defaults(**QUICK)
-        options = parser.parse_args()
+        options = parser.parse_args(arguments)
+    return options
+
+
+def main() -> None:
+    options = parse()
     if options.worker:
         worker(options)
         return
