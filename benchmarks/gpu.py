@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import datetime
 import faulthandler
+import functools
 import importlib
 import json
 import os
@@ -129,19 +130,25 @@ BUILD: list[Piece] = [build]
 TESTS: list[Piece] = [tests]
 
 
+def name_of(piece: Any) -> str:
+    if isinstance(piece, functools.partial):
+        return " ".join([piece.func.__name__, *map(name_of, piece.keywords.values())])
+    return getattr(piece, "__name__", str(piece))
+
+
 def cases_of(part: str, where: Where) -> Iterator[Case]:
     """What its pieces yield. An exception is a failed case, the last of its piece."""
     module, _, name = PARTS[part].pieces.partition(":")
     pieces = getattr(importlib.import_module(module), name)
     if torch := sys.modules.get("torch"):  # the module has brought it where it needs it
         torch.manual_seed(0)
-    for number, piece in enumerate(pieces):
+    for piece in pieces:
         try:
             yield from piece(where)
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            yield case(f"{getattr(piece, '__name__', 'piece')} {number} raised", False, text)
+            yield case(f"{name_of(piece)} raised", False, text)
         if where.cuda and torch:
             torch.cuda.empty_cache()
 

@@ -5,6 +5,7 @@ python benchmarks/gpu_decode.py             # every kernel once or twice on CUDA
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -431,7 +432,7 @@ def top_k(where: Where):
 _NOT_CAPTURED = {"ours, table made anew"}
 SPEED: list[Piece] = [
     measure_ceilings,
-    *(lambda where, rows=rows: measure_kernels(where, rows) for rows in (scoring, attention_speed, commit, top_k)),
+    *(functools.partial(measure_kernels, rows=rows) for rows in (scoring, attention_speed, commit, top_k)),
 ]
 
 OFFSETS: list[Piece] = [check_offsets]

@@ -53,9 +53,6 @@ def answered(provider: throughput.Provider) -> dict:
     try:
         provider.start(sys.executable)
         requests = throughput.workload(provider.options.requests, provider.process.ready["vocabulary"])
-        if isinstance(provider, throughput.Ours):  # kernels are compiled; the others' sizes are tried
-            warm = {"run": "engine", "strategy": provider.kind, "slots": provider.size, "thin": 8}
-            provider.ask(**warm, **throughput.search(provider.options))
         provider.scout(requests)
         provider.round(requests, 0)
     except RuntimeError as error:  # its process ended

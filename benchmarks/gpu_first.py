@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import sys
 import threading
@@ -25,7 +26,7 @@ MODELS = ("gpt2", "llama", "mistral", "gemma2")
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[tuple[str | None, bool]]]:
-    """Of every `DecodeStep` that runs meanwhile: why it is not captured, and whether it has a graph."""
+    """Of every `DecodeStep` that runs meanwhile: why it is not captured, and whether it has had a graph."""
     from simctg_fast.decoding.decode_step import DecodeStep
 
     seen: list[tuple[str | None, bool]] = []
@@ -35,7 +36,8 @@ def watched() -> Iterator[list[tuple[str | None, bool]]]:
     def call(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         place = places.setdefault(self, len(seen))
-        seen[place:] = [(self.not_captured, self.graph is not None), *seen[place + 1 :]]
+        had = place < len(seen) and seen[place][1]  # buffers that move near the end are not worth another capture
+        seen[place : place + 1] = [(self.not_captured, had or self.graph is not None)]
         return result
 
     DecodeStep.__call__ = call  # type: ignore[method-assign]
@@ -157,7 +159,7 @@ def check_engine(where: Where) -> Iterator[Case]:
 
 
 PIECES: list[Piece] = [
-    *(lambda where, name=name: check_model(where, name) for name in MODELS),
+    *(functools.partial(check_model, name=name) for name in MODELS),
     check_t5,
     check_threads,
     check_engine,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -252,14 +253,12 @@ def moved(model, run: Run, length: float) -> float:
 def pieces(part: str) -> list[Piece]:
     """What tells most comes first: every run, then the oracle, then the compiler."""
 
-    def of(where: Where, measure, index: int) -> Iterator[Case]:
-        return measure(where, part, runs_of(part, where)[index])
+    steps = itertools.product((measure_run, measure_oracle, measure_compiled), range(len(RUNS[part])))
+    return [functools.partial(one, measure=measure, part=part, index=index) for measure, index in steps]
 
-    return [
-        functools.partial(of, measure=measure, index=index)
-        for measure in (measure_run, measure_oracle, measure_compiled)
-        for index in range(len(RUNS[part]))
-    ]
+
+def one(where: Where, measure: Any, part: str, index: int) -> Iterator[Case]:
+    return measure(where, part, runs_of(part, where)[index])
 
 
 GPT2, LLAMA = pieces("gpt2"), pieces("llama")

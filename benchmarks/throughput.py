@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                    # the table of benchmarks/engine.md, GPT-2-small shape
     python benchmarks/throughput.py --quick            # the same in little: a tiny model, seconds
+    python benchmarks/throughput.py --device cuda --dtype bfloat16 --slots 64 --greedy-sizes 32,64,128
     python benchmarks/throughput.py --sweep 1,4,16,64  # throughput against slots
     python benchmarks/throughput.py --growth 64,128,256 # throughput against requests
     python benchmarks/throughput.py --workers 1,2      # throughput against workers on Ray
@@ -277,6 +278,11 @@ class Provider:
 
 
 class Ours(Provider):
+    def scout(self, requests: list[dict]) -> None:
+        super().scout(requests)
+        if self.options.device.startswith("cuda"):  # kernels are compiled once, as trying sizes does for the others
+            self.ask(run="engine", strategy=self.kind, slots=self.size, thin=8, **search(self.options))
+
     def _run(self, requests: list[dict], size: int, number: int = 0, steps: int | None = None) -> dict:
         return self.ask(run="engine", strategy=self.kind, slots=size, **search(self.options))
 
