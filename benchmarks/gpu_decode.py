@@ -409,7 +409,7 @@ def commit(where: Where):
     if where.cuda:
         from simctg_fast.kernels import prefix_commit as kernels
 
-        plan = CommitPlan()
+        plan = CommitPlan(len(pairs), winners.device)
         plan.run(pairs, positions, winners)
         unit = kernels.table_of(pairs)[1]
         variants["ours"] = lambda: kernels.launch(plan.table, unit, winners, positions)
