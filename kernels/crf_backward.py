@@ -1,9 +1,10 @@
 """The reverse sweep of the low-rank CRF.
 
 share(k, j) = exp(alpha[t, k] + transition(k, j) - message[t + 1, j]) · flow[t + 1, j] is how the gradient of a message
-is shared out over its sources. The first kernel (one program an item) carries the flow back in time; once every flow is
-known, the gradients of the tables are independent over positions: the second kernel takes one position a program and
-writes them slot by slot, owner computes, no atomics.
+is shared out over its sources. The first kernel (one program an item) carries the flow back in time and reads the
+transitions that were formed for it (`crf_transitions`); once every flow is known, the gradients of the tables are
+independent over positions: the second kernel takes one position a program and writes them slot by slot, owner computes,
+no atomics.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ..ops._accumulate import add_rows_
-from .crf_common import as_lengths, exp_or_zero, load_rows, power, precision, transitions
+from . import crf_transitions
+from .crf_common import as_lengths, exp_or_zero, load_rows, power, precision, registers, transitions
 
 
 @triton.jit
@@ -29,39 +31,51 @@ def _share(
     return exp_or_zero(tl.minimum(alpha[:, None] + step - message[None, :], 0.0)) * flow[None, :]
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "item", "first", "STEPS"])
 def _flow_kernel(
-    grad_ptr, messages_ptr, norms_ptr, scores_ptr, tokens_ptr, left_ptr, right_ptr, lengths_ptr,
+    tiles_ptr, grad_ptr, messages_ptr, norms_ptr, scores_ptr, lengths_ptr,  # tiles [items, STEPS, K, WIDE]
     into_ptr, flow_ptr,  # [B, T, K]: gradient of the scores; grad + into, 0 beyond the lengths
-    scale, T, K, D,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    item, first, STEPS, T, K, WIDE,
+    HAS_LENGTHS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    """Positions first + STEPS - 1 … first of an item, and before them the last one where they reach it."""
+    own = tl.program_id(0).to(tl.int64)
+    b = item + own
+    j = tl.arange(0, BLOCK_J)
+    inside = j < K
     length = T
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b).to(tl.int32)
-    for step in range(T):
-        t = T - 1 - step
-        base = (b * T + t) * K
-        norm = tl.load(norms_ptr + b * T + t)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            into = tl.zeros([BLOCK_K], tl.float32)
-            if t + 1 < length:
-                for j0 in range(0, K, BLOCK_J):
-                    j = j0 + tl.arange(0, BLOCK_J)
-                    into += tl.sum(
-                        _share(
-                            scores_ptr, tokens_ptr, left_ptr, right_ptr, messages_ptr, flow_ptr, base, norm, k, j,
-                            scale, K, D, BLOCK_D, PRECISION,
-                        ),
-                        axis=1,
-                    )  # fmt: skip
-            tl.store(into_ptr + base + k, into, mask=k < K)
-            flow = into + tl.load(grad_ptr + base + k, mask=k < K, other=0.0)
-            tl.store(flow_ptr + base + k, tl.where(t < length, flow, 0.0), mask=k < K)
+    if first + STEPS + 1 == T:
+        base = (b * T + T - 1) * K
+        flow = tl.load(grad_ptr + base + j, mask=inside, other=0.0)
+        tl.store(into_ptr + base + j, tl.zeros([BLOCK_J], tl.float32), mask=inside)
+        tl.store(flow_ptr + base + j, tl.where(length >= T, flow, 0.0), mask=inside)
         tl.debug_barrier()
+    for back in range(STEPS):
+        step = STEPS - 1 - back
+        t = first + step
+        base = (b * T + t) * K
+        if t + 1 < length:
+            norm = tl.load(norms_ptr + b * T + t)
+            message = tl.load(messages_ptr + base + K + j, mask=inside, other=0.0)
+            after = tl.load(flow_ptr + base + K + j, mask=inside, other=0.0)
+            columns_ptr = tiles_ptr + (own * STEPS + step) * K * WIDE + j[None, :]
+            for k0 in tl.range(0, K, BLOCK_K, num_stages=AHEAD):
+                k = k0 + tl.arange(0, BLOCK_K)
+                tile = tl.load(columns_ptr + k[:, None] * WIDE, mask=(k < K)[:, None] & (j < WIDE)[None, :], other=0.0)
+                alpha = tl.load(messages_ptr + base + k, mask=k < K, other=0.0)
+                alpha += tl.load(scores_ptr + base + k, mask=k < K, other=-float("inf")) - norm
+                share = exp_or_zero(tl.minimum(alpha[:, None] + tile - message[None, :], 0.0))
+                into = tl.sum(share * after[None, :], axis=1)
+                flow = into + tl.load(grad_ptr + base + k, mask=k < K, other=0.0)
+                tl.store(into_ptr + base + k, into, mask=k < K)
+                tl.store(flow_ptr + base + k, flow, mask=k < K)
+        else:
+            flow = tl.load(grad_ptr + base + j, mask=inside, other=0.0)
+            tl.store(into_ptr + base + j, tl.zeros([BLOCK_J], tl.float32), mask=inside)
+            tl.store(flow_ptr + base + j, tl.where(t < length, flow, 0.0), mask=inside)
+        tl.debug_barrier()  # what some threads have written, others read
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -108,21 +122,21 @@ def _table_kernel(
 
 
 def flow_config(beam: int) -> dict[str, int]:
-    """How the reverse sweep is launched, whatever the rank."""
-    side = power(beam)
+    """How the reverse sweep is launched: a tile of whole rows, some of them on their way while one is worked on."""
+    width = power(beam)
     return {
-        "BLOCK_K": min(64, side),
-        "BLOCK_J": min(32, side),
-        "BLOCK_D": 32,
-        "num_warps": 8,
-        "num_stages": 1,
-        "maxnreg": 255,
-    }
+        "BLOCK_K": min(width, 4096 // width), "BLOCK_J": width, "AHEAD": 4,
+        "num_warps": 16, "maxnreg": registers(16),
+    }  # fmt: skip
 
 
 def table_config(beam: int, rank: int) -> dict[str, int]:
-    """How the tables' gradients are launched: a program has BLOCK_O of their columns."""
-    return {**flow_config(beam), "BLOCK_O": min(64, power(rank))}
+    """How the tables' gradients are launched: a program has BLOCK_O of their columns, and takes the rank in slices."""
+    side = power(beam)
+    return {
+        "BLOCK_K": min(64, side), "BLOCK_J": min(32, side), "BLOCK_D": 32, "BLOCK_O": min(64, power(rank)),
+        "num_warps": 8, "num_stages": 1, "maxnreg": 255,
+    }  # fmt: skip
 
 
 def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables: bool):
@@ -134,22 +148,28 @@ def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths,
     if batch == 0:
         return into, *grads
     pointer, has_lengths = as_lengths(lengths, tokens)
-    common = {"HAS_LENGTHS": has_lengths, "PRECISION": precision()}
-    launch = table_config(beam, rank)
+    tiles = crf_transitions.buffer(scores)
     with torch.cuda.device_of(scores):
-        _flow_kernel[(batch,)](
-            grad, messages, norms, scores, tokens, left, right, pointer, into, flow, scale, length, beam, rank,
-            **common, **flow_config(beam),
-        )  # fmt: skip
+        for items, runs in crf_transitions.groups(batch, length, beam):
+            for first, steps in reversed(runs):
+                crf_transitions.form(tiles, tokens, left, right, pointer, has_lengths, scale, items, first, steps)
+                _flow_kernel[(items.stop - items.start,)](
+                    tiles, grad, messages, norms, scores, pointer, into, flow, items.start, first, steps, length, beam,
+                    crf_transitions.wide(beam), HAS_LENGTHS=has_lengths, **flow_config(beam),
+                )  # fmt: skip
+        del tiles
         if tables and length > 1:
-            shape = (batch, length - 1, beam, rank)
-            tiles = triton.cdiv(beam, launch["BLOCK_K"]), triton.cdiv(rank, launch["BLOCK_O"])
-            grid = (batch * (length - 1), *tiles)
+            launch = table_config(beam, rank)
+            grid = (
+                batch * (length - 1),
+                triton.cdiv(beam, launch["BLOCK_K"]),
+                triton.cdiv(rank, launch["BLOCK_O"]),
+            )
             for sources, table, own in ((True, grads[0], tokens[:, :-1]), (False, grads[1], tokens[:, 1:])):
-                out = scores.new_empty(shape)
+                out = scores.new_empty((batch, length - 1, beam, rank))
                 _table_kernel[grid](
                     messages, norms, scores, tokens, left, right, pointer, flow, out, scale, length, beam, rank,
-                    SOURCES=sources, **common, **launch,
+                    HAS_LENGTHS=has_lengths, SOURCES=sources, PRECISION=precision(), **launch,
                 )  # fmt: skip
                 add_rows_(table, own.reshape(-1), out.view(-1, rank))
     return into, *grads

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .crf_common import as_lengths
+from .crf_common import as_lengths, registers
 
 BEAM_LIMIT = 1024
 
@@ -111,7 +111,8 @@ def config(beam_size: int) -> dict[str, int]:
     """How a row is launched."""
     side = triton.next_power_of_2(beam_size)
     cap = max(64, 4 * side)
-    return {"BLOCK_K": side, "CAP": cap, "num_warps": 8 if cap >= 1024 else 4}
+    warps = 8 if cap >= 1024 else 4
+    return {"BLOCK_K": side, "CAP": cap, "num_warps": warps, "maxnreg": registers(warps)}
 
 
 def supports(emissions: torch.Tensor, beam_size: int) -> bool:

@@ -1,8 +1,8 @@
 """The forward filters of the low-rank CRF, log-sum-exp and max, and the way back along the pointers.
 
-One program an item walks through its positions; the transitions of a step are formed tile by tile with `tl.dot` and
-consumed at once, so the (T, K, K) tensor never exists. Messages go through global memory, where the next step finds
-them.
+One program an item walks through its positions and reads the transitions of a step, formed before (`crf_transitions`),
+column by column. Messages go through global memory, where the next step finds them. The sums are those of exponentials
+below each column's own largest term, so neither the range of a transition nor that of a score loses a path.
 """
 
 from __future__ import annotations
@@ -11,78 +11,68 @@ import torch
 import triton
 import triton.language as tl
 
-from .crf_common import as_lengths, exp_or_zero, power, precision, transitions
+from . import crf_transitions
+from .crf_common import as_lengths, exp_or_zero, power, registers
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "item", "first", "STEPS"])
 def _filter_kernel(
-    scores_ptr, tokens_ptr, left_ptr, right_ptr, lengths_ptr,  # [B, T, K], [B, T, K], [V, D], [V, D], [B]
+    tiles_ptr, scores_ptr, lengths_ptr,  # [items, STEPS, K, WIDE], [B, T, K], [B]
     messages_ptr, norms_ptr, pointers_ptr, last_ptr,  # [B, T, K], [B, T], [B, T, K], [B]
-    scale, T, K, D,
-    HAS_LENGTHS: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    item, first, STEPS, T, K, WIDE,
+    HAS_LENGTHS: tl.constexpr, MAX: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    """Positions first + 1 … first + STEPS of an item, and position 0 where first is 0."""
+    own = tl.program_id(0).to(tl.int64)
+    b = item + own
+    k = tl.arange(0, BLOCK_K)
+    inside = k < K
     length = T
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b).to(tl.int32)
-    norm = 0.0
-    for t in range(T):
+    if first == 0:
+        base = b * T * K
+        tl.store(messages_ptr + base + k, tl.zeros([BLOCK_K], tl.float32), mask=inside)
+        x = tl.load(scores_ptr + base + k, mask=inside, other=-float("inf"))
+        tl.store(norms_ptr + b * T, tl.where(length > 0, tl.max(x, axis=0), 0.0))
+        if MAX:
+            tl.store(pointers_ptr + base + k, tl.zeros([BLOCK_K], tl.int32), mask=inside)
+            tl.store(last_ptr + b, tl.argmax(x, axis=0, tie_break_left=True).to(tl.int64))
+        tl.debug_barrier()
+    for step in range(STEPS):
+        t = first + 1 + step
         base = (b * T + t) * K
-        here = t < length
-        if t == 0:
-            for j0 in range(0, K, BLOCK_J):
-                j = j0 + tl.arange(0, BLOCK_J)
-                tl.store(messages_ptr + base + j, tl.zeros([BLOCK_J], tl.float32), mask=j < K)
-                if MAX:
-                    tl.store(pointers_ptr + base + j, tl.zeros([BLOCK_J], tl.int32), mask=j < K)
-        else:
+        if t < length:
             before = base - K
-            for j0 in range(0, K, BLOCK_J):
+            alpha = tl.load(messages_ptr + before + k, mask=inside, other=0.0)
+            alpha += tl.load(scores_ptr + before + k, mask=inside, other=-float("inf"))
+            alpha -= tl.load(norms_ptr + b * T + t - 1)
+            rows_ptr = tiles_ptr + ((own * STEPS + step) * K + k)[:, None] * WIDE
+            for j0 in tl.range(0, K, BLOCK_J, num_stages=AHEAD):
                 j = j0 + tl.arange(0, BLOCK_J)
-                top = tl.full([BLOCK_J], -1e30, tl.float32)
-                total = tl.zeros([BLOCK_J], tl.float32)
-                best = tl.zeros([BLOCK_J], tl.int32)
-                for k0 in range(0, K, BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    alpha = tl.load(messages_ptr + before + k, mask=k < K, other=0.0)
-                    alpha += tl.load(scores_ptr + before + k, mask=k < K, other=-float("inf")) - norm
-                    x = alpha[:, None] + transitions(
-                        tokens_ptr, left_ptr, right_ptr, before, k, j, scale, K, D, BLOCK_D, PRECISION
-                    )  # [BLOCK_K, BLOCK_J]
-                    high = tl.max(x, axis=0)
-                    if MAX:
-                        first = tl.argmax(x, axis=0, tie_break_left=True)
-                        best = tl.where(high > top, k0 + first, best)
-                        top = tl.maximum(top, high)
-                    else:
-                        higher = tl.maximum(top, high)
-                        total = total * exp_or_zero(top - higher) + tl.sum(exp_or_zero(x - higher[None, :]), axis=0)
-                        top = higher
+                tile = tl.load(rows_ptr + j[None, :], mask=inside[:, None] & (j < WIDE)[None, :], other=0.0)
+                x = alpha[:, None] + tile
+                top = tl.maximum(tl.max(x, axis=0), -1e30)  # finite where every path is banned
                 if MAX:
-                    tl.store(pointers_ptr + base + j, tl.where(here, best, 0), mask=j < K)
+                    best = tl.argmax(x, axis=0, tie_break_left=True)
+                    tl.store(pointers_ptr + base + j, best, mask=j < K)
                     message = top
                 else:
-                    message = top + tl.log(total)
-                tl.store(messages_ptr + base + j, tl.where(here, message, 0.0), mask=j < K)
-        tl.debug_barrier()  # messages written by some threads are read by others
-        if here:
-            norm = -float("inf")
-            slot = 0
-            for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                x = tl.load(messages_ptr + base + k, mask=k < K, other=0.0)
-                x += tl.load(scores_ptr + base + k, mask=k < K, other=-float("inf"))
-                high = tl.max(x, axis=0)
-                if MAX:
-                    first = tl.argmax(x, axis=0, tie_break_left=True)
-                    slot = tl.where(high > norm, k0 + first, slot)
-                norm = tl.maximum(norm, high)
-            tl.store(norms_ptr + b * T + t, norm)
+                    message = top + tl.log(tl.sum(exp_or_zero(x - top[None, :]), axis=0))
+                tl.store(messages_ptr + base + j, message, mask=j < K)
+            tl.debug_barrier()  # messages written by some threads are read by others
+            x = tl.load(messages_ptr + base + k, mask=inside, other=0.0)
+            x += tl.load(scores_ptr + base + k, mask=inside, other=-float("inf"))
+            tl.store(norms_ptr + b * T + t, tl.max(x, axis=0))
             if MAX:
-                tl.store(last_ptr + b, slot.to(tl.int64))
+                tl.store(last_ptr + b, tl.argmax(x, axis=0, tie_break_left=True).to(tl.int64))
         else:
+            tl.store(messages_ptr + base + k, tl.zeros([BLOCK_K], tl.float32), mask=inside)
             tl.store(norms_ptr + b * T + t, 0.0)
+            if MAX:
+                tl.store(pointers_ptr + base + k, tl.zeros([BLOCK_K], tl.int32), mask=inside)
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -101,29 +91,26 @@ def _backtrace_kernel(pointers_ptr, last_ptr, lengths_ptr, path_ptr, T, K, HAS_L
 
 
 def config(beam: int) -> dict[str, int]:
-    """How the filter is launched, whatever the rank."""
-    side = power(beam)
+    """How the filter is launched: a tile of whole columns, some of them on their way while one is worked on."""
+    height = power(beam)
     return {
-        "BLOCK_K": min(128, side),
-        "BLOCK_J": min(32, side),
-        "BLOCK_D": 32,
-        "num_warps": 8,
-        "num_stages": 1,
-        "maxnreg": 255,
-    }
+        "BLOCK_K": height, "BLOCK_J": min(height, 8192 // height), "AHEAD": 4,
+        "num_warps": 16, "maxnreg": registers(16),
+    }  # fmt: skip
 
 
 def _launch(scores, tokens, left, right, lengths, scale, messages, norms, pointers, last, maximum: bool) -> None:
     batch, length, beam = scores.shape
-    rank = left.shape[1]
     lengths, has_lengths = as_lengths(lengths, tokens)
-    if batch == 0:
-        return
+    tiles = crf_transitions.buffer(scores)
     with torch.cuda.device_of(scores):
-        _filter_kernel[(batch,)](
-            scores, tokens, left, right, lengths, messages, norms, pointers, last, scale, length, beam, rank,
-            HAS_LENGTHS=has_lengths, MAX=maximum, PRECISION=precision(), **config(beam),
-        )  # fmt: skip
+        for items, runs in crf_transitions.groups(batch, length, beam):
+            for first, steps in runs:
+                crf_transitions.form(tiles, tokens, left, right, lengths, has_lengths, scale, items, first, steps)
+                _filter_kernel[(items.stop - items.start,)](
+                    tiles, scores, lengths, messages, norms, pointers, last, items.start, first, steps, length, beam,
+                    crf_transitions.wide(beam), HAS_LENGTHS=has_lengths, MAX=maximum, **config(beam),
+                )  # fmt: skip
 
 
 def filter_forward(scores, tokens, left, right, lengths, scale):

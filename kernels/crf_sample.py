@@ -12,8 +12,6 @@ import triton.language as tl
 
 from .crf_common import as_lengths, exp_or_zero, pick, power, precision, products, registers, to_uniform, transitions
 
-BEAM_LIMIT = 1024  # slots a tile can hold
-
 
 @triton.jit(do_not_specialize=["T", "seed"])
 def _ffbs_kernel(
@@ -142,15 +140,9 @@ def stochastic_config(beam: int) -> dict[str, int]:
     return _config(beam, 16 if beam <= 256 else 8 if beam <= 512 else 2, 1024)
 
 
-def _check(beam: int) -> None:
-    if beam > BEAM_LIMIT:
-        raise ValueError(f"the beam holds {beam} tokens, the sampling kernels take at most {BEAM_LIMIT}")
-
-
 def ffbs(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms):
     """Slots `(B, T, N)` int64 of exact samples. Everything contiguous, fp32."""
     batch, length, beam = scores.shape
-    _check(beam)
     slots = torch.empty((batch, length, samples), dtype=torch.int64, device=scores.device)
     pointer, has_lengths = as_lengths(lengths, tokens)
     launch = ffbs_config(beam)
@@ -168,7 +160,6 @@ def ffbs(messages, norms, scores, tokens, left, right, lengths, scale, samples, 
 def stochastic_viterbi(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, pointer_dtype):
     """Slots `(B, T, N)`, prefix scores and back-pointers `(B, T, K, N)` of the published sampler."""
     batch, length, beam = scores.shape
-    _check(beam)
     slots = torch.empty((batch, length, samples), dtype=torch.int64, device=scores.device)
     prefixes = scores.new_empty((batch, length, beam, samples))
     pointers = torch.empty(prefixes.shape, dtype=pointer_dtype, device=scores.device)

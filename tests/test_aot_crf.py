@@ -19,19 +19,23 @@ from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from simctg_fast.kernels import crf_backward, crf_beam, crf_filter, crf_sample  # noqa: E402
+from simctg_fast.kernels import crf_backward, crf_beam, crf_filter, crf_sample, crf_transitions  # noqa: E402
 
 BIN = Path(nvidia.__file__).parent / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 F, L, I, U8 = "*fp32", "*i64", "i32", "*u8"  # noqa: E741
+FORM = {
+    "tokens_ptr": L, "left_ptr": F, "right_ptr": F, "lengths_ptr": L, "tiles_ptr": F, "scale": "fp32", "item": I,
+    "first": I, "STEPS": I, "T": I, "K": I, "WIDE": I, "D": I,
+}  # fmt: skip
 FILTER = {
-    "scores_ptr": F, "tokens_ptr": L, "left_ptr": F, "right_ptr": F, "lengths_ptr": L, "messages_ptr": F,
-    "norms_ptr": F, "pointers_ptr": U8, "last_ptr": L, "scale": "fp32", "T": I, "K": I, "D": I,
+    "tiles_ptr": F, "scores_ptr": F, "lengths_ptr": L, "messages_ptr": F, "norms_ptr": F, "pointers_ptr": U8,
+    "last_ptr": L, "item": I, "first": I, "STEPS": I, "T": I, "K": I, "WIDE": I,
 }  # fmt: skip
 FLOW = {
-    "grad_ptr": F, "messages_ptr": F, "norms_ptr": F, "scores_ptr": F, "tokens_ptr": L, "left_ptr": F, "right_ptr": F,
-    "lengths_ptr": L, "into_ptr": F, "flow_ptr": F, "scale": "fp32", "T": I, "K": I, "D": I,
+    "tiles_ptr": F, "grad_ptr": F, "messages_ptr": F, "norms_ptr": F, "scores_ptr": F, "lengths_ptr": L, "into_ptr": F,
+    "flow_ptr": F, "item": I, "first": I, "STEPS": I, "T": I, "K": I, "WIDE": I,
 }  # fmt: skip
 TABLE = {
     "messages_ptr": F, "norms_ptr": F, "scores_ptr": F, "tokens_ptr": L, "left_ptr": F, "right_ptr": F,
@@ -56,6 +60,7 @@ SAMPLER = {**LENGTHS, "HAS_UNIFORMS": False}
 BEAMS, RANKS = (64, 128, 256, 512, 1024), (16, 32, 64, 128, 256)
 # Kernel, signature, flags, and how the launcher starts it for a beam and a rank.
 KERNELS = {
+    "transitions": (crf_transitions._transition_kernel, FORM, LENGTHS, lambda k, d: crf_transitions.config()),
     "filter": (crf_filter._filter_kernel, FILTER, {**LENGTHS, "MAX": False}, lambda k, d: crf_filter.config(k)),
     "max": (crf_filter._filter_kernel, FILTER, {**LENGTHS, "MAX": True}, lambda k, d: crf_filter.config(k)),
     "backtrace": (crf_filter._backtrace_kernel, BACKTRACE, LENGTHS, lambda k, d: {"num_warps": 1}),
@@ -66,7 +71,7 @@ KERNELS = {
     "stochastic": (crf_sample._stochastic_kernel, STOCHASTIC, SAMPLER, lambda k, d: crf_sample.stochastic_config(k)),
     "select": (crf_beam._select_kernel, SELECT, LENGTHS, lambda k, d: crf_beam.config(k)),
 }
-SINGLE = ("backtrace", "select")  # neither meets the rank
+SINGLE = ("filter", "max", "flow", "backtrace", "select")  # none meets the rank
 
 
 @functools.cache
@@ -76,6 +81,7 @@ def build(name: str, beam: int, rank: int, precision: str, capability: int):
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
     # What the launcher finds at run time: tensors begin at a multiple of 16, and so may a beam and a rank be.
     even = tuple(key for key, size in (("K", beam), ("D", rank)) if size % 16 == 0)
+    even += ("WIDE",)
     names = kernel.arg_names
     constants = {**flags, **launch, **({"PRECISION": precision} if "PRECISION" in names else {})}
     return compiled(name, tuple(constants.items()), tuple(options.items()), even, capability)
@@ -109,7 +115,7 @@ def grid() -> Iterator[tuple]:
     """Beams and ranks that divide everything, ones that divide nothing, and products in TF32."""
     for name in KERNELS:
         if name in SINGLE:
-            yield from ((name, beam, 32, "ieee") for beam in BEAMS)
+            yield from ((name, beam, 32, "ieee") for beam in (*BEAMS, 100, 250, 700, 1000))
             continue
         yield from ((name, beam, rank, "ieee") for beam in BEAMS for rank in RANKS)
         yield from ((name, beam, 33, "ieee") for beam in (100, 250, 700, 1000))

@@ -53,6 +53,59 @@ def check_operators(batch, length, vocabulary, beam, rank) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def check_ranges(scale: float, spread: float) -> None:
+    """Messages and gradients against float64 where transitions and scores span far more than an exponential does, and
+    where bans leave some positions one slot; in groups of steps of any size."""
+    from simctg_fast.kernels import crf_filter, crf_transitions
+    from simctg_fast.ops.crf_filter import crf_filter as operator
+    from simctg_fast.ops.crf_filter import crf_filter_backward
+    from simctg_fast.ops.crf_viterbi import crf_viterbi
+
+    torch.manual_seed(int(scale + spread))
+    batch, length, beam, vocabulary, rank = 3, 6, 19, 40, 3
+    tokens = torch.rand(batch, length, vocabulary).argsort(2)[..., :beam].contiguous()
+    left, right = (torch.randn(vocabulary, rank) for _ in range(2))
+    left *= scale / (left @ right.T).abs().max()
+    scores = spread * (2 * torch.rand(batch, length, beam) - 1)
+    scores[torch.rand(scores.shape) < 0.3] = float("-inf")
+    scores[0, 2, 1:] = float("-inf")
+    scores[:, :, 0] = torch.rand(batch, length) * spread
+    scores[1, 1, 0] = -spread
+    lengths = torch.tensor([length, 4, length - 1])
+    tables = [x.double() for x in (left, right)]
+    before = crf_transitions.MEMORY, crf_transitions.STEPS, crf_transitions.CACHE
+    results = []
+    for memory, steps in ((before[0], before[1]), (4 * beam * 32 * 2, 2), (1, 1)):  # all at once; 2 items; one of each
+        crf_transitions.MEMORY, crf_transitions.STEPS, crf_transitions.CACHE = memory, steps, 0
+        try:
+            messages, norms = operator(scores, tokens, left, right, lengths, 1.0, impl="triton")
+            grad = torch.randn(messages.shape, generator=torch.Generator().manual_seed(1))
+            back = crf_filter_backward(
+                grad, messages, norms, scores, tokens, left, right, lengths, 1.0, True, impl="triton"
+            )
+            results.append((messages, norms, *back, crf_viterbi(scores, tokens, left, right, lengths, impl="triton")))
+        finally:
+            crf_transitions.MEMORY, crf_transitions.STEPS, crf_transitions.CACHE = before
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    exact, exact_norms = operator(scores.double(), tokens, *tables, lengths, 1.0, impl="torch")
+    exact_back = crf_filter_backward(
+        grad.double(), exact, exact_norms, scores.double(), tokens, *tables, lengths, 1.0, True, impl="torch"
+    )
+    messages, norms, *back, best = results[0]
+    assert torch.equal(messages.isinf(), exact.isinf())
+    magnitude = float(exact_norms.abs().max()) + scale
+    torch.testing.assert_close(messages.double(), exact, rtol=1e-6, atol=4e-7 * magnitude)
+    torch.testing.assert_close(norms.double(), exact_norms, rtol=1e-6, atol=4e-7 * magnitude)
+    for ours, theirs in zip(back, exact_back, strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-6 * magnitude * float(theirs.abs().max()))
+    assert torch.equal(best, crf_viterbi(scores.double(), tokens, *tables, lengths, impl="torch"))
+    assert crf_filter.config(beam)["BLOCK_K"] >= beam
+
+
+RANGES = ((60.0, 1.0), (1.0, 1000.0), (60.0, 1000.0), (400.0, 30.0))
+
+
 def check_selection() -> None:
     from simctg_fast.ops.crf_beam import crf_beam_select
 
@@ -87,6 +140,10 @@ def run(code: str) -> None:
 
 def test_interpreted():
     run("[t.check_operators(*shape) for shape in t.SMALL]; t.check_selection()")
+
+
+def test_any_range_and_any_group_of_steps_interpreted():
+    run("[t.check_ranges(*r) for r in t.RANGES]")
 
 
 @pytest.mark.full

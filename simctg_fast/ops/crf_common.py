@@ -20,7 +20,7 @@ from torch.nn.functional import embedding
 from . import _accumulate, _backends
 
 IMPLS = ("auto", "triton", "cpu", "torch")
-TILE_LIMIT = 1024  # widest beam of the Triton kernels that hold one in a tile
+TILE_LIMIT = 1024  # widest beam of the Triton kernels, which hold one in a tile
 BEAM_LIMIT = 65536  # back-pointers are uint16 at most
 
 
@@ -34,6 +34,7 @@ def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | 
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
     single = scores.dtype != torch.float64
+    beam = scores.shape[2] if beam is None else beam
     device = scores.device.type
     if impl == "cpu":
         if device != "cpu":
@@ -49,6 +50,8 @@ def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | 
             raise RuntimeError(f"impl='triton' needs triton: {_backends.triton_error()}")
         if not single:
             raise ValueError("impl='triton' computes in float32; float64 needs impl='torch'")
+        if beam > TILE_LIMIT:
+            raise ValueError(f"impl='triton' takes beams of at most {TILE_LIMIT} tokens, got {beam}; impl='torch' any")
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"impl='triton' needs tensors on a CUDA device, they are on {scores.device}")
         return "triton"
@@ -56,12 +59,7 @@ def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | 
         if device == "cpu" and _backends.extension() is not None:
             return "cpu"
         # A beam that does not fit the kernels' tiles is served by PyTorch.
-        if (
-            device == "cuda"
-            and triton
-            and (scores.shape[2] if beam is None else beam) <= TILE_LIMIT
-            and _backends.has_triton()
-        ):
+        if device == "cuda" and triton and beam <= TILE_LIMIT and _backends.has_triton():
             return "triton"
     return "torch"
 
