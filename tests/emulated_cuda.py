@@ -366,7 +366,7 @@ def _on_device(func, args: tuple, kwargs: dict[str, Any]) -> Any:
         devices = [(tuple(x.shape), str(x.device)) for x in given]
         raise RuntimeError(f"Expected all tensors to be on the same device, {func} got {devices}")
     if kwargs.get("device") is not None:
-        to_cuda = torch.device(kwargs["device"]).type == "cuda"
+        to_cuda = torch.device(kwargs["device"]).type in ("cuda", "meta")  # "cuda" without a number asks the guard
         kwargs = kwargs | {"device": torch.device("cpu"), "pin_memory": None}
     else:
         to_cuda = isinstance(args[0], CudaTensor) if func is aten.copy_.default else on_cuda
