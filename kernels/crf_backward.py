@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops._accumulate import add_rows_
 from . import crf_transitions
 from .crf_common import as_lengths, exp_or_zero, load_rows, power, precision, registers, transitions
 
@@ -139,8 +138,9 @@ def table_config(beam: int, rank: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables: bool):
-    """Gradients of `scores`, `left` and `right`, fp32; the last two empty unless `tables`. Everything contiguous."""
+def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables: bool, add_rows_):
+    """Gradients of `scores`, `left` and `right`, fp32; the last two empty unless `tables`. Everything contiguous.
+    `add_rows_(table, index, rows)` adds rows to those of a table in one order, whatever repeats."""
     batch, length, beam = scores.shape
     rank = left.shape[1]
     into, flow = torch.empty_like(scores), torch.empty_like(scores)

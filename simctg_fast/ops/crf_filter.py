@@ -124,7 +124,9 @@ def _backward(grad, messages, norms, scores, tokens, left, right, lengths, scale
     if backend == "triton":
         from ..kernels import crf_backward as kernel
 
-        return kernel.filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables)
+        return kernel.filter_backward(
+            grad, messages, norms, scores, tokens, left, right, lengths, scale, tables, add_rows_
+        )
     grad_scores = scores.new_empty(scores.shape)
     size = left.shape if tables else (0,)
     grad_left, grad_right = left.new_zeros(size), right.new_zeros(size)
