@@ -44,7 +44,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return getattr(tensor, "inner", tensor).untyped_storage()
+    return unwrapped(tensor).untyped_storage()
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -317,21 +317,21 @@ _INDEXES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default} 
 
 
 class CudaTensor(torch.Tensor):
-    """Says that it is on ``cuda:0``; its numbers are in ``inner``, on the CPU."""
+    """Says that it is on ``cuda:0``; its numbers are in ``on_host``."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor):
+    def __new__(cls, on_host: torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            cls, on_host.size(), strides=on_host.stride(), storage_offset=on_host.storage_offset(), dtype=on_host.dtype,
             device=torch.device("cuda", 0),
         )  # fmt: skip
-        self.inner = inner
+        self.on_host = on_host
         return self
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.on_host.data_ptr()
 
     def tolist(self) -> list:
         return self.cpu().tolist()
@@ -340,7 +340,7 @@ class CudaTensor(torch.Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     def __deepcopy__(self, memo):
-        return CudaTensor(self.inner.clone())
+        return CudaTensor(self.on_host.clone())
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -348,7 +348,7 @@ class CudaTensor(torch.Tensor):
 
 
 def unwrapped(x: Any) -> Any:
-    return x.inner if isinstance(x, CudaTensor) else x
+    return x.on_host if isinstance(x, CudaTensor) else x
 
 
 def is_ours_on_cuda(func, args, kwargs) -> bool:
