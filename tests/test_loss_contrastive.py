@@ -467,7 +467,7 @@ def test_a_gpu_that_triton_cannot_compile_for(version, capability, serves, monke
     try:
         assert operator.resolve("auto", states) == ("triton" if serves else "torch")
         if not serves:
-            with pytest.raises(RuntimeError, match="impl='triton' needs triton 3.8 or newer on this GPU"):
+            with pytest.raises(RuntimeError, match=r"impl='triton' needs triton 3\.8 or newer on this GPU"):
                 operator.resolve("triton", states)
     finally:
         operator._does_not_compile.cache_clear()
