@@ -12,6 +12,9 @@ import triton.language as tl
 
 from .crf_common import as_lengths, exp_or_zero, pick, power, precision, products, registers, to_uniform, transitions
 
+# Narrower slices of the rank spare high tiles a few spilled registers; `tl.dot` takes none below 16 before triton 3.8.
+_NARROW = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+
 
 @triton.jit(do_not_specialize=["T", "seed"])
 def _ffbs_kernel(
@@ -127,7 +130,8 @@ def _config(beam: int, width: int, free: int) -> dict[str, int]:
     height = power(beam)
     warps = 4 if height <= 64 else 8 if height <= 128 else 16
     return {
-        "BLOCK_K": height, "WIDTH": width, "BLOCK_D": 16, "num_warps": warps, "num_stages": 1,
+        "BLOCK_K": height, "WIDTH": width, "BLOCK_D": 16 if height <= 256 else _NARROW,
+        "num_warps": warps, "num_stages": 1,
         **({"maxnreg": registers(warps)} if height <= free else {}),
     }  # fmt: skip
 

@@ -70,7 +70,7 @@ class Driver(threading.local):
         self.held: list[Any] = []  # pools that graphs hold
         self.random_in_recording = False
         self.watch: _Watch | None = None
-        self.recorded = self.rehearsed = self.replayed = 0
+        self.recorded = self.rehearsed = self.replayed = self.emptied = 0
 
     def as_before(self) -> bool:
         return self.current is self.default and not self.filling and not self.random_in_recording
@@ -79,6 +79,9 @@ class Driver(threading.local):
         if pool not in self.filling:
             raise RuntimeError("not currently recording to this pool")
         self.filling.remove(pool)
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
 
     def release_pool(self, index: int, pool: Any) -> None:
         if pool not in self.held:
@@ -131,8 +134,8 @@ class Graph:
         self.operations: list[tuple[Any, tuple, dict, Any]] = []
         self.made: set[int] = set()  # addresses of what was allocated inside
         self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.pool: Any = None
-        self.invalid = False
+        self.pool_id: Any = None
+        self.invalid = self.ended = False
 
     def remember(self, tensor: torch.Tensor) -> None:
         if address(tensor) not in self.made and address(tensor) not in self.before:
@@ -143,7 +146,7 @@ class Graph:
         driver = self.driver
         assert driver.current is not driver.default, "recorded on the default stream"
         assert pool not in driver.filling
-        self.pool = pool
+        self.pool_id = pool
         driver.filling.append(pool)
         driver.held.append(pool)
         driver.random_in_recording = True
@@ -159,9 +162,15 @@ class Graph:
             whole.copy_(content)
         if self.invalid:
             raise RuntimeError("operation failed due to a previous error during capture")
-        driver.filling.remove(self.pool)
+        driver.filling.remove(self.pool_id)
         driver.random_in_recording = False
         driver.recorded += 1
+        self.ended = True
+
+    def pool(self) -> Any:
+        if not self.ended:
+            raise RuntimeError("no capture has come to its end")
+        return self.pool_id
 
     def replay(self) -> None:
         self.driver.replayed += 1
@@ -176,9 +185,9 @@ class Graph:
                     old.copy_(new)
 
     def reset(self) -> None:
-        if self.pool in self.driver.held:
-            self.driver.held.remove(self.pool)
-        self.operations, self.before, self.pool = [], {}, None
+        if self.pool_id in self.driver.held:
+            self.driver.held.remove(self.pool_id)
+        self.operations, self.before, self.pool_id = [], {}, None
 
     def __del__(self):
         if not self.invalid:
@@ -266,6 +275,7 @@ def emulated_cuda(monkeypatch, tensors_of_cpu: bool = True):
         "torch.cuda.device": lambda device: nullcontext(),
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.graph_pool_handle": lambda: next(driver.pools),
+        "torch.cuda.empty_cache": driver.empty_cache,
         "torch.cuda.get_sync_debug_mode": lambda: 0,
         "torch.cuda.set_sync_debug_mode": set_debug_mode,
         "torch._C._cuda_endAllocateToPool": driver.end_allocation,
@@ -455,6 +465,7 @@ def emulated_device(monkeypatch):
         "torch.cuda.get_device_properties": lambda device=None: _Properties,
         "torch.cuda.mem_get_info": lambda device=None: (10**10, 2 * 10**10),
         "torch.cuda.memory_reserved": lambda device=None: 0,
+        "torch.cuda.memory_stats": lambda device=None: {},
         "torch.cuda.memory_allocated": lambda device=None: 0,
         "torch.cuda.device_of": lambda tensor: nullcontext(),
         "torch.Tensor.pin_memory": lambda self: self,

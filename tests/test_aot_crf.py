@@ -137,8 +137,8 @@ CASES = [
 ]
 
 
-# What triton 3.6 spills, in bytes, of beams that are no power of two above 512: kernel, architecture.
-SPILLS = {("select", 90): 40, ("select", 100): 40} if triton.__version__.startswith("3.6.") else {}
+# What triton 3.6 spills, in bytes, with beams above 512.
+SPILLS = {"select": 40, "ffbs": 160, "stochastic": 40} if triton.__version__.startswith("3.6.") else {}
 
 
 @pytest.mark.parametrize(("name", "beam", "rank", "precision", "capability"), CASES)
@@ -146,7 +146,7 @@ def test_aot_no_spills(name, beam, rank, precision, capability, tmp_path):
     built = build(name, beam, rank, precision, capability)
     used = resources(built.asm["cubin"], tmp_path)
     assert used["LOCAL"] == 0, used
-    assert used["STACK"] <= SPILLS.get((name, capability), 0), used
+    assert used["STACK"] <= (SPILLS.get(name, 0) if beam > 512 else 0), used
     assert used["REG"] <= 255
     assert built.metadata.shared <= SHARED_LIMIT[capability]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 
-from simctg_fast.decoding import decode_step
+from simctg_fast.decoding import cuda_graph, decode_step
 from simctg_fast.decoding.contrastive_search import ContrastiveSearch
 from simctg_fast.decoding.cuda_graph import record
 from simctg_fast.decoding.decode_step import DecodeStep
@@ -222,21 +223,67 @@ def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkey
     assert steps[-1].graph is not None
 
 
-def test_a_capture_that_runs_out_of_memory_is_tried_by_the_next_call(driver, steps, monkeypatch):
-    run, broken = DecodeStep._run, [True]
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_capture_that_runs_out_of_memory(fails, driver, steps, monkeypatch):
+    """It is tried again without what torch keeps for later; if that does not help, by the next call."""
+    run, left = DecodeStep._run, [fails]
 
-    def fails(self):
-        if driver.recording is not None and broken[0]:
+    def short_of_memory(self):
+        if driver.recording is not None and left[0]:
+            left[0] -= 1
             raise torch.OutOfMemoryError("out of memory")
         run(self)
 
-    monkeypatch.setattr(DecodeStep, "_run", fails)
+    monkeypatch.setattr(DecodeStep, "_run", short_of_memory)
     model, inputs = build("llama"), prompts(2)
     ours = search(model, inputs)
-    assert "out of memory" in steps[0].not_captured
-    broken[0] = False
+    assert driver.emptied == 1
+    assert driver.as_before()
+    assert (steps[0].graph is None) == (fails == 2)
+    if fails == 2:
+        assert "out of memory" in steps[0].not_captured
+        assert not driver.held
     assert torch.equal(search(model, inputs), ours)
     assert steps[-1].not_captured is None
+
+
+def test_memory_of_graphs_that_are_gone_is_given_back(driver, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "_recorded", 0)
+    for _ in range(2 * cuda_graph._DEAD_POOLS + 1):
+        record(lambda: None, torch.device("cpu"))
+    assert driver.emptied == 2
+
+
+def test_what_refuses_one_kind_of_call_says_nothing_of_others(driver, steps, monkeypatch):
+    """A processor that reads a tensor on the host, say."""
+
+    class Asks(SuppressTokensLogitsProcessor):
+        def __call__(self, input_ids, scores):
+            float(scores.sum())
+            return super().__call__(input_ids, scores)
+
+    monkeypatch.setattr(decode_step, "GRAPH_SAFE", (*decode_step.GRAPH_SAFE, Asks))
+    model, inputs = build("llama"), prompts(2)
+    for _ in range(2):
+        search(model, inputs, logits_processor=[Asks([90])])
+        assert "makes the host wait" in steps[-1].not_captured
+    assert driver.rehearsed == 2
+    search(model, inputs)
+    assert steps[-1].graph is not None
+
+
+def test_each_size_has_its_own_rehearsals(driver, steps, monkeypatch):
+    """A wait in the first of the second size is no more a reason than one in the first of all."""
+    for module in ("prefix_cache", "decode_step"):
+        monkeypatch.setattr(f"simctg_fast.decoding.{module}.next_capacity", lambda needed, _: needed + 20)
+    monkeypatch.setattr("simctg_fast.decoding.hidden_states.next_capacity", lambda needed, _: needed + 2)
+    rehearse, waits = decode_step.rehearse, ["somewhere.py:1", None, "somewhere.py:2", None]
+    monkeypatch.setattr(
+        decode_step, "rehearse", lambda run, device: (rehearse(run, device), waits.pop(0) if waits else None)[1]
+    )
+    search(build("llama"), prompts(2), new_tokens=70)
+    assert driver.recorded >= 2
+    assert (waits, steps[0].not_captured) == ([], None)
 
 
 def test_an_interrupt_during_a_capture_is_raised(driver, monkeypatch):

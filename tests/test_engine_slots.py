@@ -518,4 +518,5 @@ def test_free_memory_on_a_gpu_counts_what_torch_holds(monkeypatch):
     sizes = {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 400}
     for name, size in sizes.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
-    assert free_bytes(torch.device("cuda")) == 400
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"inactive_split_bytes.all.current": 50})
+    assert free_bytes(torch.device("cuda")) == 350

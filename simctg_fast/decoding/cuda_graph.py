@@ -22,6 +22,9 @@ _WAITS = "called a synchronizing CUDA operation"  # what torch says of an operat
 # One at a time: warnings, their debug mode and the collector are the process's.
 _lock = threading.Lock()
 _streams: dict[int, torch.cuda.Stream] = {}  # by index of the device
+# The memory of a graph that is gone serves no other, and stays with torch until its cache is emptied.
+_DEAD_POOLS = 16  # at most, then it is
+_recorded = 0
 _lost: list[torch.cuda.CUDAGraph] = []  # of failed recordings: allocators may keep a pointer to them
 
 
@@ -49,10 +52,10 @@ def rehearse(run: Callable[[], Any], device: torch.device) -> str | None:
     """Run once, on the stream for recordings: what is made on first use (compiled kernels, workspaces of libraries) is
     there afterwards. Returns where the host had to wait for the device, ``file:line``; None if nowhere."""
     waits: list[str] = []
-    thread, show = threading.get_ident(), warnings.showwarning
+    thread, show, running = threading.get_ident(), warnings.showwarning, True
 
     def note(message, category, filename, lineno, file=None, line=None) -> None:
-        if _WAITS not in str(message):
+        if not running or _WAITS not in str(message):  # another thread may have put this back after its own block
             show(message, category, filename, lineno, file, line)
         elif threading.get_ident() == thread:  # the mode is the process's, and others may wait
             waits.append(f"{filename}:{lineno}")
@@ -67,43 +70,66 @@ def rehearse(run: Callable[[], Any], device: torch.device) -> str | None:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
+    running = False
     return waits[0] if waits else None
 
 
 def record(run: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph:
-    """The launches of ``run`` as a graph, on ``device``. Nothing is computed meanwhile.
+    """The launches of ``run`` as a graph, on ``device``. Nothing is computed meanwhile, and another thread must not
+    draw random numbers on the device. What is short of memory is tried once more without what torch keeps for later.
 
     Raises:
-        CaptureError: it failed; everything is as before.
+        CaptureError: it failed; stream, allocator and random numbers are as before.
     """
+    global _recorded
     with _lock, _side_stream(device), _no_collection():
-        index = torch.cuda.current_device()
-        own = torch.zeros(16, 16, device=device)
-        torch.mm(own, own)  # the workspace of this thread's BLAS, which must not come from the graph's memory
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        error: BaseException | None = None
-        try:
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            run()
-        except BaseException as raised:
-            error = raised
-        try:
-            graph.capture_end()
-        except RuntimeError as raised:
-            error = error or raised
-            _abandon(graph, pool, index, own)
-        else:
-            if error is not None:
-                graph.reset()
-        if isinstance(error, Exception):
-            raise CaptureError(f"{type(error).__name__}: {error}") from error
-        if error is not None:
-            raise error
-    return graph
+        _recorded += 1
+        if _recorded % _DEAD_POOLS == 0:
+            torch.cuda.empty_cache()
+        graph, error = _try_to_record(run, device)
+        if isinstance(error, torch.OutOfMemoryError):
+            graph = error = None  # and the frames that hold on to tensors
+            torch.cuda.empty_cache()
+            graph, error = _try_to_record(run, device)
+    if graph is not None:
+        return graph
+    assert error is not None
+    if not isinstance(error, Exception):
+        raise error
+    raise CaptureError(f"{type(error).__name__}: {error}") from error.with_traceback(None)
+
+
+def _try_to_record(
+    run: Callable[[], Any], device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, None] | tuple[None, BaseException]:
+    index = torch.cuda.current_device()
+    own = torch.zeros(16, 16, device=device)
+    torch.mm(own, own)  # the workspace of this thread's BLAS, which must not come from the graph's memory
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    error: BaseException | None = None
+    try:
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        run()
+    except BaseException as raised:
+        error = raised
+    try:
+        graph.capture_end()
+    except RuntimeError as raised:
+        error = error or raised
+    if error is None:
+        return graph, None
+    try:
+        graph.pool()
+    except RuntimeError:  # it did not come to its end
+        _abandon(graph, pool, index, own)
+    else:
+        graph.reset()
+    return None, error
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, index: int, own: torch.Tensor) -> None:
-    """Undo what a recording began that did not come to its end."""
+    """Undo what a recording began that did not come to its end. (The allocator of pinned memory goes on asking the
+    graph, which costs little; nothing in Python ends that.)"""
     _lost.append(graph)
     for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
         with suppress(RuntimeError):  # it had come so far

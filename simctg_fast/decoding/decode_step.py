@@ -63,11 +63,11 @@ class StaticStepUnsupportedError(Exception):
 @dataclass
 class _Known:
     """What earlier calls have found out about a model: the kinds of calls whose step was reproduced, the sizes of steps
-    that were rehearsed, why none is captured, and which masks are windows, by their local size."""
+    that were rehearsed, why steps of a kind are not captured, and which masks are windows, by their local size."""
 
     reproduced: set[Any] = field(default_factory=set)
     rehearsed: set[Any] = field(default_factory=set)
-    not_captured: str | None = None
+    not_captured: dict[Any, str] = field(default_factory=dict)
     windows: dict[int, bool] = field(default_factory=dict)
 
 
@@ -252,7 +252,7 @@ class DecodeStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.kept: tuple[Any, ...] = ()  # what the graph reads beside the buffers
         self.rehearsals = 0
-        self.not_captured = self.known.not_captured or _obstacle(self.model, device) if capture else "capture=False"
+        self.not_captured = _obstacle(self.model, device) if capture else "capture=False"
         if self.not_captured is None and self._tokens_left() < MIN_CAPTURED:
             self.not_captured = f"{self._tokens_left()} tokens are left, a graph pays from {MIN_CAPTURED} on"
         self.wants_graph = self.not_captured is None
@@ -431,7 +431,7 @@ class DecodeStep:
         if self.length < self.capacity:
             return
         capacity = next_capacity(self.length + 1, self.max_length)
-        self.graph, self.kept = None, ()
+        self.graph, self.kept, self.rehearsals = None, (), 0
         self.wants_graph &= self._tokens_left() >= MIN_CAPTURED
         for layer in self.cache.layers:
             for name in ("keys", "values"):
@@ -450,14 +450,18 @@ class DecodeStep:
     def _rehearse_or_capture(self) -> None:
         """Make a step of a size that is new as a rehearsal, or record the next one. Nothing runs while it is recorded,
         so what fails leaves the buffers as they are, and the step is made without a graph."""
-        parts = (self.history is None, self.starts is None, self.eos is None, self.compiled)
-        size = (self.device, self.k, self.batch, self.capacity, *parts, *map(type, self.processors))
+        kind = self._kind()
+        if kind in self.known.not_captured:
+            self.wants_graph, self.not_captured = False, self.known.not_captured[kind]
+            self._run()
+            return
+        size = (kind, self.batch, self.capacity)
         if size not in self.known.rehearsed:
             waits = rehearse(self._run, self.device)
             self.rehearsals += 1
             if waits is None:
                 self.known.rehearsed.add(size)
-            elif self.rehearsals == _REHEARSALS:
+            elif self.rehearsals >= _REHEARSALS:
                 self._do_not_capture(f"its step makes the host wait for the device ({waits})")
             return
         from simctg_fast.kernels._decode import own_counters
@@ -471,16 +475,21 @@ class DecodeStep:
             self.plan.finish()
             self.kept = (self.plan, counters)  # the table, and the tensors it points at
         except CaptureError as error:
-            out_of_memory = isinstance(error.__cause__, torch.OutOfMemoryError)  # of this call alone
-            self._do_not_capture(f"its step cannot be captured ({error})", remember=not out_of_memory)
-            self._run()
+            self._do_not_capture(f"its step cannot be captured ({error})")
         finally:
             self.plan = None
+        if self.graph is None:
+            self._run()
 
-    def _do_not_capture(self, reason: str, remember: bool = True) -> None:
+    def _kind(self) -> tuple[Any, ...]:
+        """Of the steps of a model, those that launch the same operations."""
+        absent = (part is None for part in (self.history, self.starts, self.eos))
+        return (self.device, self.k, *absent, self.compiled, *map(type, self.processors))
+
+    def _do_not_capture(self, reason: str) -> None:
         self.wants_graph, self.not_captured = False, reason
-        if remember:
-            self.known.not_captured = reason
+        if "out of memory" not in reason:  # which is of this call alone
+            self.known.not_captured[self._kind()] = reason
         logger.info("%s: %s", type(self.model).__name__, reason)
 
 

@@ -432,8 +432,8 @@ def fast_linears(
 
     Args:
         model: any module.
-        rows_hint: rows the caller is going to multiply at a time. Above ``max_rows`` the block changes nothing, but
-            where packed layers take more.
+        rows_hint: rows the caller is going to multiply at a time. Above ``max_rows`` the block changes nothing on the
+            CPU, but where packed layers take more.
         pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
             of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
             its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
@@ -445,7 +445,7 @@ def fast_linears(
             holds for the calling thread.
 
     Yields:
-        The number of modules that were routed: on the CPU 0 without the C++ extension.
+        The number of modules that were routed: 0 without the C++ extension, unless part of the model is on CUDA.
 
     Raises:
         ValueError: a ``pack`` that is none of these, a ``rows_hint`` below 1.

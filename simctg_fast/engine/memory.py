@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-# What PyTorch's CPU allocator says; on a GPU there is a class of its own.
-_CPU_ALLOCATOR = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
+# What PyTorch's CPU allocator says, and CUDA itself; of PyTorch's for a GPU there is a class of its own.
+_SAID = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "CUDA error: out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATOR)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
 
 
 def release() -> None:
@@ -23,7 +23,9 @@ def release() -> None:
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can still be had on ``device``; None where nobody says."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch itself
+        # Torch holds blocks for later; the rests of blocks that are in use may be too small for anything.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        unused -= torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
         return int(torch.cuda.mem_get_info(device)[0]) + max(0, unused)
     try:
         with open("/proc/meminfo") as lines:
