@@ -286,6 +286,22 @@ def test_each_size_has_its_own_rehearsals(driver, steps, monkeypatch):
     assert (waits, steps[0].not_captured) == ([], None)
 
 
+def test_a_recording_of_which_no_graph_can_be_made(driver, monkeypatch):
+    """It owns its memory by then, and gives it back itself, once."""
+    end = torch.cuda.CUDAGraph.capture_end
+
+    def fails(self):
+        end(self)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", fails)
+    with pytest.raises(cuda_graph.CaptureError, match="out of memory"):
+        record(lambda: None, torch.device("cpu"))
+    assert driver.as_before()
+    assert not driver.held
+    assert not cuda_graph._lost
+
+
 def test_an_interrupt_during_a_capture_is_raised(driver, monkeypatch):
     run = DecodeStep._run
 
