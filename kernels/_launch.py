@@ -190,6 +190,10 @@ def architecture(device: torch.device) -> int:
     return _architecture_of(device.index) if device.type == "cuda" else 80
 
 
+def before_triton(major: int, minor: int) -> bool:
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (major, minor)
+
+
 def cdiv(numerator: int, denominator: int) -> int:
     """Rounded up. `triton.cdiv` is for kernels too and takes ten times as long."""
     return -(-numerator // denominator)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ._launch import (
     Config,
     architecture,
+    before_triton,
     cdiv,
     last_dimension_contiguous,
     launch,
@@ -58,6 +59,11 @@ GRADIENT_CONFIGS = {
     (100, 2, True): Config(128, 8, 2),
     (100, 4, False): Config(16, 8, 1),
 }
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether triton compiles the hinge kernel for this device: 3.6 fails on Blackwell, 3.8 does not."""
+    return architecture(device) < 100 or not before_triton(3, 8)
 
 
 @triton.jit

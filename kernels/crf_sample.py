@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import before_triton
 from .crf_common import as_lengths, exp_or_zero, pick, power, precision, products, registers, to_uniform, transitions
 
 # Narrower slices of the rank spare high tiles a few spilled registers; `tl.dot` takes none below 16 before triton 3.8.
-_NARROW = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+_NARROW = 16 if before_triton(3, 8) else 8
 
 
 @triton.jit(do_not_specialize=["T", "seed"])
@@ -125,7 +126,7 @@ def _config(beam: int, width: int, free: int) -> dict[str, int]:
     """How a tile of a whole beam is launched: its height, the samples or targets beside it, slices of the rank; up to
     the height `free` a thread is told that it may have all registers.
 
-    Whatever the rank is, 64 KiB of shared memory are enough, and no register is spilled.
+    Whatever the rank is, 64 KiB of shared memory are enough, and from triton 3.8 on no register is spilled.
     """
     height = power(beam)
     warps = 4 if height <= 64 else 8 if height <= 128 else 16

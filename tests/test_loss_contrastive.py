@@ -460,14 +460,16 @@ def test_memory_stays_far_below_the_matrix():
 def test_a_gpu_that_triton_cannot_compile_for(version, capability, serves, monkeypatch):
     """Blackwell before triton 3.8 is served by PyTorch, and refused by name."""
     triton = pytest.importorskip("triton")
+    from simctg_fast.kernels import _launch
+
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     states = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    operator._does_not_compile.cache_clear()
+    _launch._architecture_of.cache_clear()
     try:
         assert operator.resolve("auto", states) == ("triton" if serves else "torch")
         if not serves:
             with pytest.raises(RuntimeError, match=r"impl='triton' needs triton 3\.8 or newer on this GPU"):
                 operator.resolve("triton", states)
     finally:
-        operator._does_not_compile.cache_clear()
+        _launch._architecture_of.cache_clear()

@@ -69,8 +69,8 @@ def rehearse(run: Callable[[], Any], device: torch.device) -> str | None:
         try:
             run()
         finally:
+            running = False
             torch.cuda.set_sync_debug_mode(before)
-    running = False
     return waits[0] if waits else None
 
 

@@ -14,7 +14,6 @@ backward pass multiplies that 0/1 matrix by the unit vectors. What passes betwee
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -70,7 +69,7 @@ def resolve(impl: str, hidden_states: Tensor) -> str:
     device, dtype = hidden_states.device.type, hidden_states.dtype
     fused = dtype in FUSED_DTYPES
     if impl == "auto":
-        if device == "cuda" and fused and _backends.has_triton() and not _does_not_compile(hidden_states.device):
+        if device == "cuda" and fused and _backends.has_triton() and _compiles(hidden_states.device):
             return "triton"
         return "cpu" if device == "cpu" and fused and _has_cpu_kernels() else "torch"
     if impl == "torch":
@@ -88,7 +87,7 @@ def resolve(impl: str, hidden_states: Tensor) -> str:
             raise RuntimeError("impl='cpu' needs a C++ extension of this version: the one installed is older")
     else:
         require_triton(hidden_states)
-        if _does_not_compile(hidden_states.device):
+        if not _compiles(hidden_states.device):
             raise RuntimeError(
                 f"impl='triton' needs triton 3.8 or newer on this GPU, {_backends.backend_info()['triton']} does not "
                 "compile its kernel; impl='torch' runs everywhere"
@@ -96,14 +95,10 @@ def resolve(impl: str, hidden_states: Tensor) -> str:
     return impl
 
 
-@functools.cache
-def _does_not_compile(device: torch.device) -> bool:
-    """Whether it is a Blackwell GPU and an early triton, whose compiler fails on the kernel of the hinges (3.6)."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 10:
-        return False
-    import triton
+def _compiles(device: torch.device) -> bool:
+    from simctg_fast.kernels import contrastive_loss as kernels
 
-    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+    return kernels.compiles(device)
 
 
 def require_triton(tensor: Tensor) -> None:
