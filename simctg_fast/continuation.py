@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,11 +24,11 @@ def continuation_text(
     head, both = _decoded(tokenizer, before, tokens, skip_special_tokens)
     if head is None:
         return both
-    shared = len(os.path.commonprefix([head, both]))
     # A text that ends within a character is continued in it; where decoding changes more than that, nothing is known.
-    if shared < len(head.rstrip(_UNFINISHED)):
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
-    return both[shared:]
+    for known in (head, head.rstrip(_UNFINISHED)):
+        if both.startswith(known):
+            return both[len(known) :]
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
 
 def _decoded(

@@ -63,7 +63,7 @@ def is_utf8(line: str) -> bool:
 class TextLines:
     """The lines of a file as ``(number, text)``, from 1, each with the newline it ended in as ``\\n``.
 
-    A byte order mark is passed over, ``\\r\\n`` and a bare ``\\r`` end a line, ``.gz`` and ``.zst`` are unpacked by suffix,
+    A byte order mark is passed over, ``\\r\\n`` and a bare ``\\r`` end a line, ``.gz`` and ``.zst`` are unpacked,
     ``-`` is standard input. Bytes that are not UTF-8 do not end the reading: see `is_utf8`. Used as a context manager,
     or iterated to the end.
 
