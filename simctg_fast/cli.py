@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +27,13 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub name, or `bundled`.")]
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Local folder, hub name, or `bundled`; or give --model.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Local folder, hub name, or `bundled`.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings along.")
+]
 PenaltyAlpha = Annotated[
     float, typer.Option("--penalty-alpha", "-a", help="Weight of the degeneration penalty, 0 (greedy) to 1.")
 ]
@@ -37,66 +44,81 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by defa
 
 @app.command()
 def generate(
-    model: ModelName,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue; else stdin, one a line.")
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL] [PROMPT]...", help="Texts to continue; else standard input, one a line."),
     ] = None,
+    model: ModelOption = None,
     top_k: TopK = 4,
     penalty_alpha: PenaltyAlpha = 0.6,
     max_new_tokens: MaxNewTokens = 128,
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it is written, prompt by prompt.")] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="Draw among the candidates instead of taking the best; above 0.")
+        float | None, typer.Option(help="Draw among the candidates instead of taking the best; 0: the best.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws of --temperature.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop behind this text; may be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt, text, tokens.")] = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue prompts by contrastive search."""
+    """Continue prompts by contrastive search.
+
+    The first argument is the model, unless --model names it. Exit code 1: some prompts could not be continued.
+    """
+    given = list(arguments or ())
+    name = _the_model(given.pop(0) if model is None and given else None, model)
     _check_search(penalty_alpha, top_k, max_new_tokens)
     _check(batch_size >= 1, "--batch-size", batch_size, "at least 1")
-    _check(temperature is None or temperature > 0, "--temperature", temperature, "above 0")
+    _check(temperature is None or temperature >= 0, "--temperature", temperature, "at least 0")
     _check(seed is None or seed >= 0, "--seed", seed, "at least 0")
     _check(seed is None or temperature is not None, "--seed", seed, "given together with --temperature")
     _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    _check(all(stop or ()), "--stop", "''", "a text")
     if stream and as_json:
         raise typer.BadParameter("--stream shows text as it is written; it cannot be combined with --json")
-    texts = _read_prompts(prompts)
+    texts, failed = _read_prompts(given)
 
     with _usage_errors():
-        from .text_generation import TextGenerator
+        with _progress("loading the model"):
+            from .text_generation import TextGenerator
 
-        _quiet_transformers()
-        generator = TextGenerator(
-            model,
-            penalty_alpha=penalty_alpha,
-            top_k=top_k,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop_strings=stop,
-            device=device,
-            dtype=dtype,
-        )
+            _quiet_transformers()
+            generator = TextGenerator(
+                name,
+                penalty_alpha=penalty_alpha,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                stop=stop,
+                batch_size=1 if stream else min(batch_size, len(texts) or 1),
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+            )
         console = Console(highlight=False, markup=False)
         if stream:
             for number, text in enumerate(texts):
-                if number:
-                    print()
-                generator.stream(text)
-            return
-        for start in range(0, len(texts), batch_size):
-            for written in generator(texts[start : start + batch_size]):
+                print("\n" * bool(number) + _shown(text, sys.stdout), end="", flush=True)
+                for written in generator([text], lambda _, new: print(_shown(new, sys.stdout), end="", flush=True)):
+                    failed += _report(written.error, f"prompt {number + 1}")
+                print()
+        else:
+            for number, written in enumerate(generator(texts)):
+                failed += _report(written.error, f"prompt {number + 1}")
                 if as_json:
                     line = {"prompt": written.prompt, "text": written.text, "tokens": written.tokens}
-                    print(json.dumps(line, ensure_ascii=False), flush=True)
-                else:
+                    line |= {} if written.error is None else {"error": written.error}
+                    print(_as_json(line), flush=True)
+                elif written.error is None:
                     _show(console, written.prompt, written.text, written.continues_prompt, len(texts) > 1)
     for note in generator.notes:
         Console(stderr=True, highlight=False, markup=False).print(f"note: {note}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -214,12 +236,19 @@ def train(
 
 @app.command()
 def run(
-    prompts: Annotated[
-        str | None, typer.Argument(metavar="[PROMPTS]", help="JSONL file: id and prompt, messages or source a line.")
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] PROMPTS",
+            help="JSONL file: id and prompt, messages or source a line; or .txt, a prompt a line; .gz, .zst; -: stdin.",
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Local folder, hub name, or `bundled`.")] = None,
+    model: ModelOption = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="JSONL file, continued if it is there; {shard} is its shard.")
+        str | None,
+        typer.Option(
+            "--output", "-o", help="JSONL file, continued if it is there; {shard} is its shard; - for stdout."
+        ),
     ] = None,
     config: Annotated[str | None, typer.Option("--config", help="YAML file with these options; the line wins.")] = None,
     strategy: Annotated[
@@ -236,6 +265,16 @@ def run(
         int | None, typer.Option("--samples", help="Continuations of each prompt (n of a line).")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    truncate_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Keep so many tokens of longer prompts; -1: what the context leaves.")
+    ] = None,
+    clamp_max_new_tokens: Annotated[
+        bool, typer.Option("--clamp-max-new-tokens", help="Write less where the context ends, instead of refusing.")
+    ] = False,
+    changed: Annotated[
+        str, typer.Option(help="Lines that are not what was answered: refuse (default), again or keep.")
+    ] = "refuse",
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Answer what has error records again.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the random strategies.")] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences written at a time.")] = None,
     memory: Annotated[float | None, typer.Option(help="Instead: share of the free memory for caches, 0 to 1.")] = None,
@@ -244,6 +283,7 @@ def run(
         str | None, typer.Option(help="module:factory that makes the logits processors of a request.")
     ] = None,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Log-probabilities of the tokens.")] = False,
+    top_logprobs: Annotated[int | None, typer.Option(help="And of so many of the most probable ones, to 20.")] = None,
     trace: Annotated[bool, typer.Option("--trace", help="The candidates of every token, and why one won.")] = False,
     num_shards: Annotated[int | None, typer.Option(help="Answer only every num_shards-th line …")] = None,
     shard_id: Annotated[int | None, typer.Option(help="… beginning with this one, from 0.")] = None,
@@ -258,15 +298,18 @@ def run(
     workers: Annotated[int, typer.Option(help="Engines on the Ray cluster.")] = 1,
     log_json: Annotated[bool, typer.Option("--log-json", help="Progress as JSON lines on standard error.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer the prompts of a file into a file. Killed, it goes on where it was when started again.
 
     Exit code: 0 all answered, 1 some lines have error records, 2 refused to start, 3 the output could not be written,
-    130 or 143 stopped by SIGINT or SIGTERM.
+    130 or 143 stopped by SIGINT or SIGTERM, 141 nobody reads standard output any more.
     """
+    positional = list(arguments or ())
+    name, prompts = (model, None) if not positional else _model_before(positional, model, config and "")
     given: dict[str, Any] = {
         "input": prompts,
-        "model": model,
+        "model": name or None,
         "output": output,
         "strategy": strategy,
         "penalty_alpha": penalty_alpha,
@@ -283,12 +326,16 @@ def run(
         "memory": memory,
         "batching": batching,
         "processor": processor,
+        "truncate_prompt_tokens": truncate_prompt_tokens,
+        "clamp_max_new_tokens": clamp_max_new_tokens or None,
         "logprobs": logprobs or None,
+        "top_logprobs": top_logprobs,
         "trace": trace or None,
         "num_shards": num_shards,
         "shard_id": shard_id,
         "device": device,
         "dtype": dtype,
+        "trust_remote_code": trust_remote_code or None,
     }
     _check(workers >= 1, "--workers", workers, "at least 1")
     with _usage_errors(), _progress("starting"):
@@ -300,22 +347,23 @@ def run(
         options = make_options(
             (read_config(config) if config else {}) | {n: v for n, v in given.items() if v is not None}
         )
+    settings: dict[str, Any] = {
+        "changed": changed,
+        "retry_errors": retry_errors,
+        "log_json": log_json,
+        "quiet": quiet,
+    }
     try:
         with _usage_errors():
             if ray:
                 from .integrations.ray import run_on_ray
 
-                summary = run_on_ray(options, workers=workers, address=ray_address, log_json=log_json, quiet=quiet)
+                summary = run_on_ray(options, workers=workers, address=ray_address, **settings)
             else:
-                summary = Job(options, log_json=log_json, quiet=quiet, loading=_progress("loading the model")).run()
+                summary = Job(options, **settings, loading=_progress("loading the model")).run()
     except (JournalError, ManifestError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
-    if sys.stderr.isatty():
-        Console(stderr=True, highlight=False, markup=False).print(summary.as_text(), soft_wrap=True)
-    elif summary.stopped is not None:
-        print(f"{summary.stopped}; the same command goes on from here", file=sys.stderr)
-    if not sys.stdout.isatty():
-        print(json.dumps(summary.as_dict()), flush=True)
+    _show_summary(summary)
     raise typer.Exit(summary.exit_code)
 
 
@@ -398,6 +446,26 @@ def main() -> None:
     app()
 
 
+def _the_model(argument: str | None, option: str | None, default: str | None = None) -> str:
+    """The model's name, which every command takes behind its own name or by --model."""
+    if argument is not None and option is not None and argument != option:
+        raise typer.BadParameter(f"MODEL is {argument!r}, --model is {option!r}: give one of them")
+    chosen = argument if option is None else option
+    if chosen is None:
+        chosen = default
+    if chosen is None:
+        raise typer.BadParameter("no model: name one as MODEL or by --model; 'bundled' comes with the package")
+    return chosen
+
+
+def _model_before(arguments: list[str], option: str | None, default: str | None = None) -> tuple[str, str | None]:
+    """``(model, file)`` of a command that takes ``[MODEL] FILE``: of one argument alone, that is the file."""
+    if len(arguments) > 2:
+        raise typer.BadParameter(f"one model and one file at most, got {len(arguments)} arguments: {arguments}")
+    model = arguments[0] if len(arguments) == 2 else None
+    return _the_model(model, option, default), arguments[-1] if arguments else None
+
+
 def _check(valid: bool, option: str, value: object, allowed: str) -> None:
     if not valid:
         raise typer.BadParameter(f"{option} must be {allowed}, got {value}")
@@ -409,16 +477,63 @@ def _check_search(penalty_alpha: float, top_k: int, max_new_tokens: int) -> None
     _check(max_new_tokens >= 1, "--max-new-tokens", max_new_tokens, "at least 1")
 
 
-def _read_prompts(prompts: list[str] | None) -> list[str]:
+def _show_summary(summary: Any) -> None:
+    """For a person on a terminal, as JSON to a program; a stream that is closed is no reason to fail."""
+    with suppress(OSError):
+        if sys.stderr is not None and sys.stderr.isatty():
+            text = _shown(summary.as_text(), sys.stderr)
+            Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+        elif summary.stopped is not None and sys.stderr is not None:
+            print(f"{summary.stopped}; {summary.way_on}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        to = sys.stderr if summary.output == "-" else sys.stdout
+        if to is not None and not to.isatty():
+            print(json.dumps(summary.as_dict()), file=to, flush=True)
+
+
+def _read_prompts(prompts: list[str]) -> tuple[list[str], int]:
+    """Prompts that can be continued, and how many lines of standard input were none."""
     if prompts:
-        texts = [prompt for prompt in prompts if prompt.strip()]
+        texts, failed = [prompt for prompt in prompts if prompt.strip()], 0
     elif sys.stdin is None or sys.stdin.isatty():
         raise typer.BadParameter("no prompt: give at least one behind MODEL, or pipe prompts in, one a line")
     else:
-        texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-    if not texts:
+        from .text_files import STDIN, TextLines, is_utf8
+
+        texts, failed = [], 0
+        for number, line in TextLines(STDIN):
+            if not is_utf8(line):
+                failed += _report("it is not UTF-8", f"line {number} of standard input")
+            elif line.strip():
+                texts.append(line.removesuffix("\n"))
+    if not texts and not failed:
         raise typer.BadParameter("every prompt is empty; give at least one with text")
-    return texts
+    return texts, failed
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    """One line of JSON, with the characters that standard output has and escapes for the others."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return text
+
+
+def _shown(text: str, stream: Any) -> str:
+    """``text`` as it may reach ``stream``: a terminal must not be steered by it."""
+    from .printable import printable
+
+    return printable(text) if stream.isatty() else text
+
+
+def _report(error: str | None, what: str) -> int:
+    """One line on standard error for what could not be done; how many that are."""
+    if error is None:
+        return 0
+    Console(stderr=True, highlight=False, markup=False).print(_shown(f"{what}: {error}", sys.stderr), soft_wrap=True)
+    return 1
 
 
 @contextmanager

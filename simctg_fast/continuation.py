@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["continuation_pieces", "continuation_text"]
+__all__ = ["CONTEXT", "continuation_pieces", "continuation_text"]
 
 # Tokens of the text before that are decoded along: a character takes four bytes at most, each may be a token.
-_CONTEXT = 6
+CONTEXT = 6
 _UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
@@ -34,7 +34,7 @@ def continuation_text(
 def _decoded(
     tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool
 ) -> tuple[str | None, str]:
-    context = list(before[-_CONTEXT:])
+    context = list(before[-CONTEXT:])
     both = str(tokenizer.decode(context + list(tokens), skip_special_tokens=skip_special_tokens))
     if not context:
         return None, both
@@ -48,13 +48,13 @@ def continuation_pieces(
 
     Joined they are `continuation_text`, but for the bytes of a character that is never finished.
     """
-    context = list(before[-_CONTEXT:])
+    context = list(before[-CONTEXT:])
     pending: list[int] = []
     for token in tokens:
         pending.append(token)
         piece = continuation_text(tokenizer, context, pending, skip_special_tokens=skip_special_tokens)
-        if piece.endswith(_UNFINISHED) and len(pending) < _CONTEXT:
+        if piece.endswith(_UNFINISHED) and len(pending) < CONTEXT:
             yield ""
             continue
         yield piece
-        context, pending = (context + pending)[-_CONTEXT:], []
+        context, pending = (context + pending)[-CONTEXT:], []

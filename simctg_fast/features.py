@@ -345,3 +345,20 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     if not texts:
         raise ValueError(f"{str(path)!r} holds no text")
     return texts
+
+
+@torch.no_grad()
+def embed_tokens(model: Any, tokenizer: Any, rows: list[list[int]]) -> Tensor:
+    """Mean hidden states ``(N, D)``, float32, of texts that are tokens already.
+
+    On a CPU each runs alone, which costs little there and keeps its bits free of the others.
+    """
+    backbone = _backbone(model)
+    most = 1 if backbone.device.type == "cpu" else 4096
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    with _evaluation_mode(backbone):
+        for batch in _batches(rows, most):
+            states = _run(backbone, _pad(rows, batch, tokenizer, backbone), -1)
+            for row, index in enumerate(batch):
+                found[index] = _pool(states[row, : len(rows[index])], "mean").cpu()
+    return torch.stack(found)

@@ -20,7 +20,11 @@ _ONE_THREAD_PARAMETERS = 20_000_000
 
 
 def load_model(
-    name: str | os.PathLike[str], device: str | None = None, dtype: str | torch.dtype = "auto"
+    name: str | os.PathLike[str],
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """``(model, tokenizer)``, decoder-only or encoder-decoder as the config says, in evaluation mode.
 

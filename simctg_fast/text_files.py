@@ -83,6 +83,7 @@ class TextLines:
         self.number = 0
         self.size: int | None = None
         self.is_regular = False
+        self._text: io.TextIOWrapper | None = None
         if os.fspath(path) == STDIN:
             self.name, self._raw = "standard input", _standard_input()
         else:
@@ -130,7 +131,7 @@ class TextLines:
         return self._raw
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        while True:
+        while self._text is not None:
             try:
                 line = self._text.readline()
             except Exception as error:  # gzip, zlib and zstandard have their own
@@ -144,6 +145,13 @@ class TextLines:
     def _failed(self, error: Exception) -> ReadError:
         return ReadError(f"{self.name} cannot be read behind line {self.number}: {error}")
 
+    def stat(self) -> os.stat_result | None:
+        """Of the open file; None where it is none of the system's."""
+        try:
+            return os.fstat(self._raw.fileno())
+        except (OSError, ValueError):
+            return None
+
     @property
     def position(self) -> int:
         """Bytes of the file that have been read, a little ahead of the lines; 0 of a pipe."""
@@ -152,6 +160,9 @@ class TextLines:
     def close(self) -> None:
         if self._raw is not getattr(sys.stdin, "buffer", None):
             self._raw.close()
+        elif self._text is not None:
+            self._text.detach()  # or it would close standard input when it is collected
+            self._text = None
 
     def __enter__(self) -> TextLines:
         return self
@@ -167,4 +178,7 @@ def _standard_input() -> BinaryIO:
         raise ReadError("standard input is closed: pipe lines in, or name a file")
     if sys.stdin.isatty():
         raise ReadError("standard input is a terminal: pipe lines in, or name a file")
-    return sys.stdin.buffer
+    try:  # a file of our own: closing it, or a thread that reads it to the last, is nobody else's affair
+        return open(os.dup(sys.stdin.fileno()), "rb")
+    except (OSError, ValueError, AttributeError):
+        return sys.stdin.buffer

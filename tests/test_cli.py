@@ -105,8 +105,32 @@ class TestGenerate:
         stop = re.search(r"\s(\w+)\s", whole["text"])[1]
         (stopped,) = lines(run("generate", "bundled", "The value", "-n", "30", "--json", "--stop", stop))
         assert stopped["tokens"] < whole["tokens"]
-        assert stop in stopped["text"]
-        assert whole["text"].startswith(stopped["text"])
+        assert stopped["text"] == whole["text"][: whole["text"].index(stop)], "up to it, as `run` has it"
+        streamed = run("generate", "bundled", "The value", "-n", "30", "--stop", stop, "--stream")
+        assert streamed.stdout == f"The value{stopped['text']}\n"
+
+    def test_prompts_that_cannot_be_continued_are_named_and_the_others_are(self) -> None:
+        good = lines(run("generate", "bundled", "This is", "-n", "8", "--json"))
+        result = run("generate", "bundled", "word " * 600, "This is", "bad \ud83d", "-n", "8", "--json")
+        assert result.exit_code == 1, result.output
+        first, second, third = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+        assert "601 prompt tokens and max_new_tokens=8 are more than the model's 512" in first["error"]
+        assert second == good[0]
+        assert "the tokenizer refused it" in third["error"]
+        assert "prompt 1: 601 prompt tokens" in said(result)
+
+    def test_lines_of_stdin_that_are_no_text(self) -> None:
+        stdin = b"\xef\xbb\xbfOne\r\ncaf\xe9\r\nTwo words"
+        result = CliRunner().invoke(app, ["generate", "bundled", "-n", "4", "--json"], input=stdin)
+        assert result.exit_code == 1
+        written = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+        assert [line["prompt"] for line in written] == ["One", "Two words"]
+        assert "line 2 of standard input: it is not UTF-8" in said(result)
+
+    def test_the_model_as_an_option(self) -> None:
+        expected = lines(run("generate", "bundled", "This is", "-n", "4", "--json"))
+        assert lines(run("generate", "-m", "bundled", "This is", "-n", "4", "--json")) == expected
+        assert "no model" in said(run("generate"))
 
     def test_the_end_of_the_context_is_kept_and_said(self) -> None:
         from transformers import AutoTokenizer
@@ -142,14 +166,14 @@ class TestGenerate:
             (["bundled", "x", "--top-k", "5000"], "top_k must be at most the vocabulary size 3072, got 5000"),
             (["bundled", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
             (["bundled", "x", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-            (["bundled", "x", "--temperature", "0"], "--temperature must be above 0, got 0.0"),
+            (["bundled", "x", "--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
+            (["bundled", "x", "--stop", ""], "--stop must be a text, got ''"),
             (["bundled", "x", "--seed", "3"], "--seed must be given together with --temperature, got 3"),
             (["bundled", "x", "--dtype", "int8"], "--dtype must be float32, float16, bfloat16 or auto, got int8"),
             (["bundled", "x", "--device", "abacus"], "device must be one that this torch can use, got 'abacus'"),
             (["bundled", "x", "--stream", "--json"], "cannot be combined with --json"),
             (["bundled"], "every prompt is empty"),
             (["bundled", " "], "every prompt is empty"),
-            (["bundled", "word " * 600], "the model's context holds 512"),
             (["./nowhere", "x"], "there is no model folder './nowhere'; give a local folder, a hub name or 'bundled'"),
             (["two words", "x"], "must be a local folder, a hub name (owner/name) or 'bundled'; got 'two words'"),
             (["nobody/nothing-of-the-kind", "x"], "the model cannot be loaded"),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
 
 import pytest
 
-from simctg_fast.engine.inputs import InputLines
-from simctg_fast.engine.journal import Journal, JournalError, id_key
-from simctg_fast.engine.manifest import ManifestError, check_manifest, manifest_path, write_manifest
+from simctg_fast.engine.inputs import BadLine, Changed, InputLines
+from simctg_fast.engine.journal import Journal, JournalError, OutputError, id_key
+from simctg_fast.engine.manifest import (
+    ManifestError,
+    check_manifest,
+    manifest_path,
+    model_fingerprint,
+    write_manifest,
+)
 from simctg_fast.engine.merge import merge
 from simctg_fast.engine.parameters import defaults
-from simctg_fast.engine.requests import parse_request
+from simctg_fast.engine.requests import Request, parse_request
 from simctg_fast.engine.results import error_result
 
 from .engine_jobs import write_lines
@@ -23,8 +30,8 @@ def line(request_id, text="x") -> bytes:
     return (json.dumps({"id": request_id, "text": text, "error": None}) + "\n").encode()
 
 
-def parse(given, line):
-    return parse_request(given, defaults("contrastive"), "contrastive", line=line)
+def parse(given, line, digest):
+    return parse_request(given, defaults("contrastive"), "contrastive", line=line, digest=digest)
 
 
 def test_append_and_reopen(tmp_path):
@@ -33,25 +40,99 @@ def test_append_and_reopen(tmp_path):
         journal.append(line(1))
         journal.append(error_result("invalid_json", "no", line=3).as_line())
     with Journal(tmp_path / "out") as journal:
-        assert journal.done == {id_key("a"), id_key(1), ("line", 3)}
-        assert journal.errors == 1
+        assert set(journal.done) == {id_key("a"), id_key(1), ("line", 3)}
+        assert journal.failed == {("line", 3)}
         journal.append(line("1"))
     with Journal(tmp_path / "out") as journal:
         assert len(journal.done) == 4, "the id 1 and the id '1' are two"
 
 
-@pytest.mark.parametrize("torn", [b'{"id": "b", "te', b"\xff", b'{"id": "b", "text": "", "error": null}'])
+@pytest.mark.parametrize("torn", [b'{"id": "b", "te', b"\xff", b"\0\0\0", b"{"])
 def test_a_torn_last_line_is_cut(tmp_path, torn):
     path = tmp_path / "out"
     path.write_bytes(line("a") + torn)
     with Journal(path) as journal:
-        assert journal.done == {id_key("a")}
-        assert journal.cut == len(torn)
+        assert set(journal.done) == {id_key("a")}
+        assert journal.torn == len(torn)
+        assert path.read_bytes() == line("a") + torn, "before anybody has said that it is a run's"
         journal.append(line("b"))
     assert path.read_bytes() == line("a") + line("b")
 
 
-@pytest.mark.parametrize("foreign", [b"text\n", b"{}\n", b'{"id": null, "error": null}\n', b"[]\n"])
+def test_a_last_record_that_lost_its_newline_is_kept(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(line("a") + b"\n" + line("b")[:-1])
+    with Journal(path) as journal:
+        assert set(journal.done) == {id_key("a"), id_key("b")}
+        journal.repair()
+        journal.append(line("c"))
+        journal.check()
+    assert path.read_bytes() == line("a") + b"\n" + line("b") + line("c")
+
+
+@pytest.mark.parametrize(
+    "foreign", [b'{"prompt": "one line of somebody\'s"}', b"\x7fELF", b"a: 1", b'"x"', b"x" * 5000]
+)
+def test_a_file_of_somebody_else_is_not_touched(tmp_path, foreign):
+    path = tmp_path / "out"
+    path.write_bytes(foreign)
+    with pytest.raises(JournalError, match=f"the output {path} is no file of a run"):
+        Journal(path)
+    assert path.read_bytes() == foreign
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.unlink(), "was deleted while the run was writing it: 3 of 3 records are missing"),
+        (lambda path: path.rename(path.with_name("x")), "was deleted while"),
+        (lambda path: os.truncate(path, 0), "was cut from .* to 0 bytes .*: 3 of 3 records are missing there"),
+        (lambda path: os.truncate(path, len(line("a")) + 3), "2 of 3 records are missing there"),
+        (lambda path: path.with_name("y").replace(path), "was replaced by another file"),
+        (lambda path: path.open("ab").write(b"x"), "was written by something else: 1 bytes"),
+    ],
+)
+def test_an_output_that_changes_under_a_run(tmp_path, change, words):
+    path = tmp_path / "out"
+    (tmp_path / "y").write_bytes(b"")
+    with Journal(path) as journal:
+        for request_id in "abc":
+            journal.append(line(request_id))
+        journal.check()
+        change(path)
+        with pytest.raises(OutputError, match=words):
+            journal.append(line("d"))
+        with pytest.raises(OutputError, match=words):
+            journal.check()
+
+
+def test_records_are_dropped_in_one_step(tmp_path):
+    path = tmp_path / "out"
+    with Journal(path) as journal:
+        for request_id in "abc":
+            journal.append(line(request_id))
+        path.chmod(0o640)
+        journal.drop({id_key("b")})
+        assert path.read_bytes() == line("a") + line("c")
+        assert path.stat().st_mode & 0o777 == 0o640
+        with pytest.raises(JournalError, match="is being written by another run"):
+            Journal(path)
+        journal.append(line("d"))
+        journal.check()
+    assert path.read_bytes() == line("a") + line("c") + line("d")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["fifo", "/dev/null", "/dev/full", "out.jsonl.gz"])
+def test_an_output_is_a_regular_file(tmp_path, name):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(JournalError, match=r"is no regular file|choose a name without \.gz"):
+        Journal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "foreign", [b"text\n", b"{}\n", b'{"id": null, "error": null}\n', b"[]\n", b"[" * 200000 + b"\n"]
+)
 def test_a_line_that_is_no_record_is_refused(tmp_path, foreign):
     (tmp_path / "out").write_bytes(line("a") + foreign)
     with pytest.raises(JournalError, match="line 2 of the output"):
@@ -85,8 +166,10 @@ def test_two_runs_on_one_output(tmp_path):
 def test_an_output_that_cannot_be_written(tmp_path):
     with pytest.raises(JournalError, match="Is a directory"):
         Journal(tmp_path)
-    with pytest.raises(JournalError, match="No such file or directory"):
-        Journal(tmp_path / "missing" / "out")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(JournalError, match=r"cannot be written: (Not a directory|File exists)"):
+        Journal(tmp_path / "file" / "out")
+    Journal(tmp_path / "missing" / "folder" / "out").close()
 
 
 def test_a_failed_write_leaves_no_half_line(tmp_path, monkeypatch):
@@ -121,17 +204,65 @@ def test_the_manifest_names_every_difference(tmp_path):
     assert "seed: null then, 1 now" in str(caught.value)
     assert "stop" not in str(caught.value)
     manifest_path(out).unlink()
-    with pytest.raises(ManifestError, match=r"holds records, but out\.manifest\.json"):
+    with pytest.raises(ManifestError, match=r"is not empty, but out\.manifest\.json"):
         check_manifest(out, {})
-    manifest_path(out).write_text("{")
-    with pytest.raises(ManifestError, match="cannot be read"):
-        check_manifest(out, {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "null",
+        "[]",
+        "{}",
+        '{"config": []}',
+        '{"config": {}, "about": [1]}',
+        '{"config": null}',
+        "[" * 200000,
+        "\xff",
+    ],
+)
+def test_a_manifest_that_is_none_is_named_and_kept(tmp_path, content):
+    out = tmp_path / "out"
+    manifest_path(out).write_text(content, encoding="latin-1")
+    for use in (check_manifest, lambda *given: write_manifest(*given, {})):
+        with pytest.raises(ManifestError, match="is no manifest of a run") as caught:
+            use(out, {})
+        assert "\n" not in str(caught.value)
+    assert manifest_path(out).read_text(encoding="latin-1") == content
+    manifest_path(out).unlink()
+    manifest_path(out).mkdir()
+    with pytest.raises(ManifestError, match=r"is no manifest of a run: .*Is a directory"):
+        write_manifest(out, {}, {})
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out.manifest.json"]
+
+
+def test_a_fingerprint_sees_weights_trained_otherwise_and_templates(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(100_000))
+    (tmp_path / "dangling.json").symlink_to(tmp_path / "nowhere")
+    seen = {model_fingerprint(tmp_path)}
+    (tmp_path / "model.safetensors").write_bytes(bytes(99_999) + b"\1")
+    seen.add(model_fingerprint(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(bytes(50_000) + b"\1" * 50_000)
+    seen.add(model_fingerprint(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("a")
+    seen.add(model_fingerprint(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("b")
+    seen.add(model_fingerprint(tmp_path))
+    (tmp_path / "notes.txt").write_text("nothing to it")
+    assert len(seen | {model_fingerprint(tmp_path)}) == 5
 
 
 def requests(path, done=(), **shards):
-    lines = InputLines(path, parse, set(done), **shards)
-    items = [item.id if not isinstance(item, tuple) else (item[0].kind, item[1]) for item in lines]
-    return items, lines
+    lines = InputLines(path, parse, done if isinstance(done, dict) else dict.fromkeys(done, ""), **shards)
+    return [described(item) for item in lines], lines
+
+
+def described(item):
+    if isinstance(item, BadLine):
+        return (item.error.kind, item.number)
+    return item if isinstance(item, Changed) else item.id
 
 
 def test_input_lines(tmp_path):
@@ -154,6 +285,41 @@ def test_an_unfinished_last_line_waits_for_the_next_run(tmp_path):
     assert lines.unfinished == 2
     path.write_text('{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "y"}')
     assert requests(path)[0] == ["a", "b"], "whole, though without its newline"
+    path.write_text('{"id": "a", "prompt": "x"}\n{"id": "b", "pro')
+    os.utime(path, (1, 1))
+    items, lines = requests(path)
+    assert items == ["a", ("invalid_json", 2)], "nobody is writing it any more"
+    assert lines.unfinished is None
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.TXT", "in.txt.gz"])
+def test_texts_are_prompts(tmp_path, name):
+    path = tmp_path / name
+    content = b"\xef\xbb\xbfone\r\n\ntwo \rthree\xff\nfour"
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    lines = list(InputLines(path, parse, {}))
+    assert [each.prompt if isinstance(each, Request) else each.error.kind for each in lines] == [
+        "one",
+        "two ",
+        "invalid_utf8",
+        "four",
+    ]
+    assert [each.id for each in lines if isinstance(each, Request)] == ["line-1", "line-3", "line-5"]
+
+
+def test_lines_that_changed_since_they_were_answered(tmp_path):
+    path = write_lines(tmp_path / "in", [{"id": "a", "prompt": "x"}, {"prompt": "y"}, "{bad"])
+    done = {}
+    for item in InputLines(path, parse, {}):
+        done[id_key(item.id) if isinstance(item, Request) else ("line", item.number)] = item.digest
+    assert requests(path, done)[0] == []
+    write_lines(path, ['{"prompt":"x",  "id":"a"}', {"prompt": "y"}, "{bad "])
+    assert requests(path, done)[0] == [], "other white space and order of keys ask nothing else"
+    write_lines(path, [{"id": "a", "prompt": "x"}, {"id": "new", "prompt": "z"}, {"prompt": "y"}, "{bad"])
+    items, _ = requests(path, done)
+    assert items == ["new", Changed(("line", 3), 3), ("invalid_json", 4)]
+    write_lines(path, [{"id": "a", "prompt": "changed"}, {"prompt": "y"}, {"id": "b", "prompt": "mended"}])
+    assert requests(path, done)[0] == [Changed(id_key("a"), 1), Changed(("line", 3), 3)]
 
 
 def test_shards_share_out_every_line_once(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 
 import pytest
 
-from simctg_fast.engine.parameters import NAMES, Parameters, check, defaults
-from simctg_fast.engine.requests import RequestError, decode_line, parse_request
-from simctg_fast.engine.results import Choice, error_result, from_choices, from_request_error
+from simctg_fast.engine.parameters import NAMES, Parameters, check, defaults, shown
+from simctg_fast.engine.requests import RequestError, decode_line, digest_of, parse_request
+from simctg_fast.engine.results import Choice, error_result, from_choices, from_embeddings, from_request_error
 
 CONTRASTIVE = defaults("contrastive")
 
@@ -61,12 +63,39 @@ def test_messages_and_source():
         ),
         ({"id": "a", "prompt": "x", "max_new_tokens": "9"}, "invalid_value", "max_new_tokens must be an integer"),
         ({"id": "a", "prompt": "x", "stop": ["", "b"]}, "invalid_value", "stop must be"),
-        ({"id": "a", "prompt": "x", "seed": 1}, "invalid_value", "seed is not used by strategy 'contrastive'"),
+        ({"id": "a", "prompt": "x", "n": 2}, "invalid_value", "n is not used by strategy 'contrastive'"),
+        ({"id": "a", "prompt": "x", "temperature": 0.5}, "invalid_value", "0 is the value that changes nothing"),
+        ({"id": "a", "prompt": "x", "penalty_alpha": 10**399}, "invalid_value", "penalty_alpha must be a number in"),
+        ({"id": "a", "prompt": "x", "max_new_tokens": 2**63}, "invalid_value", "an integer from 1 to 2**31 - 1, got 9"),
+        ({"id": "a", "prompt": "x", "seed": -1}, "invalid_value", "seed must be an integer from 0"),
+        ({"id": "a", "prompt": "x", "stop": ""}, "invalid_value", "stop must be a string or a list of strings, none"),
+        (
+            {"id": "a", "prompt": "x", "stop_token_ids": ["a"]},
+            "invalid_value",
+            "stop_token_ids must be a list of token",
+        ),
+        ({"id": "a", "prompt": "x", "skip_special_tokens": 1}, "invalid_value", "must be true or false, got 1"),
+        ({"id": "a", "prompt": "x", "top_logprobs": 3}, "invalid_value", "but logprobs is false"),
+        ({"id": "a", "prompt": "x", "truncate_prompt_tokens": 0}, "invalid_value", "at least 1, or -1"),
+        ({"id": 2**200, "prompt": "x"}, "invalid_id", "id must be a string with text or an integer"),
+        ({"id": "a", "prompt": ["x"]}, "invalid_type", "prompt must be a string or a list of token ids, got a list"),
         ({"custom_id": None, "body": {"prompt": "x"}}, "invalid_id", "custom_id must be"),
         ({"custom_id": "a", "body": []}, "invalid_type", "body must be an object, got a list"),
-        ({"custom_id": "a", "body": {"prompt": "x", "stream": True}}, "invalid_value", "body.stream must be false"),
-        ({"custom_id": "a", "url": "/v1/embeddings", "body": {"prompt": "x"}}, "invalid_value", "url must be"),
-        ({"custom_id": "a", "body": {"prompt": "x", "best_of": 2}}, "unknown_key", "body.best_of"),
+        ({"custom_id": "a", "body": {"prompt": "x", "stream": True}}, "unsupported_value", "body.stream must be null"),
+        ({"custom_id": "a", "url": "/v1/images", "body": {"prompt": "x"}}, "invalid_value", "url must be"),
+        ({"custom_id": "a", "url": "/v1/embeddings", "body": {"prompt": "x"}}, "unknown_key", "body.prompt"),
+        ({"custom_id": "a", "url": "/v1/embeddings", "body": {}}, "no_prompt", "body.input is missing"),
+        ({"custom_id": "a", "url": "/v1/completions", "body": {"messages": []}}, "invalid_type", "body.messages"),
+        ({"custom_id": "a", "url": "/v1/chat/completions", "body": {"prompt": "x"}}, "wrong_content", "messages"),
+        (
+            {"custom_id": "a", "body": {"prompt": "x", "best_of": 2}},
+            "unsupported_value",
+            "body.best_of must be null or 1",
+        ),
+        ({"custom_id": "a", "body": {"prompt": "x", "model": 7}}, "invalid_type", "body.model must be a string"),
+        ({"custom_id": "a", "method": "GET", "body": {"prompt": "x"}}, "invalid_value", "method must be POST"),
+        ({"custom_id": "a", "body": {"prompt": ["x", 7]}}, "invalid_type", "body.prompt must be a string, a list of"),
+        ({"custom_id": "a", "body": {"prompt": ["x", " "]}}, "empty_prompt", "body.prompt[1] must hold text"),
     ],
 )
 def test_refusals(given, kind, words):
@@ -78,18 +107,109 @@ def test_refusals(given, kind, words):
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        (b"{not json", "invalid_json"),
-        (b'{"id": NaN}', "invalid_json"),
-        (b"\xff\xfe", "invalid_utf8"),
-        (b"[1]", "not_an_object"),
-        (b'"text"', "not_an_object"),
-        (b"[" * 100000, "invalid_json"),
+        ("{not json", "invalid_json"),
+        ('{"id": NaN}', "invalid_json"),
+        ('{"id": 1' + "0" * 5000 + "}", "invalid_json"),
+        ("\udcff\udcfe", "invalid_utf8"),
+        ("[1]", "not_an_object"),
+        ('"text"', "not_an_object"),
+        ("[" * 100000, "invalid_json"),
+        ('{"a":' * 101 + "1" + "}" * 101, "invalid_json"),
     ],
 )
 def test_lines_that_are_no_objects(line, kind):
     with pytest.raises(RequestError) as caught:
         decode_line(line)
     assert caught.value.kind == kind
+
+
+def test_nesting_is_counted_outside_strings():
+    deep = {"id": "[" * 200, "prompt": '\\"' + "{" * 200, "a": [[[1]]], "b": [{}] * 200}
+    assert decode_line(json.dumps(deep)) == deep
+    nested = '{"a":' * 100 + "1" + "}" * 100
+    assert decode_line(nested)["a"]["a"]
+
+
+@pytest.mark.parametrize("strategy", ["contrastive", "greedy", "sample", "stochastic-contrastive"])
+def test_values_that_change_nothing_are_taken_by_every_strategy(strategy):
+    neutral = {"temperature": 0, "top_p": 1, "n": 1, "seed": 7, "min_p": 0, "typical_p": 1.0}
+    request = parse({"id": "a", "prompt": "x", **neutral}, strategy)
+    assert request.parameters.n == 1
+    body = neutral | {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": None,
+        "best_of": 1,
+        "echo": False,
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "stream": False,
+        "stream_options": None,
+        "top_k": -1,
+        "user": "u",
+        "metadata": {"a": "b"},
+        "stop": None,
+        "suffix": None,
+    }
+    for line in ({"prompt": ["one prompt"]}, {"messages": [{"role": "user", "content": "Hi"}], "logprobs": False}):
+        request = parse({"custom_id": "a", "body": body | line}, strategy)
+        assert request.parameters.logprobs is False
+    assert request.parameters.top_k == (None if strategy == "sample" else defaults(strategy).top_k)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -1),
+        ("logit_bias", {"5": 1}),
+        ("best_of", 3),
+        ("echo", True),
+        ("tools", [{"type": "function"}]),
+        ("functions", [{"name": "f"}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("stream_options", {"include_usage": True}),
+        ("suffix", "x"),
+        ("min_tokens", 3),
+        ("repetition_penalty", 1.1),
+        ("ignore_eos", True),
+        ("modalities", ["text", "audio"]),
+    ],
+)
+def test_what_would_change_the_text_and_is_not_served_is_refused(name, value):
+    error = refused({"custom_id": "a", "body": {"prompt": "x", name: value}})
+    assert error.kind == "unsupported_value"
+    assert f"body.{name} must be null" in str(error)
+
+
+def test_prompts_of_openai_lines():
+    def prompts(value):
+        request = parse({"custom_id": "a", "body": {"prompt": value}})
+        return [request.prompt, *request.more_prompts], request.count
+
+    assert prompts("x") == (["x"], 1)
+    assert prompts([1, 2]) == ([(1, 2)], 1)
+    assert prompts(["x", "y"]) == (["x", "y"], 2)
+    assert prompts([[1, 2], [3]]) == ([(1, 2), (3,)], 2)
+
+
+def test_parts_of_a_message():
+    def message(content, **more):
+        given = [{"role": "user", "content": content, **more}]
+        return parse({"custom_id": "a", "body": {"messages": given}}).messages[0]
+
+    text = {"type": "text", "text": "Hel"}
+    assert message([text, {"type": "text", "text": "lo"}])["content"] == "Hello"
+    assert message(None, tool_calls=[{"id": "t"}])["content"] is None
+    for part in ({"type": "image_url", "image_url": {"url": "u"}}, {"type": "text"}, "text", {"type": "input_audio"}):
+        error = refused({"custom_id": "a", "body": {"messages": [{"role": "user", "content": [text, part]}]}})
+        assert error.kind == "unsupported_content"
+        assert "body.messages[0].content[1] must be a text part" in str(error)
+    for content in (None, 7, {"a": 1}):
+        error = refused({"id": "a", "messages": [{"role": "user", "content": content}]})
+        assert "messages[0].content must be a string or a list of text parts" in str(error)
 
 
 def test_every_parameter_has_a_check_and_a_strategy_that_uses_it():
@@ -120,14 +240,18 @@ def test_an_openai_line_and_its_answer():
     assert answer["custom_id"] == "r1"
     assert answer["error"] is None
     body = answer["response"]["body"]
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": "yes"}
+    assert list(answer)[:2] == ["id", "custom_id"]
+    assert answer["response"]["request_id"].startswith("req_")
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "yes", "refusal": None}
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
 def test_an_openai_error_is_answered_as_one():
     error = refused({"custom_id": "r1", "body": {"prompt": ""}})
-    assert json.loads(from_request_error(error, 3).as_line()) == {
+    answer = json.loads(from_request_error(error, line=3).as_line())
+    assert answer.pop("id").startswith("batch_req_")
+    assert answer == {
         "custom_id": "r1",
         "response": None,
         "error": {"code": "empty_prompt", "message": str(error), "line": 3},
@@ -156,3 +280,59 @@ def test_an_error_record():
     assert record["id"] is None
     assert record["finish_reason"] == "error"
     assert record["error"] == {"type": "invalid_json", "message": "no", "line": 4}
+
+
+def logprobs_of(*tokens):
+    return [
+        {"token_id": i, "token": t, "logprob": -0.5, "top_logprobs": [{"token_id": 9, "token": "?", "logprob": None}]}
+        for i, t in enumerate(tokens)
+    ]
+
+
+def test_answers_are_what_the_openai_package_reads():
+    types = pytest.importorskip("openai.types")
+    chat = pytest.importorskip("openai.types.chat")
+    choices = [Choice("né yes", [4, 5], "stop", logprobs_of("né", " yes")), Choice("", [], "length", [])]
+
+    body = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 1, "n": 2}
+    request = parse({"custom_id": "r", "url": "/v1/chat/completions", "body": body}, "sample")
+    line = json.loads(from_choices(request, 3, choices, 1.0).as_line("folder", 1700000000))
+    answer = chat.ChatCompletion.model_validate(line["response"]["body"], strict=True)
+    assert (answer.created, answer.model, answer.usage.total_tokens) == (1700000000, "folder", 5)
+    assert [choice.message.content for choice in answer.choices] == ["né yes", ""]
+    first = answer.choices[0].logprobs.content[0]
+    assert bytes(first.bytes).decode() == "né"
+    assert first.top_logprobs[0].logprob == -9999.0
+
+    body = {"prompt": ["a", "b"], "logprobs": 1, "model": "mine"}
+    request = parse({"custom_id": "r", "url": "/v1/completions", "body": body})
+    line = json.loads(from_choices(request, 3, choices, 1.0).as_line("folder", 1))
+    answer = types.Completion.model_validate(line["response"]["body"], strict=True)
+    assert answer.model == "mine"
+    assert answer.choices[0].logprobs.text_offset == [0, 2]
+    assert answer.choices[0].logprobs.tokens == ["né", " yes"]
+    assert answer.choices[1].logprobs.tokens == []
+
+    for encoding in ("float", "base64"):
+        body = {"input": ["a", "b"], "encoding_format": encoding}
+        request = parse({"custom_id": "r", "url": "/v1/embeddings", "body": body})
+        line = json.loads(from_embeddings(request, 2, [[0.5, 1.0], [2.0, 3.0]]).as_line("folder"))
+        if encoding == "float":
+            answer = types.CreateEmbeddingResponse.model_validate(line["response"]["body"], strict=True)
+            assert answer.data[1].embedding == [2.0, 3.0]
+        else:
+            packed = base64.b64decode(line["response"]["body"]["data"][1]["embedding"])
+            assert struct.unpack("<2f", packed) == (2.0, 3.0)
+
+
+def test_a_digest_tells_requests_apart():
+    asked = {"id": "a", "prompt": "x"}
+    assert digest_of(asked) == digest_of({"prompt": "x", "id": "a"}) != digest_of(asked | {"prompt": "y"})
+    assert digest_of("{bad \n") == digest_of("{bad") != digest_of("{worse")
+    request = parse(asked, digest="d")
+    assert json.loads(from_choices(request, 2, [Choice("b", [1], "stop")], 0.0).as_line())["request_digest"] == "d"
+
+
+def test_whatever_stands_in_a_message_is_short():
+    for value in (10**6000, [[]] * 3, "x" * 900):
+        assert len(shown(value)) < 200

@@ -146,7 +146,7 @@ def test_lines_override_the_defaults():
 def test_order_and_batch_mates_change_no_bit():
     """Log-probabilities as well: they would show the last bit."""
     model = shared("llama")
-    requests = lines(model, (5, 40, 13, 22, 8, 30, 3))
+    requests = lines(model, (5, 40, 13, 22, 8, 30, 3, 6))
     together = run(model, requests, slots=4, logprobs=True)
     for variant in (requests[::-1], requests[3:] + requests[:3], requests[2:4], requests[:1]):
         for request_id, result in run(model, variant, slots=4, logprobs=True).items():
@@ -415,7 +415,7 @@ def test_chat_templates():
 def test_out_of_memory_halves_the_slots_and_goes_on(where, strategy, monkeypatch, caplog):
     """Some rows have ended in the very step that fails: they are not written again, nor lost."""
     model = shared("gpt2")
-    requests = lines(model, (5, 40, 13, 22, 8, 30, 3))
+    requests = lines(model, (5, 40, 13, 22, 8, 30, 3, 6))
     requests = [line | {"max_new_tokens": 2 + i} for i, line in enumerate(requests)]
     expected = tokens(run(model, requests, strategy=strategy))
     original = getattr(SlotDecoder, where)

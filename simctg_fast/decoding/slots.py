@@ -329,11 +329,10 @@ class SlotDecoder:
         if self.history is not None:
             self.history.append(chosen["states"], positions)
         logits = outputs.logits[:, -1]
-        if rows == self.slots and logits.dtype == torch.float32 and logits.device == self.device:
-            self.logits = logits
-        else:
-            assert self.logits is not None
-            self.logits[:rows] = logits.to(self.logits)
+        assert self.logits is not None
+        # A new tensor: what was there before is still asked for by those who record the step.
+        new = logits.to(self.logits)
+        self.logits = new if rows == self.slots else torch.cat([new, self.logits[rows:]])
         cache.rows = self.slots
 
     @contextmanager

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from ..loading import fitting_threads, load_model
+from .embeddings import Embeddings
 from .parameters import CONTRASTIVE, NAMES, Parameters, defaults
 from .prepare import Factory, Preparer, load_factory
 from .requests import Request, RequestError, parse_request
 from .results import Result, error_result, from_choices, from_request_error
-from .sequence import Sequence
+from .sequence import IDLE, Sequence
 from .strategies import make_strategy
 
 logger = logging.getLogger("simctg_fast")
 
 BATCHING = ("auto", "slots", "static")
+_END = object()
 
 
 class Engine:
@@ -33,10 +37,11 @@ class Engine:
         processor: ``factory(request: dict, tokenizer)``, or its ``module:factory`` spelling, that returns the logits
             processors and stopping criteria of a request (one, a list, or None).
         seed: of the random strategies, where a request has none of its own.
-        logprobs, trace: record them for every token.
+        trace: record the candidates of every token, and why one won.
         batching: ``"slots"`` (rows of different lengths, replaced one by one), ``"static"`` (batches of similar
             length), or ``"auto"``: slots where a trial agrees with the model's own step.
-        parameters: defaults of what requests may set (`Parameters`): ``max_new_tokens``, ``penalty_alpha``, ``top_k`` …
+        parameters: defaults of what requests may set (`Parameters`): ``max_new_tokens``, ``penalty_alpha``, ``top_k``,
+            ``logprobs`` …
 
     Raises:
         ValueError: a value outside its range; ``batching="slots"`` for a model that cannot.
@@ -52,7 +57,6 @@ class Engine:
         memory: float | None = None,
         processor: str | Factory | None = None,
         seed: int = 0,
-        logprobs: bool = False,
         trace: bool = False,
         batching: str = "auto",
         **parameters: Any,
@@ -71,7 +75,6 @@ class Engine:
             seed=seed,
             factory=factory,
             max_candidates=self.parameters.top_k if contrastive else None,
-            logprobs=logprobs,
             trace=trace,
         )
         self.backend = self._backend(batching, slots, memory)
@@ -89,10 +92,20 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], *, device: str | None = None, dtype: Any = "auto", **options: Any
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        dtype: Any = "auto",
+        trust_remote_code: bool = False,
+        **options: Any,
     ) -> Engine:
-        """An engine for ``name``: a folder, a hub name or ``"bundled"``. ``device``, ``dtype``: see `load_model`."""
-        model, tokenizer = load_model(name, device, dtype)
+        """An engine for ``name``: a folder, a hub name or ``"bundled"``.
+
+        Args:
+            device, dtype, trust_remote_code: see `load_model`, which also says what is raised.
+        """
+        model, tokenizer = load_model(name, device, dtype, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, **options)
 
     def _backend(self, batching: str, slots: int | None, memory: float | None) -> Any:
@@ -118,46 +131,96 @@ class Engine:
 
     # ---- generation -----------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Iterable[str | Mapping[str, Any] | Request]) -> Iterator[Result]:
-        """Results in the order of completion, errors included: nothing about one request is raised.
+    def generate(
+        self,
+        requests: str | Mapping[str, Any] | Request | Iterable[str | Mapping[str, Any] | Request],
+        *,
+        ordered: bool = False,
+        on_text: Callable[[Request, str], None] | None = None,
+    ) -> Iterator[Result]:
+        """Results, errors included: nothing about one request is raised.
 
         Args:
-            requests: dicts with the keys of the JSONL format, plain strings (prompts), or `Request` objects; read as
-                needed, some thousand ahead.
+            requests: dicts with the keys of the JSONL format, plain strings (prompts), or `Request` objects, or a
+                single one of these; read as needed, some thousand ahead.
+            ordered: results in the order of the requests; those that are finished before an earlier one wait in memory.
+                By default they come as they are finished: `Result.id` says which is which, `Result.index` its place.
+            on_text: called with a request and what is new of its text, as it is written.
+
+        Raises:
+            TypeError: ``requests`` is none of these.
         """
+        if isinstance(requests, str | Mapping | Request):
+            requests = [requests]
+        if isinstance(requests, bytes) or not isinstance(requests, Iterable):
+            raise TypeError(
+                f"requests must be a string, a dict, a Request or an iterable of them, got {requests!r:.80}"
+            )
+        results = self._results(iter(requests), on_text)
+        return _in_order(results) if ordered else results
+
+    def _results(self, requests: Iterator[Any], on_text: Callable[[Request, str], None] | None) -> Iterator[Result]:
         self.backend.stopping = False
         ready: deque[Result] = deque()
         waiting: dict[int, list[Sequence]] = {}  # by id(request), which the sequences keep alive
+        places: dict[int, int] = {}
+        embeddings = Embeddings(self.model, self.tokenizer, self.prepare)
+        numbers = itertools.count()
 
         def sequences() -> Iterator[Sequence]:
-            for number, given in enumerate(requests, start=1):
-                try:
-                    request = given if isinstance(given, Request) else self.parse(given, number=number)
-                    prepared = self.prepare(request)
-                except RequestError as error:
-                    line = given.line if isinstance(given, Request) else None
-                    ready.append(from_request_error(error, line))
+            while not embeddings.is_full:
+                given: Any = next(requests, _END)
+                if given is _END:
+                    return
+                if given is IDLE:
+                    yield IDLE
                     continue
-                self.prompt_tokens += len(prepared[0].source_ids or prepared[0].prompt_ids)
+                place = next(numbers)
+                try:
+                    request = given if isinstance(given, Request) else self.parse(given, number=place + 1)
+                    if request.inputs is not None:
+                        embeddings.add(request, place)
+                        continue
+                    prepared = self.prepare(request, None if on_text is None else partial(on_text, request))
+                except RequestError as error:
+                    known = given if isinstance(given, Request) else None
+                    ready.append(from_request_error(error, known, index=place))
+                    continue
+                self.prompt_tokens += sum(len(s.source_ids or s.prompt_ids) for s in prepared[:: request.parameters.n])
+                places[id(prepared[0].request)] = place
                 yield from prepared
 
         with fitting_threads(self.model):
-            for sequence in self.backend.run(sequences()):
-                while ready:
-                    yield ready.popleft()
-                siblings = waiting.setdefault(id(sequence.request), [])
-                siblings.append(sequence)
-                if len(siblings) == sequence.parameters.n:
-                    yield _finish(waiting.pop(id(sequence.request)))
-            yield from ready
+            while True:
+                for sequence in self.backend.run(sequences()):
+                    while ready:
+                        yield ready.popleft()
+                    siblings = waiting.setdefault(id(sequence.request), [])
+                    siblings.append(sequence)
+                    if len(siblings) == sequence.request.count:
+                        del waiting[id(sequence.request)]
+                        yield _finish(siblings, places.pop(id(sequence.request)))
+                yield from ready
+                ready.clear()
+                # No forward of the model itself while slots are in place: texts to embed are kept until then.
+                if self.backend.stopping or not embeddings.waiting:
+                    return
+                yield from embeddings.run()
 
-    def parse(self, given: str | Mapping[str, Any], *, line: int | None = None, number: int | None = None) -> Request:
+    def parse(
+        self,
+        given: str | Mapping[str, Any],
+        *,
+        line: int | None = None,
+        number: int | None = None,
+        digest: str = "",
+    ) -> Request:
         """Check one request. Raises `RequestError`."""
         if isinstance(given, str):
             given = {"prompt": given}
         if not isinstance(given, Mapping):
             raise RequestError("not_an_object", f"a request must be a dict or a string, got {type(given).__name__}")
-        return parse_request(given, self.parameters, self.strategy_name, line=line, number=number)
+        return parse_request(given, self.parameters, self.strategy_name, line=line, number=number, digest=digest)
 
     def stop(self) -> None:
         """Begin no further sequence; those in work are finished. What was not begun gets no result."""
@@ -207,12 +270,23 @@ def check_options(
     return defaults(strategy).with_overrides(given, strategy)
 
 
-def _finish(siblings: list[Sequence]) -> Result:
+def _finish(siblings: list[Sequence], index: int) -> Result:
     siblings.sort(key=lambda s: s.index)
     request = siblings[0].request
     for sequence in siblings:
         if sequence.failure is not None:
-            return error_result(*sequence.failure, request=request)
-    prompt = len(siblings[0].source_ids or siblings[0].prompt_ids)
+            return error_result(*sequence.failure, request=request, index=index)
+    prompt = sum(len(s.source_ids or s.prompt_ids) for s in siblings[:: request.parameters.n])
     seconds = time.monotonic() - min(s.started for s in siblings)
-    return from_choices(request, prompt, [s.choice() for s in siblings], seconds)
+    return from_choices(request, prompt, [s.choice() for s in siblings], seconds, index=index)
+
+
+def _in_order(results: Iterator[Result]) -> Iterator[Result]:
+    waiting: dict[int, Result] = {}
+    following = 0
+    for result in results:
+        waiting[result.index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+    yield from (waiting[index] for index in sorted(waiting))  # after `stop` some were never begun

@@ -3,75 +3,176 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from ..text_files import STDIN, TextLines, content_suffix, user_path
 from .journal import Key, id_key
-from .requests import Request, RequestError, decode_line, line_id
+from .parameters import shown
+from .requests import Request, RequestError, check_utf8, decode_line, digest_of, line_id
+from .sequence import IDLE
 
 Parse = Callable[..., Request]
 
+QUIET_SECONDS = 10.0  # a file that was not written for so long is complete
+READ_AHEAD = 4096  # lines of a pipe
+WAIT_SECONDS = 0.02  # for a line of a pipe, where nothing is in work
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no request: why, which, and the digest of what it holds."""
+
+    error: RequestError
+    number: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A line that is not what was answered under its key."""
+
+    key: Key
+    number: int
+
 
 class InputLines:
-    """Reads JSONL a line at a time, so a file may be of any size and may still be growing.
+    """Reads requests a line at a time, so a file may be of any size and may still be growing.
+
+    A ``.txt`` file holds one prompt a line, any other JSON objects; see `TextLines` for what else it may be.
 
     Args:
-        path: the file.
-        parse: makes a `Request` of the object on a line (``line=`` is its number).
-        done: keys that have an answer already.
+        path: the file, or ``-``.
+        parse: makes a `Request` of the object on a line (``line=`` is its number, ``digest=`` what it asks).
+        done: keys that have an answer already, with the digest of what was asked ("" where nobody knows).
         num_shards, shard_id: only lines whose number − 1 leaves ``shard_id`` when divided by ``num_shards``.
 
     Attributes:
         total: lines seen that belong to this shard; skipped: those of them that were done;
         unfinished: number of a last line that is not complete yet, left for the next run.
+
+    Raises:
+        FileNotFoundError, ReadError: see `TextLines`.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], parse: Parse, done: set[Key], num_shards: int = 1, shard_id: int = 0
+        self,
+        path: str | os.PathLike[str],
+        parse: Parse,
+        done: Mapping[Key, str],
+        num_shards: int = 1,
+        shard_id: int = 0,
     ):
         self.path, self.parse, self.done = path, parse, done
         self.num_shards, self.shard_id = num_shards, shard_id
         self.total = self.skipped = 0
         self.unfinished: int | None = None
-        self.position = 0  # bytes read, for an estimate of what is left
+        self.lines = TextLines(path)
+        self.is_text = os.fspath(path) != STDIN and content_suffix(path) == ".txt"
         self._seen: dict[Key, int] = {}
 
-    def __iter__(self) -> Iterator[Request | tuple[RequestError, int]]:
-        """Requests, and for bad lines their error and number."""
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                self.position += len(line)
-                if not line.strip():
-                    continue
-                item = self._item(line, number)
-                if (number - 1) % self.num_shards != self.shard_id or self.unfinished is not None:
-                    continue
-                self.total += 1
-                if self._is_done(item):
+    def __enter__(self) -> InputLines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.lines.is_regular:  # a pipe's may be waited for by a `Reader`, and then cannot be closed
+            self.lines.close()
+
+    def __iter__(self) -> Iterator[Request | BadLine | Changed]:
+        """Requests, bad lines, and lines that have changed since they were answered."""
+        for number, line in self.lines:
+            if not line.strip():
+                continue
+            item = self._item(line, number)
+            if item is None or (number - 1) % self.num_shards != self.shard_id:
+                continue
+            self.total += 1
+            for key in dict.fromkeys((_key(item), ("line", number))):
+                before = self.done.get(key)
+                if before is not None:
                     self.skipped += 1
-                    continue
+                    if before not in ("", item.digest):
+                        yield Changed(key, number)
+                    break
+            else:
                 yield item
 
-    def _item(self, line: bytes, number: int) -> Request | tuple[RequestError, int]:
+    def _item(self, line: str, number: int) -> Request | BadLine | None:
+        """None: the line is not finished."""
+        digest = digest_of(line)
         try:
-            given = decode_line(line)
+            given = {"prompt": decode_text(line)} if self.is_text else decode_line(line)
+            digest = digest_of(given)
             request_id = line_id(given, number)
             if isinstance(request_id, str | int) and not isinstance(request_id, bool):
                 first = self._seen.setdefault(id_key(request_id), number)
                 if first != number:
-                    message = f"id {request_id!r} was used by line {first} before"
-                    return RequestError("duplicate_id", message, openai="custom_id" in given), number
-            return self.parse(given, line=number)
+                    message = f"id {shown(request_id)} was used by line {first} before"
+                    return BadLine(RequestError("duplicate_id", message, openai="custom_id" in given), number, digest)
+            return self.parse(given, line=number, digest=digest)
         except RequestError as error:
-            if not line.endswith(b"\n") and error.kind in ("invalid_json", "invalid_utf8"):
+            if not line.endswith("\n") and error.kind in ("invalid_json", "invalid_utf8") and self._may_grow():
                 self.unfinished = number
-            if error.request_id is not None and not isinstance(error.request_id, str | int):
+                return None
+            if not isinstance(error.request_id, str | int) or isinstance(error.request_id, bool):
                 error.request_id = None
-            return error, number
+            return BadLine(error, number, digest)
 
-    def _is_done(self, item: Request | tuple[RequestError, int]) -> bool:
-        if isinstance(item, Request):
-            return id_key(item.id) in self.done
-        error, number = item
-        if error.request_id is not None and id_key(error.request_id) in self.done:
-            return True
-        return ("line", number) in self.done
+    def _may_grow(self) -> bool:
+        """Whether somebody may still be writing the line that ends the file without a newline."""
+        if not self.lines.is_regular:
+            return False
+        found = os.stat(user_path(self.path))
+        return found.st_size != self.lines.size or time.time() - found.st_mtime < QUIET_SECONDS
+
+
+class Reader:
+    """Items of an iterator that another thread reads, with `IDLE` in between while there is none: a pipe whose writer
+    waits for an answer holds up neither what is in work nor a signal.
+
+    Args:
+        is_busy: whether something is in work, so that no time is lost by waiting.
+    """
+
+    def __init__(self, items: Iterable[Any], is_busy: Callable[[], bool]):
+        self._found: queue.Queue[Any] = queue.Queue(maxsize=READ_AHEAD)
+        self._items, self._is_busy = items, is_busy
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                self._found.put(item)
+            self._found.put(StopIteration())
+        except BaseException as error:
+            self._found.put(error)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            item = self._found.get_nowait() if self._is_busy() else self._found.get(timeout=WAIT_SECONDS)
+        except queue.Empty:
+            return IDLE
+        if isinstance(item, BaseException):
+            self._found.put(item)  # for whoever asks again
+            raise item
+        return item
+
+
+def decode_text(line: str) -> str:
+    """The prompt on a line of text. Raises `RequestError` where it is not UTF-8."""
+    check_utf8(line)
+    return line.removesuffix("\n")
+
+
+def _key(item: Request | BadLine) -> Key:
+    if isinstance(item, Request):
+        return id_key(item.id)
+    request_id = item.error.request_id
+    return ("line", item.number) if request_id is None else id_key(request_id)

@@ -9,26 +9,31 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from ..assets import resolve_model
+from ..text_files import STDIN, ReadError, user_path
 from .engine import Engine, check_options
-from .inputs import InputLines
-from .journal import Journal
-from .manifest import check_manifest, model_fingerprint, write_manifest
+from .inputs import BadLine, Changed, InputLines, Reader
+from .journal import Journal, JournalError, OutputError, Stream
+from .manifest import check_manifest, manifest_path, model_fingerprint, read_manifest, write_manifest
 from .parameters import NAMES, Parameters
 from .progress import Progress
-from .requests import Request, RequestError, parse_request
+from .requests import Request, parse_request
 from .results import Record, from_request_error
+from .scheduler import DEFAULT_SLOTS
+from .sequence import IDLE
 from .summary import Summary
 
 logger = logging.getLogger("simctg_fast")
 
 Answers = Callable[[Iterator[Request]], Iterator[Record]]  # in the order of completion
 
+STDOUT = "-"
+CHANGED = ("refuse", "again", "keep")
+MOST_AHEAD = 10_000  # bad lines that are gathered before a first good one
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -49,14 +54,21 @@ class JobOptions:
     memory: float | None = None
     batching: str = "auto"
     processor: str | None = None
-    logprobs: bool = False
     trace: bool = False
     num_shards: int = 1
     shard_id: int = 0
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("input", "output", "model", "strategy", "batching", "processor", "device", "dtype"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike) and not (value is None and name in ("processor", "device")):
+                raise ValueError(f"{name} must be text, got {value!r}")
+        for name in ("trace", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self.defaults()
         for name in ("num_shards", "shard_id"):
             value = getattr(self, name)
@@ -77,9 +89,10 @@ class JobOptions:
         """What decides the output: kept in the manifest and compared when a run goes on."""
         resolved = self.defaults()
         config = asdict(self)
-        for name in ("input", "output", "model", "parameters"):
+        for name in ("input", "output", "model", "parameters", "trust_remote_code"):
             del config[name]
-        parameters = asdict(resolved) | {"stop": list(resolved.stop), "seed": self.seed}
+        lists = {name: list(value) for name, value in asdict(resolved).items() if isinstance(value, tuple)}
+        parameters = asdict(resolved) | lists | {"seed": self.seed}
         device = self.device or _default_device()
         return (
             config
@@ -102,14 +115,20 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = yaml.load(user_path(path).read_text(encoding="utf-8"), _without_repetition(yaml.SafeLoader))
+    except OSError as error:
+        raise ValueError(f"the configuration {os.fspath(path)} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"the configuration {os.fspath(path)} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"the configuration {os.fspath(path)} is nested too deeply") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ValueError(f"the configuration {os.fspath(path)} must map options to values")
     options = {str(name).replace("-", "_"): value for name, value in loaded.items()}
+    if len(options) < len(loaded):
+        raise ValueError(f"the configuration {os.fspath(path)} gives a key twice, once with - and once with _")
     unknown = sorted(set(options) - set(OPTION_NAMES))
     if unknown:
         raise ValueError(
@@ -117,6 +136,19 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             + ", ".join(OPTION_NAMES)
         )
     return options
+
+
+def _without_repetition(loader: Any) -> Any:
+    """A YAML loader that does not let a second value of a key replace the first."""
+
+    class Loader(loader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            made = super().construct_mapping(node, deep=deep)
+            if len(made) < len(node.value):
+                raise ValueError("a key stands there twice")
+            return made
+
+    return Loader
 
 
 def make_options(given: Mapping[str, Any]) -> JobOptions:
@@ -142,22 +174,29 @@ def _with_shard(given: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(given)
     launched = "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched and given.get("num_shards") is None and given.get("shard_id") is None:
-        given |= {"num_shards": int(os.environ["WORLD_SIZE"]), "shard_id": int(os.environ["RANK"])}
+        try:
+            given |= {"num_shards": int(os.environ["WORLD_SIZE"]), "shard_id": int(os.environ["RANK"])}
+        except ValueError as error:
+            found = f"RANK={os.environ['RANK']!r} and WORLD_SIZE={os.environ['WORLD_SIZE']!r}"
+            raise ValueError(f"torchrun's {found} must be integers") from error
         if given.get("device") is None and _default_device() == "cuda":
             given["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         if given["num_shards"] > 1 and "{shard}" not in str(given["output"]):
             raise ValueError(
                 f"output must hold {{shard}}, which becomes the number of each process, got {given['output']!r}"
             )
-    given["output"] = str(given["output"]).replace("{shard}", str(given.get("shard_id") or 0))
-    return given
+    output = str(given["output"]).replace("{shard}", str(given.get("shard_id") or 0))
+    return given | {"output": output if output == STDOUT else str(user_path(output))}
 
 
 class Job:
     """One run of `JobOptions`, from where the output ends.
 
     Args:
-        options: what to do.
+        options: what to do. An output of ``-`` is standard output, which nothing can go on from.
+        changed: what becomes of requests that are not what was answered under their id: ``"refuse"`` to start,
+            ``"again"`` answers them again, ``"keep"`` keeps the old answers.
+        retry_errors: answer requests again that have error records; the records go.
         log_json: events as JSON lines on standard error in the place of a bar.
         quiet: neither.
         loading: entered while the model is loaded, which is only done where a request is left to answer.
@@ -166,20 +205,27 @@ class Job:
     (the job ended before its input).
 
     Raises, before anything is computed:
-        JournalError, ManifestError: the output is locked, unwritable, or of another configuration.
-        ValueError: the model, the processor or the input cannot be had.
+        JournalError, ManifestError: the output is locked, unwritable, not a run's, the input itself, of another
+            configuration, or answers other requests.
+        ValueError, FileNotFoundError: the model, the processor or the input cannot be had.
     """
 
     def __init__(
         self,
         options: JobOptions,
         *,
+        changed: str = "refuse",
+        retry_errors: bool = False,
         log_json: bool = False,
         quiet: bool = False,
         loading: AbstractContextManager[Any] | None = None,
     ):
-        self.options, self.log_json, self.quiet = options, log_json, quiet
+        if changed not in CHANGED:
+            raise ValueError(f"changed must be one of {', '.join(CHANGED)}, got {changed!r}")
+        self.options, self.changed, self.retry_errors = options, changed, retry_errors
+        self.log_json, self.quiet = log_json, quiet
         self.loading = nullcontext() if loading is None else loading
+        self.created = int(time.time())
         self.signal: int | None = None
         self.aborted = False
         self.interrupted = self.writing = False
@@ -187,45 +233,138 @@ class Job:
 
     def run(self) -> Summary:
         o = self.options
+        if self.changed == "again" and self._reads_once:
+            raise ValueError("changed='again' needs an input that can be read twice: a file, not a pipe")
+        summary = Summary(output=o.output)
         try:
-            size = os.path.getsize(o.input)
-            with open(o.input, "rb"):
-                pass
-        except OSError as error:
-            raise ValueError(f"the input {o.input} cannot be read: {error.strerror}") from error
-        config = o.config()
-        with Journal(o.output) as journal:
-            if journal.size:
-                check_manifest(o.output, config)
-            lines = InputLines(o.input, self._parser(), journal.done, o.num_shards, o.shard_id)
-            items = iter(lines)
-            head = []  # bad lines, and the first request that is left
-            for item in items:
-                head.append(item)
-                if isinstance(item, Request):
-                    break
-            is_left = bool(head) and isinstance(head[-1], Request)
-            with self._open() if is_left else nullcontext(_no_answers) as answers:
+            with self._lines() as lines:
+                self._check_apart(lines)
+                with Stream() if o.output == STDOUT else Journal(o.output) as journal:
+                    return self._run(lines, journal, summary)
+        except OutputError as error:
+            summary.fail(f"the output cannot be written: {error.strerror or error}")
+            return summary
+
+    def _run(self, lines: InputLines, journal: Journal | Stream, summary: Summary) -> Summary:
+        o, config = self.options, self.options.config()
+        if isinstance(journal, Journal):
+            if journal.size or journal.torn:
+                self.created = check_manifest(o.output, config)["about"].get("created", self.created)
+                journal.repair()
+            else:
+                read_manifest(o.output)
+        again = self._to_answer_again(journal)
+        lines.done = {key: digest for key, digest in journal.done.items() if key not in again}
+        items = self._refusing_changes(lines)
+        if not lines.lines.is_regular:
+            items = Reader(items, self._is_busy)
+        head, slots = self._begin(items, lines)
+        is_left = len(head) == MOST_AHEAD or any(isinstance(item, Request) for item in head)
+        with self._open(slots) if is_left else nullcontext(_no_answers) as answers:
+            if isinstance(journal, Journal):
+                journal.drop(again)
                 if not journal.size:
-                    write_manifest(o.output, config, _about(o))
-                return self._answer(journal, lines, itertools.chain(head, items), answers, size)
+                    self._write_manifest(config)
+            summary.resumed, summary.errors_before = len(lines.done), len(journal.failed)
+            return self._answer(journal, lines, itertools.chain(head, items), answers, summary)
+
+    def _begin(
+        self, items: Iterator[Request | BadLine], lines: InputLines
+    ) -> tuple[list[Request | BadLine], int | None]:
+        """Bad lines and the first request that is left, and the slots: of many, no more than there are requests."""
+        slots = self.options.slots
+        many = slots is not None and slots > DEFAULT_SLOTS
+        head: list[Request | BadLine] = []
+        asked = lines.skipped
+        for item in items:
+            if item is IDLE:
+                continue
+            head.append(item)
+            asked += item.count if isinstance(item, Request) else 0
+            if isinstance(item, Request) and not (many and asked < (slots or 0) and lines.lines.is_regular):
+                return head, slots
+            if len(head) == MOST_AHEAD:
+                return head, slots
+        return head, max(DEFAULT_SLOTS, asked) if many else slots
+
+    @property
+    def _reads_once(self) -> bool:
+        return os.fspath(self.options.input) == STDIN or not user_path(self.options.input).is_file()
+
+    def _lines(self, done: Mapping[Any, str] | None = None) -> InputLines:
+        o = self.options
+        return InputLines(o.input, self._parser(), done or {}, o.num_shards, o.shard_id)
+
+    def _check_apart(self, lines: InputLines) -> None:
+        """Raise JournalError where the output, or its manifest, is the input by whatever name."""
+        source = lines.lines.stat()
+        for path in self._written():
+            with suppress(OSError):
+                if source is not None and os.path.samestat(source, os.stat(path)):
+                    raise JournalError(f"the output {path} is the input {self.options.input}; choose another output")
+
+    def _written(self) -> tuple[str, ...]:
+        output = self.options.output
+        return ("/dev/stdout",) if output == STDOUT else (output, str(manifest_path(output)))
+
+    def _write_manifest(self, config: Mapping[str, Any]) -> None:
+        try:
+            write_manifest(self.options.output, config, _about(self.options) | {"created": self.created})
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from error
+
+    def _to_answer_again(self, journal: Journal | Stream) -> set[Any]:
+        """Keys of records that are no answers any more. Raises JournalError for changes that nobody has decided on."""
+        again = set(journal.failed) if self.retry_errors else set()
+        if self._reads_once or not journal.done:
+            return again
+        done = {key: digest for key, digest in journal.done.items() if key not in again}
+        found = [item for item in self._lines(done) if isinstance(item, Changed)]
+        if found and self.changed == "refuse":
+            raise JournalError(self._says_changed(found[0], len(found)))
+        return again | {item.key for item in found} if self.changed == "again" else again
+
+    def _says_changed(self, first: Changed, count: int | None = None) -> str:
+        kind, value = first.key
+        name = f"id {value}" if kind == "id" else "an error record"
+        more = "" if count in (None, 1) else f" ({count} lines have changed)"
+        retry = ", --retry-errors answers what has error records" if kind == "line" else ""
+        line, output = f"line {first.number} of {self.options.input}", self.options.output
+        return (
+            f"{line} is not what {output} answers under {name}{more}: "
+            f"--changed=again answers it again, --changed=keep keeps the old answer{retry}"
+        )
+
+    def _refusing_changes(self, lines: InputLines) -> Iterator[Request | BadLine]:
+        """What is left to do."""
+        for item in lines:
+            if not isinstance(item, Changed):
+                yield item
+            elif self.changed == "refuse":  # of a pipe, which could not be read beforehand
+                raise JournalError(self._says_changed(item))
+
+    def _is_busy(self) -> bool:
+        return self.engine is not None and self.engine.backend.active > 0
 
     def _parser(self) -> Callable[..., Request]:
         defaults, strategy = self.options.defaults(), self.options.strategy
-        return lambda given, line: parse_request(given, defaults, strategy, line=line)
+        return lambda given, line, digest: parse_request(given, defaults, strategy, line=line, digest=digest)
 
     @contextmanager
-    def _open(self) -> Iterator[Answers]:
+    def _open(self, slots: int | None) -> Iterator[Answers]:
         """Load what answers requests, for the length of a ``with`` block."""
         o = self.options
         with self.loading:
-            try:
-                self.engine = engine = Engine.from_pretrained(
-                    o.model, device=o.device, dtype=o.dtype, **engine_options(o)
-                )
-            except OSError as error:  # transformers: not on the hub, no connection, files that are not a model
-                raise ValueError(f"the model {o.model} cannot be loaded: {error}") from error
-        yield lambda requests: (result.as_record() for result in engine.generate(requests))
+            self.engine = engine = Engine.from_pretrained(
+                o.model,
+                device=o.device,
+                dtype=o.dtype,
+                trust_remote_code=o.trust_remote_code,
+                **engine_options(o) | {"slots": slots},
+            )
+        if self.signal is not None:
+            engine.stop()
+        yield lambda requests: (r.as_record(str(o.model), self.created) for r in engine.generate(requests))
 
     def _stop(self) -> None:
         """Begin nothing new; what is in work is finished. Called in a handler of signals."""
@@ -246,48 +385,60 @@ class Job:
 
     def _answer(
         self,
-        journal: Journal,
+        journal: Journal | Stream,
         lines: InputLines,
-        items: Iterator[Request | tuple[RequestError, int]],
+        items: Iterator[Request | BadLine],
         answers: Answers,
-        size: int,
+        summary: Summary,
     ) -> Summary:
         o = self.options
-        summary = Summary(resumed=len(journal.done), errors_before=journal.errors)
-        progress = Progress(lines, summary, self.engine, size, log_json=self.log_json, quiet=self.quiet)
+        progress = Progress(lines, summary, self.engine, log_json=self.log_json, quiet=self.quiet)
 
         def write(record: Record) -> None:
             self.writing = True
-            journal.append(record.line)
-            summary.add(record)
-            self.writing = False
+            try:
+                journal.append(record.line)
+                summary.add(record)
+            finally:
+                self.writing = False
             if self.interrupted:
                 raise KeyboardInterrupt
             progress.update()
 
-        def requests() -> Iterator[Request]:
+        def requests() -> Iterator[Any]:
             for item in items:
-                if isinstance(item, Request):
+                if self.signal is not None:
+                    return
+                if item is IDLE or isinstance(item, Request):
                     yield item
                 else:
-                    write(from_request_error(*item).as_record())
+                    error = from_request_error(item.error, line=item.number, digest=item.digest)
+                    write(error.as_record(str(o.model), self.created))
 
         started = time.monotonic()
         with self._signals(), progress:
             try:
-                for record in answers(requests()):
-                    write(record)
+                try:
+                    for record in answers(requests()):
+                        write(record)
+                finally:  # also when something else ends the job: what was written is to be on the disk
+                    journal.sync()
+                journal.check()
             except KeyboardInterrupt:
                 self.aborted |= self.signal is None
-            except OSError as error:
-                summary.stopped = f"the output cannot be written: {error.strerror or error}"
+            except OutputError as error:
+                summary.fail(f"the output cannot be written: {error.strerror or error}")
+            except ReadError as error:
+                summary.fail(f"the input {error}")
+            except BrokenPipeError:
+                summary.closed_pipe = True
             if self.aborted:
-                summary.stopped = "aborted"
-            elif self.signal is not None and summary.stopped is None:
-                summary.stopped = f"stopped by {signal.Signals(self.signal).name}"
+                summary.fail("aborted")
+            elif self.signal is not None:
+                summary.fail(f"stopped by {signal.Signals(self.signal).name}")
             summary.signal = self.signal
         summary.unfinished_line = lines.unfinished
-        summary.finish(time.monotonic() - started, lines, self._stats(), output=o.output)
+        summary.finish(time.monotonic() - started, lines, self._stats())
         return summary
 
     @contextmanager
@@ -324,7 +475,7 @@ def _no_answers(requests: Iterator[Request]) -> Iterator[Record]:
 
 def engine_options(options: JobOptions) -> dict[str, Any]:
     """What `Engine` takes of them."""
-    names = ("strategy", "slots", "memory", "processor", "seed", "logprobs", "trace", "batching")
+    names = ("strategy", "slots", "memory", "processor", "seed", "trace", "batching")
     return {name: getattr(options, name) for name in names} | options.parameters
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+SPARE_MEMORY = 0.9  # of what is free, at most, something new may take
+
 # What PyTorch's CPU allocator says, and CUDA itself; of PyTorch's for a GPU there is a class of its own.
 _SAID = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "CUDA error: out of memory")
 

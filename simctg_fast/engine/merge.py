@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from ..text_files import TextLines, content_suffix, made_parent, user_path
 from .journal import Key, id_key, record_key
-from .manifest import digest, manifest_path
-from .requests import line_id
+from .manifest import digest, read_manifest
+from .requests import decode_line, line_id
 
 
 def merge(outputs: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str], order: str | None = None) -> int:
@@ -21,18 +21,22 @@ def merge(outputs: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str
 
     Raises:
         ValueError: two records answer the same request, a torn last line, or runs of different settings.
+        ManifestError: a manifest beside one of them that is none.
         FileExistsError: ``into`` is there already.
     """
+    outputs = [user_path(output) for output in outputs]
     _check_settings(outputs)
     records: dict[Key, bytes] = {}
     for output in outputs:
         with open(output, "rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
                 if not line.endswith(b"\n"):
                     raise ValueError(f"the last line of {os.fspath(output)} is torn: start its run again, then merge")
                 try:
-                    key, _ = record_key(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    key, _, _ = record_key(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise ValueError(f"line {number} of {os.fspath(output)} is no record of a run") from error
                 if key in records:
                     raise ValueError(f"{os.fspath(output)} repeats {key[0]} {key[1]}")
@@ -41,11 +45,15 @@ def merge(outputs: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str
     if order is not None:
         places = _places(order)
         keys.sort(key=lambda key: places.get(key, key[1] if key[0] == "line" else len(places) + 1))
-    target = Path(into)
+    target = made_parent(into)
     with open(target, "xb") as file:
-        file.writelines(records[key] for key in keys)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.writelines(records[key] for key in keys)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            target.unlink()
+            raise
     return len(keys)
 
 
@@ -53,10 +61,10 @@ def _check_settings(outputs: Sequence[str | os.PathLike[str]]) -> None:
     """Runs that have a manifest must agree in all but the number of their shard."""
     seen: dict[str, str] = {}
     for output in outputs:
-        path = manifest_path(output)
-        if not path.is_file():
+        manifest = read_manifest(output)
+        if manifest is None:
             continue
-        config = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        config = dict(manifest["config"])
         config.pop("shard_id", None)
         seen.setdefault(digest(config), os.fspath(output))
     if len(seen) > 1:
@@ -65,12 +73,11 @@ def _check_settings(outputs: Sequence[str | os.PathLike[str]]) -> None:
 
 def _places(path: str | os.PathLike[str]) -> dict[Key, int]:
     places: dict[Key, int] = {}
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                given = json.loads(line)
-                key = id_key(line_id(given, number))
-            except (ValueError, TypeError, AttributeError):
-                continue
-            places.setdefault(key, number)
+    is_text = content_suffix(path) == ".txt"
+    for number, line in TextLines(path):
+        try:
+            key = id_key(line_id({} if is_text else decode_line(line), number))
+        except (ValueError, TypeError):
+            continue
+        places.setdefault(key, number)
     return places

@@ -1,4 +1,4 @@
-"""What a step leaves behind in a sequence: the token, its log-probability, and why it was chosen."""
+"""What a step leaves behind in a sequence: the token, log-probabilities, and why it was chosen."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ class StepRecord:
         *,
         details: bool,
     ):
-        """``details``: whether any row wants log-probabilities or a trace."""
+        """``details``: whether any row wants a trace."""
         if selected is None:
-            self.chosen = [0] * len(proposal.tokens)
             self.tokens = proposal.tokens[:, 0].tolist()
         else:
             chosen = selected.to(proposal.tokens.device)
-            self.chosen = chosen.tolist()
             self.tokens = proposal.tokens.gather(1, chosen[:, None]).squeeze(1).tolist()
         self.candidates: list[list[int]] = proposal.tokens.tolist() if details else []
         self.probs: list[list[float]] = proposal.probs.tolist() if details else []
@@ -38,23 +36,17 @@ class StepRecord:
         self.penalty = penalty.tolist() if details and penalty is not None else None
         self.position = position.tolist() if details and position is not None else None
 
-    def write(self, row: int, sequence: Sequence, scores: torch.Tensor | None = None, padding: int = 0) -> None:
-        """Give ``sequence`` the token of ``row``. ``scores (1, V)`` are for its stopping criteria; ``padding``:
-        positions of the history before its first."""
-        token, chosen = self.tokens[row], self.chosen[row]
+    def write(self, row: int, sequence: Sequence, logits: torch.Tensor, padding: int = 0) -> None:
+        """Give ``sequence`` the token of ``row``. ``logits (1, V)``: what it was chosen by; ``padding``: positions of
+        the history before its first."""
+        token = self.tokens[row]
         if sequence.logprobs is not None:
-            sequence.logprobs.append(
-                {
-                    "token_id": token,
-                    "token": sequence.tokenizer.decode([token]),
-                    "logprob": _log(self.probs[row][chosen]),
-                }
-            )
+            sequence.logprobs.append(_logprobs(sequence, token, logits[0]))
         if sequence.trace is not None:
             sequence.trace.append(
                 {
                     "token_id": token,
-                    "token": sequence.tokenizer.decode([token]),
+                    "token": sequence.piece(token),
                     "candidates": [
                         self._candidate(row, column, sequence, padding)
                         for column in range(len(self.candidates[row]))
@@ -62,13 +54,13 @@ class StepRecord:
                     ],
                 }
             )
-        sequence.accept(token, scores)
+        sequence.accept(token, logits)
 
     def _candidate(self, row: int, column: int, sequence: Sequence, padding: int) -> dict[str, Any]:
         token = self.candidates[row][column]
         record: dict[str, Any] = {
             "token_id": token,
-            "token": sequence.tokenizer.decode([token]),
+            "token": sequence.piece(token),
             "probability": self.probs[row][column],
         }
         if self.penalty is not None and self.position is not None and self.scores is not None:
@@ -86,8 +78,22 @@ class StepRecord:
         return record
 
 
-def _log(probability: float) -> float | None:
-    return math.log(probability) if probability > 0 else None
+def _logprobs(sequence: Sequence, token: int, logits: torch.Tensor) -> dict[str, Any]:
+    """Of ``token``, and of the most probable ones that the sequence asks for; an impossible one's is None."""
+    values = torch.log_softmax(logits.float(), dim=-1)
+    record: dict[str, Any] = {
+        "token_id": token,
+        "token": sequence.piece(token),
+        "logprob": _finite(values[token].item()),
+    }
+    if sequence.parameters.top_logprobs:
+        best = values.topk(min(sequence.parameters.top_logprobs, len(values)))
+        record["top_logprobs"] = [
+            {"token_id": other, "token": sequence.piece(other), "logprob": value}
+            for other, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if math.isfinite(value)
+        ]
+    return record
 
 
 def _finite(value: float) -> float | None:

@@ -23,11 +23,22 @@ class Parameters:
         max_new_tokens: the longest continuation.
         penalty_alpha: weight of the degeneration penalty, 0 … 1 (contrastive strategies).
         top_k: candidates a step (contrastive strategies); tokens to draw from, None for all (``sample``).
-        temperature: of the random strategies. ``sample`` divides logits by it, ``stochastic-contrastive`` scores.
+        temperature: of the random strategies. ``sample`` divides logits by it, ``stochastic-contrastive`` scores; 0
+            takes the best of what the strategy allows.
         top_p, min_p, typical_p: the warpers of transformers by these names (``sample``).
-        stop: strings that end a continuation; they are not part of its text.
+        stop: strings that end a continuation; they are not part of its text. They may be or hold special tokens.
+        stop_token_ids: tokens that end it besides the model's own; neither are these part of its text.
+        include_stop_str_in_output: what stopped it, string or token, is part of its text.
+        skip_special_tokens: leave special tokens out of the text.
         seed: of the random strategies. Without one it is made from the run's seed and the id of the request.
         n: continuations of one prompt, drawn independently (random strategies).
+        logprobs: record the natural log-probability of every token, by the model's distribution as logits processors
+            leave it; top_logprobs: and those of so many of the most probable ones, at most 20.
+        truncate_prompt_tokens: keep so many tokens of a longer prompt, its last ones (of a source its first ones); -1:
+            as many as the model's context leaves.
+        clamp_max_new_tokens: write less than ``max_new_tokens`` where the model's context ends before, instead of
+            refusing the request.
+        continue_final_message: the continuation goes on in the last of the ``messages`` instead of answering it.
     """
 
     max_new_tokens: int = 128
@@ -38,20 +49,40 @@ class Parameters:
     min_p: float | None = None
     typical_p: float | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     seed: int | None = None
     n: int = 1
+    logprobs: bool = False
+    top_logprobs: int = 0
+    truncate_prompt_tokens: int | None = None
+    clamp_max_new_tokens: bool = False
+    continue_final_message: bool = False
 
     def with_overrides(self, values: Mapping[str, Any], strategy: str) -> Parameters:
         """These, changed by ``values`` from a line, a file or an option.
+
+        A value that says what ``strategy`` does anyway is accepted: ``temperature`` 0, ``top_p`` 1, any ``seed`` …
 
         Raises:
             ValueError: a value that is not allowed, or that ``strategy`` does not use.
         """
         checked = {name: check(name, value) for name, value in values.items()}
-        for name in checked:
-            if strategy not in USED_BY[name]:
-                raise ValueError(f"{name} is not used by strategy {strategy!r}, only by {' and '.join(USED_BY[name])}")
-        return replace(self, **checked)
+        for name, value in list(checked.items()):
+            if strategy in USED_BY.get(name, STRATEGIES):
+                continue
+            if value is not None and name != "seed" and value != _NEUTRAL[name]:
+                only = " and ".join(USED_BY[name])
+                raise ValueError(
+                    f"{name} is not used by strategy {strategy!r}, only by {only}; got {shown(value)}, and "
+                    f"{_NEUTRAL[name]} is the value that changes nothing"
+                )
+            del checked[name]
+        made = replace(self, **checked)
+        if made.top_logprobs and not made.logprobs:
+            raise ValueError(f"top_logprobs is {made.top_logprobs}, but logprobs is false: set that as well")
+        return made
 
 
 def defaults(strategy: str) -> Parameters:
@@ -63,19 +94,29 @@ def defaults(strategy: str) -> Parameters:
     return Parameters(temperature=0.1) if strategy == "stochastic-contrastive" else Parameters()
 
 
+# What is not named here serves every strategy.
 USED_BY: dict[str, tuple[str, ...]] = {
-    "max_new_tokens": STRATEGIES,
     "penalty_alpha": CONTRASTIVE,
     "top_k": (*CONTRASTIVE, "sample"),
     "temperature": RANDOM,
     "top_p": ("sample",),
     "min_p": ("sample",),
     "typical_p": ("sample",),
-    "stop": STRATEGIES,
     "seed": RANDOM,
     "n": RANDOM,
 }
+# What a strategy that does not use the parameter does anyway.
+_NEUTRAL: dict[str, int] = {
+    "top_k": 1,
+    "top_p": 1,
+    "typical_p": 1,
+    "n": 1,
+    "penalty_alpha": 0,
+    "temperature": 0,
+    "min_p": 0,
+}
 NAMES = tuple(field.name for field in fields(Parameters))
+MAX_NEW_TOKENS = 2**31 - 1  # more than any model's context: what is beyond is a mistake
 
 
 def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
@@ -84,24 +125,46 @@ def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
 
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], bool]:
     def valid(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        number = float(value)
-        return (low < number if above else low <= number) and number <= high
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return False
+        return math.isfinite(number) and (low < number if above else low <= number) and number <= high
 
     return valid
 
 
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (_integer(1), "an integer of at least 1"),
+    "max_new_tokens": (_integer(1, MAX_NEW_TOKENS), "an integer from 1 to 2**31 - 1"),
     "penalty_alpha": (_number(0, 1), "a number in [0, 1]"),
     "top_k": (lambda v: v is None or _integer(1)(v), "an integer of at least 1"),
-    "temperature": (_number(0, above=True), "a finite number above 0"),
+    "temperature": (_number(0), "a finite number of at least 0"),
     "top_p": (lambda v: v is None or _number(0, 1, above=True)(v), "a number in (0, 1]"),
     "min_p": (lambda v: v is None or _number(0, 1)(v), "a number in [0, 1]"),
     "typical_p": (lambda v: v is None or _number(0, 1, above=True)(v), "a number in (0, 1]"),
     "seed": (lambda v: v is None or _integer(0, 2**63 - 1)(v), "an integer from 0 to 2**63 - 1"),
     "n": (_integer(1, 1024), "an integer from 1 to 1024"),
+    "top_logprobs": (_integer(0, 20), "an integer from 0 to 20"),
+    "truncate_prompt_tokens": (
+        lambda v: v is None or (_integer(-1)(v) and v != 0),
+        "an integer of at least 1, or -1 for the model's context",
+    ),
+    **{
+        name: (lambda v: isinstance(v, bool), "true or false")
+        for name in (
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+            "logprobs",
+            "clamp_max_new_tokens",
+            "continue_final_message",
+        )
+    },
+}
+_LISTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "stop": (str, lambda v: isinstance(v, str) and v != "", "a string or a list of strings, none of them empty"),
+    "stop_token_ids": (int, _integer(0, 2**31 - 1), "a list of token ids"),
 }
 
 
@@ -111,16 +174,24 @@ def check(name: str, value: Any) -> Any:
     Raises:
         ValueError: an unknown name or a value outside its range.
     """
-    if name == "stop":
-        strings = (value,) if isinstance(value, str) else value
-        if strings is None:
-            return ()
-        if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
-            raise ValueError(f"stop must be a string or a list of strings, none of them empty, got {value!r}")
-        return tuple(strings)
+    if name in _LISTS:
+        kind, valid, allowed = _LISTS[name]
+        items = [value] if isinstance(value, kind) else [] if value is None else value
+        if not isinstance(items, list | tuple) or not all(valid(item) for item in items):
+            raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+        return tuple(items)
     if name not in _ALLOWED:
         raise ValueError(f"unknown parameter {name!r}; allowed: {', '.join(NAMES)}")
     valid, allowed = _ALLOWED[name]
     if not valid(value):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message, whatever it is and however long."""
+    try:
+        text = repr(value)
+    except Exception as error:  # integers beyond the digits that Python converts, nesting beyond its stack
+        return f"{type(value).__name__} ({error})"
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from ..loading import context_length
 from .requests import Request, RequestError
-from .sequence import Sequence
+from .sequence import Sequence, special_tokens
 
 Factory = Callable[..., Any]  # (request: dict, tokenizer) -> processors and stopping criteria, one or several
 
@@ -30,8 +31,8 @@ def load_factory(name: str) -> Factory:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"processor {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a module of the user's raises what it likes
+        raise ValueError(f"processor {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"processor {name!r} must be a function or class, got {type(found).__name__}")
     return found
@@ -45,6 +46,7 @@ class Preparer:
         seed: of the run.
         factory: makes processors and criteria for a request, see :data:`Factory`.
         max_candidates: the widest ``top_k`` the run computes; None where the strategy has no candidates.
+        trace: record how every token was chosen.
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class Preparer:
         seed: int = 0,
         factory: Factory | None = None,
         max_candidates: int | None = None,
-        logprobs: bool = False,
         trace: bool = False,
     ):
         self.model, self.tokenizer, self.seed, self.factory = model, tokenizer, seed, factory
-        self.max_candidates, self.logprobs, self.trace = max_candidates, logprobs, trace
+        self.max_candidates, self.trace = max_candidates, trace
+        self.special = special_tokens(tokenizer)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.limit = context_length(model)
         self.vocabulary = model.get_input_embeddings().num_embeddings
@@ -71,15 +73,13 @@ class Preparer:
         self.ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
         self._model_processors = bool(self._own_processors(4, 8, [0]))
 
-    def __call__(self, request: Request) -> list[Sequence]:
-        """The ``n`` sequences of ``request``.
+    def __call__(self, request: Request, on_text: Callable[[str], None] | None = None) -> list[Sequence]:
+        """The sequences of ``request``, ``count`` of them.
 
         Raises:
-            RequestError: too long, no chat template, a factory that raises …
+            RequestError: too long, no chat template, a tokenizer, template or factory that raises …
         """
-        prompt, source = self._tokens(request)
         parameters = request.parameters
-        self._check_lengths(request, prompt, source)
         if self.max_candidates is not None and (parameters.top_k or 0) > self.max_candidates:
             raise self._error(
                 request,
@@ -87,10 +87,15 @@ class Preparer:
                 f"top_k is {parameters.top_k}, more than the {self.max_candidates} candidates this run computes a step "
                 "(its own top_k)",
             )
+        unknown = [token for token in parameters.stop_token_ids if token >= self.vocabulary]
+        if unknown:
+            raise self._token_out_of_range(request, "stop_token_ids", unknown[0])
+        tokens = [self._tokens(request, prompt) for prompt in (request.prompt, *request.more_prompts)]
+        request = self._fitting(request, tokens)
         return [
             Sequence(
                 request,
-                index,
+                number * parameters.n + index,
                 prompt,
                 source,
                 seed=self.seed,
@@ -98,59 +103,131 @@ class Preparer:
                 criteria=criteria,
                 ends=self.ends,
                 tokenizer=self.tokenizer,
-                record_logprobs=self.logprobs,
+                special=self.special,
                 record_trace=self.trace,
+                on_text=on_text,
             )
+            for number, (prompt, source) in enumerate(tokens)
             for index in range(parameters.n)
             for processors, criteria in [self._callables(request, len(prompt), source)]
         ]
 
     # ---- tokens ---------------------------------------------------------------------------------------------------
 
-    def _tokens(self, request: Request) -> tuple[list[int], list[int] | None]:
-        if request.messages is not None:
-            if getattr(self.tokenizer, "chat_template", None) is None:
-                raise self._error(request, "no_chat_template", "messages need a chat template, this tokenizer has none")
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    list(request.messages), add_generation_prompt=True, tokenize=False
-                )
-            except Exception as error:  # templates raise what they like
-                raise self._error(request, "chat_template_error", f"the chat template refused: {error}") from error
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        elif isinstance(request.prompt, tuple):
-            ids = list(request.prompt)
+    def _tokens(self, request: Request, prompt: str | tuple[int, ...] | None) -> tuple[list[int], list[int] | None]:
+        if request.source is not None and not self.is_encoder_decoder:
+            raise self._error(request, "wrong_content", "source is for encoder-decoders; this model takes prompt")
+        if isinstance(prompt, tuple):
+            ids = list(prompt)
+        elif request.messages is not None:
+            ids = self._tokenize(request, self._chat(request), add_special_tokens=False)
         else:
-            text = request.prompt if request.prompt is not None else request.source
-            if request.source is not None and not self.is_encoder_decoder:
-                raise self._error(request, "wrong_content", "source is for encoder-decoders; this model takes prompt")
-            ids = self.tokenizer(text, verbose=False)["input_ids"]
+            ids = self._tokenize(request, prompt if prompt is not None else request.source)
         if not ids:
             raise self._error(request, "empty_prompt", "the prompt has no tokens")
         if max(ids) >= self.vocabulary:
-            raise self._error(
-                request,
-                "token_out_of_range",
-                f"the prompt has token {max(ids)}, the model knows 0 … {self.vocabulary - 1}",
-            )
+            raise self._token_out_of_range(request, "the prompt", max(ids))
         if not self.is_encoder_decoder:
-            return ids, None
+            return self._truncated(request, ids), None
         start = self.generation_config.decoder_start_token_id
         start = self.generation_config.bos_token_id if start is None else start
-        return (list(start) if isinstance(start, list) else [int(start)]), ids
+        begin = list(start) if isinstance(start, list) else [int(start)]
+        return begin, self._truncated(request, ids)
 
-    def _check_lengths(self, request: Request, prompt: list[int], source: list[int] | None) -> None:
+    def embedded(self, request: Request) -> list[list[int]]:
+        """Tokens of each of the texts that ``request`` wants embedded. Raises `RequestError`."""
+        rows = []
+        for index, text in enumerate(request.inputs or ()):
+            row = list(text) if isinstance(text, tuple) else self._tokenize(request, text)
+            if not row:
+                raise self._error(request, "empty_prompt", f"body.input[{index}] has no tokens")
+            if max(row) >= self.vocabulary:
+                raise self._token_out_of_range(request, f"body.input[{index}]", max(row))
+            if self.limit is not None and len(row) > self.limit:
+                message = f"body.input[{index}] has {len(row)} tokens, the model takes {self.limit}"
+                raise self._error(request, "too_long", message)
+            rows.append(row)
+        return rows
+
+    def _chat(self, request: Request) -> str:
+        """The conversation as the tokenizer's template writes it."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise self._error(request, "no_chat_template", "messages need a chat template, this tokenizer has none")
+        going_on = request.parameters.continue_final_message
+        text = self._guarded(
+            lambda: self.tokenizer.apply_chat_template(
+                list(request.messages or ()),
+                tokenize=False,
+                add_generation_prompt=not going_on,
+                continue_final_message=going_on,
+            ),
+            request,
+            "chat_template_error",
+            "the chat template",
+        )
+        if not isinstance(text, str):
+            raise self._error(request, "chat_template_error", f"the chat template made {type(text).__name__}, no text")
+        return text
+
+    def _tokenize(self, request: Request, text: Any, **options: Any) -> list[int]:
+        def run() -> list[int]:
+            ids = self.tokenizer(text, verbose=False, **options)["input_ids"]
+            return [int(token) for token in ids or ()]
+
+        return self._guarded(run, request, "tokenizer_error", "the tokenizer")
+
+    def _guarded(self, call: Callable[[], Any], request: Request, kind: str, who: str) -> Any:
+        """What ``call`` returns. Whatever it raises is this request's affair: templates and tokenizers raise what they
+        like, those written in Rust even what is no Exception."""
+        try:
+            return call()
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise self._error(request, kind, f"{who} refused it: {reason}") from error
+
+    def _truncated(self, request: Request, ids: list[int]) -> list[int]:
+        """``ids`` cut to what the request allows: a prompt behind its beginning-of-text token, a source before its
+        end."""
+        most = request.parameters.truncate_prompt_tokens
+        if most is None:
+            return ids
+        if most == -1:
+            if self.limit is None:
+                return ids
+            new = 0 if self.is_encoder_decoder else min(request.parameters.max_new_tokens, self.limit - 1)
+            most = self.limit - new
+        if len(ids) <= most:
+            return ids
+        if self.is_encoder_decoder:
+            end = ids[-1:] if most > 1 and ids[-1] == self.tokenizer.eos_token_id else []
+            return ids[: most - len(end)] + end
+        begin = ids[:1] if most > 1 and ids[0] == self.tokenizer.bos_token_id else []
+        return begin + ids[len(begin) - most :]
+
+    def _fitting(self, request: Request, tokens: list[tuple[list[int], list[int] | None]]) -> Request:
+        """The request as the model's context allows it."""
         if self.limit is None:
-            return
-        wanted = request.parameters.max_new_tokens
-        if len(prompt) + wanted > self.limit:
+            return request
+        wanted, longest = request.parameters.max_new_tokens, max(len(prompt) for prompt, _ in tokens)
+        for _, source in tokens:
+            if source is not None and len(source) > self.limit:
+                message = f"source has {len(source)} tokens, the model takes {self.limit}"
+                raise self._error(request, "too_long", f"{message}; truncate_prompt_tokens cuts it")
+        room = self.limit - longest
+        if wanted <= room:
+            return request
+        if room < 1 or not request.parameters.clamp_max_new_tokens:
+            message = f"{longest} prompt tokens and max_new_tokens={wanted} are more than the model's {self.limit}"
             raise self._error(
-                request,
-                "too_long",
-                f"{len(prompt)} prompt tokens and max_new_tokens={wanted} are more than the model's {self.limit}",
+                request, "too_long", f"{message}; truncate_prompt_tokens and clamp_max_new_tokens make them fit"
             )
-        if source is not None and len(source) > self.limit:
-            raise self._error(request, "too_long", f"source has {len(source)} tokens, the model takes {self.limit}")
+        return replace(request, parameters=replace(request.parameters, max_new_tokens=room))
+
+    def _token_out_of_range(self, request: Request, what: str, token: int) -> RequestError:
+        known = f"the model knows 0 … {self.vocabulary - 1}"
+        return self._error(request, "token_out_of_range", f"{what} has token {token}, {known}")
 
     # ---- processors -----------------------------------------------------------------------------------------------
 
@@ -179,12 +256,10 @@ class Preparer:
             processors += self._own_processors(prompt, request.parameters.max_new_tokens, source)
         if self.factory is None:
             return processors, criteria
-        try:
-            made = self.factory(dict(request.raw), self.tokenizer)
-        except Exception as error:  # the user's code: one request pays for it
-            raise self._error(
-                request, "processor_error", f"the processor factory raised {type(error).__name__}: {error}"
-            ) from error
+        factory = self.factory
+        made = self._guarded(
+            lambda: factory(dict(request.raw), self.tokenizer), request, "processor_error", "the processor factory"
+        )
         for item in made if isinstance(made, list | tuple) else [] if made is None else [made]:
             names = {base.__name__ for base in type(item).__mro__}
             (criteria if "StoppingCriteria" in names else processors).append(item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from .engine import Engine
@@ -20,7 +21,6 @@ class Progress:
 
     Args:
         lines, summary, engine: what is looked at; no engine where it is not in this process, or none was needed.
-        size: bytes of the input, to estimate how many requests there will be.
         log_json: events on standard error, one JSON object a line.
         quiet: show nothing.
     """
@@ -30,14 +30,14 @@ class Progress:
         lines: InputLines,
         summary: Summary,
         engine: Engine | None,
-        size: int,
         *,
         log_json: bool = False,
         quiet: bool = False,
     ):
-        self.lines, self.engine, self.summary, self.size, self.log_json = lines, engine, summary, size, log_json
+        self.lines, self.engine, self.summary = lines, engine, summary
         self.bar: Any = None
-        self.shows_bar = sys.stderr.isatty() and not log_json and not quiet
+        self.log_json = log_json and sys.stderr is not None
+        self.shows_bar = sys.stderr is not None and sys.stderr.isatty() and not log_json and not quiet
         self.started = self.last = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -57,16 +57,18 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self.engine is not None:
             self.engine.on_step = None
-        if self.bar is not None:
-            self._show()
-            self.bar.close()
+        with suppress(OSError):
+            if self.bar is not None:
+                self._show()
+                self.bar.close()
         self.event("end")
 
     def update(self) -> None:
         now = time.monotonic()
         if self.bar is not None and now - self.last >= BAR_SECONDS:
             self.last = now
-            self._show()
+            with suppress(OSError):  # a terminal that has gone is no reason to end
+                self._show()
         elif self.log_json and now - self.last >= JSON_SECONDS:
             self.last = now
             self.event("progress")
@@ -92,9 +94,10 @@ class Progress:
 
     def _total(self) -> int:
         """Requests of this shard: known when the file is read to its end, before that by its size."""
-        if not self.lines.position or self.lines.position >= self.size:
+        position, size = self.lines.lines.position, self.lines.lines.size
+        if not position or size is None or position >= size:
             return self.lines.total
-        return max(self.lines.total, round(self.lines.total * self.size / self.lines.position))
+        return max(self.lines.total, round(self.lines.total * size / position))
 
     def _show(self) -> None:
         s = self.snapshot()
@@ -109,7 +112,8 @@ class Progress:
 
     def event(self, name: str) -> None:
         if self.log_json:
-            print(json.dumps({"event": name, **self.snapshot()}), file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(json.dumps({"event": name, **self.snapshot()}), file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

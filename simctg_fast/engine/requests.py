@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .parameters import NAMES, Parameters
+from ..text_files import is_utf8
+from .parameters import NAMES, Parameters, shown
 
 CONTENT = ("prompt", "messages", "source")
 _OPENAI_KEYS = ("custom_id", "method", "url", "body")
+_COMPLETIONS, _CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 # Of the body of an OpenAI batch line: their names for our parameters, and what says nothing about the text.
 _OPENAI_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-_OPENAI_IGNORED = ("model", "user", "metadata", "store", "stream", "logprobs", "top_logprobs")
+_OPENAI_IGNORED = (
+    *("model", "user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+)
+# What would change the text and is not supported, with the values that do not: null, and these.
+_OPENAI_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("stream", "echo", "ignore_eos", "use_beam_search"), (False,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("add_generation_prompt", "spaces_between_special_tokens"), (True,)),
+    **dict.fromkeys(("stream_options", "audio", "prediction", "web_search_options", "reasoning_effort"), ()),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+}
+MAX_DEPTH = 100  # of a line's nesting: Python reads about a thousand, by the depth of its own stack at that moment
 
 
 class RequestError(ValueError):
@@ -26,37 +50,90 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (or chat, or source text) and how it is to be continued."""
+    """A prompt (or chat, or source text) and how it is to be continued, or texts to be embedded."""
 
     id: str | int
     parameters: Parameters
     prompt: str | tuple[int, ...] | None = None  # a text, or its tokens
+    more_prompts: tuple[str | tuple[int, ...], ...] = ()  # an OpenAI line may hold several
     messages: tuple[dict[str, Any], ...] | None = None
     source: str | None = None
+    inputs: tuple[str | tuple[int, ...], ...] | None = None  # to be embedded
     line: int | None = None
     openai: bool = False  # it came as an OpenAI batch line, and is answered as one
     url: str | None = None  # of an OpenAI batch line
     model: str | None = None  # the name such a line used
+    encoding: str = "float"  # of embeddings: float or base64
+    digest: str = ""  # of what a file asked, see `digest_of`
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what was given, for factories
 
+    @property
+    def count(self) -> int:
+        """Continuations it asks for."""
+        return self.parameters.n * (1 + len(self.more_prompts))
 
-def decode_line(line: bytes) -> dict[str, Any]:
-    """The object on one line of JSONL.
+    @property
+    def is_answered(self) -> bool:
+        """Whether what is written is a text of its own, not the rest of the prompt."""
+        return self.messages is not None and not self.parameters.continue_final_message
+
+
+def decode_line(line: str) -> dict[str, Any]:
+    """The object on one line of JSONL, as `TextLines` reads it.
 
     Raises:
-        RequestError: not UTF-8, not JSON, not an object.
+        RequestError: not UTF-8, not JSON, nested too deeply, not an object.
     """
+    check_utf8(line)
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise RequestError("invalid_utf8", f"the line is not UTF-8 (byte {error.start})") from error
+        if _depth(line) > MAX_DEPTH:
+            raise RequestError("invalid_json", f"the line is nested more than {MAX_DEPTH} deep")
+        value = json.loads(
+            line, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_repetition
+        )
+    except RequestError:
+        raise
     except ValueError as error:  # JSONDecodeError is one
         raise RequestError("invalid_json", f"the line is not JSON: {error}") from error
-    except RecursionError as error:
-        raise RequestError("invalid_json", "the line is nested too deeply") from error
     if not isinstance(value, dict):
-        raise RequestError("not_an_object", f"a request must be a JSON object, got {_kind(value)}")
+        hint = "; one object a line, not one array a file" if isinstance(value, list) else ""
+        raise RequestError("not_an_object", f"a request must be a JSON object, got {_kind(value)}{hint}")
     return value
+
+
+def check_utf8(line: str) -> None:
+    """Raise RequestError for a line of `TextLines` that was not UTF-8."""
+    if not is_utf8(line):
+        place = next(index for index, character in enumerate(line) if "\ud800" <= character <= "\udfff")
+        raise RequestError("invalid_utf8", f"the line is not UTF-8 (behind {place} characters)")
+
+
+def _depth(line: str) -> int:
+    """How deep brackets are nested, or a bound of it."""
+    bound = line.count("[") + line.count("{")
+    if bound <= MAX_DEPTH:
+        return bound
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(line):
+        if (bracket := found[0]) in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif bracket in "]}":
+            depth -= 1
+    return deepest
+
+
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
+
+
+def digest_of(asked: Mapping[str, Any] | str) -> str:
+    """What tells one request from another: its object, whatever the order of keys and the white space, or the text of a
+    line that holds none."""
+    if isinstance(asked, str):
+        content = asked.strip().encode("utf-8", "surrogatepass")
+    else:
+        content = json.dumps(asked, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def line_id(given: Mapping[str, Any], number: int) -> Any:
@@ -65,20 +142,26 @@ def line_id(given: Mapping[str, Any], number: int) -> Any:
 
 
 def parse_request(
-    given: Mapping[str, Any], defaults: Parameters, strategy: str, *, line: int | None = None, number: int | None = None
+    given: Mapping[str, Any],
+    defaults: Parameters,
+    strategy: str,
+    *,
+    line: int | None = None,
+    number: int | None = None,
+    digest: str = "",
 ) -> Request:
     """Check ``given`` (the keys of a JSONL line) and fill in ``defaults``.
 
-    ``number`` names a request without an id.
+    ``number`` names a request without an id; ``digest`` is kept beside its answer.
 
     Raises:
         RequestError: with its kind and a message that names the key, its value and what is allowed.
     """
     if "custom_id" in given or "body" in given:
-        return _parse_openai(given, defaults, strategy, line)
+        return _parse_openai(given, defaults, strategy, line, digest)
     request_id: Any = given.get("id")
     if "id" in given and not _is_id(request_id):
-        raise RequestError("invalid_id", f"id must be a string with text or an integer, got {_shown(request_id)}")
+        raise RequestError("invalid_id", f"id must be a string with text or an integer, got {shown(request_id)}")
     if "id" not in given:
         request_id = f"line-{line}" if line is not None else f"request-{number}"
     fail = _Failure(request_id, openai=False)
@@ -89,40 +172,56 @@ def parse_request(
         id=request_id,
         parameters=fail.parameters(defaults, overrides, strategy),
         line=line,
+        digest=digest,
         raw=given,
         **content,
     )
 
 
-def _parse_openai(given: Mapping[str, Any], defaults: Parameters, strategy: str, line: int | None) -> Request:
+def _parse_openai(
+    given: Mapping[str, Any], defaults: Parameters, strategy: str, line: int | None, digest: str
+) -> Request:
     request_id: Any = given.get("custom_id")
     if not _is_id(request_id):
-        raise RequestError("invalid_id", f"custom_id must be a string with text, got {_shown(request_id)}", openai=True)
+        message = f"custom_id must be a string with text or an integer, got {shown(request_id)}"
+        raise RequestError("invalid_id", message, openai=True)
     fail = _Failure(request_id, openai=True)
     fail.unless_known(given, _OPENAI_KEYS)
     body: Any = given.get("body")
     if not isinstance(body, dict):
         raise fail("invalid_type", f"body must be an object, got {_kind(body)}")
     url = given.get("url")
-    if url is not None and url not in ("/v1/chat/completions", "/v1/completions"):
-        raise fail("invalid_value", f"url must be /v1/chat/completions or /v1/completions, got {url!r}")
+    if url not in (None, _CHAT, _COMPLETIONS, EMBEDDINGS):
+        raise fail("invalid_value", f"url must be {_CHAT}, {_COMPLETIONS} or {EMBEDDINGS}, got {shown(url)}")
     if given.get("method", "POST") != "POST":
-        raise fail("invalid_value", f"method must be POST, got {given['method']!r}")
-    fail.unless_known(body, ("prompt", "messages", *NAMES, *_OPENAI_NAMES, *_OPENAI_IGNORED), "body.")
-    if body.get("stream"):
-        raise fail("invalid_value", f"body.stream must be false, got {body['stream']!r}")
+        raise fail("invalid_value", f"method must be POST, got {shown(given['method'])}")
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise fail("invalid_type", f"body.model must be a string, got {_kind(model)}")
+    facts: dict[str, Any] = {"line": line, "openai": True, "model": model, "digest": digest, "raw": given}
+    if url == EMBEDDINGS:
+        return Request(id=request_id, parameters=defaults, url=url, **fail.embedding(body), **facts)
+    fail.unless_known(body, ("prompt", "messages", *NAMES, *_OPENAI_NAMES, *_OPENAI_NEUTRAL, *_OPENAI_IGNORED), "body.")
+    for name, neutral in _OPENAI_NEUTRAL.items():
+        value = body.get(name)
+        as_n = name == "best_of" and value == body.get("n")
+        if value is not None and not as_n and not any(value == item for item in neutral):
+            allowed = " or ".join(["null", *map(json.dumps, neutral)])
+            raise fail("unsupported_value", f"body.{name} must be {allowed}: others are not served, got {shown(value)}")
     content = fail.content(body, ("prompt", "messages"), "body.")
-    named = {_OPENAI_NAMES.get(name, name): value for name, value in body.items() if value is not None}
-    overrides = {name: value for name, value in named.items() if name in NAMES}
+    url = url or (_CHAT if "messages" in content else _COMPLETIONS)
+    if (url == _CHAT) != ("messages" in content):
+        wanted = "messages" if url == _CHAT else "prompt"
+        raise fail("wrong_content", f"body of {url} must have {wanted}, got {'prompt' if url == _CHAT else 'messages'}")
+    overrides = {_OPENAI_NAMES.get(str(name), str(name)): value for name, value in body.items() if value is not None}
+    overrides = {name: value for name, value in overrides.items() if name in NAMES}
+    if url == _COMPLETIONS and not isinstance(overrides.get("logprobs", False), bool):
+        # There it is the number of alternatives.
+        overrides |= {"logprobs": True, "top_logprobs": overrides["logprobs"]}
+    if overrides.get("top_k") in (-1, 0):  # other servers' spelling of no limit
+        del overrides["top_k"]
     return Request(
-        id=request_id,
-        parameters=fail.parameters(defaults, overrides, strategy),
-        line=line,
-        openai=True,
-        url=url or ("/v1/chat/completions" if content.get("messages") is not None else "/v1/completions"),
-        model=body.get("model"),
-        raw=given,
-        **content,
+        id=request_id, parameters=fail.parameters(defaults, overrides, strategy), url=url, **content, **facts
     )
 
 
@@ -138,7 +237,7 @@ class _Failure:
     def unless_known(self, given: Mapping[str, Any], allowed: tuple[str, ...], prefix: str = "") -> None:
         unknown = [name for name in given if name not in allowed]
         if unknown:
-            names = ", ".join(prefix + str(name) for name in unknown)
+            names = ", ".join(f"{prefix}{name}"[:80] for name in unknown[:10])
             raise self("unknown_key", f"unknown key {names}; allowed: {', '.join(dict.fromkeys(allowed))}")
 
     def content(self, given: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
@@ -150,25 +249,65 @@ class _Failure:
         value = given[name]
         if name == "messages":
             return {"messages": self.messages(value, prefix)}
-        if name == "prompt" and isinstance(value, list) and value and all(_is_token(item) for item in value):
-            return {"prompt": tuple(value)}
+        if name == "prompt":
+            first, *more = self.texts(value, prefix + name)
+            return {"prompt": first, "more_prompts": tuple(more)}
         if not isinstance(value, str):
-            allowed = "a string or a list of token ids" if name == "prompt" else "a string"
-            raise self("invalid_type", f"{prefix}{name} must be {allowed}, got {_kind(value)}")
+            raise self("invalid_type", f"{prefix}{name} must be a string, got {_kind(value)}")
+        return {name: self.text(value, prefix + name)}
+
+    def texts(self, value: Any, name: str) -> list[str | tuple[int, ...]]:
+        """A text, a list of token ids, or, of an OpenAI line, a list of these."""
+        if isinstance(value, str):
+            return [self.text(value, name)]
+        if isinstance(value, list) and value:
+            if all(_is_token(item) for item in value):
+                return [tuple(value)]
+            if self.openai and all(isinstance(item, str) for item in value):
+                return [self.text(item, f"{name}[{index}]") for index, item in enumerate(value)]
+            if self.openai and all(isinstance(item, list) and item and all(map(_is_token, item)) for item in value):
+                return [tuple(item) for item in value]
+        allowed = (
+            "a string, a list of token ids, or a list of these" if self.openai else "a string or a list of token ids"
+        )
+        raise self("invalid_type", f"{name} must be {allowed}, got {_kind(value)}")
+
+    def text(self, value: str, name: str) -> str:
         if not value.strip():
-            raise self("empty_prompt", f"{prefix}{name} must hold text, got {_shown(value)}")
-        return {name: value}
+            raise self("empty_prompt", f"{name} must hold text, got {shown(value)}")
+        return value
 
     def messages(self, value: Any, prefix: str) -> tuple[dict[str, Any], ...]:
         if not isinstance(value, list) or not value:
             raise self("invalid_type", f"{prefix}messages must be a list with at least one message, got {_kind(value)}")
-        for index, message in enumerate(value):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise self(
-                    "invalid_type",
-                    f"{prefix}messages[{index}] must be an object with role and content, got {message!r:.80}",
-                )
-        return tuple(value)
+        return tuple(self.message(item, f"{prefix}messages[{index}]") for index, item in enumerate(value))
+
+    def message(self, value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not isinstance(value.get("role"), str) or "content" not in value:
+            raise self("invalid_type", f"{name} must be an object with role and content, got {shown(value)}")
+        content = value["content"]
+        if isinstance(content, str) or (content is None and value.get("tool_calls")):
+            return value
+        if not isinstance(content, list):
+            allowed = "a string or a list of text parts"
+            raise self("invalid_type", f"{name}.content must be {allowed}, got {_kind(content)}")
+        for index, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                found = f"type {shown(kind)}" if isinstance(kind, str) and kind != "text" else shown(part)
+                raise self("unsupported_content", f"{name}.content[{index}] must be a text part, got {found}")
+        return value | {"content": "".join(part["text"] for part in content)}
+
+    def embedding(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        self.unless_known(body, ("input", "encoding_format", "dimensions", *_OPENAI_IGNORED), "body.")
+        encoding = body.get("encoding_format")
+        if encoding not in (None, "float", "base64"):
+            raise self("invalid_value", f"body.encoding_format must be float or base64, got {shown(encoding)}")
+        if body.get("dimensions") is not None:
+            raise self("unsupported_value", f"body.dimensions must be null, got {shown(body['dimensions'])}")
+        if body.get("input") is None:
+            raise self("no_prompt", "body.input is missing")
+        return {"inputs": tuple(self.texts(body["input"], "body.input")), "encoding": encoding or "float"}
 
     def parameters(self, defaults: Parameters, overrides: Mapping[str, Any], strategy: str) -> Parameters:
         try:
@@ -178,11 +317,29 @@ class _Failure:
 
 
 def _is_id(value: Any) -> bool:
-    return (isinstance(value, str) and bool(value.strip())) or (isinstance(value, int) and not isinstance(value, bool))
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value.bit_length() <= 128
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is beyond what a number may be")
+    return number
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(repeated)} stands there twice")
+    return made
 
 
 def _refuse_constant(name: str) -> float:
@@ -192,8 +349,3 @@ def _refuse_constant(name: str) -> float:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

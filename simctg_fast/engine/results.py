@@ -7,6 +7,7 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Any
 
+from .openai_lines import as_openai
 from .requests import Request, RequestError
 
 
@@ -50,15 +51,19 @@ class Result:
 
     Args:
         id: that of the request; None where it had none that could be used.
-        text: the continuation without special tokens and without the stop string.
+        text: the continuation without special tokens and without the stop string, unless the request wants them.
         token_ids: all tokens that were written, end-of-text included.
-        finish_reason: ``"stop"`` (end of text, a stop string, a stopping criterion), ``"length"`` or ``"error"``.
+        finish_reason: ``"stop"`` (end of text, a stop string or token, a stopping criterion), ``"length"`` or
+            ``"error"``.
         usage: ``prompt_tokens`` and ``completion_tokens``.
         error: ``type``, ``message`` and, where it came from a file, ``line``; None if all went well.
-        logprobs: on request, for each token its id, text and natural log-probability.
+        logprobs: on request, for each token its id, text and natural log-probability, and ``top_logprobs``.
         trace: on request, for each token the candidates it was chosen from.
         choices: all continuations where there is more than one; the fields above hold the first.
+        embeddings: of a request for them, one vector a text.
+        index: the place of the request among those of the call; not part of the line.
         request: what it answers; not part of the line.
+        digest: of what a file asked, so that a later run sees whether it still does.
         seconds: from admission to the end; not part of the line.
     """
 
@@ -71,9 +76,18 @@ class Result:
     logprobs: list[dict[str, Any]] | None = None
     trace: list[dict[str, Any]] | None = None
     choices: list[Choice] | None = None
+    embeddings: list[list[float]] | None = None
+    index: int = field(default=0, compare=False)
     request: Request | None = field(default=None, compare=False, repr=False)
     openai: bool = field(default=False, compare=False, repr=False)
+    digest: str = field(default="", compare=False, repr=False)
     seconds: float = field(default=0.0, compare=False, repr=False)
+
+    @property
+    def all_choices(self) -> list[Choice]:
+        """The continuations, also where there is one."""
+        only = Choice(self.text, self.token_ids, self.finish_reason, self.logprobs, self.trace)
+        return self.choices or [only]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of a line, in their order. Nothing in it depends on the time or the machine."""
@@ -90,46 +104,23 @@ class Result:
                 record[name] = getattr(self, name)
         if self.choices is not None:
             record["choices"] = [choice.as_dict() for choice in self.choices]
+        if self.digest:
+            record["request_digest"] = self.digest
         return record
 
-    def as_line(self) -> bytes:
-        """The line of JSONL, newline included: an OpenAI batch line if the request was one."""
-        record = self._openai() if self.openai else self.as_dict()
+    def as_line(self, model: str = "", created: int = 0) -> bytes:
+        """The line of JSONL, newline included: an OpenAI batch line if the request was one.
+
+        Args:
+            model, created: what such a line says of the model where the request does not name it, and of the time, in
+                seconds since 1970.
+        """
+        record = as_openai(self, model, created) if self.openai else self.as_dict()
         return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
 
-    def as_record(self) -> Record:
+    def as_record(self, model: str = "", created: int = 0) -> Record:
         kind = "" if self.error is None else self.error["type"]
-        return Record(self.as_line(), self.finish_reason, kind, **self.usage, seconds=self.seconds)
-
-    def _openai(self) -> dict[str, Any]:
-        if self.error is not None:
-            error = {"code": self.error["type"], "message": self.error["message"]}
-            if self.error.get("line") is not None:
-                error["line"] = self.error["line"]
-            return {"custom_id": self.id, "response": None, "error": error}
-        request = self.request
-        chat = request is not None and request.messages is not None
-        only = Choice(self.text, self.token_ids, self.finish_reason, self.logprobs, self.trace)
-        choices = [_openai_choice(i, choice, chat) for i, choice in enumerate(self.choices or [only])]
-        usage = self.usage | {"total_tokens": sum(self.usage.values())}
-        body = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}",
-            "object": "chat.completion" if chat else "text_completion",
-            "model": request.model if request is not None else None,
-            "choices": choices,
-            "usage": usage,
-        }
-        return {"custom_id": self.id, "response": {"status_code": 200, "body": body}, "error": None}
-
-
-def _openai_choice(index: int, choice: Choice, chat: bool) -> dict[str, Any]:
-    said: dict[str, Any] = {"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}
-    record: dict[str, Any] = {"index": index, **said, "finish_reason": choice.finish_reason, "logprobs": None}
-    if choice.logprobs is not None:
-        record["logprobs"] = {"content": [{"token": t["token"], "logprob": t["logprob"]} for t in choice.logprobs]}
-    if choice.trace is not None:
-        record["trace"] = choice.trace
-    return record
+        return Record(self.as_line(model, created), self.finish_reason, kind, **self.usage, seconds=self.seconds)
 
 
 def error_result(
@@ -140,23 +131,41 @@ def error_result(
     line: int | None = None,
     request: Request | None = None,
     openai: bool = False,
+    digest: str = "",
+    index: int = 0,
 ) -> Result:
     """The record of a request that could not be answered."""
     if request is not None:
-        request_id, line, openai = request.id, request.line, request.openai
+        request_id, line, openai, digest = request.id, request.line, request.openai, request.digest
     return Result(
         id=request_id,
         error={"type": kind, "message": message, "line": line},
         request=request,
         openai=openai,
+        digest=digest,
+        index=index,
     )
 
 
-def from_request_error(error: RequestError, line: int | None) -> Result:
-    return error_result(error.kind, str(error), request_id=error.request_id, line=line, openai=error.openai)
+def from_request_error(
+    error: RequestError, request: Request | None = None, *, line: int | None = None, digest: str = "", index: int = 0
+) -> Result:
+    """Of ``request``, or of a line that did not become one."""
+    return error_result(
+        error.kind,
+        str(error),
+        request_id=error.request_id,
+        line=line,
+        request=request,
+        openai=error.openai,
+        digest=digest,
+        index=index,
+    )
 
 
-def from_choices(request: Request, prompt_tokens: int, choices: List[Choice], seconds: float) -> Result:
+def from_choices(
+    request: Request, prompt_tokens: int, choices: List[Choice], seconds: float, *, index: int = 0
+) -> Result:
     """The result of a request whose continuations are all there."""
     first = choices[0]
     written = sum(len(choice.token_ids) for choice in choices)
@@ -171,5 +180,21 @@ def from_choices(request: Request, prompt_tokens: int, choices: List[Choice], se
         choices=list(choices) if len(choices) > 1 else None,
         request=request,
         openai=request.openai,
+        digest=request.digest,
         seconds=seconds,
+        index=index,
+    )
+
+
+def from_embeddings(request: Request, tokens: int, vectors: list[list[float]], *, index: int = 0) -> Result:
+    """The result of a request for embeddings."""
+    return Result(
+        id=request.id,
+        finish_reason="stop",
+        usage={"prompt_tokens": tokens, "completion_tokens": 0},
+        embeddings=vectors,
+        request=request,
+        openai=True,
+        digest=request.digest,
+        index=index,
     )

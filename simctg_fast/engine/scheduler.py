@@ -17,10 +17,10 @@ from ..decoding.linear_swap import fast_linears
 from ..decoding.slots import SlotDecoder, SlotsUnsupportedError, slot_trial
 from ..decoding.t5_blocks import fast_t5_blocks
 from ..loading import context_length
-from .memory import free_bytes, is_out_of_memory, release
+from .memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from .observe import StepRecord
 from .prepare import apply_processors
-from .sequence import Sequence
+from .sequence import IDLE, Sequence
 from .strategies import Proposal, Strategy
 
 logger = logging.getLogger("simctg_fast")
@@ -30,8 +30,8 @@ LOOKAHEAD = 4096  # sequences that are known, and put in order, before the first
 CHUNK = 512  # prompt tokens a forward
 PREFILL_BUDGET = 2048  # prompt tokens between two steps
 KERNEL_ROWS = 1024  # rows up to which linear layers go to the kernel whose rows do not depend on each other
-SPARE_MEMORY = 0.9  # of what is free, at most, a larger cache may take
 MAX_SLOTS = 256
+TRIAL_SLOTS = 64  # at most, however many there will be
 TYPICAL_PROMPT = 1024  # tokens reckoned with where the number of slots is made from memory
 
 
@@ -42,7 +42,8 @@ class SlotScheduler:
     end. When memory runs out the slots are halved and what was in work begins again.
 
     Attributes:
-        slots: rows; steps, row_steps, busy_row_steps: decoding steps, slots in them, and slots that wrote a token.
+        most_slots: rows that there may be; slots: those there are, no more than requests where fewer change nothing.
+        steps, row_steps, busy_row_steps: decoding steps, slots in them, and slots that wrote a token.
         generated: tokens written; active: sequences in work; halvings: how often memory ran out.
         model_seconds: time inside forwards and the choice of tokens; seconds: of ``run`` as a whole.
     """
@@ -50,7 +51,8 @@ class SlotScheduler:
     kind = "slots"
 
     def __init__(self, model: Any, strategy: Strategy, slots: int, budget: int | None = None):
-        self.model, self.strategy, self.slots, self.budget = model, strategy, slots, budget
+        self.model, self.strategy, self.budget = model, strategy, budget
+        self.slots = self.most_slots = slots
         self.steps = self.row_steps = self.busy_row_steps = 0
         self.halvings = self.active = self.generated = 0
         self.model_seconds = self.seconds = 0.0
@@ -58,6 +60,7 @@ class SlotScheduler:
         self.on_step: Callable[[], None] | None = None
         self.rows_independent = False
         self.decoder: SlotDecoder | None = None
+        self.bytes_per_position = self.bytes_per_slot = 0  # of one slot: what grows with its length, and the rest
         self.reserved: dict[int, Sequence] = {}  # slots that wait for a sibling's prompt
 
     # ---- opening --------------------------------------------------------------------------------------------------
@@ -72,37 +75,33 @@ class SlotScheduler:
         budget = None
         try:
             if slots is None and memory is not None:
-                per_position = cls._measure(model, strategy)
+                measured = cls(model, strategy, 3)
+                measured._try()
                 free = free_bytes(model.device) or 0
                 budget = int(memory * free)
                 positions = TYPICAL_PROMPT + max_new_tokens
                 limit = context_length(model)
                 positions = positions if limit is None else min(positions, limit)
-                slots = max(1, min(MAX_SLOTS, budget // max(1, per_position * positions)))
+                slots = max(1, min(MAX_SLOTS, budget // max(1, measured.bytes_per_position * positions)))
             made = cls(model, strategy, slots or DEFAULT_SLOTS, budget)
             made._try()
         except SlotsUnsupportedError as error:
             return str(error)
         return made
 
-    @classmethod
-    def _measure(cls, model: Any, strategy: Strategy) -> int:
-        made = cls(model, strategy, 3)
-        with made._tried() as decoder:
-            return made._bytes_per_position(decoder)
-
     def _try(self) -> None:
-        with self._tried() as decoder:
-            on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
-            self.rows_independent = on_cpu and self.slots > 1 and decoder.rows_are_independent()
-
-    @contextmanager
-    def _tried(self) -> Iterator[SlotDecoder]:
+        """Raise SlotsUnsupportedError where slots do not do what the model does; measure them."""
+        k, self.slots = self.strategy.candidates, min(self.most_slots, TRIAL_SLOTS)
         with as_written(self.model):
-            trial = slot_trial(self.model, self.slots, self.strategy.candidates, context_length(self.model))
+            trial = slot_trial(self.model, self.slots, k, context_length(self.model))
         with self._running() as decoder:
             decoder.verify(trial)
-            yield decoder
+            self._measure(decoder)
+            # As far as one kernel goes: with more rows another takes over.
+            on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
+            one_kernel = self.most_slots > 1 and self.most_slots * k <= max(KERNEL_ROWS, self.slots * k)
+            self.rows_independent = on_cpu and one_kernel and decoder.rows_are_independent()
+        self.slots = self.most_slots
 
     @contextmanager
     def _running(self) -> Iterator[SlotDecoder]:
@@ -128,6 +127,8 @@ class SlotScheduler:
         self.waiting: list[tuple[int, int, list[Sequence]]] = []  # a heap: longest first, siblings together
         self.order = 0
         self.ended: list[Sequence] = []
+        self._pull()
+        self._fit_slots()
         self._empty_slots()
         with self._running():
             while True:
@@ -166,6 +167,8 @@ class SlotScheduler:
             if sequence is None:
                 self.exhausted = True
                 return
+            if sequence is IDLE:
+                return
             siblings = [sequence]
             while len(siblings) < sequence.parameters.n:
                 siblings.append(next(self.source))
@@ -180,7 +183,15 @@ class SlotScheduler:
     def _admit(self) -> None:
         while not self.stopping and self.waiting and len(self.taken) < self.slots:
             siblings = self.waiting[0][2]
-            self._check_memory(siblings[0])
+            needed = siblings[0].total_length + 1
+            if (reason := self._lacks_memory(1, needed)) is not None:  # fewer slots would not help it
+                heapq.heappop(self.waiting)
+                for sequence in siblings:
+                    sequence.fail("out_of_memory", reason)
+                self.ended += siblings
+                continue
+            if needed > self._decoder.cache.capacity and (reason := self._lacks_memory(self.slots, needed)) is not None:
+                raise MemoryError(reason)
             heapq.heappop(self.waiting)
             free = [slot for slot in range(self.slots) if slot not in self.taken]
             now, later = siblings[: len(free)], siblings[len(free) :]
@@ -238,7 +249,7 @@ class SlotScheduler:
         if self.rows != self.bound:
             strategy.bind(list(self.rows), logits.device)
             self.bound = list(self.rows)
-            self.details = any(r is not None and (r.logprobs is not None or r.trace is not None) for r in self.rows)
+            self.details = any(r is not None and r.trace is not None for r in self.rows)
         began = time.perf_counter()
         proposal = self._propose(logits)
         self.model_seconds += time.perf_counter() - began
@@ -320,8 +331,9 @@ class SlotScheduler:
 
     # ---- memory ---------------------------------------------------------------------------------------------------
 
-    def _bytes_per_position(self, decoder: SlotDecoder) -> int:
-        """Of one slot: keys, values and the history's state; the cross-attention's keys and values as well."""
+    def _measure(self, decoder: SlotDecoder) -> None:
+        """Keys, values and the history's state of a position, the cross-attention's keys and values as well; logits and
+        what a step makes of them, and of candidates' states, for a slot."""
         size = sum(
             buffer.shape[1] * buffer.shape[3] * buffer.element_size()
             for layer in decoder.cache.layers
@@ -329,24 +341,33 @@ class SlotScheduler:
             for buffer in (layer.keys, layer.values)
         )
         size *= 2 if decoder.cross is not None else 1
+        width = 0
         if decoder.history is not None and decoder.history.states is not None:
-            size += decoder.history.states.shape[2] * decoder.history.states.element_size()
-        return size
+            width = decoder.history.states.shape[2]
+            size += width * decoder.history.states.element_size()
+        assert decoder.logits is not None
+        self.bytes_per_position = size
+        self.bytes_per_slot = 4 * (4 * decoder.logits.shape[1] + 16 * width * self.strategy.candidates)
 
-    def _check_memory(self, sequence: Sequence) -> None:
-        """Raise MemoryError where the cache would have to grow beyond what there is. (A CPU's memory is handed out on
-        trust, and the system kills whom it then cannot serve.)"""
-        decoder = self._decoder
-        needed = sequence.total_length + 1
-        if needed <= decoder.cache.capacity:
-            return
-        per_position = self._bytes_per_position(decoder)
-        wanted = per_position * self.slots * needed
-        if self.budget is not None and wanted > self.budget and self.slots > 1:
-            raise MemoryError(f"{self.slots} slots of {needed} positions are more than the memory they may take")
+    def _lacks_memory(self, slots: int, positions: int) -> str | None:
+        """Why so many slots, each of so many positions, cannot be had; None if they can. (A CPU's memory is handed out
+        on trust, and the system kills whom it then cannot serve.)"""
+        wanted = slots * (self.bytes_per_position * positions + self.bytes_per_slot)
+        if self.budget is not None and wanted > self.budget and slots > 1:
+            return f"{slots} slots of {positions} positions are more than the memory they may take"
+        if positions <= self._decoder.cache.capacity and slots <= self.slots:
+            return None
         free = free_bytes(self.model.device)
-        if free is not None and wanted - per_position * self.slots * decoder.cache.capacity > SPARE_MEMORY * free:
-            raise MemoryError(f"{self.slots} slots of {needed} positions do not fit into the free memory")
+        held = self.bytes_per_position * self.slots * self._decoder.cache.capacity
+        if free is not None and wanted > held + SPARE_MEMORY * free:
+            return f"{slots} slots of {positions} positions do not fit into the free memory ({free / 2**30:.1f} GiB)"
+        return None
+
+    def _fit_slots(self) -> None:
+        """No more slots than sequences, where the whole input is known and a row's bits do not depend on the others."""
+        self.slots = self.most_slots
+        if self.exhausted and self.rows_independent:
+            self.slots = max(1, min(self.slots, sum(len(siblings) for _, _, siblings in self.waiting)))
 
     def _halve(self, reason: str) -> None:
         """Half the slots; everything in work begins again. With one slot left, its sequence fails."""
@@ -361,6 +382,7 @@ class SlotScheduler:
             victim.fail("out_of_memory", f"one slot alone does not fit into memory: {reason}")
             failed = [victim]
         before, self.slots = self.slots, max(1, self.slots // 2)
+        self.most_slots = self.slots
         self.halvings += 1
         logger.warning("out of memory with %d slots (%s): going on with %d", before, reason, self.slots)
         groups = [siblings for _, siblings, _ in self.filling]

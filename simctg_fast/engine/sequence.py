@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from ..continuation import CONTEXT, continuation_pieces, continuation_text
 from .requests import Request
 from .results import Choice
+
+IDLE: Any = object()  # in the place of a sequence or a request: there is none at present, but more may come
 
 
 class Sequence:
@@ -21,6 +25,8 @@ class Sequence:
         seed: of the run.
         processors, criteria: called with this sequence alone, ``(1, length)``.
         ends: token ids that end a text; tokenizer: for stop strings and texts.
+        special: the texts of the tokens that decoding leaves out.
+        on_text: called with what is new of the text as it is written.
     """
 
     def __init__(
@@ -35,17 +41,23 @@ class Sequence:
         criteria: list[Any],
         ends: frozenset[int],
         tokenizer: Any,
-        record_logprobs: bool = False,
+        special: frozenset[str] = frozenset(),
         record_trace: bool = False,
+        on_text: Callable[[str], None] | None = None,
     ):
         self.request, self.parameters, self.index = request, request.parameters, index
         self.prompt_ids, self.source_ids = prompt_ids, source_ids
         self.processors, self.criteria = processors, criteria
+        self.stop_ids = frozenset(self.parameters.stop_token_ids)
         self.ends, self.tokenizer = ends, tokenizer
+        # What is written is read as the text goes on: behind a prompt, but an answer is a text of its own.
+        self.before = prompt_ids if source_ids is None and not request.is_answered else []
+        self.on_text, self._shown = on_text, ""
+        self._settled, self._settled_tokens = "", 0  # text that no later token changes
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.failure: tuple[str, str] | None = None  # kind, message
-        self.logprobs: list[dict[str, Any]] | None = [] if record_logprobs else None
+        self.logprobs: list[dict[str, Any]] | None = [] if self.parameters.logprobs else None
         self.trace: list[dict[str, Any]] | None = [] if record_trace else None
         self.started = 0.0
         self._seed = seed
@@ -53,6 +65,8 @@ class Sequence:
         self._text: str | None = None
         # A token may stand for a single byte, a character takes four at most.
         self._tail = max((4 * len(s) + 8 for s in self.parameters.stop), default=0)
+        hidden = special if self.parameters.skip_special_tokens else ()
+        self._special_stops = [s for s in self.parameters.stop if any(token in s for token in hidden)]
 
     @property
     def total_length(self) -> int:
@@ -80,6 +94,7 @@ class Sequence:
     def restart(self) -> None:
         """Forget what was written, to write it again from the prompt."""
         self.tokens, self._generator, self.finish_reason, self._text = [], None, None, None
+        self._settled, self._settled_tokens = "", 0
         self.logprobs = None if self.logprobs is None else []
         self.trace = None if self.trace is None else []
 
@@ -90,14 +105,25 @@ class Sequence:
         prompt = len(self.prompt_ids)
         return self.prompt_ids[position] if position < prompt else self.tokens[position - prompt]
 
+    def piece(self, token: int) -> str:
+        """The text of ``token`` were it the next one."""
+        return continuation_text(self.tokenizer, self._ahead_of(len(self.tokens)), [token], skip_special_tokens=False)
+
+    def _ahead_of(self, count: int) -> list[int]:
+        """What tokens from place ``count`` on are read behind."""
+        written = self.tokens[max(0, count - CONTEXT) : count]
+        return written if len(written) == CONTEXT else [*self.before[-CONTEXT:], *written]
+
     def accept(self, token: int, scores: torch.Tensor | None = None) -> None:
         """Write one more token, and decide whether it was the last. ``scores (1, V)`` are for the criteria."""
         self.tokens.append(token)
-        ended = token in self.ends or (self._tail > 0 and self._stop_at() is not None)
+        ended = token in self.ends or token in self.stop_ids or (self._tail > 0 and self._is_stopped())
         if ended or (self.criteria and self._criteria_stop(scores)):
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.parameters.max_new_tokens:
             self.finish_reason = "length"
+        if self.on_text is not None and self.failure is None:
+            self._show()
 
     def fail(self, kind: str, message: str) -> None:
         self.failure = (kind, message)
@@ -111,20 +137,92 @@ class Sequence:
             self.fail("criterion_error", f"a stopping criterion raised {type(error).__name__}: {error}")
             return False
 
-    def _stop_at(self) -> str | None:
-        """The text up to the first stop string, if the newest tokens complete one."""
-        tail = self.tokenizer.decode(self.tokens[-self._tail :], skip_special_tokens=True)
-        if not any(s in tail for s in self.parameters.stop):
-            return None
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        found = [at for at in (text.find(s) for s in self.parameters.stop) if at >= 0]
-        if found:
-            self._text = text[: min(found)]
-        return self._text
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def _decode(self, count: int, *, special: bool = False) -> str:
+        """The text of the first ``count`` tokens, with all special ones or as the request wants them."""
+        skip = self.parameters.skip_special_tokens and not special
+        return continuation_text(self.tokenizer, self.before, self.tokens[:count], skip_special_tokens=skip)
+
+    def _is_stopped(self) -> bool:
+        """Whether the newest tokens complete a stop string; if so the text is cut there."""
+        if len(self.tokens) <= self._tail:
+            tails = [self._decode(len(self.tokens))]
+            tails += [self._decode(len(self.tokens), special=True)] if self._special_stops else []
+        else:
+            newest, skip = self.tokens[-self._tail :], self.parameters.skip_special_tokens
+            tails = [self.tokenizer.decode(newest, skip_special_tokens=skip)]
+            tails += [self.tokenizer.decode(newest, skip_special_tokens=False)] if self._special_stops else []
+        if not any(s in tail for tail in tails for s in self.parameters.stop):
+            return False
+        text = self._decode(len(self.tokens))
+        found = _first(text, self.parameters.stop)
+        if found is not None:
+            self._text = text[: found[1] if self.parameters.include_stop_str_in_output else found[0]]
+            return True
+        found = _first(self._decode(len(self.tokens), special=True), self._special_stops)
+        if found is not None:
+            self._text = self._cut(*found)
+        return found is not None
+
+    def _cut(self, start: int, end: int) -> str:
+        """The text up to a stop string with special tokens in it, at ``start`` to ``end`` of the text with all of them;
+        where it is included, as it stands there."""
+        raw = self._decode(len(self.tokens), special=True)
+        whole = at = 0
+        pieces = continuation_pieces(self.tokenizer, self.before, self.tokens, skip_special_tokens=False)
+        for number, piece in enumerate(pieces, start=1):
+            if at + len(piece) > start:
+                break
+            at += len(piece)
+            whole = number
+        hidden = self.tokenizer.decode([self.tokens[whole]], skip_special_tokens=True) == ""
+        rest = "" if hidden else raw[at:start]
+        included = raw[start:end] if self.parameters.include_stop_str_in_output else ""
+        return self._decode(whole) + rest + included
+
+    @property
+    def text(self) -> str:
+        """What was written, up to what stopped it."""
+        if self._text is not None:
+            return self._text
+        stopped = bool(self.tokens) and self.tokens[-1] in self.stop_ids and self.tokens[-1] not in self.ends
+        cut = stopped and not self.parameters.include_stop_str_in_output
+        return self._decode(len(self.tokens) - cut)
+
+    def _show(self) -> None:
+        """Hand on what is new. What may yet become a stop string, or half a character, is held back."""
+        if self.finished:
+            text = self.text
+        else:
+            behind, skip = self._ahead_of(self._settled_tokens), self.parameters.skip_special_tokens
+            new = self.tokens[self._settled_tokens :]
+            piece = continuation_text(self.tokenizer, behind, new, skip_special_tokens=skip)
+            text = self._settled + piece.rstrip("\ufffd")
+            if not piece.endswith("\ufffd"):
+                self._settled, self._settled_tokens = text, len(self.tokens)
+            text = text[: max(0, len(text) - max((len(s) - 1 for s in self.parameters.stop), default=0))]
+        if self.on_text is not None and text.startswith(self._shown) and text != self._shown:
+            self.on_text(text[len(self._shown) :])
+            self._shown = text
 
     def choice(self) -> Choice:
-        text = self._text
-        if text is None:
-            text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         assert self.finish_reason is not None
-        return Choice(text, list(self.tokens), self.finish_reason, self.logprobs, self.trace)
+        if self.logprobs is not None:  # a character of several tokens stands with the last of them
+            pieces = continuation_pieces(self.tokenizer, self.before, self.tokens, skip_special_tokens=False)
+            for record, piece in zip(self.logprobs, pieces, strict=True):
+                record["token"] = piece
+        return Choice(self.text, list(self.tokens), self.finish_reason, self.logprobs, self.trace)
+
+
+def special_tokens(tokenizer: Any) -> frozenset[str]:
+    """The texts of the tokens that decoding leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    named = getattr(tokenizer, "all_special_tokens", ())
+    return frozenset(named) | {token.content for token in added if token.special}
+
+
+def _first(text: str, stops: Iterable[str]) -> tuple[int, int] | None:
+    """Where the first stop string begins and ends; of several at one place the shortest, which was complete first."""
+    found = [(at, at + len(s)) for s in stops if (at := text.find(s)) >= 0]
+    return min(found, default=None)

@@ -7,7 +7,6 @@ is the engine's.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +18,11 @@ from ..decoding.contrastive_search import ContrastiveSearch, _Run, position_tabl
 from ..decoding.own_step import PLAIN
 from ..decoding.truth import unknown_token
 from ..ops.candidate_select import candidate_scan
-from .memory import is_out_of_memory, release
+from .memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from .observe import StepRecord
 from .padding import change_by_padding, padded_rows
 from .prepare import apply_processors
-from .sequence import Sequence
+from .sequence import IDLE, Sequence
 from .strategies import Strategy
 
 logger = logging.getLogger("simctg_fast")
@@ -52,13 +51,23 @@ class StaticBatches:
         self.on_step: Callable[[], None] | None = None
         self.lookahead = LOOKAHEAD * slots
         self.positions = position_table(model)
+        # What a cache takes if every layer keeps keys and values of every candidate, and logits and their like.
+        config, k = model.config.get_text_config(decoder=True), strategy.candidates
+        width = config.num_hidden_layers * config.hidden_size
+        self.bytes_per_position = 2 * width * k * model.dtype.itemsize
+        self.bytes_per_row = 16 * config.vocab_size * k
         self.stopping = False
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
         """Yields every sequence when it is finished or has failed."""
         source = iter(sequences)
         while True:
-            waiting = list(itertools.islice(source, self.lookahead))
+            waiting: list[Sequence] = []
+            for sequence in source:
+                if sequence is not IDLE:
+                    waiting.append(sequence)
+                if len(waiting) == self.lookahead or (waiting and sequence is IDLE) or self.stopping:
+                    break
             if not waiting or self.stopping:
                 return
             waiting.sort(key=lambda s: (len(_prompt(s)), s.parameters.max_new_tokens))
@@ -68,14 +77,20 @@ class StaticBatches:
                 yield from self._run_batch(batch)
 
     def _fitting(self, waiting: list[Sequence]) -> int:
-        """Rows for the next batch: rows that are done run on with it, and must not leave a table of positions."""
-        longest = steps = size = 0
+        """Rows for the next batch: rows that are done run on with it, and must not leave a table of positions. It has
+        to fit into memory, too, which a CPU hands out on trust."""
+        longest = source = steps = size = 0
+        free = free_bytes(self.model.device)
         for sequence in waiting[: self.slots]:
             if self.one_length is not None and len(_prompt(sequence)) != len(_prompt(waiting[0])):
                 break
             longest = max(longest, len(sequence.prompt_ids))
+            source = max(source, len(sequence.source_ids or ()))
             steps = max(steps, sequence.parameters.max_new_tokens)
             if size and self.positions is not None and longest + steps > self.positions:
+                break
+            wanted = (size + 1) * (self.bytes_per_position * (source + longest + steps) + self.bytes_per_row)
+            if size and free is not None and wanted > SPARE_MEMORY * free:
                 break
             size += 1
         return size
@@ -142,7 +157,7 @@ class _BatchRun(_Run):
         batch, input_ids, chooser = self.batch, self.input_ids, self.chooser
         self.prefill_outputs = None
         padding = [input_ids.shape[1] - len(s.prompt_ids) for s in batch]
-        details = any(s.logprobs is not None or s.trace is not None for s in batch)
+        details = any(s.trace is not None for s in batch)
         bound: list[Sequence | None] = []
         while True:
             rows = [None if s.finished else s for s in batch]

@@ -94,7 +94,7 @@ class Contrastive(Strategy):
             width = torch.tensor(narrow, device=device)[:, None]
             self.beyond = torch.arange(self.candidates, device=device)[None] >= width
         if self.random:
-            self.temperature = self._column([1.0 if p is None else p.temperature for p in settings])
+            self.temperature = self._column([1.0 if p is None or _is_cold(p) else p.temperature for p in settings])
 
     def propose(self, logits: torch.Tensor) -> Proposal:
         probs, tokens = top_k_probs(logits, self.candidates)
@@ -114,10 +114,11 @@ class Contrastive(Strategy):
         return ranked.argmax(dim=-1), scores
 
     def _noise(self, probs: torch.Tensor) -> torch.Tensor:
-        """Gumbel noise, each row's from its own generator, one draw a candidate whatever the row's ``top_k``."""
+        """Gumbel noise, each row's from its own generator, one draw a candidate whatever the row's ``top_k``; none at
+        temperature 0."""
         noise = torch.ones(probs.shape)
         for index, row in enumerate(self.rows):
-            if row is not None:
+            if row is not None and not _is_cold(row.parameters):
                 noise[index].exponential_(generator=row.generator)
         return noise.log_().neg_()
 
@@ -133,6 +134,7 @@ class Sample(Strategy):
                 p = row.parameters
                 groups.setdefault((p.temperature, p.top_k, p.top_p, p.min_p, p.typical_p), []).append(index)
         self.groups = [(_warpers(rows[found[0]].parameters), found) for found in groups.values()]  # type: ignore[union-attr]
+        self.cold = [index for index, row in enumerate(rows) if row is not None and _is_cold(row.parameters)]
 
     def propose(self, logits: torch.Tensor) -> Proposal:
         warped = logits.clone()
@@ -151,6 +153,8 @@ class Sample(Strategy):
         sums = probs.double().cumsum(dim=-1)
         tokens = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+        if self.cold:
+            tokens[self.cold] = probs[self.cold].argmax(dim=-1, keepdim=True)
         chosen = probs.gather(-1, tokens)
         impossible = (chosen == 0).squeeze(-1)  # rounding led past the last possible token
         if bool(impossible.any()):
@@ -159,10 +163,15 @@ class Sample(Strategy):
         return Proposal(tokens, chosen)
 
 
+def _is_cold(p: Parameters) -> bool:
+    """Temperature 0, or so near to it that float32 cannot divide by it."""
+    return p.temperature < torch.finfo(torch.float32).tiny
+
+
 def _warpers(p: Parameters) -> list:
     """In the order in which ``generate`` applies them."""
     made: list = []
-    if p.temperature != 1.0:
+    if p.temperature != 1.0 and not _is_cold(p):
         made.append(logits_process.TemperatureLogitsWarper(float(p.temperature)))
     if p.top_k is not None:
         made.append(logits_process.TopKLogitsWarper(top_k=int(p.top_k)))

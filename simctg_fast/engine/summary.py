@@ -24,6 +24,7 @@ class Summary:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     stopped: str | None = None
+    closed_pipe: bool = False  # whoever read standard output has had enough
     signal: int | None = None
     unfinished_line: int | None = None
     seconds: float = 0.0
@@ -42,16 +43,27 @@ class Summary:
         self.generated_tokens += int(record.completion_tokens)
         self._latencies.append(float(record.seconds))
 
-    def finish(self, seconds: float, lines: InputLines, engine: dict[str, Any], output: str) -> None:
-        self.seconds, self.total, self.engine, self.output = seconds, lines.total, engine, output
+    def fail(self, reason: str) -> None:
+        """The job has ended before its input; of several reasons the first counts."""
+        self.stopped = self.stopped or reason
+
+    def finish(self, seconds: float, lines: InputLines, engine: dict[str, Any]) -> None:
+        self.seconds, self.total, self.engine = seconds, lines.total, engine
 
     @property
     def exit_code(self) -> int:
         if self.signal is not None:
             return 128 + self.signal
+        if self.closed_pipe:
+            return 128 + 13  # as a program that SIGPIPE ends
         if self.stopped is not None:
             return INTERRUPTED
         return 1 if self.errors or self.errors_before or self.unfinished_line is not None else 0
+
+    @property
+    def way_on(self) -> str:
+        """What to do about a job that has stopped."""
+        return "standard output cannot be gone on from" if self.output == "-" else "the same command goes on from here"
 
     def latency(self) -> dict[str, float]:
         """Percentiles of the seconds from admission to the last token."""
@@ -112,5 +124,5 @@ class Summary:
         if self.unfinished_line is not None:
             lines.append(f"line {self.unfinished_line} of the input is unfinished and was left for the next run")
         if self.stopped is not None:
-            lines.append(f"{self.stopped}; the same command goes on from here")
+            lines.append(f"{self.stopped}; {self.way_on}")
         return "\n".join(lines)

@@ -39,6 +39,7 @@ import numpy as np
 from ..engine.job import Answers, Job, JobOptions, engine_options
 from ..engine.requests import Request
 from ..engine.results import Record
+from ..engine.sequence import IDLE
 from ..engine.summary import Summary
 
 __all__ = ["BatchGenerator", "run_on_ray"]
@@ -59,12 +60,19 @@ class BatchGenerator:
     Args:
         model: folder or hub name, reachable from every worker.
         threads: of torch in this worker; default: Ray's own setting.
-        device, dtype: see `load_model`; Ray decides which GPU is the first.
+        device, dtype, trust_remote_code: see `load_model`; Ray decides which GPU is the first.
         options: those of :class:`simctg_fast.engine.Engine`.
     """
 
     def __init__(
-        self, model: str, *, threads: int | None = None, device: str | None = None, dtype: str = "auto", **options: Any
+        self,
+        model: str,
+        *,
+        threads: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        **options: Any,
     ):
         import torch
 
@@ -72,7 +80,8 @@ class BatchGenerator:
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self.engine = Engine.from_pretrained(model, device=device, dtype=dtype, **options)
+        loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        self.engine = Engine.from_pretrained(model, **loading, **options)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         from ..engine.parameters import NAMES
@@ -122,12 +131,16 @@ def _objects(values: list[Any]) -> np.ndarray:
 class _LineGenerator(BatchGenerator):
     """Lines of input in, the fields of `Record` out: the rows of ``run_on_ray``."""
 
+    def __init__(self, *, model_name: str, created: int, **options: Any):
+        super().__init__(**options)
+        self.model_name, self.created = model_name, created
+
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         requests = [
-            self.engine.parse(json.loads(line), line=int(number))
-            for line, number in zip(batch["line"], batch["number"], strict=True)
+            self.engine.parse(json.loads(line), line=int(number), digest=str(digest))
+            for line, number, digest in zip(batch["line"], batch["number"], batch["digest"], strict=True)
         ]
-        records = [result.as_record() for result in self.engine.generate(requests)]
+        records = [result.as_record(self.model_name, self.created) for result in self.engine.generate(requests)]
         return {field.name: _objects([getattr(r, field.name) for r in records]) for field in fields(Record)}
 
 
@@ -139,6 +152,8 @@ def run_on_ray(
     threads: int | None = None,
     log_json: bool = False,
     quiet: bool = False,
+    changed: str = "refuse",
+    retry_errors: bool = False,
 ) -> Summary:
     """The job ``options`` on ``workers`` engines of a Ray cluster: same files, same lines, same resume as without Ray.
 
@@ -149,12 +164,13 @@ def run_on_ray(
         workers: engines; each takes a GPU where the cluster has any.
         address: of a running cluster; by default one is started on this machine and ended with the job.
         threads: of torch in each worker without a GPU; default: the processors here, shared out.
-        log_json, quiet: see `Job`.
+        log_json, quiet, changed, retry_errors: see `Job`.
 
     Raises:
         ImportError: Ray is not installed. Otherwise as :class:`simctg_fast.engine.job.Job`.
     """
-    return _RayJob(options, workers, address, threads, log_json=log_json, quiet=quiet).run()
+    settings = {"log_json": log_json, "quiet": quiet, "changed": changed, "retry_errors": retry_errors}
+    return _RayJob(options, workers, address, threads, **settings).run()
 
 
 class _RayJob(Job):
@@ -166,26 +182,28 @@ class _RayJob(Job):
         workers: int,
         address: str | None,
         threads: int | None,
-        *,
-        log_json: bool,
-        quiet: bool,
+        **settings: Any,
     ):
         try:
             import ray
             import ray.data
         except ImportError as error:
             raise ImportError("--ray needs Ray: pip install 'simctg_fast[ray]'") from error
-        super().__init__(options, log_json=log_json, quiet=quiet)
+        super().__init__(options, **settings)
         self.ray, self.workers, self.address, self.threads = ray, workers, address, threads
 
     @contextmanager
-    def _open(self) -> Iterator[Answers]:
+    def _open(self, slots: int | None) -> Iterator[Answers]:
         with _cluster(self.ray, self.address, self.workers):
             yield self._answers
 
     def _answers(self, requests: Iterator[Request]) -> Iterator[Record]:
-        waiting = [{"line": json.dumps(dict(request.raw)), "number": request.line} for request in requests]
-        for row in _rows(self.ray, self.options, waiting, self.workers, self.threads):
+        waiting = [
+            {"line": json.dumps(dict(request.raw)), "number": request.line, "digest": request.digest}
+            for request in requests
+            if request is not IDLE
+        ]
+        for row in _rows(self.ray, self.options, waiting, self.workers, self.threads, self.created):
             yield Record(**row)
 
     def _stop(self) -> None:
@@ -221,7 +239,7 @@ class _cluster:
 
 
 def _rows(
-    ray: Any, options: JobOptions, waiting: list[dict[str, Any]], workers: int, threads: int | None
+    ray: Any, options: JobOptions, waiting: list[dict[str, Any]], workers: int, threads: int | None, created: int
 ) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -231,9 +249,12 @@ def _rows(
         threads = max(1, (os.cpu_count() or 1) // workers)
     constructor = {
         "model": os.fspath(options.model) if not os.path.isdir(options.model) else os.path.abspath(options.model),
+        "model_name": os.fspath(options.model),
+        "created": created,
         "threads": threads,
         "device": options.device,
         "dtype": options.dtype,
+        "trust_remote_code": options.trust_remote_code,
         **engine_options(options),
     }
     data = ray.data.from_items(waiting, override_num_blocks=blocks).map_batches(

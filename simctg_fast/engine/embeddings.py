@@ -1,0 +1,48 @@
+"""Requests for embeddings: gathered while sequences are written, run when the model is free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..features import embed_tokens
+from .prepare import Preparer
+from .requests import Request
+from .results import Result, error_result, from_embeddings
+
+MOST = 256  # requests that wait: then the slots are emptied for them
+
+
+class Embeddings:
+    """Mean hidden states of texts, as `extract_features` makes them with ``pooling="mean"``.
+
+    On a CPU each text runs alone, so that its bits depend on no other; a GPU takes texts of similar length together.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, prepare: Preparer):
+        self.model, self.tokenizer, self.prepare = model, tokenizer, prepare
+        self.waiting: list[tuple[Request, int, list[list[int]]]] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.waiting) >= MOST
+
+    def add(self, request: Request, place: int) -> None:
+        """Raises `RequestError` for a text that the model does not take."""
+        self.waiting.append((request, place, self.prepare.embedded(request)))
+
+    def run(self) -> Iterator[Result]:
+        waiting, self.waiting = self.waiting, []
+        rows = [row for _, _, found in waiting for row in found]
+        try:
+            values = embed_tokens(self.model, self.tokenizer, rows).tolist()
+        except Exception as error:
+            for request, place, _ in waiting:
+                message = f"the model's forward raised {type(error).__name__}: {error}"
+                yield error_result("model_error", message, request=request, index=place)
+            return
+        start = 0
+        for request, place, found in waiting:
+            vectors = values[start : start + len(found)]
+            start += len(found)
+            yield from_embeddings(request, sum(map(len, found)), vectors, index=place)
