@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .feature_file import SafetensorsWriter
-from .loading import load_tokenizer
+from .loading import load_backbone
 
 __all__ = ["Features", "extract_features", "load_backbone", "load_features", "read_texts"]
 
@@ -293,22 +293,6 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def load_backbone(name: str | os.PathLike[str], device: str | None = None, dtype: Any = "auto") -> tuple[Any, Any]:
-    """``(model, tokenizer)`` for `extract_features`: any architecture, without its output layer.
-
-    Args:
-        name, device, dtype: as in :func:`simctg_fast.loading.load_model`, which also says what is raised.
-    """
-    import transformers
-
-    from .assets import resolve_model
-    from .loading import _device
-
-    folder, target = resolve_model(name), _device(device)
-    tokenizer = load_tokenizer(folder)
-    return transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval().to(target), tokenizer
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
