@@ -6,13 +6,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 
-@dataclass(frozen=True)
-class ViterbiPath:
+class _Result:
+    """Shown by shapes and dtypes: the numbers of a batch fill a screen."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in fields(self):  # type: ignore[arg-type]  # of the dataclasses below
+            value = getattr(self, field.name)
+            shown.append(f"{field.name}={tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class ViterbiPath(_Result):
     tokens: torch.Tensor  # (B, T) int64
     slots: torch.Tensor  # (B, T) int64
     score: torch.Tensor  # (B,)
@@ -20,8 +31,8 @@ class ViterbiPath:
     beam_tokens: torch.Tensor  # (B, T, K) int64
 
 
-@dataclass(frozen=True)
-class KBest:
+@dataclass(frozen=True, repr=False)
+class KBest(_Result):
     tokens: torch.Tensor  # (B, T, N) int64, best first
     slots: torch.Tensor  # (B, T, N) int64
     score: torch.Tensor  # (B, N), -inf where the beam holds fewer than N paths
@@ -29,8 +40,8 @@ class KBest:
     beam_tokens: torch.Tensor  # (B, T, K) int64
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, repr=False)
+class Sample(_Result):
     tokens: torch.Tensor  # (B, T, N) int64
     slots: torch.Tensor  # (B, T, N) int64
     log_prob: torch.Tensor  # (B, N)
@@ -38,26 +49,26 @@ class Sample:
     beam_tokens: torch.Tensor  # (B, T, K) int64
 
 
-@dataclass(frozen=True)
-class LogProb:
+@dataclass(frozen=True, repr=False)
+class LogProb(_Result):
     log_prob: torch.Tensor  # (B, N), or (B,) for one path per item
     token_log_probs: torch.Tensor  # (B, T, N), or (B, T)
 
 
-@dataclass(frozen=True)
-class Marginals:
+@dataclass(frozen=True, repr=False)
+class Marginals(_Result):
     probs: torch.Tensor  # (B, T, K): p(y_t = the token of slot k)
     beam_tokens: torch.Tensor  # (B, T, K) int64
 
 
-@dataclass(frozen=True)
-class Beam:
+@dataclass(frozen=True, repr=False)
+class Beam(_Result):
     tokens: torch.Tensor  # (B, T, K) int64
     emissions: torch.Tensor  # (B, T, K), differentiable in the emissions they were taken from
 
 
-@dataclass(frozen=True)
-class TagPath:
+@dataclass(frozen=True, repr=False)
+class TagPath(_Result):
     tags: torch.Tensor  # (B, T) int64, -1 beyond the lengths
     score: torch.Tensor  # (B,)
     position_scores: torch.Tensor  # (B, T)

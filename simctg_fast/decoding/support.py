@@ -21,7 +21,7 @@ class Check:
     detail: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SupportReport:
     """How a model is decoded: ``path`` (``"shared_prefix"``, ``"reorder"``, ``"uncached"``; ``"none"``: not at all),
     ``reason`` in words, ``head`` (winners are chosen before the output embedding), and the ``checks`` that were run."""
@@ -31,6 +31,10 @@ class SupportReport:
     reason: str
     head: bool = True
     checks: tuple[Check, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        passed = sum(check.passed for check in self.checks)
+        return f"SupportReport({self.model}: {self.path}, {passed} of {len(self.checks)} checks passed)"
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.path} ({self.reason})"]
