@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from .decoding import ContrastiveSearch
 from .functional import cosine_similarity_matrix
+from .loading import load_model
+from .texts import text_list, tokenized
 
 logger = logging.getLogger("simctg_fast")
 
@@ -29,7 +32,9 @@ class T5SimCTGGenerate:
         simctg_alpha: weight of the degeneration penalty, in [0, 1].
 
     Raises:
-        ValueError: ``simctg_alpha`` or ``num_beams`` out of range, or texts that are not a list of strings.
+        FileNotFoundError, ValueError, OSError: as `simctg_fast.loading.load_model`.
+        ValueError: an argument out of range, a model without an encoder, texts that are not strings, or one that the
+            tokenizer cannot take.
     """
 
     def __init__(
@@ -40,8 +45,6 @@ class T5SimCTGGenerate:
         num_beams: int = 3,
         simctg_alpha: float = 0.5,
     ):
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.strategy = ContrastiveSearch(penalty_alpha=simctg_alpha, top_k=num_beams)
@@ -50,16 +53,20 @@ class T5SimCTGGenerate:
             logger.warning("gpu_id=%d, but there is no CUDA device: running on the CPU (gpu_id=-1 says so).", gpu_id)
             gpu_id = -1
         self.device = torch.device("cpu" if gpu_id < 0 else f"cuda:{gpu_id}")
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(model_dir).to(self.device).eval()
+        self.model, self.tokenizer = load_model(model_dir, str(self.device))
+        if not self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"model_dir must be an encoder-decoder, got a {type(self.model).__name__} in {os.fspath(model_dir)!r}; "
+                "ContrastiveGenerator takes both"
+            )
 
-    def __call__(self, texts: list[str]) -> list[str]:
-        """One continuation a text, without special tokens."""
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
+    def __call__(self, texts: str | Iterable[str]) -> list[str]:
+        """One answer a text, without special tokens; a single string is one text."""
+        texts = text_list(texts)
         if not texts:
             return []
-        encoded = self.tokenizer(
+        encoded = tokenized(
+            self.tokenizer,
             [text.lower() for text in texts],
             padding=True,
             truncation=True,

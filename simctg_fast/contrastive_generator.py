@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .continuation import continuation_text
 from .decoding import ContrastiveSearch
 from .decoding.contrastive_search import position_table
 from .decoding.hidden_states import decoder_of
 from .decoding.linear_swap import fast_linears, packing_pays
 from .loading import fitting_threads, load_model
+from .texts import text_list, tokenized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +81,7 @@ class ContrastiveGenerator:
 
     def __call__(
         self,
-        texts: Sequence[str],
+        texts: str | Iterable[str],
         max_length: int = 512,
         top_k: int = 3,
         penalty_alpha: float = 0.5,
@@ -89,8 +91,10 @@ class ContrastiveGenerator:
     ) -> list[str]:
         """One text a text: an encoder-decoder's answer to it, or a decoder's continuation without the prompt.
 
+        A continuation begins with the space that stands between it and the prompt: ``text + answer`` is the whole.
+
         Args:
-            texts: a list of strings; may be empty.
+            texts: strings, in a list or anything else that holds them in order; may be none. A string is one text.
             max_length: the most input tokens (longer texts are cut, an encoder-decoder's at their end, a prompt at its
                 beginning) and the most new tokens. A prompt and its continuation may be shorter where the model's table
                 of positions ends first.
@@ -99,26 +103,25 @@ class ContrastiveGenerator:
                 stream.
 
         Raises:
-            ValueError: texts that are not a list of strings, or one without tokens; a value out of range; a text longer
-                than the model's table of positions, where ``max_length`` does not cut it.
+            ValueError: texts that are not strings, or one that the tokenizer cannot take or finds no token in; a value
+                out of range; a text longer than the model's table of positions, where ``max_length`` does not cut it.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
+        texts = text_list(texts)
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r}")
         if seed is not None and temperature is None:
             raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         strategy = ContrastiveSearch(penalty_alpha, top_k, temperature=temperature, generator=generator)
-        rows = self._encode(list(texts), max_length)
+        rows = self._encode(texts, max_length)
         answers = [""] * len(rows)
         most = min(self.batch_size, len(rows)) * top_k
         with torch.inference_mode(), fitting_threads(self.model), self._packed(most):
             for batch in self._batches(rows, max_length):
                 tokens = self._generate([rows[index] for index in batch], max_length, strategy)
-                decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                for index, text in zip(batch, decoded, strict=True):
-                    answers[index] = text
+                for index, row in zip(batch, tokens.tolist(), strict=True):
+                    before = [] if self._is_encoder_decoder else rows[index]
+                    answers[index] = continuation_text(self.tokenizer, before, row)
         return answers
 
     @contextmanager
@@ -152,10 +155,7 @@ class ContrastiveGenerator:
         self.truncated = []
         if not texts:
             return []
-        rows = self.tokenizer(texts, verbose=False)["input_ids"]
-        for index, row in enumerate(rows):
-            if not row:
-                raise ValueError(f"texts[{index}] must have at least one token, got {texts[index]!r}")
+        rows = tokenized(self.tokenizer, texts, verbose=False)["input_ids"]
         self.truncated = [index for index, row in enumerate(rows) if len(row) > max_length]
         if self.truncated:
             logger.warning(

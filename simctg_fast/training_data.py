@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .text_files import is_utf8
+from .texts import read_lines, short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,40 +33,35 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     * ``.txt``: one text a line
     * ``.jsonl``: one object a line, with ``text``, or ``source`` and ``target``, or ``prompt`` and ``completion``
 
+    Either may be packed, as ``.gz`` or ``.zst``. Not from a pipe: training looks at its data again when it goes on.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a line that is not one of these objects (the text names it), or no text at all.
+        ValueError: another ending, a pipe, a line that is not UTF-8 or not one of these objects (the text names it), or
+            no text at all.
+        ImportError: ``.zst`` without the package `zstandard`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"the data must be a .txt or .jsonl file, got {str(path)!r}")
     examples = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                examples.append(Example(line.strip()) if path.suffix == ".txt" else _parse(line, path, number))
-    examples = [example for example in examples if example.text.strip()]
+    for place, line, record in read_lines(path, "data", only_files="training reads its data more than once"):
+        example = Example(line.strip()) if record is None else _parse(record, place, line)
+        if example.text.strip():
+            examples.append(example)
     if not examples:
-        raise ValueError(f"{str(path)!r} holds no text")
+        raise ValueError(f"{os.fspath(path)!r} holds no text")
     return examples
 
 
-def _parse(line: str, path: Path, number: int) -> Example:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r}, line {number}: not JSON ({error})") from error
-    if isinstance(record, dict):
-        for source, target in _PAIRS:
-            if isinstance(record.get(source), str) and isinstance(record.get(target), str):
-                return Example(record[target], record[source])
-        if isinstance(record.get("text"), str):
-            return Example(record["text"])
+def _parse(record: dict[str, Any], place: str, line: str) -> Example:
+    for names in (*_PAIRS, ("text",)):
+        texts = [text for name in names if isinstance(text := record.get(name), str)]
+        if len(texts) < len(names):
+            continue
+        for name, text in zip(names, texts, strict=True):
+            if not is_utf8(text):
+                raise ValueError(f"{place}: {name} holds half of a surrogate pair, got {short(text)}")
+        return Example(texts[-1], texts[0] if len(texts) > 1 else None)
     raise ValueError(
-        f"{str(path)!r}, line {number}: must be an object with text, source and target, or prompt and completion, got "
-        f"{line.strip()[:60]!r}"
+        f"{place}: must be an object with text, source and target, or prompt and completion, got {short(line.strip())}"
     )
 
 

@@ -60,5 +60,9 @@ def test_published_defaults_and_bad_values(t5_folder):
     assert (generate.max_length, generate.strategy.top_k, generate.strategy.penalty_alpha) == (512, 3, 0.5)
     with pytest.raises(ValueError, match=r"penalty_alpha .* 1\.5"):
         T5SimCTGGenerate(t5_folder, simctg_alpha=1.5)
-    with pytest.raises(ValueError, match="list of strings"):
-        generate("not a list")
+    with pytest.raises(ValueError, match=r"list of strings, but texts\[1\] is int 3"):
+        generate(["a", 3])
+    with pytest.raises(ValueError, match="model_dir must be an encoder-decoder, got a GPT2LMHeadModel in 'bundled'"):
+        T5SimCTGGenerate("bundled", gpu_id=-1)
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        T5SimCTGGenerate("./nowhere", gpu_id=-1)

@@ -298,8 +298,8 @@ def test_a_tokenizer_file_that_is_none(trained_t5, tmp_path, name):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("one text",), r"texts must be a list of strings, got 'one text'"),
-        ((["a", 3],), r"texts must be a list of strings"),
+        (({"one": 1},), r"texts must be a string or a list of strings, got dict \{'one': 1\}"),
+        ((["a", 3],), r"texts must be a string or a list of strings, but texts\[1\] is int 3"),
         ((["a"], 0), r"max_length must be an integer of at least 1, got 0"),
         ((["a"], 8, 0), r"top_k must be .* got 0"),
         ((["a"], 8, 3, 1.5), r"penalty_alpha must be .* got 1\.5"),
