@@ -386,7 +386,9 @@ def merge(
 
 @app.command()
 def features(
-    texts: Annotated[str, typer.Argument(metavar="IN", help="Texts: .jsonl with text, or .txt, one a line.")],
+    texts: Annotated[
+        str, typer.Argument(metavar="IN", help="Texts: .jsonl with text, or .txt, one a line; - is stdin.")
+    ],
     out: Annotated[str, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     model: Annotated[str, typer.Option(help="Local folder, hub name, or `bundled`.")] = "bundled",
     layer: Annotated[int, typer.Option(help="0: embeddings, 1: first layer, …, -1: last.")] = -1,
@@ -401,27 +403,36 @@ def features(
     with _usage_errors():
         import torch
 
+        from .feature_file import free_target
         from .features import extract_features, load_backbone, read_texts
+        from .printable import printable
 
-        lines = read_texts(texts)
+        free_target(out)
+        try:
+            lines = read_texts(texts)
+        except ImportError as error:
+            raise typer.BadParameter(str(error)) from error
         _quiet_transformers()
         loaded, tokenizer = load_backbone(model, device)
-        with _progress("reading", total=len(lines)) as advance:
-            written = extract_features(
-                loaded,
-                tokenizer,
-                lines,
-                layer,
-                pooling,
-                max_length=max_length,
-                max_tokens=batch_tokens,
-                dtype=getattr(torch, dtype),
-                out=out,
-                metadata={"model": model},
-                on_progress=lambda count: [advance() for _ in range(count)],
-            )
+        try:
+            with _progress("reading", total=len(lines)) as advance:
+                written = extract_features(
+                    loaded,
+                    tokenizer,
+                    lines,
+                    layer,
+                    pooling,
+                    max_length=max_length,
+                    max_tokens=batch_tokens,
+                    dtype=getattr(torch, dtype),
+                    out=out,
+                    metadata={"model": printable(model)},
+                    on_progress=lambda count: [advance() for _ in range(count)],
+                )
+        except OSError as error:
+            raise typer.BadParameter(f"--out {out!r} cannot be written: {error.strerror or error}") from error
     shape = "x".join(map(str, written.values.shape))
-    line = f"{out}: {len(written)} texts, {int(written.lengths.sum())} tokens, features {shape} {dtype}"
+    line = f"{printable(out)}: {len(written)} texts, {int(written.lengths.sum())} tokens, features {shape} {dtype}"
     if written.truncated:
         line += f", {len(written.truncated)} texts cut to {max_length} tokens"
     Console(highlight=False, markup=False).print(line, soft_wrap=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .feature_file import SafetensorsWriter
+from .feature_file import POOLINGS, NewFile, SafetensorsWriter, check_metadata, free_target, read_features
 from .loading import load_backbone
+from .text_files import is_utf8, user_path
+from .texts import read_lines, short, text_list, tokenized
 
 __all__ = ["Features", "extract_features", "load_backbone", "load_features", "read_texts"]
 
-POOLINGS = ("none", "mean", "cls", "last")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger("simctg_fast")
 
 
-@dataclass
+@dataclass(repr=False)
 class Features:
     """Features of N texts, in their order.
 
@@ -41,6 +41,11 @@ class Features:
     lengths: Tensor
     pooling: str
     truncated: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        shape, dtype = tuple(self.values.shape), str(self.values.dtype).removeprefix("torch.")
+        cut = f", {len(self.truncated)} truncated" if self.truncated else ""
+        return f"Features({len(self)} texts, values {shape} {dtype}, pooling={self.pooling!r}{cut})"
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -71,12 +76,17 @@ class Features:
     def save(self, path: str | os.PathLike[str]) -> None:
         """To ``.safetensors`` or ``.npz``: ``features`` and ``lengths`` (and ``pooling``).
 
+        Folders that are missing are made. A file of features that is there already is replaced when the new one is
+        whole, any other file is left alone.
+
         Raises:
-            ValueError: another ending, or bfloat16 to ``.npz``.
+            ValueError: another ending, bfloat16 to ``.npz``, or a file that holds something else.
+            OSError: no space, no right to write.
         """
-        path = Path(path)
+        path = user_path(path)
+        values, lengths = self.values.detach().cpu(), self.lengths.cpu()
         if path.suffix == ".safetensors":
-            tensors = {"features": self.values, "lengths": self.lengths}
+            tensors = {"features": values, "lengths": lengths}
             places = {name: (each.dtype, each.shape) for name, each in tensors.items()}
             with SafetensorsWriter(path, places, {"pooling": self.pooling}) as writer:
                 for name, each in tensors.items():
@@ -86,32 +96,33 @@ class Features:
 
             if self.values.dtype == torch.bfloat16:
                 raise ValueError("numpy has no bfloat16: give dtype=torch.float32 or torch.float16, or .safetensors")
-            values, lengths = self.values.numpy(), self.lengths.numpy()
-            np.savez(path, features=values, lengths=lengths, pooling=np.array(self.pooling))
+            new = NewFile(path)
+            try:
+                np.savez(new.file, features=values.numpy(), lengths=lengths.numpy(), pooling=np.array(self.pooling))
+                new.file.flush()
+            except BaseException:
+                new.discard()
+                raise
+            new.commit()
         else:
             raise ValueError(f"path must end in .safetensors or .npz, got {str(path)!r}")
 
 
 def load_features(path: str | os.PathLike[str]) -> Features:
-    """What `Features.save`, ``extract_features(out=)`` and `simctg-fast features` wrote."""
-    path = Path(path)
-    if path.suffix == ".npz":
-        import numpy as np
+    """What `Features.save`, ``extract_features(out=)`` and `simctg-fast features` wrote.
 
-        with np.load(path) as arrays:
-            values, lengths = (torch.from_numpy(arrays[name]) for name in ("features", "lengths"))
-            return Features(values, lengths, str(arrays["pooling"]))
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return Features(file.get_tensor("features"), file.get_tensor("lengths"), file.metadata()["pooling"])
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or is damaged.
+    """
+    return Features(*read_features(user_path(path)))
 
 
 @torch.no_grad()
 def extract_features(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: str | Iterable[str],
     layer: int = -1,
     pooling: str = "none",
     *,
@@ -130,7 +141,7 @@ def extract_features(
     Args:
         model: a transformers model, with or without a head; run in evaluation mode and left in the mode it was in.
         tokenizer: its tokenizer, which needs no padding token.
-        texts: a list of strings.
+        texts: strings, in a list or anything else that holds them in order. A string is one text.
         layer: which of the model's ``hidden_states``: 0 the embeddings, 1 the first layer, …, -1 the last one (behind
             the final norm, as in ``last_hidden_state``).
         pooling: ``"none"``, every token; ``"mean"`` over the tokens (in float32), ``"cls"``, the first one, or
@@ -138,13 +149,15 @@ def extract_features(
         max_length: longer texts are cut to so many tokens, with a warning. None cuts nothing.
         max_tokens: tokens in a batch, padding included; a longer text runs alone.
         dtype: float32, float16 or bfloat16, of the results.
-        out: a ``.safetensors`` file that the results go to as they come; the returned values then are read from it.
+        out: a ``.safetensors`` file that the results go to as they come; the returned values then are read from it. As
+            with `Features.save`, folders are made, and only a file of features is replaced.
         metadata: strings for the header of ``out``.
         on_progress: called with the number of texts finished, after each batch.
 
     Raises:
-        ValueError: an argument outside the above, a text without tokens, or one longer than the model's table of
-            positions (the text says which).
+        ValueError: an argument outside the above, a text that the tokenizer cannot take or finds no token in, or one
+            longer than the model's table of positions (the text says which); a file that holds something else.
+        OSError: ``out`` cannot be written; the text says why, and nothing is left of it.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
@@ -152,8 +165,11 @@ def extract_features(
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    if out is not None and Path(out).suffix != ".safetensors":
-        raise ValueError(f"out must end in .safetensors, got {str(out)!r}")
+    if out is not None:
+        if Path(out).suffix != ".safetensors":
+            raise ValueError(f"out must end in .safetensors, got {str(out)!r}")
+        free_target(out)
+    check_metadata(metadata)
     backbone = _backbone(model)
     rows, truncated = _encode(tokenizer, texts, max_length, _room(backbone))
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
@@ -223,23 +239,20 @@ def _room(backbone: Any) -> int | None:
 
 
 def _encode(
-    tokenizer: Any, texts: Sequence[str], max_length: int | None, room: int | None
+    tokenizer: Any, given: str | Iterable[str], max_length: int | None, room: int | None
 ) -> tuple[list[list[int]], tuple[int, ...]]:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
-    if not len(texts):
+    texts = text_list(given)
+    if not texts:
         raise ValueError("texts must hold at least one text, got none")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+    rows = tokenized(tokenizer, texts, verbose=False)["input_ids"]
     cut = tuple(index for index, row in enumerate(rows) if max_length is not None and len(row) > max_length)
     for index in cut:
         rows[index] = tokenizer(texts[index], truncation=True, max_length=max_length)["input_ids"]
     if cut:
         logger.warning("%d of %d texts were cut to max_length=%d tokens.", len(cut), len(rows), max_length)
     for index, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"texts[{index}] must have at least one token, got {texts[index]!r}")
         if room is not None and len(row) > room:
             raise ValueError(
                 f"texts[{index}] has {len(row)} tokens, but the model's table of positions holds {room}; allowed: "
@@ -298,36 +311,26 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
     """The texts of a ``.txt`` file, one a line, or of a ``.jsonl`` file, the ``text`` of one object a line.
 
-    Row i of the features is the i-th line that is not blank.
+    Either may be packed, as ``.gz`` or ``.zst``. ``-`` is standard input; it and other pipes hold such objects where
+    the first line that is not blank is a JSON object, else plain text. Row i of the features is the i-th line that is
+    not blank.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a line that is not such an object (the text names it), or no text at all.
+        ValueError: another ending, a file that cannot be read, a line that is not UTF-8 or not such an object (the text
+            names it), or no text at all.
+        ImportError: ``.zst`` without the package `zstandard`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"the texts must be in a .txt or .jsonl file, got {str(path)!r}")
     texts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            text: Any = line.rstrip("\r\n")
-            if path.suffix == ".jsonl":
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{str(path)!r}, line {number}: not JSON ({error})") from error
-                text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"{str(path)!r}, line {number}: must be an object with a text, got {line.strip()[:60]!r}"
-                )
-            texts.append(text)
+    for place, line, record in read_lines(path, "texts"):
+        text = line if record is None else record.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{place}: must be an object with a text, got {short(line.strip())}")
+        if not is_utf8(text):
+            raise ValueError(f"{place}: text holds half of a surrogate pair, got {short(text)}")
+        texts.append(text)
     if not texts:
-        raise ValueError(f"{str(path)!r} holds no text")
+        raise ValueError(f"{os.fspath(path)!r} holds no text")
     return texts
 
 

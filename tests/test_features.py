@@ -189,7 +189,7 @@ def test_long_texts(caplog):
         ({"pooling": "max"}, r"pooling must be one of .* got 'max'"),
         ({"layer": 3}, r"layer must be in \[-3, 3\) for this model, got 3"),
         ({"layer": -4}, r"layer must be in \[-3, 3\)"),
-        ({"texts": "one"}, r"texts must be a list of strings, got 'one'"),
+        ({"texts": {"one": 1}}, r"texts must be a string or a list of strings, got dict \{'one': 1\}"),
         ({"texts": []}, r"at least one text"),
         ({"texts": ["a", ""]}, r"texts\[1\] must have at least one token, got ''"),
         ({"max_length": 0}, r"max_length must be at least 1, got 0"),
@@ -257,7 +257,7 @@ def test_the_commands_errors(tmp_path, content, arguments, text):
 def test_text_files(tmp_path):
     (tmp_path / "in.txt").write_text("one\n\n two \n")
     assert read_texts(tmp_path / "in.txt") == ["one", " two "]
-    with pytest.raises(ValueError, match=r"must be in a \.txt or \.jsonl file"):
+    with pytest.raises(ValueError, match=r"must be a \.txt or \.jsonl file"):
         read_texts(__file__)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_texts(tmp_path / "nothing.txt")

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ..continuation import CONTEXT, continuation_pieces, continuation_text
+from ..continuation import continuation_pieces, continuation_text
 from .requests import Request
 from .results import Choice
 
+_BEHIND = 32  # tokens that a token's text may depend on, and more
 IDLE: Any = object()  # in the place of a sequence or a request: there is none at present, but more may come
 
 
@@ -111,8 +112,8 @@ class Sequence:
 
     def _ahead_of(self, count: int) -> list[int]:
         """What tokens from place ``count`` on are read behind."""
-        written = self.tokens[max(0, count - CONTEXT) : count]
-        return written if len(written) == CONTEXT else [*self.before[-CONTEXT:], *written]
+        written = self.tokens[max(0, count - _BEHIND) : count]
+        return written if len(written) == _BEHIND else [*self.before[-_BEHIND:], *written]
 
     def accept(self, token: int, scores: torch.Tensor | None = None) -> None:
         """Write one more token, and decide whether it was the last. ``scores (1, V)`` are for the criteria."""
