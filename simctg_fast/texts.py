@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .text_files import STDIN, TextLines, content_suffix, is_utf8, user_path
@@ -26,7 +26,7 @@ def text_list(texts: Any, name: str = "texts") -> list[str]:
     if isinstance(texts, str):
         texts = [texts]
     # What can be iterated, but over names, bytes or rows, in no order, or with line ends.
-    odd = isinstance(texts, Mapping | Set | bytes | bytearray | memoryview | io.IOBase)
+    odd = isinstance(texts, Mapping | set | frozenset | bytes | bytearray | memoryview | io.IOBase)
     if odd or not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
         raise ValueError(f"{name} must be {_ALLOWED}, got {type(texts).__name__} {short(texts)}")
     found = []

@@ -9,6 +9,7 @@ import logging
 import shutil
 import string
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -161,6 +162,28 @@ def test_random_choices(reverse):
     assert wild[0] == wild[1] != wild[2]
 
 
+def test_texts_however_they_are_given(reverse):
+    texts = toy_t5.held_out(3)
+    answers = reverse(texts)
+    assert reverse(texts[0]) == answers[:1], "a string is one text"
+    assert reverse(tuple(texts)) == reverse(np.array(texts)) == reverse(text for text in texts) == answers
+    published = T5SimCTGGenerate.__new__(T5SimCTGGenerate)
+    published.model, published.tokenizer, published.device = reverse.model, reverse.tokenizer, reverse.device
+    published.strategy, published.max_length = ContrastiveSearch(0.5, 3), 32
+    assert published(texts[0]) == published(iter(texts[:1])) == answers[:1]
+    for generate in (reverse, published):
+        with pytest.raises(ValueError, match=r"texts\[1\] must be text, got half of a surrogate pair in 'x\\ud83d'"):
+            generate(["x", "x\ud83d"])
+        with pytest.raises(ValueError, match="got dict"):
+            generate({"text": "a"})
+
+
+def test_a_tokenizer_that_gives_nothing(reverse, monkeypatch):
+    monkeypatch.setattr(reverse, "tokenizer", lambda texts, **options: None)
+    with pytest.raises(ValueError, match=r"texts\[0\] cannot be tokenized \(the tokenizer returned None\), got 'a'"):
+        reverse(["a", "b"])
+
+
 # ---- folders of every make -----------------------------------------------------------------------------------------
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "seven wizards", "over and over again the fox jumps"]
@@ -238,6 +261,29 @@ def test_folders_of_every_make(folder, caplog):
             max_new_tokens=most,
         )
         assert own.decode(out[0, start:], skip_special_tokens=True) == answer
+
+
+def test_a_continuation_has_its_space(tmp_path):
+    """Of a decoder with sentencepiece: prompt and answer are what the model has read and written."""
+    toy_t5.train_sentencepiece(tmp_path, TEXTS * 3, model_type="bpe", bos_id=3)
+    own = AutoTokenizer.from_pretrained(_as_llama(tmp_path))
+    generator = ContrastiveGenerator(build("llama", std=0.5, vocab_size=len(own)), own, batch_size=2)
+    answers = generator(TEXTS, max_length=60)
+    spaces = 0
+    for text, answer in zip(TEXTS, answers, strict=True):
+        inputs = own(text, return_tensors="pt")
+        out = generator.model.generate(
+            **inputs, custom_generate=ContrastiveSearch(0.5, 3), max_new_tokens=60, pad_token_id=generator._pad_token_id
+        )
+        assert text + answer == own.decode(out[0], skip_special_tokens=True)
+        spaces += answer.startswith(" ")
+    assert spaces, "or nothing was tried"
+
+
+def _as_llama(folder):
+    shutil.move(folder / "spiece.model", folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
+    return folder
 
 
 def test_a_text_longer_than_the_model(folder):
