@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -121,7 +122,8 @@ class NewFile:
         self._partial.replace(self.path)
 
     def discard(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of what could not be written
+            self.file.close()
         self._partial.unlink(missing_ok=True)
 
 

@@ -100,8 +100,10 @@ class Features:
             try:
                 np.savez(new.file, features=values.numpy(), lengths=lengths.numpy(), pooling=np.array(self.pooling))
                 new.file.flush()
-            except BaseException:
+            except BaseException as error:
                 new.discard()
+                if isinstance(error, OSError):
+                    raise OSError(error.errno, error.strerror, str(path)) from error
                 raise
             new.commit()
         else:

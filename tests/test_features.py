@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from simctg_fast import bundled_model_path, extract_features
@@ -203,19 +209,269 @@ def test_refused(arguments, text):
         extract_features(build("gpt2"), tokenizer(), **({"texts": TEXTS} | arguments))
 
 
+@pytest.mark.parametrize(
+    ("texts", "text"),
+    [
+        (["a", 3], r"texts must be a string or a list of strings, but texts\[1\] is int 3"),
+        (["a", "x\ud83d"], r"texts\[1\] must be text, got half of a surrogate pair"),
+        ({"text": "a"}, "got dict"),
+    ],
+)
+def test_what_is_no_text_is_named(texts, text):
+    with pytest.raises(ValueError, match=text):
+        extract_features(build("gpt2"), tokenizer(), texts)
+
+
+def test_texts_however_they_are_given():
+    model = build("gpt2")
+    expected = extract_features(model, tokenizer(), TEXTS, pooling="mean").values
+    for given in (tuple(TEXTS), iter(TEXTS), np.array(TEXTS)):
+        assert torch.equal(extract_features(model, tokenizer(), given, pooling="mean").values, expected)
+    one = extract_features(model, tokenizer(), TEXTS[2])
+    assert len(one) == 1
+    assert one.lengths.tolist() == [len(TEXTS[2])]
+
+
+def test_a_tokenizer_that_cannot():
+    def characters(texts, **options):
+        if any("é" in text for text in texts):
+            raise UnicodeError("no é")
+        return tokenizer()(texts, **options)
+
+    with pytest.raises(ValueError, match=r"texts\[1\] cannot be tokenized \(UnicodeError: no é\), got 'café'"):
+        extract_features(build("gpt2"), characters, ["a", "café"])
+
+
 def test_index_out_of_range():
     features = extract_features(build("gpt2"), tokenizer(), TEXTS)
     with pytest.raises(IndexError, match=r"index must be in \[-5, 5\), got 5"):
         features[5]
 
 
+def test_features_are_shown_by_their_shape():
+    features = extract_features(build("gpt2"), tokenizer(), TEXTS)
+    assert repr(features) == f"Features(5 texts, values ({sum(map(len, TEXTS))}, 32) float32, pooling='none')"
+    cut = extract_features(build("gpt2"), tokenizer(), TEXTS, pooling="mean", max_length=8, dtype=torch.float16)
+    assert str(cut) == "Features(5 texts, values (5, 32) float16, pooling='mean', 2 truncated)"
+
+
+# ---- nobody's file is lost -------------------------------------------------------------------------------------------
+
+
+def small(pooling="mean"):
+    rows = 3 if pooling == "none" else 2
+    return Features(torch.arange(rows * 4.0).view(rows, 4), torch.tensor([1, 2]), pooling)
+
+
+def writers(path):
+    """The ways to write features to ``path``."""
+    yield lambda: small().save(path)
+    if path.suffix == ".safetensors":
+        yield lambda: extract_features(build("gpt2"), tokenizer(), TEXTS, out=path)
+
+
+def foreign(kind, path):
+    if kind == "weights":
+        save_file({"features": torch.ones(2, 4), "lengths": torch.ones(2)}, path, {"format": "pt"})
+    elif kind == "npz":
+        with path.open("wb") as file:
+            np.savez(file, features=np.ones((2, 4)))
+    elif kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.ones(3))
+    elif kind == "pooled otherwise":
+        save_file({"features": torch.ones(2, 4), "lengths": torch.ones(2)}, path, {"pooling": "of water"})
+    elif kind == "other tensors":
+        save_file({"weight": torch.ones(2, 4)}, path, {"pooling": "mean"})
+    elif kind == "torn":
+        small().save(path)
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.write_bytes(b"" if kind == "empty" else b'{"text": "a"}')
+
+
+FOREIGN = ["weights", "npz", "npy", "pooled otherwise", "other tensors", "torn", "empty", "text"]
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_other_files_are_left_alone(tmp_path, kind, suffix):
+    path = tmp_path / f"file{suffix}"
+    foreign(kind, path)
+    before = path.read_bytes()
+    (tmp_path / f"link{suffix}").symlink_to(path)
+    for name in ("file", "link"):
+        for write in writers(tmp_path / (name + suffix)):
+            with pytest.raises(ValueError, match=rf"{name}\{suffix}' is there already and is no file of features"):
+                write()
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match=rf"file\{suffix}' holds no features of this library"):
+        load_features(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_features_are_replaced_also_behind_a_link(tmp_path, suffix):
+    path, link = tmp_path / f"file{suffix}", tmp_path / f"link{suffix}"
+    link.symlink_to(path)
+    small("none").save(link)
+    path.chmod(0o600)
+    assert link.is_symlink()
+    for write in writers(link):
+        write()
+        assert link.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o600, "as private as it was"
+        assert len(load_features(path)) in (2, 5)
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, link.name}
+
+
+def test_places_that_hold_no_file(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "text").write_text("a")
+    for name, message in (("folder.npz", "is a folder"), ("pipe.npz", "is there already and is no file of features")):
+        with pytest.raises(ValueError, match=message):
+            small().save(tmp_path / name)
+        with pytest.raises(ValueError, match="is not a file"):
+            load_features(tmp_path / name)
+    with pytest.raises(OSError, match="text"):
+        small().save(tmp_path / "text" / "a.npz")
+    with pytest.raises(FileNotFoundError, match=r"there is no file '.*a\.npz'"):
+        load_features(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_folders_are_made_and_homes_are_known(tmp_path, monkeypatch, suffix):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for write in writers(Path(f"~/a/b/file{suffix}")):
+        write()
+    assert (tmp_path / "a" / "b" / f"file{suffix}").is_file()
+    assert load_features(f"~/a/b/file{suffix}").values.shape[-1] in (4, 32)
+
+
+def test_what_is_named_partial_is_somebodys(tmp_path):
+    for name in ("file.safetensors", "file.npz"):
+        (tmp_path / f"{name}.partial").write_text("mine")
+        small().save(tmp_path / name)
+        assert (tmp_path / f"{name}.partial").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 4
+    long = tmp_path / ("é" * 120 + ".npz")  # as long as a name may be, nearly
+    small().save(long)
+    assert len(load_features(long)) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, error):
+    path = tmp_path / "file.safetensors"
+    small().save(path)
+    before = path.read_bytes()
+
+    def interrupted(*args, **options):
+        raise error
+
+    with pytest.raises(error):
+        extract_features(build("gpt2"), tokenizer(), TEXTS, out=path, on_progress=interrupted)
+    for module, name in ((mmap, "mmap"), (torch, "frombuffer"), (os, "posix_fallocate")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, interrupted)
+            with pytest.raises(error):
+                small().save(path)
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(error):
+        small().save(tmp_path / "file.npz")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_comes_meanwhile_is_kept_and_so_is_the_work(tmp_path):
+    path = tmp_path / "file.safetensors"
+
+    def somebody_writes(count):
+        path.write_text("mine")
+
+    with pytest.raises(ValueError, match=r"is there already .*; what was written is in '.*\.partial'"):
+        extract_features(build("gpt2"), tokenizer(), TEXTS, out=path, on_progress=somebody_writes)
+    assert path.read_text() == "mine"
+    (kept,) = tmp_path.glob("*.partial")
+    assert len(load_features(kept)) == len(TEXTS)
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from simctg_fast.features import Features
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+features = Features(torch.ones(1 << 16, 64), torch.ones(1 << 16, dtype=torch.int64), "mean")
+try:
+    features.save(sys.argv[1])
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_no_space(tmp_path, suffix):
+    """The size of a file is limited in the child: the system refuses as a full disk does."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path / f"a{suffix}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "OSError [Errno 27] File too large" in done.stdout
+    assert f"a{suffix}" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_so(tmp_path, monkeypatch, code):
+    def full(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        OSError, match=rf"{os.strerror(code)} \([\d,]+ bytes are needed\): '.*a\.safetensors'"
+    ) as caught:
+        extract_features(build("gpt2"), tokenizer(), TEXTS, out=tmp_path / "a.safetensors")
+    assert caught.value.errno == code
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "in.txt").write_text("a")
+    result = run(tmp_path / "in.txt", "-o", tmp_path / "a.safetensors")
+    assert result.exit_code == 2
+    assert os.strerror(code) in said(result)
+    assert "model" not in said(result)
+
+
+@pytest.mark.parametrize("way", ["unsupported", "absent"])
+def test_a_system_that_cannot_reserve(tmp_path, monkeypatch, way):
+    def unsupported(*args):
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    if way == "absent":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    big = Features(torch.randn(3000, 200), torch.ones(3000, dtype=torch.int64), "mean")
+    big.save(tmp_path / "a.safetensors")
+    assert torch.equal(load_features(tmp_path / "a.safetensors").values, big.values)
+    assert (tmp_path / "a.safetensors").stat().st_blocks * 512 >= 2_400_000
+
+
+def test_what_a_file_cannot_hold(tmp_path):
+    for metadata in ({"model": 3}, {"model": "x\ud83d"}, {4: "a"}):
+        with pytest.raises(ValueError, match="metadata must be strings of UTF-8, got "):
+            extract_features(build("gpt2"), tokenizer(), TEXTS, out=tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"features must be of one of .* got torch\.int8"):
+        Features(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, dtype=torch.int64), "mean").save(
+            tmp_path / "a.safetensors"
+        )
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def run(*arguments):
+def run(*arguments, **options):
     from simctg_fast.cli import app
 
-    return CliRunner().invoke(app, ["features", *map(str, arguments)])
+    return CliRunner().invoke(app, ["features", *map(str, arguments)], **options)
 
 
 def test_the_command(tmp_path):
@@ -251,12 +507,41 @@ def test_the_commands_errors(tmp_path, content, arguments, text):
     source.write_text(content)
     result = run(source, "-o", tmp_path / "out.safetensors", *arguments)
     assert result.exit_code == 2
-    assert text in " ".join(result.output.replace("│", " ").split())
+    assert text in said(result)
+
+
+def said(result):
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_command_reads_standard_input(tmp_path):
+    for content in ('{"text": "one"}\n{"text": "two"}', "\ufeffone\r\ntwo"):
+        out = tmp_path / "new" / "out.safetensors"
+        result = run("-", "-o", out, "--pooling", "mean", input=content.encode())
+        assert result.exit_code == 0, result.output
+        assert len(load_features(out)) == 2
+
+
+def test_the_command_leaves_other_files_alone(tmp_path):
+    """Its input among them, and before anything is read."""
+    weights = tmp_path / "model.safetensors"
+    foreign("weights", weights)
+    (tmp_path / "in.txt").write_text("one")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "in.txt")
+    for out in (weights, tmp_path / "link.safetensors"):
+        before = out.read_bytes()
+        result = run(tmp_path / "in.txt", "-o", out, "--model", "./nowhere")
+        assert result.exit_code == 2
+        assert "is there already and is no file of features" in said(result)
+        assert out.read_bytes() == before
 
 
 def test_text_files(tmp_path):
     (tmp_path / "in.txt").write_text("one\n\n two \n")
     assert read_texts(tmp_path / "in.txt") == ["one", " two "]
+    (tmp_path / "in.jsonl").write_text('{"text": "x"}\n{"text": "x\\ud83d"}')
+    with pytest.raises(ValueError, match=r"in\.jsonl', line 2: text holds half of a surrogate pair, got 'x\\ud83d'"):
+        read_texts(tmp_path / "in.jsonl")
     with pytest.raises(ValueError, match=r"must be a \.txt or \.jsonl file"):
         read_texts(__file__)
     with pytest.raises(FileNotFoundError, match="there is no file"):
