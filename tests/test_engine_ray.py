@@ -1,4 +1,4 @@
-"""Ray and lm-eval: the adapters without their frameworks, and one job on a real cluster, one of its workers killed."""
+"""Ray: the adapter without its framework, and one job on a real cluster, one of its workers killed."""
 
 from __future__ import annotations
 
@@ -189,43 +189,3 @@ def test_a_pipeline_of_ones_own_killed_and_resumed_by_rays_checkpoint(model, tmp
     after = answered()
     assert sorted(after) == sorted(f"r{i}" for i in range(120))
     assert set(before) <= set(after)
-
-
-def test_lm_eval_finds_and_runs_the_backend(model, tmp_path):
-    """A generation task of our own through the harness, and the same prompts through the engine."""
-    lm_eval = pytest.importorskip("lm_eval")
-    from simctg_fast.integrations.lm_eval import SimCTGLM
-
-    data = write_lines(tmp_path / "data.jsonl", [{"question": q, "answer": "x"} for q in ("hello", "the world", "a b")])
-    task = {
-        "task": "continuations",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["~~"], "max_gen_toks": 7, "do_sample": False, "temperature": 0.0},
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    backend = SimCTGLM(str(model), slots=2, penalty_alpha=0.5)
-    results = lm_eval.simple_evaluate(
-        model=backend, tasks=[task], bootstrap_iters=0, log_samples=True, cache_requests=False
-    )
-    (samples,) = results["samples"].values()
-    written = {sample["doc"]["question"]: sample["resps"][0][0] for sample in samples}
-    engine = Engine(shared("gpt2"), tokenizer(), penalty_alpha=0.5, max_new_tokens=7, slots=2)
-    expected = engine.generate([{"id": q, "prompt": q, "stop": ["~~"]} for q in written])
-    assert written == {result.id: result.text for result in expected}
-    with pytest.raises(NotImplementedError, match="generation tasks"):
-        backend.loglikelihood([])
-
-
-def test_lm_eval_knows_the_name(model):
-    registry = pytest.importorskip("lm_eval.api.registry")
-    from simctg_fast.integrations.lm_eval import SimCTGLM
-
-    assert registry.get_model("simctg_fast") is SimCTGLM
-    made = SimCTGLM.create_from_arg_string(f"pretrained={model},slots=3,penalty_alpha=0.3", {"batch_size": 1})
-    assert made.engine.stats["slots"] == 3
-    assert made.engine.parameters.penalty_alpha == 0.3

@@ -340,7 +340,7 @@ class SimCTGLM(TemplateLM):
         """The engine's factory: a user's own, and stop strings in which there are special tokens."""
         made = [] if self._user_factory is None else self._user_factory(request, tokenizer)
         made = list(made) if isinstance(made, list | tuple) else [] if made is None else [made]
-        stops = [stop for stop in request["stop"] if any(text in stop for text in self._special_texts)]
+        stops = [stop for stop in request.get("stop", ()) if any(text in stop for text in self._special_texts)]
         return [*made, _SpecialStop(tokenizer, stops)] if stops else made
 
     # ---- likelihoods ------------------------------------------------------------------------------------------------
@@ -362,11 +362,11 @@ class SimCTGLM(TemplateLM):
                 pair = (ids[:1], ids[1:]) if begins else ([self.prefix_token_id], ids)
             else:
                 pair = self._encode_pair(context, continuation)
-            allowed = len(pair[0]) > 0 and 0 < len(pair[1]) <= self.max_length
-            if not allowed:
+                pair = (pair[0] or [self.prefix_token_id], pair[1])  # of spaces alone none is left
+            if not 0 < len(pair[1]) <= self.max_length:
                 raise ValueError(
-                    f"{_named(index, context)}: {len(pair[0])} tokens of context and {len(pair[1])} of continuation; "
-                    f"there must be at least one of each, and of the continuation at most {self.max_length}"
+                    f"{_named(index, context)}: the continuation adds {len(pair[1])} tokens to the context, must add "
+                    f"at least 1 and at most {self.max_length}"
                 )
             pairs.append(pair)
 
