@@ -4,6 +4,8 @@ Everything declarative is in pyproject.toml. Environment variables read here:
 
 * ``SIMCTG_FAST_BUILD_CPP=0`` leaves the extension out; the PyTorch path serves instead.
 * ``SIMCTG_FAST_REQUIRE_EXT=1`` makes a failed build an error. By default it is reported and the installation goes on.
+  pip shows nothing of the report, so it is also written to ``_build_error.txt``, which takes the extension's place in
+  the package: `simctg-fast env` prints it.
 * ``MAX_JOBS`` compile jobs at a time (default: the processors this process may use).
 * ``CXX``, ``CXXFLAGS``, ``LDFLAGS`` as everywhere.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,10 +24,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+RECORD = "_build_error.txt"  # beside where the library would be; `simctg_fast/ops/_backends.py` reads it
+LEFT_OUT = "left out by SIMCTG_FAST_BUILD_CPP=0"
+RECORD_LINES, RECORD_WIDTH = 200, 2000  # what is kept of a compiler's message
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.cpp"))
 
 # No -march=native: a wheel has to run on other machines, so instruction sets are chosen at run time. A file that
@@ -41,7 +48,11 @@ LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "dar
 
 
 class BuildError(Exception):
-    """The extension could not be built; the text says why."""
+    """The extension could not be built; the text says why in a line, ``output`` is what the tools said."""
+
+    def __init__(self, reason: str, output: list[str] | None = None):
+        super().__init__(reason)
+        self.output = output or []
 
 
 def is_x86_64() -> bool:
@@ -58,6 +69,14 @@ def isa_flags(source: str) -> list[str] | None:
 
 def compiler() -> str:
     return os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+
+
+def check_compiler() -> None:
+    """Raise BuildError where there is none, before ninja says so once for every source."""
+    words = [word for word in shlex.split(compiler()) if "=" not in word]
+    if not words or shutil.which(words[0]) is None:
+        name = words[0] if words else compiler()
+        raise BuildError(f"no C++ compiler: {name!r} was not found (the variable CXX names another)")
 
 
 def ninja_command() -> str:
@@ -140,7 +159,7 @@ class BuildExtension(build_ext):
 
     def run(self) -> None:
         if os.environ.get("SIMCTG_FAST_BUILD_CPP") == "0":
-            self._remove_old()
+            self._put_record(LEFT_OUT)
             print("simctg_fast: SIMCTG_FAST_BUILD_CPP=0, built without the C++ extension")
             return
         library = Path(self.get_ext_filename("_C")).name
@@ -150,7 +169,8 @@ class BuildExtension(build_ext):
                 self._ninja(folder, f"{folder}/{library}")
             except BuildError as error:
                 shutil.rmtree(ROOT / folder, ignore_errors=True)
-                self._remove_old()
+                python = f"Python {platform.python_version()}, {sysconfig.get_config_var('EXT_SUFFIX')}"
+                self._put_record(str(error), f"({python}, compiler {compiler()!r})", *error.output)
                 if os.environ.get("SIMCTG_FAST_REQUIRE_EXT") == "1":
                     raise SystemExit(f"simctg_fast: the C++ extension was not built: {error}") from None
                 print(
@@ -162,8 +182,10 @@ class BuildExtension(build_ext):
                 return
             for target in self._targets():
                 install_library(ROOT / folder / library, target)
+                target.with_name(RECORD).unlink(missing_ok=True)
 
     def _ninja(self, folder: str, library: str) -> None:
+        check_compiler()
         build_file = ROOT / folder / "build.ninja"
         build_file.write_text(ninja_file(folder, library))
         jobs = self.parallel if isinstance(self.parallel, int) and self.parallel > 1 else os.environ.get("MAX_JOBS")
@@ -171,13 +193,16 @@ class BuildExtension(build_ext):
             jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         command = [ninja_command(), "-f", str(build_file.relative_to(ROOT)), "-j", str(jobs)]
         command += ["--quiet"] if self.verbose < 1 else []
-        sys.stdout.flush()
+        said = []
         try:
-            failed = subprocess.run(command, cwd=ROOT).returncode != 0
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as ninja:
+                for line in ninja.stdout or ():
+                    said.append(line.decode(errors="replace").rstrip())
+                    print(said[-1], flush=True)
         except OSError as error:
             raise BuildError(f"{command[0]} did not start: {error}") from error
-        if failed:
-            raise BuildError(f"`{shlex.join(command)}` failed; the compiler's message is above")
+        if ninja.returncode != 0:
+            raise BuildError(reason(said, ninja.returncode), failures(said))
 
     def _targets(self) -> list[Path]:
         """Where the library goes: beside the sources for an in-place build, into the build folder for a wheel."""
@@ -187,16 +212,43 @@ class BuildExtension(build_ext):
             targets.append(Path(regular))
         return targets
 
-    def _remove_old(self) -> None:
-        """A library of an earlier build must not be installed, or stay importable, as if it were this one's."""
+    def _put_record(self, *lines: str) -> None:
+        """In the place of the library: one of an earlier build must not be installed, or stay importable."""
         for target in self._targets():
             target.unlink(missing_ok=True)
+            write_record(target.with_name(RECORD), *lines)
 
     def get_outputs(self) -> list[str]:
-        return [path for path in super().get_outputs() if os.path.exists(path)]
+        paths = super().get_outputs()
+        return [path for path in (*paths, *map(record_of, paths)) if os.path.exists(path)]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {built: source for built, source in super().get_output_mapping().items() if os.path.exists(built)}
+        mapping = super().get_output_mapping()
+        mapping |= {record_of(built): record_of(source) for built, source in mapping.items()}
+        return {built: source for built, source in mapping.items() if os.path.exists(built)}
+
+
+def record_of(library: str) -> str:
+    return os.path.join(os.path.dirname(library), RECORD)
+
+
+def write_record(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = [line[:RECORD_WIDTH] for line in lines[:RECORD_LINES]]
+    path.write_text("\n".join(text) + "\n", encoding="utf-8", errors="replace")
+
+
+def reason(said: list[str], code: int) -> str:
+    """The line of ninja's output that says what went wrong, the compiler's first error if there is one."""
+    spoken = [line for line in said if not line.startswith((compiler(), "FAILED: ", "ninja: build stopped", "["))]
+    errors = [line for line in spoken if re.search(r"\berror\b|not found|undefined|cannot|killed", line, re.IGNORECASE)]
+    found = errors or [line for line in spoken if line]
+    return found[0].strip() if found else f"{compiler()!r} failed without a message (ninja: exit status {code})"
+
+
+def failures(said: list[str]) -> list[str]:
+    """``said`` without the steps that went well."""
+    return [line for line in said if not re.match(r"\[\d+/\d+\] ", line)]
 
 
 def install_library(built: Path, target: Path) -> None:
@@ -208,6 +260,11 @@ def install_library(built: Path, target: Path) -> None:
     shutil.copy2(built, scratch)
     os.replace(scratch, target)
 
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # it does not understand pyproject.toml, and says so at length
+    text = f"setuptools {setuptools.__version__} is too old to build simctg_fast: pip install 'setuptools>=77'"
+    write_record(ROOT / "simctg_fast" / RECORD, text)
+    raise SystemExit(text)
 
 setup(
     packages=[*find_packages(include=["simctg_fast", "simctg_fast.*"]), "simctg_fast.kernels"],

@@ -442,14 +442,16 @@ def features(
 def env() -> None:
     """Versions, processors and backends, and the real error of what did not load."""
     from .ops._backends import backend_info
+    from .printable import printable
 
-    info = backend_info()
+    info = backend_info(probe=True)
     console = Console(highlight=False, markup=False)
     width = max(map(len, info))
     for name, value in info.items():
         if name.endswith("_error") and value is None:
             continue
-        console.print(f"{name:{width}}  {_describe(value)}", soft_wrap=True)
+        text = printable(_describe(value)).replace("\n", "\n" + " " * (width + 2))
+        console.print(f"{name:{width}}  {text}", soft_wrap=True)
 
 
 def main() -> None:

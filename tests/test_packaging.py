@@ -491,6 +491,7 @@ class TestBuild:
         names = zipfile.ZipFile(wheel).namelist()
         assert "simctg_fast/__init__.py" in names
         assert not [name for name in names if "_C" in name]
+        assert f"simctg_fast/{_backends.BUILD_RECORD}" in names
 
     def test_required(self, toy):
         self.build(toy)
@@ -501,11 +502,71 @@ class TestBuild:
         assert "the C++ extension was not built" in out
         assert self.libraries(toy) == []
 
-    @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
-    def test_no_compiler(self, toy, compiler):
+    @staticmethod
+    def record(toy) -> str:
+        return (toy / "simctg_fast" / _backends.BUILD_RECORD).read_text()
+
+    @pytest.mark.parametrize(
+        ("compiler", "reason"),
+        [
+            ("/nowhere/c++ -x", "no C++ compiler: '/nowhere/c++' was not found (the variable CXX names another)"),
+            ("false", "'false' failed without a message (ninja: exit status 1)"),
+        ],
+    )
+    def test_no_compiler(self, toy, compiler, reason):
         command = (sys.executable, "setup.py", "build_ext", "--inplace")
         assert "going on without it" in run(*command, cwd=toy, CXX=compiler)
+        assert self.record(toy).splitlines()[0] == reason
         run(*command, cwd=toy, CXX=compiler, SIMCTG_FAST_REQUIRE_EXT="1", expect=1)
+
+    @pytest.mark.parametrize("tool", ["ninja", "pybind11"])
+    def test_a_missing_tool(self, toy, tool, tmp_path):
+        (tmp_path / "bin").mkdir()
+        for name in ("g++", "c++", "cc", "gcc", "sh"):  # all but ninja
+            if (found := shutil.which(name)) is not None:
+                (tmp_path / "bin" / name).symlink_to(found)
+        code = f"""
+            import os, runpy, sys
+            sys.modules[{tool!r}] = None
+            os.environ["PATH"] = {str(tmp_path / "bin")!r}
+            sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
+            runpy.run_path("setup.py", run_name="__main__")
+        """
+        python(code, cwd=toy)
+        assert self.record(toy).splitlines()[0] == f"{tool} was not found; `pip install {tool}` provides it"
+
+    def test_an_old_setuptools(self, toy):
+        code = """
+            import runpy, setuptools, sys
+            setuptools.__version__ = "70.0.0"
+            sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
+            runpy.run_path("setup.py", run_name="__main__")
+        """
+        reason = "setuptools 70.0.0 is too old to build simctg_fast: pip install 'setuptools>=77'"
+        assert python(code, cwd=toy, expect=1) == reason
+        assert self.record(toy).strip() == reason
+
+    def test_the_reason_is_installed_and_goes_with_the_next_build(self, toy):
+        """pip shows nothing of a build, so the wheel has to carry what the compiler said."""
+        build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+        self.edit(toy / "csrc" / "value.cpp", "return 40", "return forty_two")
+        name = python(build, cwd=toy).splitlines()[-1]
+        with zipfile.ZipFile(toy / "dist" / name) as wheel:
+            first, second, *more = wheel.read(f"simctg_fast/{_backends.BUILD_RECORD}").decode().splitlines()
+        assert "value.cpp" in first
+        assert "forty_two" in first
+        assert "compiler" in second
+        assert any("forty_two" in line for line in more)
+        assert not [line for line in more if re.match(r"\[\d+/\d+\]", line)]
+        run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=toy)
+        assert self.record(toy).splitlines()[0] == first
+        self.edit(toy / "csrc" / "value.cpp", "return forty_two", "return 40")
+        self.build(toy)
+        assert self.libraries(toy) == ["build", "simctg_fast"]
+        assert not (toy / "simctg_fast" / _backends.BUILD_RECORD).exists()
+        shutil.rmtree(toy / "dist")
+        name = python(build, cwd=toy).splitlines()[-1]
+        assert not [name for name in zipfile.ZipFile(toy / "dist" / name).namelist() if _backends.BUILD_RECORD in name]
 
     def test_left_out(self, toy):
         self.build(toy)
@@ -514,6 +575,9 @@ class TestBuild:
         python("from setuptools import build_meta; build_meta.build_wheel('dist')", cwd=toy, SIMCTG_FAST_BUILD_CPP="0")
         (wheel,) = (toy / "dist").glob("*.whl")
         assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_C" in name]
+        assert (
+            zipfile.ZipFile(wheel).read(f"simctg_fast/{_backends.BUILD_RECORD}").decode() == f"{_backends.LEFT_OUT}\n"
+        )
 
     def test_a_process_keeps_the_library_it_runs(self, toy):
         """The new library is renamed into place; writing into the mapped file would crash whoever uses it."""

@@ -47,6 +47,7 @@ def _lengths_obstacle(name: str, lengths: Tensor, batch: int) -> str | None:
 
 
 def _has_kernels() -> bool:
+    """To be asked last: where they are missing, it says so to a user who would have had them."""
     return _backends.extension() is not None
 
 
@@ -56,9 +57,9 @@ def _has_kernels() -> bool:
 def candidate_scan_supported(hidden_states: Tensor, history: Tensor, mask: Tensor | None) -> bool:
     """Whether :func:`candidate_scan_cpu` takes these arguments."""
     return (
-        _has_kernels()
-        and _obstacle(hidden_states=hidden_states, history=history) is None
+        _obstacle(hidden_states=hidden_states, history=history) is None
         and _mask_obstacle(mask) is None
+        and _has_kernels()
     )
 
 
@@ -149,7 +150,7 @@ def decode_attention_supported(
     window_start: int,
 ) -> bool:
     """Whether :func:`decode_attention_cpu` takes these arguments."""
-    return _has_kernels() and _attention_obstacle(query, key, value, new_key, new_value, mask, bias, sinks) is None
+    return _attention_obstacle(query, key, value, new_key, new_value, mask, bias, sinks) is None and _has_kernels()
 
 
 def _broadcast(
@@ -289,7 +290,7 @@ def _top_k_obstacle(logits: Tensor, k: int) -> str | None:
 
 def top_k_supported(logits: Tensor, k: int) -> bool:
     """Whether :func:`top_k_cpu` takes these arguments."""
-    return _has_kernels() and _top_k_obstacle(logits, k) is None
+    return _top_k_obstacle(logits, k) is None and _has_kernels()
 
 
 def top_k_cpu(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

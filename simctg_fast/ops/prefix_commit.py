@@ -29,9 +29,10 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
             )
         CommitPlan(len(pairs), winners.device).run(pairs, position, winners)
         return
-    extension = _backends.extension()
+    copyable = winners.device.type == "cpu" and all(_copyable(*pair) for pair in pairs)
+    extension = _backends.extension() if copyable else None
     each = position if isinstance(position, torch.Tensor) else None
-    if extension is None or winners.device.type != "cpu" or not all(_copyable(*pair) for pair in pairs):
+    if extension is None:
         for buffer, rows in pairs:
             chosen = rows.squeeze(2).index_select(0, winners.to(rows.device))
             if each is None:

@@ -62,8 +62,10 @@ def _cpu(
     backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor | None = None, *, impl: str = "auto"
 ) -> torch.Tensor:
     _check(backpointers, last, lengths, impl)
+    if impl == "torch":
+        return _trace(backpointers, last, lengths)
     extension = _backends.require_extension() if impl == "cpu" else _backends.extension()
-    if extension is None or impl == "torch":
+    if extension is None:
         return _trace(backpointers, last, lengths)
     last = last.to(torch.int64).contiguous()
     if lengths is not None:
