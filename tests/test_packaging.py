@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import email
 import importlib.util
+import itertools
 import os
 import pathlib
+import py_compile
 import re
 import shlex
 import shutil
@@ -271,6 +273,60 @@ class TestKernelsFolder:
         assert out == "hugging face"
 
 
+class TestClones:
+    """Several clones on sys.path: each would step aside for the other, for ever."""
+
+    CODE = "import kernels, sys; print(getattr(kernels, 'WHO', 'empty'), sys.modules['kernels'] is kernels)"
+
+    @pytest.fixture
+    def clones(self, tmp_path):
+        """A folder, one with a symbolic link to it, a folder of its own, a zip file, and one without sources."""
+        folders = [tmp_path / f"clone {number}" for number in range(3)]
+        for folder in (folders[0], folders[2]):
+            shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        folders[1].mkdir()
+        (folders[1] / "kernels").symlink_to(folders[0] / "kernels")
+        packed = tmp_path / "packed.zip"
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.write(ROOT / "kernels" / "__init__.py", "kernels/__init__.py")
+        compiled = tmp_path / "compiled" / "kernels"
+        compiled.mkdir(parents=True)
+        py_compile.compile(str(ROOT / "kernels" / "__init__.py"), str(compiled / "__init__.pyc"))
+        return [*folders, packed, compiled.parent]
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_alone(self, clones, reverse):
+        assert python(self.CODE, path=clones[::-1] if reverse else clones) == "empty True"
+        for pair in itertools.permutations(clones, 2):
+            assert python(self.CODE, path=pair) == "empty True"
+
+    @pytest.mark.parametrize("place", range(6))
+    def test_with_hugging_faces_package(self, clones, hugging_face, place):
+        path = [*clones[:place], hugging_face, *clones[place:]]
+        assert python(self.CODE, path=path) == "hugging face True"
+        assert python("import kernels.layer; print(kernels.layer.WHO)", path=path) == "hugging face"
+
+    def test_with_folders_that_are_no_packages(self, clones, hugging_face, tmp_path):
+        (tmp_path / "kernels").mkdir()
+        path = [clones[0], tmp_path, clones[2], tmp_path, tmp_path / "nowhere"]
+        assert python(self.CODE, path=path) == "empty True"
+        assert python(self.CODE, path=[*path, hugging_face]) == "hugging face True"
+
+    def test_from_the_working_directory(self, clones, hugging_face):
+        """ "" on sys.path, as `python -c` has it, and the same folder once more by its name."""
+        for path in ([clones[2]], [clones[2], clones[0], hugging_face]):
+            expected = "empty True" if len(path) == 1 else "hugging face True"
+            assert python(self.CODE, path=path, cwd=clones[0]) == expected
+
+    def test_with_a_clone_of_an_older_version(self, clones, tmp_path, hugging_face):
+        """One that steps aside for whatever it finds, so nothing may hand over to it."""
+        old = tmp_path / "old" / "kernels"
+        old.mkdir(parents=True)
+        (old / "__init__.py").write_text("def _step_aside(): raise SystemExit('run')\n_step_aside()\n")
+        assert python(self.CODE, path=[clones[0], old.parent]) == "empty True"
+        assert python(self.CODE, path=[clones[0], old.parent, hugging_face]) == "hugging face True"
+
+
 class TestWheel:
     def test_holds_the_package_and_nothing_else(self, wheel):
         names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
@@ -308,9 +364,10 @@ class TestWheel:
             "tqdm",
             "rich",
             "numpy",
+            "pyyaml",
         }
         assert required == expected
-        assert set(metadata.get_all("Provides-Extra")) >= {"test", "bench", "plot", "ray", "lightning", "dev"}
+        assert set(metadata.get_all("Provides-Extra")) >= {"test", "bench", "plot", "ray", "lightning", "zstd", "dev"}
         assert "simctg-fast = simctg_fast.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
 
