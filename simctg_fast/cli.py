@@ -1,6 +1,8 @@
 """The command line: `simctg-fast generate | run | merge | features | demo | train | env`.
 
-Arguments in, text out; the floors below do the work.
+Arguments in, text out; the floors below do the work, and `terminal.py` knows how a command ends. Exit codes: 0 done, 1
+some requests have error records, 2 refused, 3 the disk is full or an output cannot be written, 70 an error that nobody
+has foreseen, 130 and 143 stopped by SIGINT and SIGTERM, 141 the reader of standard output has had enough.
 
 Only typer and rich are imported here, so that help and usage errors come at once; each command imports what it needs.
 """
@@ -8,18 +10,76 @@ Only typer and rich are imported here, so that help and usage errors come at onc
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
+try:
+    import typer
+    from rich.console import Console
+    from typer.core import TyperGroup
+except KeyboardInterrupt:  # a fifth of a second in which nobody else would catch it
+    raise SystemExit(130) from None
+
+from .printable import printable
+from .terminal import FAULT, REFUSED, OutputError, explained, guarded, shown, signal_code, was_closed
 
 __all__ = ["app", "main"]
 
+_TRACEBACK = "SIMCTG_FAST_TRACEBACK"  # set, an error that nobody has foreseen is shown whole
+
+# What typer raises for usage, in a module that depends on its version.
+_CLICK_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class _Commands(TyperGroup):
+    """The commands, none of which ends in a traceback: see `_endings` and `guarded`."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        with guarded():
+            return super().main(*args, **extra)
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _endings():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _endings():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _endings() -> Iterator[None]:
+    """Every error as one line and an exit code; control characters in it, as of a file's name, escaped."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, OutputError):
+        raise
+    except _CLICK_ERROR as error:
+        error.message = printable(str(error.message))
+        raise
+    except KeyboardInterrupt as error:
+        _note("stopped")
+        raise typer.Exit(signal_code(error)) from error
+    except Exception as error:
+        code, text = explained(error)
+        if code == REFUSED:
+            raise typer.BadParameter(printable(text)) from error
+        if code == FAULT:
+            if os.environ.get(_TRACEBACK):
+                raise
+            text += f" ({_TRACEBACK}=1 shows where)"
+        _note(f"Error: {text}")
+        raise typer.Exit(code) from error
+
+
 app = typer.Typer(
     name="simctg-fast",
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Contrastive search and contrastive training for Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
@@ -28,7 +88,7 @@ app = typer.Typer(
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub name, or `bundled`.")]
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Local folder, hub name, or `bundled`; or give --model.")
+    str | None, typer.Argument(metavar="MODEL", help="Local folder, hub name, or `bundled`; or give --model.")
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Local folder, hub name, or `bundled`.")]
 TrustRemoteCode = Annotated[
@@ -40,6 +100,23 @@ PenaltyAlpha = Annotated[
 TopK = Annotated[int, typer.Option("--top-k", "-k", help="Candidates a step, at least 1.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest continuation, in tokens.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the first GPU if there is one.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"simctg-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -81,86 +158,90 @@ def generate(
         raise typer.BadParameter("--stream shows text as it is written; it cannot be combined with --json")
     texts, failed = _read_prompts(given)
 
-    with _usage_errors():
-        with _progress("loading the model"):
-            from .text_generation import TextGenerator
+    with _progress("loading the model"):
+        from .text_generation import TextGenerator
 
-            _quiet_transformers()
-            generator = TextGenerator(
-                name,
-                penalty_alpha=penalty_alpha,
-                top_k=top_k,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                stop=stop,
-                batch_size=1 if stream else min(batch_size, len(texts) or 1),
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-            )
-        console = Console(highlight=False, markup=False)
-        if stream:
-            for number, text in enumerate(texts):
-                print("\n" * bool(number) + _shown(text, sys.stdout), end="", flush=True)
-                for written in generator([text], lambda _, new: print(_shown(new, sys.stdout), end="", flush=True)):
-                    failed += _report(written.error, f"prompt {number + 1}")
-                print()
-        else:
-            for number, written in enumerate(generator(texts)):
-                failed += _report(written.error, f"prompt {number + 1}")
-                if as_json:
-                    line = {"prompt": written.prompt, "text": written.text, "tokens": written.tokens}
-                    line |= {} if written.error is None else {"error": written.error}
-                    print(_as_json(line), flush=True)
-                elif written.error is None:
-                    _show(console, written.prompt, written.text, written.continues_prompt, len(texts) > 1)
+        _quiet_transformers()
+        generator = TextGenerator(
+            name,
+            penalty_alpha=penalty_alpha,
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop,
+            batch_size=1 if stream else min(batch_size, len(texts) or 1),
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def show_new(request: Any, text: str) -> None:
+        print(shown(text), end="", flush=True)
+
+    console = Console(highlight=False, markup=False)
+    for number, text in enumerate(texts if stream else ()):
+        print("\n" * bool(number) + shown(text), end="", flush=True)
+        for written in generator([text], show_new):
+            failed += _report(written.error, f"prompt {number + 1}")
+        print()
+    for number, written in enumerate(() if stream else generator(texts)):
+        failed += _report(written.error, f"prompt {number + 1}")
+        if as_json:
+            line = {"prompt": written.prompt, "text": written.text, "tokens": written.tokens}
+            print(_as_json(line | ({} if written.error is None else {"error": written.error})), flush=True)
+        elif written.error is None:
+            _show(console, written.prompt, written.text, written.continues_prompt, len(texts) > 1)
     for note in generator.notes:
-        Console(stderr=True, highlight=False, markup=False).print(f"note: {note}", soft_wrap=True)
+        _note(f"note: {note}")
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="Local folder, hub name, or `bundled`.")] = "bundled",
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     top_k: TopK = 4,
     penalty_alpha: PenaltyAlpha = 0.6,
     max_new_tokens: MaxNewTokens = 128,
     seed: Annotated[int, typer.Option(help="Seed of nucleus sampling.")] = 0,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Greedy search, nucleus sampling and contrastive search side by side, on a model that comes with the package."""
     _check_search(penalty_alpha, top_k, max_new_tokens)
     _check(seed >= 0, "--seed", seed, "at least 0")
-    console = Console(highlight=False)
-    with _usage_errors():
-        with _progress("loading the model"):
-            from .demo import METHODS, PROMPTS, compare, next_steps, render, verdict
-            from .loading import load_model
+    name = _the_model(model, model_option, default="bundled")
+    with _progress("loading the model"):
+        from .demo import METHODS, PROMPTS, compare, legend, next_steps, render, verdict
+        from .loading import load_model
 
-            _quiet_transformers()
-            loaded, tokenizer = load_model(model, device)
-        with _progress("writing", total=len(PROMPTS) * len(METHODS)) as advance:
-            comparisons = compare(
-                loaded,
-                tokenizer,
-                penalty_alpha=penalty_alpha,
-                top_k=top_k,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                on_progress=advance,
-            )
+        _quiet_transformers()
+        loaded, tokenizer = load_model(name, device, trust_remote_code=trust_remote_code)
+    with _progress("writing", total=len(PROMPTS) * len(METHODS)) as advance:
+        comparisons = compare(
+            loaded,
+            tokenizer,
+            penalty_alpha=penalty_alpha,
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            on_progress=advance,
+        )
+    console = Console(highlight=False, markup=False)
     render(comparisons, console)
-    console.print(verdict(comparisons), style="bold", markup=False, soft_wrap=True)
-    console.print(next_steps(model), markup=False, soft_wrap=True)
+    console.print(legend())
+    console.print(verdict(comparisons), style="bold")
+    console.print(shown(next_steps(name)), soft_wrap=True)
 
 
 @app.command()
 def train(
-    model: ModelName,
     data: Annotated[str, typer.Option(help="Texts: .txt, one a line; or .jsonl with text, or source and target.")],
     out: Annotated[str, typer.Option(help="Folder of the run; that of an unfinished run is continued.")],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     validation: Annotated[str | None, typer.Option(help="Held-out texts, as --data.")] = None,
     margin: Annotated[float, typer.Option(help="Of the contrastive loss, -1 to 1.")] = 0.5,
     reduction: Annotated[str, typer.Option(help="Of the contrastive loss: pairs, paper or dense.")] = "pairs",
@@ -186,11 +267,12 @@ def train(
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what the folder holds of a run.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a model with likelihood and contrastive loss. A run that was killed goes on when started again."""
-    console = Console(stderr=True, highlight=False, markup=False)
-    with _usage_errors():
-        from .training import TrainingOptions
+    name = _the_model(model, model_option)
+    with _progress("loading"):  # torch, transformers and accelerate: seconds
+        from .training import TrainingOptions, last_checkpoint
         from .training import train as run
 
         options = TrainingOptions(
@@ -211,27 +293,32 @@ def train(
             gradient_checkpointing=gradient_checkpointing,
         )
         _quiet_transformers()
-        try:
-            summary = run(
-                model,
-                data,
-                out,
-                options,
-                validation=validation,
-                restart=restart,
-                device=device,
-                save_every=save_every,
-                log_every=log_every,
-                keep=keep,
-                on_note=lambda text: console.print(text, soft_wrap=True),
-            )
-        except ImportError as error:
-            raise typer.BadParameter(str(error)) from error
+    try:
+        summary = run(
+            name,
+            data,
+            out,
+            options,
+            validation=validation,
+            restart=restart,
+            device=device,
+            save_every=save_every,
+            log_every=log_every,
+            keep=keep,
+            trust_remote_code=trust_remote_code,
+            on_note=_note,
+            loading=_progress("loading the model"),
+        )
+    except KeyboardInterrupt as error:
+        checkpoint = last_checkpoint(out)
+        where = "begins again" if checkpoint is None else f"goes on from step {checkpoint.name.rpartition('-')[2]}"
+        _note(f"stopped; the same command {where}")
+        raise typer.Exit(signal_code(error)) from error
     before, after = summary.isotropy_before, summary.isotropy_after
     line = f"{summary.folder}: {summary.steps} steps, isotropy {before:.3f} before and {after:.3f} after"
     if "eval_loss" in summary.validation:
         line += f", validation loss {summary.validation['eval_loss']:.4f}"
-    Console(highlight=False, markup=False).print(line, soft_wrap=True)
+    _say(line)
 
 
 @app.command()
@@ -305,8 +392,7 @@ def run(
     Exit code: 0 all answered, 1 some lines have error records, 2 refused to start, 3 the output could not be written,
     130 or 143 stopped by SIGINT or SIGTERM, 141 nobody reads standard output any more.
     """
-    positional = list(arguments or ())
-    name, prompts = (model, None) if not positional else _model_before(positional, model, config and "")
+    name, prompts = _model_before(arguments, model, config and "") if arguments else (model, None)
     given: dict[str, Any] = {
         "input": prompts,
         "model": name or None,
@@ -338,10 +424,8 @@ def run(
         "trust_remote_code": trust_remote_code or None,
     }
     _check(workers >= 1, "--workers", workers, "at least 1")
-    with _usage_errors(), _progress("starting"):
+    with _progress("starting"):
         from .engine.job import Job, make_options, read_config
-        from .engine.journal import JournalError
-        from .engine.manifest import ManifestError
 
         _quiet_transformers()
         options = make_options(
@@ -353,16 +437,14 @@ def run(
         "log_json": log_json,
         "quiet": quiet,
     }
-    try:
-        with _usage_errors():
-            if ray:
-                from .integrations.ray import run_on_ray
+    if options.output == "-" and was_closed():
+        raise typer.BadParameter("--output is -, but standard output is closed")
+    if ray:
+        from .integrations.ray import run_on_ray
 
-                summary = run_on_ray(options, workers=workers, address=ray_address, **settings)
-            else:
-                summary = Job(options, **settings, loading=_progress("loading the model")).run()
-    except (JournalError, ManifestError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
+        summary = run_on_ray(options, workers=workers, address=ray_address, **settings)
+    else:
+        summary = Job(options, **settings, loading=_progress("loading the model")).run()
     _show_summary(summary)
     raise typer.Exit(summary.exit_code)
 
@@ -374,75 +456,73 @@ def merge(
     order: Annotated[str | None, typer.Option(help="The input file, whose order to take; else sorted by id.")] = None,
 ) -> None:
     """Join the outputs of a run's shards into one file."""
-    with _usage_errors():
-        from .engine.merge import merge as join
+    from .engine.merge import merge as join
+    from .text_files import made_parent, user_path
 
-        try:
-            count = join(outputs, into, order)
-        except FileExistsError as error:
-            raise typer.BadParameter(f"--into {into} is there already") from error
-    Console(highlight=False, markup=False).print(f"{into}: {count} records", soft_wrap=True)
+    target = made_parent(into)
+    try:
+        count = join(
+            [user_path(output) for output in outputs], target, None if order is None else str(user_path(order))
+        )
+    except FileExistsError as error:
+        raise typer.BadParameter(f"--into {target} is there already") from error
+    _say(f"{target}: {count} records")
 
 
 @app.command()
 def features(
     texts: Annotated[
-        str, typer.Argument(metavar="IN", help="Texts: .jsonl with text, or .txt, one a line; - is stdin.")
+        list[str],
+        typer.Argument(metavar="[MODEL] IN", help="Texts: .jsonl with text, or .txt, one a line; - is standard input."),
     ],
     out: Annotated[str, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    model: Annotated[str, typer.Option(help="Local folder, hub name, or `bundled`.")] = "bundled",
+    model_option: ModelOption = None,
     layer: Annotated[int, typer.Option(help="0: embeddings, 1: first layer, …, -1: last.")] = -1,
     pooling: Annotated[str, typer.Option(help="none (every token), mean, cls (first token) or last.")] = "none",
     max_length: Annotated[int | None, typer.Option(help="Cut longer texts to so many tokens.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens computed together, padding included.")] = 4096,
     dtype: Annotated[str, typer.Option(help="Of the file: float32, float16 or bfloat16.")] = "float32",
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write hidden states of texts: `features` and `lengths` of a safetensors file."""
     _check(dtype in ("float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16 or bfloat16")
-    with _usage_errors():
+    model, source = _model_before(texts, model_option, default="bundled")
+    with _progress("loading the model"):
         import torch
 
         from .feature_file import free_target
         from .features import extract_features, load_backbone, read_texts
-        from .printable import printable
 
+        lines = read_texts(source)
         free_target(out)
-        try:
-            lines = read_texts(texts)
-        except ImportError as error:
-            raise typer.BadParameter(str(error)) from error
         _quiet_transformers()
-        loaded, tokenizer = load_backbone(model, device)
-        try:
-            with _progress("reading", total=len(lines)) as advance:
-                written = extract_features(
-                    loaded,
-                    tokenizer,
-                    lines,
-                    layer,
-                    pooling,
-                    max_length=max_length,
-                    max_tokens=batch_tokens,
-                    dtype=getattr(torch, dtype),
-                    out=out,
-                    metadata={"model": printable(model)},
-                    on_progress=lambda count: [advance() for _ in range(count)],
-                )
-        except OSError as error:
-            raise typer.BadParameter(f"--out {out!r} cannot be written: {error.strerror or error}") from error
+        loaded, tokenizer = load_backbone(model, device, trust_remote_code=trust_remote_code)
+    with _progress("reading", total=len(lines)) as advance:
+        written = extract_features(
+            loaded,
+            tokenizer,
+            lines,
+            layer,
+            pooling,
+            max_length=max_length,
+            max_tokens=batch_tokens,
+            dtype=getattr(torch, dtype),
+            out=out,
+            metadata={"model": printable(model)},
+            on_progress=lambda count: [advance() for _ in range(count)],
+        )
     shape = "x".join(map(str, written.values.shape))
-    line = f"{printable(out)}: {len(written)} texts, {int(written.lengths.sum())} tokens, features {shape} {dtype}"
+    line = f"{out}: {len(written)} texts, {int(written.lengths.sum())} tokens, features {shape} {dtype}"
     if written.truncated:
         line += f", {len(written.truncated)} texts cut to {max_length} tokens"
-    Console(highlight=False, markup=False).print(line, soft_wrap=True)
+    _say(line)
 
 
 @app.command()
 def env() -> None:
     """Versions, processors and backends, and the real error of what did not load."""
     from .ops._backends import backend_info
-    from .printable import printable
 
     info = backend_info(probe=True)
     console = Console(highlight=False, markup=False)
@@ -450,13 +530,16 @@ def env() -> None:
     for name, value in info.items():
         if name.endswith("_error") and value is None:
             continue
-        text = printable(_describe(value)).replace("\n", "\n" + " " * (width + 2))
+        text = shown(_describe(value)).replace("\n", "\n" + " " * (width + 2))
         console.print(f"{name:{width}}  {text}", soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of `simctg-fast`."""
-    app()
+    try:
+        app()
+    finally:  # another Ctrl-C, while Python takes itself down, ends it without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _the_model(argument: str | None, option: str | None, default: str | None = None) -> str:
@@ -471,12 +554,12 @@ def _the_model(argument: str | None, option: str | None, default: str | None = N
     return chosen
 
 
-def _model_before(arguments: list[str], option: str | None, default: str | None = None) -> tuple[str, str | None]:
+def _model_before(arguments: list[str], option: str | None, default: str | None = None) -> tuple[str, str]:
     """``(model, file)`` of a command that takes ``[MODEL] FILE``: of one argument alone, that is the file."""
     if len(arguments) > 2:
         raise typer.BadParameter(f"one model and one file at most, got {len(arguments)} arguments: {arguments}")
     model = arguments[0] if len(arguments) == 2 else None
-    return _the_model(model, option, default), arguments[-1] if arguments else None
+    return _the_model(model, option, default), arguments[-1]
 
 
 def _check(valid: bool, option: str, value: object, allowed: str) -> None:
@@ -491,17 +574,19 @@ def _check_search(penalty_alpha: float, top_k: int, max_new_tokens: int) -> None
 
 
 def _show_summary(summary: Any) -> None:
-    """For a person on a terminal, as JSON to a program; a stream that is closed is no reason to fail."""
-    with suppress(OSError):
-        if sys.stderr is not None and sys.stderr.isatty():
-            text = _shown(summary.as_text(), sys.stderr)
-            Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
-        elif summary.stopped is not None and sys.stderr is not None:
-            print(f"{summary.stopped}; {summary.way_on}", file=sys.stderr, flush=True)
-    with suppress(OSError):
-        to = sys.stderr if summary.output == "-" else sys.stdout
-        if to is not None and not to.isatty():
-            print(json.dumps(summary.as_dict()), file=to, flush=True)
+    """For a person on a terminal, as JSON to a program."""
+    if sys.stderr.isatty():
+        _note(summary.as_text())
+    else:
+        if summary.stopped is not None:
+            _note(f"{summary.stopped}; {summary.way_on}")
+        if summary.unfinished_line is not None:
+            _note(f"line {summary.unfinished_line} of the input is unfinished and was left for the next run")
+    if summary.output == "-":
+        if not sys.stderr.isatty():
+            _note(json.dumps(summary.as_dict()))
+    elif not sys.stdout.isatty():
+        _say(json.dumps(summary.as_dict()))
 
 
 def _read_prompts(prompts: list[str]) -> tuple[list[str], int]:
@@ -534,30 +619,23 @@ def _as_json(record: dict[str, Any]) -> str:
     return text
 
 
-def _shown(text: str, stream: Any) -> str:
-    """``text`` as it may reach ``stream``: a terminal must not be steered by it."""
-    from .printable import printable
-
-    return printable(text) if stream.isatty() else text
-
-
 def _report(error: str | None, what: str) -> int:
     """One line on standard error for what could not be done; how many that are."""
     if error is None:
         return 0
-    Console(stderr=True, highlight=False, markup=False).print(_shown(f"{what}: {error}", sys.stderr), soft_wrap=True)
+    _note(f"{what}: {error}")
     return 1
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """What the user can put right (a name, a value, a missing file) becomes one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    except OSError as error:  # transformers: not on the hub, no connection, files that are not a model
-        raise typer.BadParameter(f"the model cannot be loaded: {error}") from error
+def _say(line: str) -> None:
+    """A line on standard output about work that is done and lies in a file: no loss where that was closed."""
+    if not was_closed():
+        print(shown(line))
+
+
+def _note(line: str) -> None:
+    """A line on standard error."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -584,10 +662,12 @@ def _show(console: Console, prompt: str, text: str, continues_prompt: bool, rule
     """The prompt in bold and its continuation on a terminal; elsewhere plain text, an empty line between answers."""
     from rich.text import Text
 
-    shown = Text(prompt, style="bold") if continues_prompt or console.is_terminal else Text()
-    shown.append("\n" if shown and not continues_prompt else "")
-    shown.append(text, style="not bold")
-    console.print(shown, soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        prompt, text = printable(prompt), printable(text)
+    line = Text(prompt, style="bold") if continues_prompt or console.is_terminal else Text()
+    line.append("\n" if line and not continues_prompt else "")
+    line.append(text, style="not bold")
+    console.print(line, soft_wrap=not console.is_terminal)
     if rule:
         console.print()
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .metrics import diversity, repetition
+from .printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["LOOP", "METHODS", "PROMPTS", "Comparison", "Continuation", "compare", "next_steps", "render", "verdict"]
+__all__ = [
+    "LOOP",
+    "METHODS",
+    "PROMPTS",
+    "Comparison",
+    "Continuation",
+    "compare",
+    "legend",
+    "next_steps",
+    "render",
+    "verdict",
+]
 
 PROMPTS = ("If the name is not found,", "This module provides", "A generator function")
 METHODS = ("greedy", "nucleus", "contrastive")
@@ -146,13 +157,21 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     return f"Not the expected picture: {figures}."
 
 
+def legend() -> str:
+    """What the two numbers of a text are."""
+    return "rep-4: share of four-token runs seen before, best 0; diversity: share of short runs that are new, best 1."
+
+
 def next_steps(model_name: str) -> str:
     """What to type after the demo."""
     return f'Next: simctg-fast generate {shlex.quote(model_name)} "This function returns" --stream'
 
 
 def render(comparisons: Sequence[Comparison], console: Console) -> None:
-    """Columns on a terminal, repeated passages in red; plain indented text everywhere else."""
+    """Columns on a terminal, repeated passages in red; plain indented text elsewhere and below 80 columns.
+
+    Both keep to the console's width. On a terminal control characters of the texts are escaped.
+    """
     draw = _draw_columns if console.is_terminal and console.width >= 80 else _draw_plain
     for comparison in comparisons:
         draw(comparison, console)
@@ -166,7 +185,7 @@ def _draw_columns(comparison: Comparison, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"{comparison.prompt} …", style="bold"), title_justify="left", expand=True)
+    table = Table(title=Text(printable(f"{comparison.prompt} …"), style="bold"), title_justify="left", expand=True)
     cells = []
     for text in comparison.continuations:
         table.add_column(Text(text.method, style="bold"), footer=Text(_figures(text), style="dim"), ratio=1)
@@ -174,7 +193,7 @@ def _draw_columns(comparison: Comparison, console: Console) -> None:
         for piece, repeated in zip(text.pieces, text.repeated(), strict=True):
             # Columns are narrow: no empty lines between paragraphs.
             piece = "" if piece == "\n" and cell.plain.endswith("\n") else piece
-            cell.append(piece, style="red" if repeated else "")
+            cell.append(printable(piece), style="red" if repeated else "")
         cells.append(cell)
     table.show_footer = True
     table.add_row(*cells)
@@ -182,12 +201,18 @@ def _draw_columns(comparison: Comparison, console: Console) -> None:
 
 
 def _draw_plain(comparison: Comparison, console: Console) -> None:
-    console.print(f"{comparison.prompt} …", markup=False, highlight=False, soft_wrap=True)
+    def write(text: str, indent: int = 0) -> None:
+        from rich.text import Text
+
+        text = printable(text) if console.is_terminal else text
+        for line in Text(text).wrap(console, max(console.width - indent, 1)):
+            console.print(" " * indent + line.plain.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+    write(f"{comparison.prompt} …")
     for text in comparison.continuations:
-        console.print(f"  {text.method:12} {_figures(text)}", markup=False, highlight=False, soft_wrap=True)
+        write(f"{text.method:12} {_figures(text)}", 2)
         for paragraph in filter(str.strip, text.text.splitlines()):
-            body = textwrap.fill(paragraph.strip(), 100, initial_indent="      ", subsequent_indent="      ")
-            console.print(body, markup=False, highlight=False, soft_wrap=True)
+            write(paragraph.strip(), 6)
     console.print()
 
 

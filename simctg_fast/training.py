@@ -12,10 +12,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .text_files import user_path
 from .training_data import Collator, encode, read_examples
 
 __all__ = ["Summary", "TrainingOptions", "last_checkpoint", "train"]
@@ -88,7 +90,9 @@ def train(
     save_every: int = 500,
     log_every: int = 10,
     keep: int = 2,
+    trust_remote_code: bool = False,
     on_note: Callable[[str], None] = lambda text: None,
+    loading: AbstractContextManager[Any] | None = None,
 ) -> Summary:
     """Fine-tunes a decoder or an encoder-decoder and writes model, tokenizer, model card and log to ``folder``.
 
@@ -98,9 +102,14 @@ def train(
         folder: new, empty, or that of an earlier call with the same model, data and options, which is continued.
         restart: throw away the checkpoints and the log that are in ``folder`` and begin again.
         device: ``"cpu"``, ``"cuda"``, or None: the GPU if there is one.
-        save_every, log_every: optimizer steps between checkpoints and between lines of the log.
+        save_every, log_every: optimizer steps between checkpoints and between lines of the log. The last step has a
+            line in any case.
         keep: checkpoints kept.
+        trust_remote_code: as in `load_model`.
         on_note: called with a line now and then, for a person to read.
+        loading: entered while the model is loaded, which is not done where the run is finished.
+
+    ``~`` is expanded in every path.
 
     Raises:
         ImportError: accelerate is not installed.
@@ -120,7 +129,8 @@ def train(
 
     from .loading import context_length, load_model
 
-    folder = Path(folder)
+    folder, data = user_path(folder), user_path(data)
+    validation = None if validation is None else user_path(validation)
     facts: dict[str, Any] = {"model": os.fspath(model), "data": _digest(data), "options": asdict(options)}
     facts["validation"] = None if validation is None else _digest(validation)
     record = _read_record(folder, facts, restart)
@@ -128,7 +138,8 @@ def train(
         on_note(f"{folder} is finished; --restart trains again")
         return _summary(folder, record)
 
-    loaded, tokenizer = load_model(model, device, dtype=torch.float32)
+    with loading or nullcontext():
+        loaded, tokenizer = load_model(model, device, dtype=torch.float32, trust_remote_code=trust_remote_code)
     limit, two_sided = context_length(loaded), bool(loaded.config.is_encoder_decoder)
     if limit is not None and options.max_length > limit:
         raise ValueError(f"max_length is {options.max_length}, the model's context holds {limit}")
@@ -145,14 +156,20 @@ def train(
         # Only now, when nothing the user gave can be wrong any more.
         record = _new_record(folder, facts, isotropy_before=_measure(loaded, measured, collate))
 
-    trainer = _make_trainer(loaded, rows, held_out, collate, options, folder, device, save_every, log_every, keep)
+    progress = _progress_callback(folder / LOG)
+    trainer = _make_trainer(
+        loaded, rows, held_out, collate, options, folder, device, save_every, log_every, keep, progress
+    )
     checkpoint = last_checkpoint(folder)
     resumed_from = 0
     if checkpoint is not None:
         resumed_from = int(checkpoint.name.rpartition("-")[2])
         on_note(f"going on from step {resumed_from}")
     _cut_log(folder / LOG, resumed_from)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
 
     final = trainer.model
     record["validation_metrics"] = {} if held_out is None else trainer.evaluate()
@@ -160,17 +177,17 @@ def train(
     record["steps"] = trainer.state.global_step
     final.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / CARD).write_text(_card(record), encoding="utf-8")
+    (folder / CARD).write_text(_card(record), encoding="utf-8", errors="backslashreplace")
     _write_json(folder / RECORD, record | {"finished": True})
     return _summary(folder, record, resumed_from)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint that was written whole: Trainer writes its state last, so one without it was cut short."""
     found = []
-    for path in folder.glob("checkpoint-*"):
+    for path in user_path(folder).glob("checkpoint-*"):
         number = path.name.rpartition("-")[2]
-        if number.isdigit() and _read_json(path / "trainer_state.json") is not None:
+        if number.isdecimal() and isinstance(_read_json(path / "trainer_state.json"), dict):
             found.append((int(number), path))
     return max(found)[1] if found else None
 
@@ -186,6 +203,7 @@ def _make_trainer(
     save_every: int,
     log_every: int,
     keep: int,
+    progress: Any,
 ) -> Any:
     import torch
     from transformers import PrinterCallback, TrainingArguments
@@ -225,7 +243,7 @@ def _make_trainer(
         train_dataset=rows,
         eval_dataset=held_out,
         data_collator=collate,
-        callbacks=[_progress_callback(folder / LOG)],
+        callbacks=[progress],
         margin=options.margin,
         reduction=options.reduction,
         contrastive_weight=options.contrastive_weight,
@@ -243,12 +261,17 @@ def _progress_callback(log: Path) -> Any:
     class Progress(TrainerCallback):
         """A bar on a terminal, lines elsewhere, and every log entry in the log file."""
 
+        bar: Any = None
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.started = time.perf_counter()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             self.bar.update(state.global_step - self.bar.n)
+            if state.global_step >= state.max_steps:
+                control.should_log = True  # behind the Trainer's own rule: the last step has its line
+            return control
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" not in logs and not any(name.startswith("eval_") for name in logs):
@@ -265,8 +288,10 @@ def _progress_callback(log: Path) -> Any:
             else:
                 self.bar.set_postfix(shown)
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.close()
+        def close(self) -> None:
+            """Also where the training was broken off: the terminal's line is free again."""
+            if self.bar is not None:
+                self.bar.close()
 
     return Progress()
 
@@ -293,11 +318,14 @@ def _measure(model: Any, rows: list, collate: Collator) -> float:
 
 def _read_record(folder: Path, facts: dict[str, Any], restart: bool) -> dict[str, Any] | None:
     """The record of the run in the folder, None where a new one begins; raises where the folder is something else's."""
-    record = _read_json(folder / RECORD)
+    path = folder / RECORD
+    record = _read_json(path)
+    if path.exists() and not _is_record(record):
+        raise ValueError(f"{str(path)!r} is no record of this command, nothing is changed; name another folder")
     if record is None:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{str(folder)!r} is a file; name a folder")
-        if folder.is_dir() and any(path.name != RECORD for path in folder.iterdir()):
+        if folder.is_dir() and any(path.name != RECORD + ".tmp" for path in folder.iterdir()):
             raise ValueError(f"the folder {str(folder)!r} is not empty and holds no run of this command; name another")
         return None
     if restart:
@@ -308,6 +336,19 @@ def _read_record(folder: Path, facts: dict[str, Any], restart: bool) -> dict[str
             f"the run in {str(folder)!r} was started with {'; '.join(different)}; name another folder, or restart"
         )
     return record
+
+
+def _is_record(record: Any) -> bool:
+    """Whether this is what a run of this command writes: whole as it began, or as it ended."""
+    if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
+        return False
+    kinds: dict[str, Any] = {"model": str, "data": dict, "validation": dict | None, "isotropy_before": int | float}
+    if record.get("finished"):
+        kinds |= {"steps": int, "isotropy_after": int | float, "validation_metrics": dict}
+    files = [record.get(name) for name in ("data", "validation")]
+    return all(name in record and isinstance(record[name], kind) for name, kind in kinds.items()) and all(
+        isinstance(file.get(name), str) for file in files if file is not None for name in ("file", "sha256")
+    )
 
 
 def _new_record(folder: Path, facts: dict[str, Any], isotropy_before: float) -> dict[str, Any]:
@@ -336,16 +377,28 @@ def _short(value: Any) -> str:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Takes out what was logged after the checkpoint, and a last line that was cut short."""
+    """Takes out what was logged after the checkpoint, and a last line that was cut short.
+
+    Raises:
+        ValueError: another line is not of this log; nothing is changed then.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["step"] <= step:
+            logged = entry["step"]
+            if isinstance(logged, bool) or not isinstance(logged, int):
+                raise TypeError("step")
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) or not line.strip():  # what stands behind the last newline, cut short or nothing
+                continue
+            raise ValueError(
+                f"{str(path)!r}, line {number}: is not of a training log: {line[:60]!r}; mend or remove it"
+            ) from error
+        if logged <= step:
             kept.append(line + "\n")
     _replace(path, "".join(kept))
 

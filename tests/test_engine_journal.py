@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from simctg_fast.engine.inputs import BadLine, Changed, InputLines
-from simctg_fast.engine.journal import Journal, JournalError, OutputError, id_key
+from simctg_fast.engine.journal import Journal, JournalError, WriteError, id_key
 from simctg_fast.engine.manifest import (
     ManifestError,
     check_manifest,
@@ -100,9 +100,9 @@ def test_an_output_that_changes_under_a_run(tmp_path, change, words):
             journal.append(line(request_id))
         journal.check()
         change(path)
-        with pytest.raises(OutputError, match=words):
+        with pytest.raises(WriteError, match=words):
             journal.append(line("d"))
-        with pytest.raises(OutputError, match=words):
+        with pytest.raises(WriteError, match=words):
             journal.check()
 
 

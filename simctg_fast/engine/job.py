@@ -17,7 +17,7 @@ from ..assets import resolve_model
 from ..text_files import STDIN, ReadError, user_path
 from .engine import Engine, check_options
 from .inputs import BadLine, Changed, InputLines, Reader
-from .journal import Journal, JournalError, OutputError, Stream
+from .journal import Journal, JournalError, Stream, WriteError
 from .manifest import check_manifest, manifest_path, model_fingerprint, read_manifest, write_manifest
 from .parameters import NAMES, Parameters
 from .progress import Progress
@@ -241,7 +241,7 @@ class Job:
                 self._check_apart(lines)
                 with Stream() if o.output == STDOUT else Journal(o.output) as journal:
                     return self._run(lines, journal, summary)
-        except OutputError as error:
+        except WriteError as error:
             summary.fail(f"the output cannot be written: {error.strerror or error}")
             return summary
 
@@ -311,7 +311,7 @@ class Job:
         try:
             write_manifest(self.options.output, config, _about(self.options) | {"created": self.created})
         except OSError as error:
-            raise OutputError(error.errno, error.strerror) from error
+            raise WriteError(error.errno, error.strerror) from error
 
     def _to_answer_again(self, journal: Journal | Stream) -> set[Any]:
         """Keys of records that are no answers any more. Raises JournalError for changes that nobody has decided on."""
@@ -426,7 +426,7 @@ class Job:
                 journal.check()
             except KeyboardInterrupt:
                 self.aborted |= self.signal is None
-            except OutputError as error:
+            except WriteError as error:
                 summary.fail(f"the output cannot be written: {error.strerror or error}")
             except ReadError as error:
                 summary.fail(f"the input {error}")

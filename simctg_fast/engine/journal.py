@@ -33,11 +33,11 @@ _NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 Key = tuple[str, Any]  # ("id", its JSON text), or ("line", number) for a line without a usable id
 
 
-class JournalError(Exception):
+class JournalError(ValueError):
     """The output file cannot be used; the message says why and what to do."""
 
 
-class OutputError(OSError):
+class WriteError(OSError):
     """The output cannot be written any more, or what was written is no longer there; the message says which."""
 
 
@@ -58,7 +58,7 @@ class Journal:
 
     Raises:
         JournalError: locked by another run, not writable, no regular file, or a line that is no record.
-        OutputError: the disk is full.
+        WriteError: the disk is full.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -74,7 +74,7 @@ class Journal:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _CLOSED_IN_CHILDREN, 0o644)
         except OSError as error:
             if error.errno in FULL:
-                raise OutputError(error.errno, error.strerror) from error
+                raise WriteError(error.errno, error.strerror) from error
             raise JournalError(f"the output {self.path} cannot be written: {error.strerror}") from error
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
@@ -184,7 +184,7 @@ class Journal:
         """Add one line, its newline included.
 
         Raises:
-            OutputError: it could not be written (a full disk), and no part of it is left behind; or the file is no
+            WriteError: it could not be written (a full disk), and no part of it is left behind; or the file is no
                 longer what this run has written.
         """
         self.repair()
@@ -202,22 +202,22 @@ class Journal:
                 written += os.write(self._file, line[written:])
         except OSError as error:
             os.ftruncate(self._file, self.size)
-            raise OutputError(error.errno, error.strerror) from error
+            raise WriteError(error.errno, error.strerror) from error
         self.size += len(line)
 
     def check(self) -> None:
-        """Raise OutputError unless the file is still where and what it was."""
+        """Raise WriteError unless the file is still where and what it was."""
         size = os.fstat(self._file).st_size
         if not self._is_in_place():
             where = "was replaced by another file" if self.path.exists() else "was deleted"
-            raise OutputError(f"{self.path} {where} while the run was writing it: {self._missing(0)}")
+            raise WriteError(f"{self.path} {where} while the run was writing it: {self._missing(0)}")
         if size < self.size:
-            raise OutputError(
+            raise WriteError(
                 f"{self.path} was cut from {self.size} to {size} bytes while the run was writing it: "
                 f"{self._missing(size)}"
             )
         if size > self.size + self.torn:
-            raise OutputError(f"{self.path} was written by something else: {size - self.size} bytes behind this run's")
+            raise WriteError(f"{self.path} was written by something else: {size - self.size} bytes behind this run's")
 
     def _missing(self, size: int) -> str:
         with open(os.dup(self._file), "rb") as lines:
@@ -226,13 +226,13 @@ class Journal:
         return f"{self.records - left} of {self.records} records are missing there"
 
     def sync(self) -> None:
-        """Force what was written to the disk. Raises OutputError."""
+        """Force what was written to the disk. Raises WriteError."""
         try:
             if self._unsynced:
                 os.fsync(self._file)
                 self._unsynced = 0
         except OSError as error:
-            raise OutputError(error.errno, error.strerror) from error
+            raise WriteError(error.errno, error.strerror) from error
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
@@ -256,14 +256,14 @@ class Stream:
         self.size = self.torn = 0
 
     def append(self, line: bytes) -> None:
-        """Raises BrokenPipeError where nobody reads any more, else OutputError."""
+        """Raises BrokenPipeError where nobody reads any more, else WriteError."""
         try:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise OutputError(error.errno, error.strerror) from error
+            raise WriteError(error.errno, error.strerror) from error
 
     def check(self) -> None:
         pass

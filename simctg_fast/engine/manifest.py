@@ -15,7 +15,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _TOKENIZERS = ("tokenizer", "spiece", "vocab", "merges", "chat_template")
 
 
-class ManifestError(Exception):
+class ManifestError(ValueError):
     """The output belongs to another configuration, or to none; the message names the difference."""
 
 
