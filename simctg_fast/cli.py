@@ -426,6 +426,8 @@ def run(
     _check(workers >= 1, "--workers", workers, "at least 1")
     with _progress("starting"):
         from .engine.job import Job, make_options, read_config
+        from .engine.journal import JournalError
+        from .engine.manifest import ManifestError
 
         _quiet_transformers()
         options = make_options(
@@ -439,12 +441,15 @@ def run(
     }
     if options.output == "-" and was_closed():
         raise typer.BadParameter("--output is -, but standard output is closed")
-    if ray:
-        from .integrations.ray import run_on_ray
+    try:
+        if ray:
+            from .integrations.ray import run_on_ray
 
-        summary = run_on_ray(options, workers=workers, address=ray_address, **settings)
-    else:
-        summary = Job(options, **settings, loading=_progress("loading the model")).run()
+            summary = run_on_ray(options, workers=workers, address=ray_address, **settings)
+        else:
+            summary = Job(options, **settings, loading=_progress("loading the model")).run()
+    except (JournalError, ManifestError) as error:  # refused, whatever the system said
+        raise typer.BadParameter(str(error)) from error
     _show_summary(summary)
     raise typer.Exit(summary.exit_code)
 

@@ -185,8 +185,10 @@ def _with_shard(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"output must hold {{shard}}, which becomes the number of each process, got {given['output']!r}"
             )
-    output = str(given["output"]).replace("{shard}", str(given.get("shard_id") or 0))
-    return given | {"output": output if output == STDOUT else str(user_path(output))}
+    if isinstance(given["output"], str | os.PathLike):
+        output = os.fspath(given["output"]).replace("{shard}", str(given.get("shard_id") or 0))
+        given["output"] = output if output == STDOUT else str(user_path(output))
+    return given
 
 
 class Job:
@@ -406,14 +408,17 @@ class Job:
             progress.update()
 
         def requests() -> Iterator[Any]:
-            for item in items:
-                if self.signal is not None:
-                    return
-                if item is IDLE or isinstance(item, Request):
-                    yield item
-                else:
-                    error = from_request_error(item.error, line=item.number, digest=item.digest)
-                    write(error.as_record(str(o.model), self.created))
+            try:
+                for item in items:
+                    if self.signal is not None:
+                        return
+                    if item is IDLE or isinstance(item, Request):
+                        yield item
+                    else:
+                        error = from_request_error(item.error, line=item.number, digest=item.digest)
+                        write(error.as_record(str(o.model), self.created))
+            except ReadError as broken:  # what was read is answered
+                summary.fail(f"the input {broken}")
 
         started = time.monotonic()
         with self._signals(), progress:
@@ -428,8 +433,6 @@ class Job:
                 self.aborted |= self.signal is None
             except WriteError as error:
                 summary.fail(f"the output cannot be written: {error.strerror or error}")
-            except ReadError as error:
-                summary.fail(f"the input {error}")
             except BrokenPipeError:
                 summary.closed_pipe = True
             if self.aborted:
