@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 import shlex
 import sys
@@ -25,7 +26,7 @@ from simctg_fast.engine import Engine  # noqa: E402
 from simctg_fast.integrations._likelihood import _SOFTMAX_VALUES, continuation_log_likelihoods  # noqa: E402
 from simctg_fast.integrations.lm_eval import SimCTGLM  # noqa: E402
 
-from . import near_ties  # noqa: E402
+from . import decoding_models, near_ties, toy_t5  # noqa: E402
 from .decoding_models import shared, tokenizer  # noqa: E402
 from .engine_jobs import ROOT, read_records, save_model, write_lines  # noqa: E402
 from .processes import run_child  # noqa: E402
@@ -352,6 +353,62 @@ def test_a_chat_template_has_its_own_bos(tmp_path):
     same_texts(ours, [text], generate(ours, [text], **settings), generate(theirs, [text], **settings))
 
 
+def test_a_sentencepiece_tokenizer(tmp_path):
+    """Texts decoded alone, without the space before them, as the `hf` backend has them."""
+    draw = random.Random(0)
+    lines = [toy_t5.text(draw) for _ in range(400)]
+    pieces = toy_t5.train_sentencepiece(tmp_path, lines, bos_id=1, eos_id=2, unk_id=0, pad_id=-1)
+    pieces.rename(tmp_path / "tokenizer.model")
+    decoding_models.build("llama", vocab_size=64).save_pretrained(tmp_path)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for more in ({}, {"add_bos_token": True}):
+        ours = SimCTGLM(str(tmp_path), strategy="greedy", slots=2, **more)
+        theirs = HFLM(str(tmp_path), device="cpu", **more)
+        for text in ("red blue", "<s>red blue", "<s> red", "", "</s>red", " red"):
+            assert ours.tok_encode(text) == theirs.tok_encode(text)
+        pairs = [("red blue", " green"), ("red", "blue"), ("one two", " three four sun"), ("", "red"), ("x ", " red")]
+        requests = instances("loglikelihood", pairs)
+        found = ours.loglikelihood(requests, disable_tqdm=True)
+        same_likelihoods(found, theirs.loglikelihood(requests, disable_tqdm=True))
+        for asked in ({"until": ["\n"], "max_gen_toks": 8}, {"until": ["e"], "max_gen_toks": 30}):
+            contexts = ["red blue", "one two three"]
+            assert generate(ours, contexts, **asked) == generate(theirs, contexts, **asked)
+
+
+@pytest.mark.parametrize("task", ["my_task", "my_choice"])
+def test_a_task_through_a_chat_template(task, tmp_path):
+    """With the harness's own rendering of few shots, system message and question."""
+    made = made_tokenizer("bos")
+    made.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    shared("gpt2").save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    folder = write_tasks(tmp_path / "tasks")
+    answers = []
+    for lm in (SimCTGLM(str(tmp_path), strategy="greedy"), HFLM(str(tmp_path), device="cpu")):
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[task],
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+            system_instruction="be brief",
+            task_manager=lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        samples = results["samples"][task]
+        assert samples[0]["arguments"][0][0].startswith("<bos><system>be brief<user>")
+        answers.append([sample["resps"] for sample in samples])
+    if task == "my_task":
+        assert answers[0] == answers[1]
+    else:
+        flat = [[choice[0] for sample in each for choice in sample] for each in answers]
+        same_likelihoods(*flat)
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +508,7 @@ def test_sampling(model):
     # Drawn tokens may be the end, which ends ours.
     assert all(text.startswith(ours) for ours, text in zip(found, texts, strict=True))
     assert generate(lm, CONTEXTS, max_gen_toks=12, temperature=2.0, top_p=0.9) == found
+    assert len(set(generate(lm, ["hello"] * 4, **settings))) > 1, "repeats of a request are drawn anew"
 
 
 @pytest.mark.parametrize("strategy", ["contrastive", "greedy"])
@@ -503,6 +561,17 @@ def test_settings_that_cannot_be_kept(greedy, settings, message):
         greedy.generate_until(requests, disable_tqdm=True)
     assert "\x1b" not in str(caught.value)
     assert greedy.engine.stats["steps"] == before
+
+
+def test_what_model_args_say_of_every_task(model, caplog):
+    lm = SimCTGLM(str(model), strategy="greedy", slots=2, stop="a")
+    found = generate(lm, CONTEXTS, until=["e"], max_gen_toks=30)
+    plain = generate(SimCTGLM(str(model), strategy="greedy", slots=2), CONTEXTS, until=["a", "e"], max_gen_toks=30)
+    assert found == plain
+    with pytest.raises(ValueError, match="n must be 1, got 2"):
+        SimCTGLM(str(model), strategy="sample", n=2)
+    generate(lm, CONTEXTS, max_gen_toks=3, max_new_tokens=9)
+    assert caplog.text.count("of max_gen_toks=3, max_new_tokens=9 the first counts") == 1
 
 
 def test_nothing_is_nothing(greedy):
@@ -687,7 +756,7 @@ def test_rolling_windows(length, tmp_path_factory):
     ]
 
 
-def test_continuations_at_the_limit(tmp_path):
+def test_continuations_at_the_limit(tmp_path, caplog):
     folder = str(save_model(tmp_path, n_positions=32))
     ours, theirs = SimCTGLM(folder), HFLM(folder, device="cpu")
     pairs = [("hello", "y" * n) for n in (26, 27, 28, 31, 32)] + [
@@ -697,6 +766,8 @@ def test_continuations_at_the_limit(tmp_path):
     ]
     requests = instances("loglikelihood", pairs)
     same_likelihoods(ours.loglikelihood(requests, disable_tqdm=True), theirs.loglikelihood(requests, disable_tqdm=True))
+    # Likelihoods of 33 tokens read 32: ("hello", 28 and more) but the first of these, and both long contexts.
+    assert "4 of 8 contexts do not fit into max_length=32" in caplog.text
     for pair, message in ((("hello", "y" * 33), "adds 33 tokens"), (("hello", ""), "adds 0 tokens")):
         with pytest.raises(ValueError, match=f"request 1 .'hello'.*{message}.*at most 32"):
             ours.loglikelihood(instances("loglikelihood", [("a", "b"), pair]))
@@ -713,6 +784,23 @@ def test_likelihoods_of_encoder_decoders(name, tmp_path):
     rolling = instances("loglikelihood_rolling", [(c,) for c in CONTEXTS])
     expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
     assert ours.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "settings", [{"max_gen_toks": 12}, {"until": ["e", "a"], "max_gen_toks": 30}, {"max_length": 9}]
+)
+def test_texts_of_encoder_decoders(name, settings, tmp_path):
+    """The `hf` backend counts the context to `max_gen_toks`, so its texts go on where ours have all their tokens."""
+    shared(name).save_pretrained(tmp_path)
+    made_tokenizer("both").save_pretrained(tmp_path)
+    ours, theirs = SimCTGLM(str(tmp_path), strategy="greedy", slots=4), HFLM(str(tmp_path), device="cpu")
+    found = generate(ours, CONTEXTS, **settings)
+    expected = [generate(theirs, [context], **settings)[0] for context in CONTEXTS]
+    tokens = settings.get("max_gen_toks", 8)
+    assert found == [text[: len(mine)] for mine, text in zip(found, expected, strict=True)]
+    assert all(len(mine) >= min(len(text), tokens - 2) for mine, text in zip(found, expected, strict=True))
+    assert len(generate(ours, ["", " ", "x" * 3000], max_gen_toks=3)) == 3
 
 
 def test_an_encoder_decoder_that_cannot_be_asked():

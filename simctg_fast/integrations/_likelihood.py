@@ -166,7 +166,13 @@ def _forward(model: Any, batch: list[_Row]) -> tuple[Tensor, list[int]]:
     # Those that any row asks for; each row's own lie side by side among them.
     place = {position: number for number, position in enumerate(asked)}
     inputs["logits_to_keep"] = torch.tensor(asked, device=model.device)
-    return model(**inputs).logits, [place[row.end - 1] + 1 for row in batch]
+    logits = model(**inputs).logits
+    if logits.shape[1] != len(asked):
+        raise ValueError(
+            f"{type(model).__name__} was asked for the logits of {len(asked)} positions by logits_to_keep, and gave "
+            f"{logits.shape[1]}"
+        )
+    return logits, [place[row.end - 1] + 1 for row in batch]
 
 
 def _scores(logits: Tensor, end: int, row: _Row, dtype: torch.dtype | None) -> Iterator[Scored]:

@@ -63,8 +63,9 @@ _KNOWN = ("until", *_LENGTHS, "max_length", "do_sample", *_SAMPLING, "penalty_al
 class SimCTGLM(TemplateLM):
     """Answers ``generate_until`` by :class:`simctg_fast.engine.Engine`, and likelihoods by one forward a batch.
 
-    Tokens, lengths, prefix and stop strings are those of the harness's ``hf`` backend for the same arguments. Whatever
-    the strategy is, likelihoods are the model's own: a strategy only writes.
+    Tokens, lengths, prefix and stop strings are those of the harness's ``hf`` backend for the same arguments; but for
+    encoder-decoders it adds the length of the longest context of a batch to ``max_gen_toks``, here it is what it says.
+    Whatever the strategy is, likelihoods are the model's own: a strategy only writes.
 
     A task that does not sample (``do_sample: false`` or ``temperature: 0``) gets no random text from any strategy:
     ``sample`` then takes the most probable token, ``stochastic-contrastive`` the best candidate. A task that does
@@ -107,6 +108,10 @@ class SimCTGLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
+        if options.get("n") not in (None, 1):
+            raise ValueError(
+                f"n must be 1, got {options['n']!r}: the task's `repeats` says how often a request is answered"
+            )
         rows = _batch_rows(batch_size)
         if "slots" not in options and "memory" not in options and rows is not None:
             options["slots"] = rows
@@ -227,12 +232,12 @@ class SimCTGLM(TemplateLM):
     def _asked(self, requests: list[Any], texts: list[str | None]) -> list[Request]:
         """The engine's requests, all checked before the first is run. One that asks for no token has its text."""
         asked: list[Request] = []
-        unused: set[str] = set()
+        notes: set[str] = set()
         cut = 0
         for index, request in enumerate(requests):
             context, given = request.args
             try:
-                line, was_cut = self._line(context, given, unused)
+                line, was_cut = self._line(context, given, notes)
                 line["id"] = index
                 if line["max_new_tokens"] == 0:
                     texts[index] = ""
@@ -242,21 +247,23 @@ class SimCTGLM(TemplateLM):
             except ValueError as error:
                 raise ValueError(f"{_named(index, context)}: {error}") from error
             cut += was_cut
+        self._say_cut(cut, len(requests))
+        for note in sorted(notes):
+            logger.warning("%s", note)
+        return asked
+
+    def _say_cut(self, cut: int, count: int) -> None:
         if cut:
             logger.warning(
                 "%d of %d contexts do not fit into max_length=%d beside their continuation: they lose their beginning",
                 cut,
-                len(requests),
+                count,
                 self.max_length,
             )
-        if unused:
-            names = ", ".join(sorted(unused))
-            logger.warning("strategy %r does not use the task's %s", self.engine.strategy_name, names)
-        return asked
 
-    def _line(self, context: str, given: Mapping[str, Any], unused: set[str]) -> tuple[dict[str, Any], bool]:
-        """The line of one request but for its id, and whether its context was cut. Names of settings that are not used
-        are added to ``unused``."""
+    def _line(self, context: str, given: Mapping[str, Any], notes: set[str]) -> tuple[dict[str, Any], bool]:
+        """The line of one request but for its id, and whether its context was cut. What is to be said about settings
+        that do not count is added to ``notes``."""
         given = {name: value for name, value in given.items() if value is not None}
         unknown = [name for name in given if name not in _KNOWN]
         if unknown:
@@ -264,7 +271,10 @@ class SimCTGLM(TemplateLM):
         for name, neutral in _NEUTRAL.items():
             if given.get(name, neutral) != neutral:
                 raise ValueError(f"{name} must be {neutral!r} with this backend, got {given[name]!r}")
-        named = next((name for name in _LENGTHS if name in given), None)
+        lengths = [name for name in _LENGTHS if name in given]
+        if len(lengths) > 1:
+            notes.add(f"of {', '.join(f'{name}={given[name]!r}' for name in lengths)} the first counts")
+        named = lengths[0] if lengths else None
         wanted = self.default_new_tokens if named is None else _integer(named, given[named])
         ids = self._context(context)
         causal = self.backend == "causal"
@@ -282,7 +292,7 @@ class SimCTGLM(TemplateLM):
             if wanted < 1:
                 raise ValueError(f"max_length must be more than the context's {before} tokens, got {total}")
         line = {"prompt": ids, "max_new_tokens": wanted, "stop": self._stops(given)}
-        return line | self._settings(given, unused), cut
+        return line | self._settings(given, notes), cut
 
     def _context(self, context: str) -> list[int]:
         """Tokens of a context that is to be continued, as the ``hf`` backend has them."""
@@ -296,11 +306,11 @@ class SimCTGLM(TemplateLM):
         return list(self.tokenizer(context, verbose=False, **options)["input_ids"]) or [self.prefix_token_id]
 
     def _stops(self, given: Mapping[str, Any]) -> list[str]:
-        """The stop strings of a task, and the end of a text by the tokenizer's account."""
+        """The stop strings of ``--model_args`` and of a task, and the end of a text by the tokenizer's account."""
         end = "" if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
-        return list(dict.fromkeys(stop for stop in (*_until(given), end) if stop))
+        return list(dict.fromkeys(stop for stop in (*self.engine.parameters.stop, *_until(given), end) if stop))
 
-    def _settings(self, given: Mapping[str, Any], unused: set[str]) -> dict[str, Any]:
+    def _settings(self, given: Mapping[str, Any], notes: set[str]) -> dict[str, Any]:
         """What the strategy is to be told of a task's settings."""
         strategy = self.engine.strategy_name
         settings: dict[str, Any] = {}
@@ -322,7 +332,9 @@ class SimCTGLM(TemplateLM):
         if strategy == "sample":
             return settings | sampling | ({"top_k": None} if sampling.get("top_k") == 0 else {})
         if random is not False:  # they are of the distribution of tokens, from which only `sample` draws
-            unused.update(name for name, value in sampling.items() if value not in (0, 1))
+            unused = [name for name, value in sampling.items() if value not in (0, 1)]
+            if unused:
+                notes.add(f"strategy {strategy!r} does not use the task's {', '.join(unused)}")
         return settings
 
     def _text(self, tokens: list[int], stops: Sequence[str]) -> str:
@@ -354,6 +366,7 @@ class SimCTGLM(TemplateLM):
             ValueError: a continuation without a token, or with more than ``max_length`` of them.
         """
         pairs = []
+        cut = 0
         for index, request in enumerate(requests):
             context, continuation = request.args
             if context == "":
@@ -368,7 +381,10 @@ class SimCTGLM(TemplateLM):
                     f"{_named(index, context)}: the continuation adds {len(pair[1])} tokens to the context, must add "
                     f"at least 1 and at most {self.max_length}"
                 )
+            read = len(pair[0]) + len(pair[1]) - 1 if self.backend == "causal" else len(pair[0])
+            cut += read > self.max_length
             pairs.append(pair)
+        self._say_cut(cut, len(requests))
 
         def finished(index: int, answer: tuple[float, bool]) -> None:
             self.cache_hook.add_partial("loglikelihood", requests[index].args, answer)
