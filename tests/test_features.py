@@ -325,6 +325,17 @@ def test_features_are_replaced_also_behind_a_link(tmp_path, suffix):
     assert {each.name for each in tmp_path.iterdir()} == {path.name, link.name}
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_features_are_saved_where_they_come_from(tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    small("none").save(path)
+    features = load_features(path)
+    features.save(path)
+    features.save(path)
+    assert torch.equal(features.values, small("none").values)
+    assert torch.equal(load_features(path).values, features.values)
+
+
 def test_places_that_hold_no_file(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     os.mkfifo(tmp_path / "pipe.npz")
@@ -373,7 +384,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch, error):
         extract_features(build("gpt2"), tokenizer(), TEXTS, out=path, on_progress=interrupted)
     for module, name in ((mmap, "mmap"), (torch, "frombuffer"), (os, "posix_fallocate")):
         with monkeypatch.context() as patched:
-            patched.setattr(module, name, interrupted)
+            patched.setattr(module, name, interrupted, raising=False)
             with pytest.raises(error):
                 small().save(path)
     monkeypatch.setattr(np, "savez", interrupted)
@@ -425,7 +436,7 @@ def test_a_full_disk_says_so(tmp_path, monkeypatch, code):
     def full(*args):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(
         OSError, match=rf"{os.strerror(code)} \([\d,]+ bytes are needed\): '.*a\.safetensors'"
     ) as caught:
@@ -445,9 +456,9 @@ def test_a_system_that_cannot_reserve(tmp_path, monkeypatch, way):
         raise OSError(errno.EOPNOTSUPP, "no")
 
     if way == "absent":
-        monkeypatch.delattr(os, "posix_fallocate")
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
     else:
-        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+        monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
     big = Features(torch.randn(3000, 200), torch.ones(3000, dtype=torch.int64), "mean")
     big.save(tmp_path / "a.safetensors")
     assert torch.equal(load_features(tmp_path / "a.safetensors").values, big.values)

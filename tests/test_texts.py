@@ -172,7 +172,7 @@ def test_files_of_lines(tmp_path, monkeypatch, pack):
         (b"[1]", r"line 1: must be an object, got '\[1\]'"),
         (b'"text"', "line 1: must be an object"),
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1: not JSON .*5000 digits|line 1: not JSON .*limit"),
-        (b'\n{"text": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "line 2: JSON that is nested too deeply"),
+        (b'\n{"text": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}", "line 2: JSON that is nested too deeply"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, content, message):
@@ -228,7 +228,7 @@ def test_pipes_are_what_they_begin_with(name, tmp_path):
     assert shown(b"{not json}\n{}") == ["{not json}", "{}"]
     assert shown(b"") == []
     assert "line 2: not JSON" in shown(b'{"text": "a"}\nb\n')
-    assert "line 1: JSON that is nested too deeply" in shown(b'{"text": ' + b"[" * 100_000)
+    assert "line 1: JSON that is nested too deeply" in shown(b'{"text": ' + b"[" * 1_000_000)
     assert "line 2: not UTF-8" in shown(b"a\n\xff\n")
     # Where it is a file.
     (tmp_path / "file").write_bytes(OBJECTS.encode())

@@ -41,7 +41,7 @@ def test_files(tmp_path, monkeypatch, pack, name, content, expected):
         (b'{"text": "x\\ud83d"}', r"line 1: text holds half of a surrogate pair, got 'x\\ud83d'"),
         (b'{"source": "x\\ud83d", "target": "y"}', "line 1: source holds half"),
         (b'{"prompt": "x", "completion": "\\udc00y"}', "line 1: completion holds half"),
-        (b"[" * 10_000, "line 1: JSON that is nested too deeply"),
+        (b"[" * 1_000_000, "line 1: JSON that is nested too deeply"),
         (b'{"text": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
         (b'{"source": "a"}', "line 1: must be an object with text, source and target"),
     ],
