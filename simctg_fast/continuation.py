@@ -11,6 +11,8 @@ __all__ = ["continuation_pieces", "continuation_text"]
 _CONTEXT = 6
 # A character has four bytes at most, each may be a token: so many can be waiting for its last one.
 _WAITING = 3
+# Tokens that each finish a character and begin the next wait together, but not for ever.
+_LONGEST = 12
 # Where so many tokens in front of the context begin no character, replacement characters are what the text is made of.
 _REPLACED = 24
 _UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
@@ -21,7 +23,8 @@ def continuation_text(
 ) -> str:
     """The text of ``tokens`` behind ``before``. Decoded alone, sentencepiece's would lose the space at their beginning.
 
-    A character that ``before`` has begun and ``tokens`` finish is part of the text, whole.
+    A character that ``before`` has begun and ``tokens`` finish is part of the text, whole. Finished characters stay also
+    where bytes of none stand beside them, for which sentencepiece's decoder in tokenizers gives up all of them.
 
     Args:
         tokenizer: of transformers, or another with ``decode(ids, skip_special_tokens=…)``.
@@ -89,10 +92,17 @@ class _Decoder:
         if last or not text.endswith(_UNFINISHED) or self._marks < marks:
             done, self.waiting, self._marks = self.waiting, [], 0
             return self._settle(done, text)
-        if len(self.waiting) <= _WAITING:
+        # Those before the last three are of no character that can still be finished; but one of them may have finished
+        # a character and begun another.
+        for count in range(1, len(self.waiting) - _WAITING + 1):
+            first = self.waiting[:count]
+            if text.startswith(certain := self._text(first)):
+                self.waiting, self._marks = self.waiting[count:], 0
+                return self._settle(first, certain)
+        if len(self.waiting) < _LONGEST:
             return ""
-        first, self._marks = self.waiting.pop(0), 0  # of no character that can still be finished
-        return self._settle([first], self._text([first]))
+        done, self.waiting, self._marks = self.waiting, [], 0
+        return self._settle(done, text)
 
     def _text(self, ids: list[int]) -> str:
         text = self.behind(ids)

@@ -229,6 +229,42 @@ def test_cleaning_up():
     assert continuation_text(tokenizer, before, new).strip() == "."
 
 
+def test_tokens_that_finish_a_character_and_begin_another():
+    """A byte-level vocabulary has such pieces, where the corpus had them often."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    to_letter = {}
+    rest = iter([letter for letter in letters if ord(letter) > 255])
+    for byte in range(256):
+        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
+        to_letter[byte] = chr(byte) if printable else next(rest)
+    spelled = [
+        b"a",
+        b"\xe2\x80",
+        b"\xbe\xe2",
+        b"\x80\xbe\xe2",
+        b"\x80\xbe",
+        b"\xbe\x8e",
+        b"b",
+        b"\xe2",
+        b"\xf0\x9f",
+        b"\xc9",
+    ]
+    vocabulary = {"".join(to_letter[byte] for byte in piece): index for index, piece in enumerate(spelled)}
+    core = Tokenizer(models.BPE(vocabulary, merges=[]))
+    core.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    for ids in (
+        [0, 1, 2, 3, 3, 4, 6],
+        [0, 1, *[2, 1] * 3, 6],
+        [1, 5, 9, 9, 9, 6],
+        [7, 8, 1, 2, 4, 0],
+        [7, *[3] * 9, 4],
+    ):
+        whole = tokenizer.decode(ids)
+        assert "".join(continuation_pieces(tokenizer, [], ids)) == continuation_text(tokenizer, [], ids) == whole
+        assert "‾" in whole
+
+
 class Counting:
     def __init__(self, tokenizer):
         self.tokenizer, self.seen = tokenizer, 0
