@@ -23,8 +23,8 @@ def continuation_text(
 ) -> str:
     """The text of ``tokens`` behind ``before``. Decoded alone, sentencepiece's would lose the space at their beginning.
 
-    A character that ``before`` has begun and ``tokens`` finish is part of the text, whole. Finished characters stay also
-    where bytes of none stand beside them, for which sentencepiece's decoder in tokenizers gives up all of them.
+    A character that ``before`` has begun and ``tokens`` finish is part of the text, whole. Finished characters stay
+    where bytes of none stand beside them, for which the byte fallback of tokenizers gives up all of them.
 
     Args:
         tokenizer: of transformers, or another with ``decode(ids, skip_special_tokens=…)``.
