@@ -24,6 +24,7 @@ of a run without Ray; workers only generate. A worker that dies is started again
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -167,10 +168,25 @@ def run_on_ray(
         log_json, quiet, changed, retry_errors: see `Job`.
 
     Raises:
-        ImportError: Ray is not installed. Otherwise as :class:`simctg_fast.engine.job.Job`.
+        ImportError: Ray, pandas or pyarrow does not load; the message names which. Otherwise as
+            :class:`simctg_fast.engine.job.Job`.
     """
     settings = {"log_json": log_json, "quiet": quiet, "changed": changed, "retry_errors": retry_errors}
     return _RayJob(options, workers, address, threads, **settings).run()
+
+
+def _import_ray() -> Any:
+    """Ray, with ``ray.data`` and what that imports only when it runs. Raises ImportError that names what fails."""
+    name = ""
+    try:
+        for name in ("ray", "pandas", "pyarrow", "ray.data"):
+            importlib.import_module(name)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == name
+        what = "Ray" if name == "ray" else name
+        why = "is not installed" if absent else f"does not load ({error})"
+        raise ImportError(f"--ray needs {what}, which {why}: pip install 'simctg_fast[ray]'") from error
+    return importlib.import_module("ray")
 
 
 class _RayJob(Job):
@@ -184,11 +200,7 @@ class _RayJob(Job):
         threads: int | None,
         **settings: Any,
     ):
-        try:
-            import ray
-            import ray.data
-        except ImportError as error:
-            raise ImportError("--ray needs Ray: pip install 'simctg_fast[ray]'") from error
+        ray = _import_ray()
         super().__init__(options, **settings)
         self.ray, self.workers, self.address, self.threads = ray, workers, address, threads
 
