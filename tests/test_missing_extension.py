@@ -168,6 +168,19 @@ class TestWarning:
         record(site, self.REASON)
         assert WARNING not in python(site, "import simctg_fast.ops\n" + code).stderr
 
+    @pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("bfloat16", 0)])
+    def test_linear_layers(self, site, dtype, count):
+        """Greedy search has no operator of ours but these; in bfloat16 they are torch's with the extension as well."""
+        record(site, self.REASON)
+        code = f"""
+            from simctg_fast.decoding.linear_swap import fast_linears
+            with fast_linears(torch.nn.Linear(4, 4).to(torch.{dtype}), rows_hint=1) as count:
+                print(count)
+        """
+        done = python(site, code)
+        assert done.stdout.strip() == "0"
+        assert done.stderr.count(WARNING) == count
+
     def test_silent_where_it_was_left_out(self, site):
         record(site, _backends.LEFT_OUT + "\n")
         done = python(site, "print(use())")

@@ -313,7 +313,7 @@ class _Run:
 
     @no_padding_warning()
     def __call__(self):
-        _backends.has_extension()  # an instruction set that is not there is said as such, not as a path's failure
+        _backends.extension()  # an instruction set that is not there is said as such, not as a path's failure
         with ExitStack() as stack:
             if self.strategy.decode_step != "compiled":
                 stack.enter_context(as_written(self.model))

@@ -81,7 +81,7 @@ class _Packed:
 def _packed_wins() -> bool:
     """Whether packed weights are faster than those in place, by a product of a dozen rows and more: measured with AVX2
     (1.15 to 1.45 times), not with AVX-512 (`benchmarks/linear.py`)."""
-    extension = _backends.extension() if _backends.has_extension() else None
+    extension = _backends.extension()
     return extension is not None and extension.active_isa() == "avx2"
 
 
@@ -459,7 +459,7 @@ def fast_linears(
     _rows.limit = max(before, max_rows)
     try:
         wanted = rows_hint <= max_rows or (pack is True and _packed_wins())
-        if (wanted and _backends.has_extension()) or _is_on_cuda(model):
+        if (wanted and _backends.extension() is not None) or _is_on_cuda(model):
             with _lock:
                 for module in model.modules():
                     entry = take_forward(_patched, module, _patch)
@@ -467,8 +467,8 @@ def fast_linears(
                         entries.append(entry)
                 if pack is True:
                     _pack_all(entries)
-        elif wanted:
-            _backends.extension()  # says that it is missing
+        elif wanted and any(parameter.is_cpu and parameter.dtype is torch.float32 for parameter in model.parameters()):
+            _backends.wanted_extension()  # says that it is missing
         yield len(entries)
     finally:
         _rows.limit = before

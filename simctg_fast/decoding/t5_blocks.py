@@ -235,7 +235,7 @@ def fast_t5_blocks(model: Module) -> Iterator[int]:
     """
     plans: list[_Plan] = []
     try:
-        if _backends.has_extension():
+        if _backends.extension() is not None:
             with _lock:
                 blocks = (module for module in model.modules() if isinstance(module, _BLOCKS))
                 found = (take_forward(_plans, block, _plan) for block in blocks)

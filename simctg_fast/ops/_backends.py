@@ -71,24 +71,23 @@ def _check_instruction_set(module: ModuleType | None) -> None:
 
 
 def extension() -> ModuleType | None:
-    """The C++ extension `simctg_fast._C`, or None where it was not built or does not load. For work on the CPU that it
-    would do: the first time that it is not there is a warning, unless it was left out by choice.
+    """The C++ extension `simctg_fast._C`, or None where it was not built or does not load.
 
     Raises:
         ValueError: SIMCTG_FAST_ISA is not the name of an instruction set that this processor has.
     """
     module = _attempt(EXTENSION)[0]
     _check_instruction_set(module)
-    if module is None:
-        _warn_once()
     return module
 
 
-def has_extension() -> bool:
-    """Whether the extension loads; says nothing where it does not. Raises as `extension`."""
-    module = _attempt(EXTENSION)[0]
-    _check_instruction_set(module)
-    return module is not None
+def wanted_extension() -> ModuleType | None:
+    """`extension` for work on the CPU that it would do, nobody having asked for another implementation. The first time
+    that it is missing is a warning, unless it was left out by choice."""
+    module = extension()
+    if module is None:
+        _warn_once()
+    return module
 
 
 def extension_error() -> ImportError | None:

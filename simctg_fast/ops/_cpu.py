@@ -48,7 +48,7 @@ def _lengths_obstacle(name: str, lengths: Tensor, batch: int) -> str | None:
 
 def _has_kernels() -> bool:
     """To be asked last: where they are missing, it says so to a user who would have had them."""
-    return _backends.extension() is not None
+    return _backends.wanted_extension() is not None
 
 
 # ---- candidate_scan -------------------------------------------------------------------------------------------------

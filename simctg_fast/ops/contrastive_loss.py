@@ -118,7 +118,7 @@ def interpreted() -> bool:
 
 
 def _has_cpu_kernels() -> bool:
-    return hasattr(_backends.extension(), "contrastive_reduce")
+    return hasattr(_backends.wanted_extension(), "contrastive_reduce")
 
 
 def _padded(length: int) -> int:

@@ -56,7 +56,7 @@ def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | 
             raise ValueError(f"impl='triton' needs tensors on a CUDA device, they are on {scores.device}")
         return "triton"
     if impl == "auto" and single:
-        if device == "cpu" and _backends.extension() is not None:
+        if device == "cpu" and _backends.wanted_extension() is not None:
             return "cpu"
         # A beam that does not fit the kernels' tiles is served by PyTorch.
         if device == "cuda" and triton and beam <= TILE_LIMIT and _backends.has_triton():

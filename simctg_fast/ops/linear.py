@@ -52,7 +52,7 @@ def linear_small_m(
 @functools.cache
 def _kernel() -> tuple[Any, Any, Any, Any] | None:
     """The C++ function and the layouts it knows: rows are outputs, rows are inputs, panels."""
-    extension = _backends.extension()
+    extension = _backends.wanted_extension()
     if extension is None:
         return None
     layouts = extension.WeightLayout

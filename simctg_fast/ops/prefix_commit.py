@@ -30,7 +30,7 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
         CommitPlan(len(pairs), winners.device).run(pairs, position, winners)
         return
     copyable = winners.device.type == "cpu" and all(_copyable(*pair) for pair in pairs)
-    extension = _backends.extension() if copyable else None
+    extension = _backends.wanted_extension() if copyable else None
     each = position if isinstance(position, torch.Tensor) else None
     if extension is None:
         for buffer, rows in pairs:

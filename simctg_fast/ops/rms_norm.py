@@ -47,7 +47,7 @@ def _torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _cpu(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     _check(x, weight)
     plain = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()
-    if plain and _backends.extension() is not None:
+    if plain and _backends.wanted_extension() is not None:
         return run_kernel(x, weight, epsilon)
     return _torch(x, weight, epsilon)
 

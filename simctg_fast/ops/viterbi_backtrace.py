@@ -64,7 +64,7 @@ def _cpu(
     _check(backpointers, last, lengths, impl)
     if impl == "torch":
         return _trace(backpointers, last, lengths)
-    extension = _backends.require_extension() if impl == "cpu" else _backends.extension()
+    extension = _backends.require_extension() if impl == "cpu" else _backends.wanted_extension()
     if extension is None:
         return _trace(backpointers, last, lengths)
     last = last.to(torch.int64).contiguous()
