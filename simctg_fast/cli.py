@@ -22,6 +22,8 @@ try:
     from rich.console import Console
     from typer.core import TyperGroup
 except KeyboardInterrupt:  # a fifth of a second in which nobody else would catch it
+    if sys.stderr is not None:
+        print("stopped", file=sys.stderr)
     raise SystemExit(130) from None
 
 from .printable import printable
@@ -312,7 +314,7 @@ def train(
     except KeyboardInterrupt as error:
         checkpoint = last_checkpoint(out)
         where = "begins again" if checkpoint is None else f"goes on from step {checkpoint.name.rpartition('-')[2]}"
-        _note(f"stopped; the same command {where}")
+        _note(f"stopped; the same command {'without --restart ' if restart and checkpoint else ''}{where}")
         raise typer.Exit(signal_code(error)) from error
     before, after = summary.isotropy_before, summary.isotropy_after
     line = f"{summary.folder}: {summary.steps} steps, isotropy {before:.3f} before and {after:.3f} after"
@@ -665,14 +667,14 @@ def _quiet_transformers() -> None:
 
 def _show(console: Console, prompt: str, text: str, continues_prompt: bool, rule: bool) -> None:
     """The prompt in bold and its continuation on a terminal; elsewhere plain text, an empty line between answers."""
-    from rich.text import Text
-
     if console.is_terminal:
-        prompt, text = printable(prompt), printable(text)
-    line = Text(prompt, style="bold") if continues_prompt or console.is_terminal else Text()
-    line.append("\n" if line and not continues_prompt else "")
-    line.append(text, style="not bold")
-    console.print(line, soft_wrap=not console.is_terminal)
+        from rich.text import Text
+
+        line = Text(printable(prompt), style="bold")
+        line.append("" if continues_prompt else "\n").append(printable(text), style="not bold")
+        console.print(line)
+    else:  # not by rich, which drops some characters
+        print(prompt + text if continues_prompt else text, file=console.file)
     if rule:
         console.print()
 

@@ -170,7 +170,7 @@ def next_steps(model_name: str) -> str:
 def render(comparisons: Sequence[Comparison], console: Console) -> None:
     """Columns on a terminal, repeated passages in red; plain indented text elsewhere and below 80 columns.
 
-    Both keep to the console's width. On a terminal control characters of the texts are escaped.
+    Both keep to the console's width. Control characters of the texts are escaped.
     """
     draw = _draw_columns if console.is_terminal and console.width >= 80 else _draw_plain
     for comparison in comparisons:
@@ -201,11 +201,10 @@ def _draw_columns(comparison: Comparison, console: Console) -> None:
 
 
 def _draw_plain(comparison: Comparison, console: Console) -> None:
-    def write(text: str, indent: int = 0) -> None:
-        from rich.text import Text
+    from rich.text import Text
 
-        text = printable(text) if console.is_terminal else text
-        for line in Text(text).wrap(console, max(console.width - indent, 1)):
+    def write(text: str, indent: int = 0) -> None:
+        for line in Text(printable(text)).wrap(console, max(console.width - indent, 1)):
             console.print(" " * indent + line.plain.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
     write(f"{comparison.prompt} …")

@@ -24,6 +24,7 @@ PIPE = 141  # whoever read standard output has had enough: 128 + SIGPIPE, as of 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
 # safetensors and tokenizers write by themselves and raise errors of their own, with the system's number in the text.
 _SYSTEM_ERROR = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs")  # torch.save, which keeps no number
 
 
 class OutputError(Exception):
@@ -100,6 +101,8 @@ def explained(error: BaseException) -> tuple[int, str]:
     if number in _UNWRITABLE:
         name = getattr(error, "filename", None)
         return OUTPUT, f"the output{'' if name is None else f' {str(name)!r}'} cannot be written: {os.strerror(number)}"
+    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
+        return OUTPUT, f"the output cannot be written: {str(error).splitlines()[0]}; is the disk full?"
     if isinstance(error, OSError) and error.strerror:
         return REFUSED, error.strerror if error.filename is None else f"{str(error.filename)!r}: {error.strerror}"
     if isinstance(error, OSError | ValueError | ImportError):

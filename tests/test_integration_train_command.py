@@ -251,8 +251,96 @@ class TestCommand:
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    ("steps", "log_every", "logged"), [(1, 10, [1]), (3, 10, [3]), (5, 2, [2, 4, 5]), (4, 2, [2, 4])]
+)
+def test_the_last_step_is_logged(steps, log_every, logged, place, tmp_path):
+    options = TrainingOptions(steps=steps, batch_size=4, max_length=32)
+    train(place / "gpt2", place / "texts.txt", tmp_path / "run", options, device="cpu", log_every=log_every)
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == logged
+    assert all(line["loss"] > 0 for line in log_lines(tmp_path / "run"))
+
+
+def test_paths_below_home(place, tmp_path, monkeypatch):
+    """From the first step to the last in one folder: half of a run under another name would begin again when killed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(place / "texts.txt", tmp_path / "texts.txt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    options = TrainingOptions(steps=2, batch_size=4, max_length=32)
+    summary = train(place / "gpt2", "~/texts.txt", "~/a/run", options, validation="~/texts.txt", device="cpu")
+    assert summary.folder == tmp_path / "a" / "run"
+    assert last_checkpoint("~/a/run") == tmp_path / "a" / "run" / "checkpoint-2"
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "null",
+        "[]",
+        "3",
+        '"text"',
+        "{}",
+        '{"options": []}',
+        '{"options": {}}',
+        '{"finished": true}',
+        "{half",
+        "",
+        '{"options": {}, "model": "m", "data": {}, "validation": null, "isotropy_before": 1.0}',
+    ],
+)
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_record_of_somebody_else_is_left_alone(record, restart, place, tmp_path):
+    (tmp_path / "simctg_training.json").write_text(record)
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "thesis.tex").write_text("mine")
+    (tmp_path / "train_log.jsonl").write_text("mine")
+    command = ["train", str(place / "gpt2"), "--data", str(place / "texts.txt"), "--out", str(tmp_path)]
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, command + ["--restart"] * restart)
+    assert result.exit_code == 2, result.output
+    assert "simctg_training.json' is no record of this command, nothing is changed" in result.output
+    assert (tmp_path / "checkpoint-7" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "train_log.jsonl").read_text() == "mine"
+    assert (tmp_path / "simctg_training.json").read_text() == record
+
+
+@pytest.mark.parametrize("line", [b"[]", b"null", b"mine", b'{"step": "3"}', b'{"loss": 1}', b"\xff"])
+def test_a_line_of_the_log_of_somebody_else_is_left_alone(line, place, tmp_path):
+    options = TrainingOptions(steps=6, batch_size=4, max_length=32)
+    out = tmp_path / "run"
+    train(place / "gpt2", place / "texts.txt", out, options, device="cpu", save_every=2, log_every=1, keep=9)
+    record = json.loads((out / "simctg_training.json").read_text())
+    del record["finished"]
+    (out / "simctg_training.json").write_text(json.dumps(record))
+    shutil.rmtree(out / "checkpoint-6")
+    log = (out / "train_log.jsonl").read_bytes()
+    (out / "train_log.jsonl").write_bytes(line + b"\n" + log)
+    with pytest.raises(ValueError, match=r"train_log.jsonl', line 1: is not of a training log"):
+        train(place / "gpt2", place / "texts.txt", out, options, device="cpu")
+    assert (out / "train_log.jsonl").read_bytes() == line + b"\n" + log
+    assert (out / "checkpoint-4").is_dir()
+    (out / "train_log.jsonl").write_bytes(log + line)
+    train(place / "gpt2", place / "texts.txt", out, options, device="cpu", log_every=1)
+    assert [entry["step"] for entry in log_lines(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_while_the_record_was_first_written(place, tmp_path):
+    (tmp_path / "simctg_training.json.tmp").write_text("{")
+    options = TrainingOptions(steps=1, batch_size=4, max_length=32)
+    assert train(place / "gpt2", place / "texts.txt", tmp_path, options, device="cpu").steps == 1
+
+
+def test_a_file_whose_name_is_not_text(place, tmp_path):
+    name = os.fsencode(tmp_path) + b"/t\xff.txt"
+    shutil.copy(place / "texts.txt", name)
+    options = TrainingOptions(steps=1, batch_size=4, max_length=32)
+    summary = train(place / "gpt2", os.fsdecode(name), tmp_path / "run", options, device="cpu")
+    assert "t\\udcff.txt" in (summary.folder / "README.md").read_text()
+
+
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
-    for number, state in ((5, "{}"), (10, '{"global_st'), (9, "{}"), (12, None)):
+    for number, state in ((5, "{}"), ("²", "{}"), (11, "[]"), (10, '{"global_st'), (9, "{}"), (12, None)):
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
         if state is not None:
