@@ -27,7 +27,7 @@ except KeyboardInterrupt:  # a fifth of a second in which nobody else would catc
     raise SystemExit(130) from None
 
 from .printable import printable
-from .terminal import FAULT, REFUSED, OutputError, explained, guarded, shown, signal_code, was_closed
+from .terminal import FAULT, REFUSED, OutputError, explained, guarded, interruption, shown, signal_code, was_closed
 
 __all__ = ["app", "main"]
 
@@ -67,6 +67,9 @@ def _endings() -> Iterator[None]:
         _note("stopped")
         raise typer.Exit(signal_code(error)) from error
     except Exception as error:
+        if (signalled := interruption()) is not None:
+            _note("stopped")
+            raise typer.Exit(signal_code(signalled)) from error
         code, text = explained(error)
         if code == REFUSED:
             raise typer.BadParameter(printable(text)) from error
@@ -546,7 +549,8 @@ def main() -> None:
     try:
         app()
     finally:  # another Ctrl-C, while Python takes itself down, ends it without a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _the_model(argument: str | None, option: str | None, default: str | None = None) -> str:

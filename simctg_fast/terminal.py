@@ -14,7 +14,18 @@ from typing import Any, NoReturn
 
 from .printable import printable
 
-__all__ = ["FAULT", "REFUSED", "OutputError", "Stopped", "explained", "guarded", "shown", "signal_code", "was_closed"]
+__all__ = [
+    "FAULT",
+    "REFUSED",
+    "OutputError",
+    "Stopped",
+    "explained",
+    "guarded",
+    "interruption",
+    "shown",
+    "signal_code",
+    "was_closed",
+]
 
 REFUSED = 2  # what was asked for cannot be done
 OUTPUT = 3  # the disk is full, or an output cannot be written for another reason
@@ -37,6 +48,9 @@ class OutputError(Exception):
 
 class Stopped(KeyboardInterrupt):
     """SIGTERM, which leaves a command by the same way as Ctrl-C."""
+
+
+_received: list[KeyboardInterrupt] = []
 
 
 class _Output:
@@ -142,7 +156,7 @@ def guarded() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _Output(out, before[0] is None), _Notes(errors)
     try:
-        with _terminated():
+        with _signals():
             try:
                 yield
             finally:
@@ -182,15 +196,27 @@ def _end_output(out: Any, error: OutputError) -> NoReturn:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise Stopped
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+def _signals() -> Iterator[None]:
+    """SIGTERM as `Stopped`; both signals are remembered. One that is ignored or that others mind is left as it is."""
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    _received.clear()
+    for number in ours:
+        signal.signal(number, _stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, usual[number])
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    _received.append(Stopped() if number == signal.SIGTERM else KeyboardInterrupt())
+    raise _received[-1]
+
+
+def interruption() -> KeyboardInterrupt | None:
+    """The signal that has come, if one has: where it came during an import, another error may be what is left of it."""
+    return _received[-1] if _received else None

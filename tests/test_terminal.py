@@ -324,6 +324,23 @@ def test_training_says_from_which_step_it_goes_on(number, texts, tmp_path):
             assert before, "it does not go on"
 
 
+def test_a_signal_of_which_another_error_is_left(monkeypatch):
+    """Extension modules that are interrupted while they are imported raise what they like."""
+
+    def broken() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed to import") from None
+
+    monkeypatch.setattr("simctg_fast.ops._backends.backend_info", broken)
+    before = signal.getsignal(signal.SIGINT)
+    result = CliRunner().invoke(app, ["env"])
+    assert (result.exit_code, result.output) == (130, "stopped\n")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert terminal.signal_code(terminal.Stopped()) == 143
+
+
 def test_a_signal_that_was_to_be_ignored_is(tmp_path):
     """Of a command in the background of a script SIGTERM may be ignored; the handler is not ours then."""
     code = (
