@@ -131,6 +131,7 @@ def train(
 
     folder, data = user_path(folder), user_path(data)
     validation = None if validation is None else user_path(validation)
+    examples, held = read_examples(data), None if validation is None else read_examples(validation)
     facts: dict[str, Any] = {"model": os.fspath(model), "data": _digest(data), "options": asdict(options)}
     facts["validation"] = None if validation is None else _digest(validation)
     record = _read_record(folder, facts, restart)
@@ -145,10 +146,8 @@ def train(
         raise ValueError(f"max_length is {options.max_length}, the model's context holds {limit}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked everywhere: any token will do
     collate = Collator(pad)
-    rows = encode(read_examples(data), tokenizer, options.max_length, is_encoder_decoder=two_sided, pack=options.pack)
-    held_out = None
-    if validation is not None:
-        held_out = encode(read_examples(validation), tokenizer, options.max_length, is_encoder_decoder=two_sided)
+    rows = encode(examples, tokenizer, options.max_length, is_encoder_decoder=two_sided, pack=options.pack)
+    held_out = None if held is None else encode(held, tokenizer, options.max_length, is_encoder_decoder=two_sided)
     on_note(f"{len(rows):,} sequences, {sum(len(row['labels']) for row in rows):,} tokens to learn")
 
     measured = (held_out or rows)[:MEASURED_SEQUENCES]
@@ -439,9 +438,7 @@ def _summary(folder: Path, record: dict[str, Any], resumed_from: int = 0) -> Sum
 
 
 def _digest(path: str | os.PathLike[str]) -> dict[str, str]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    path = user_path(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
