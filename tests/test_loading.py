@@ -363,3 +363,36 @@ def test_weights_of_an_adapter_that_are_not_there(adapter):
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=f"the adapter in '{adapter}' cannot be loaded"):
         load_model(adapter, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------- one message
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "missing/one", "two words"])
+def test_one_message_wherever_a_model_is_named(name, hub, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from simctg_fast import ContrastiveGenerator
+    from simctg_fast.cli import app
+    from simctg_fast.engine import Engine
+    from simctg_fast.text_generation import TextGenerator
+
+    monkeypatch.chdir(tmp_path)
+    Path("texts.txt").write_text("Some text of a few words.\n")
+    said = set()
+    for load in (*LOADERS, load_tokenizer, find_model, TextGenerator):
+        with pytest.raises(ModelError) as caught:
+            load(name)
+        said.add(str(caught.value))
+    for kind in (ContrastiveGenerator, Engine):
+        with pytest.raises(ModelError) as caught:
+            kind.from_pretrained(name)
+        said.add(str(caught.value))
+    assert len(said) == 1
+    commands = [["demo", name], ["features", name, "texts.txt", "-o", "f.safetensors"], ["generate", name, "x"]]
+    commands += [["train", name, "--data", "texts.txt", "--out", "run"]]
+    for command in commands:
+        result = CliRunner(env={"COLUMNS": "1000"}).invoke(app, command)
+        assert result.exit_code == 2, result.output
+        assert f"Invalid value: {said.copy().pop()} " in result.output
+    assert not Path("run").exists()
