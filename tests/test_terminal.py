@@ -147,7 +147,7 @@ def test_a_full_disk_behind_another_error():
 
 
 def test_an_unforeseen_error_is_one_line_with_a_way_to_see_more(monkeypatch):
-    def broken() -> None:
+    def broken(**options: object) -> None:
         raise KeyError("a\x1b[31m")
 
     monkeypatch.setattr("simctg_fast.ops._backends.backend_info", broken)
@@ -327,7 +327,7 @@ def test_training_says_from_which_step_it_goes_on(number, texts, tmp_path):
 def test_a_signal_of_which_another_error_is_left(monkeypatch):
     """Extension modules that are interrupted while they are imported raise what they like."""
 
-    def broken() -> None:
+    def broken(**options: object) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
@@ -359,8 +359,8 @@ def test_text_is_shown_without_power_over_a_terminal_and_piped_as_it_is():
         def isatty(self) -> bool:
             return True
 
-    assert cli._shown(f"a{ESCAPE}b", Terminal()) == "a\\x1b]0;title\\x07b"
-    assert cli._shown(f"a{ESCAPE}b", io.StringIO()) == f"a{ESCAPE}b"
+    assert cli.shown(f"a{ESCAPE}b", Terminal()) == "a\\x1b]0;title\\x07b"
+    assert cli.shown(f"a{ESCAPE}b", io.StringIO()) == f"a{ESCAPE}b"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
