@@ -603,7 +603,7 @@ def _show_summary(summary: Any) -> None:
 def _read_prompts(prompts: list[str]) -> tuple[list[str], int]:
     """Prompts that can be continued, and how many lines of standard input were none."""
     if prompts:
-        texts, failed = [prompt for prompt in prompts if prompt.strip()], 0
+        texts, failed = [_from_shell(prompt) for prompt in prompts if prompt.strip()], 0
     elif sys.stdin is None or sys.stdin.isatty():
         raise typer.BadParameter("no prompt: give at least one behind MODEL, or pipe prompts in, one a line")
     else:
@@ -618,6 +618,14 @@ def _read_prompts(prompts: list[str]) -> tuple[list[str], int]:
     if not texts and not failed:
         raise typer.BadParameter("every prompt is empty; give at least one with text")
     return texts, failed
+
+
+def _from_shell(argument: str) -> str:
+    """An argument as UTF-8, also where the locale is another and Python has put surrogates in the place of bytes."""
+    try:
+        return os.fsencode(argument).decode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return argument
 
 
 def _as_json(record: dict[str, Any]) -> str:

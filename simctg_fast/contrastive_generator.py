@@ -59,6 +59,7 @@ class ContrastiveGenerator:
         device: int | str | None = None,
         dtype: str | torch.dtype = "auto",
         batch_size: int = 16,
+        trust_remote_code: bool = False,
     ) -> ContrastiveGenerator:
         """Loads model and tokenizer.
 
@@ -67,13 +68,14 @@ class ContrastiveGenerator:
             device: -1 is the CPU and another number that GPU, as in ``transformers.pipeline``; or a torch device; None
                 is the first GPU if there is one, else the CPU.
             dtype: a torch dtype, its name, or ``"auto"`` for the one in the config.
+            trust_remote_code: run Python code that the model's folder brings along.
 
         Raises:
             FileNotFoundError, ValueError, OSError: as :func:`simctg_fast.loading.load_model`.
         """
         if isinstance(device, int):
             device = "cpu" if device < 0 else f"cuda:{device}"
-        return cls(*load_model(name, device, dtype), batch_size=batch_size)
+        return cls(*load_model(name, device, dtype, trust_remote_code=trust_remote_code), batch_size=batch_size)
 
     @property
     def device(self) -> torch.device:

@@ -126,7 +126,7 @@ class TextLines:
                 import zstandard
             except ImportError as error:
                 self.close()
-                raise ImportError(f"{self.name} needs zstandard: pip install zstandard ({error})") from error
+                raise ImportError(f"{self.name} needs zstandard: pip install 'simctg_fast[zstd]' ({error})") from error
             return zstandard.ZstdDecompressor().stream_reader(self._raw, read_across_frames=True)
         return self._raw
 

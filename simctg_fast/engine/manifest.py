@@ -7,8 +7,11 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from ..assets import ADAPTER
 
 FORMAT = 2
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -105,6 +108,9 @@ def model_fingerprint(name: str | os.PathLike[str]) -> str:
             sums.update(f"{file.name} {file.stat().st_size}".encode() + _samples(file))
         elif file.suffix == ".json" or file.name.startswith(_TOKENIZERS):
             sums.update(file.name.encode() + file.read_bytes())
+    with suppress(OSError, ValueError, KeyError, TypeError):  # an adapter's: its base model counts as well
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        sums.update(model_fingerprint(base).encode())
     return sums.hexdigest()[:16]
 
 
