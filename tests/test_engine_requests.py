@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from simctg_fast.engine.parameters import NAMES, Parameters, check, defaults, shown
 from simctg_fast.engine.requests import RequestError, decode_line, digest_of, parse_request
 from simctg_fast.engine.results import Choice, error_result, from_choices, from_embeddings, from_request_error
+
+from .repository import repository
 
 CONTRASTIVE = defaults("contrastive")
 
@@ -336,3 +339,18 @@ def test_a_digest_tells_requests_apart():
 def test_whatever_stands_in_a_message_is_short():
     for value in (10**6000, [[]] * 3, "x" * 900):
         assert len(shown(value)) < 200
+
+
+def test_the_page_names_every_kind_of_error():
+    page = repository("benchmarks/engine.md").read_text(encoding="utf-8")
+    table = page[page.index("## Error records") : page.index("## Results depend")]
+    named = {
+        name
+        for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+    made = re.compile(r'(?:RequestError|fail|self|error_result|_error)\(\s*(?:request,\s*)?"(\w+)",')
+    source = "".join(path.read_text(encoding="utf-8") for path in repository("simctg_fast/engine").glob("*.py"))
+    kinds = {*made.findall(source), *re.findall(r'"([a-z_]+_error)"', source)}
+    assert kinds - named == set()
+    assert named - {"type", "code", "two_prompts"} - kinds == set()
