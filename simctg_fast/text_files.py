@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -127,7 +127,7 @@ class TextLines:
             except ImportError as error:
                 self.close()
                 raise ImportError(f"{self.name} needs zstandard: pip install 'simctg_fast[zstd]' ({error})") from error
-            return zstandard.ZstdDecompressor().stream_reader(self._raw, read_across_frames=True)
+            return io.BufferedReader(_Frames(self._raw, zstandard.ZstdDecompressor().decompressobj))
         return self._raw
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -171,6 +171,34 @@ class TextLines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Frames(io.RawIOBase):
+    """What is packed in the zstd frames of a file. (zstandard's own reader passes over a last frame that is torn.)"""
+
+    def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any]):
+        self._raw, self._new_frame = raw, new_frame
+        self._frame: Any = None
+        self._packed = self._unpacked = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            packed = self._packed or self._raw.read(1 << 16)
+            self._packed = b""
+            if not packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("it ends within a frame")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new_frame()
+            self._unpacked = self._frame.decompress(packed)
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
+        return count
 
 
 def _standard_input() -> BinaryIO:

@@ -265,10 +265,13 @@ def child(model, *arguments, **options):
 def test_answers_flow_while_the_pipe_stays_open(model, children):
     """A program that waits for an answer before it asks again, and SIGTERM while nothing is asked."""
     process = children.enter_context(child(model, "-", "-o", "-"))
-    for number in range(3):
-        process.stdin.write(json.dumps({"id": number, "prompt": "abc"}).encode() + b"\n")
+    embedding = {"custom_id": 3, "url": "/v1/embeddings", "body": {"input": "abc"}}
+    asked = [{"id": 0, "prompt": "abc"}, {"id": 1, "prompt": "x\ud83d"}, {"id": 2, "prompt": ""}, embedding]
+    for number, line in enumerate([*asked, {"id": 4, "prompt": "abc"}]):
+        process.stdin.write(json.dumps(line).encode() + b"\n")
         process.stdin.flush()
-        assert json.loads(process.stdout.readline())["id"] == number
+        answer = json.loads(process.stdout.readline())
+        assert (answer["custom_id"] if number == 3 else answer["id"]) == number
     process.send_signal(signal.SIGTERM)
     out, said = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import threading
 
 import pytest
 
@@ -121,6 +122,20 @@ def test_records_are_dropped_in_one_step(tmp_path):
         journal.check()
     assert path.read_bytes() == line("a") + line("c") + line("d")
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_behind_a_link_stays_there(tmp_path):
+    (tmp_path / "folder").mkdir()
+    link, path = tmp_path / "link", tmp_path / "folder" / "out"
+    link.symlink_to(path)
+    with Journal(link) as journal:
+        for request_id in "ab":
+            journal.append(line(request_id))
+        journal.drop({id_key("a")})
+        journal.append(line("c"))
+        journal.check()
+    assert link.is_symlink()
+    assert path.read_bytes() == line("b") + line("c")
 
 
 @pytest.mark.parametrize("name", ["fifo", "/dev/null", "/dev/full", "out.jsonl.gz"])
@@ -320,6 +335,44 @@ def test_lines_that_changed_since_they_were_answered(tmp_path):
     assert items == ["new", Changed(("line", 3), 3), ("invalid_json", 4)]
     write_lines(path, [{"id": "a", "prompt": "changed"}, {"prompt": "y"}, {"id": "b", "prompt": "mended"}])
     assert requests(path, done)[0] == [Changed(id_key("a"), 1), Changed(("line", 3), 3)]
+
+
+def test_a_text_that_is_still_written(tmp_path):
+    """Its last line is answered, unless somebody is seen to go on with it."""
+    path = tmp_path / "in.txt"
+    path.write_text("one\nt")
+    assert requests(path)[0] == ["line-1", "line-2"]
+    lines = InputLines(path, parse, {})
+    items = iter(lines)
+    assert next(items).id == "line-1"
+    writer = threading.Timer(0.2, lambda: path.open("a").write("wo\n"))
+    path.touch()
+    writer.start()
+    assert list(items) == []
+    writer.join()
+    assert lines.unfinished == 2
+
+
+@pytest.mark.parametrize("when", ["deleted", "future"])
+def test_a_last_line_that_is_none(tmp_path, when):
+    path = tmp_path / "in"
+    path.write_text('{"id": "a", "prompt": "x"}\n{"id": "b", "pro')
+    os.utime(path, (1, 1) if when == "deleted" else (2**32, 2**32))
+    lines = InputLines(path, parse, {})
+    items = iter(lines)
+    next(items)
+    if when == "deleted":
+        path.unlink()
+    assert [described(item) for item in items] == [("invalid_json", 2)]
+
+
+def test_a_line_put_in_front_is_seen_by_every_shard(tmp_path):
+    path = write_lines(tmp_path / "in", [{"id": i, "prompt": "x"} for i in range(4)])
+    answered = [{id_key(i): "" for i in requests(path, num_shards=2, shard_id=shard)[0]} for shard in range(2)]
+    write_lines(path, [{"id": "new", "prompt": "x"}] + [{"id": i, "prompt": "x"} for i in range(4)])
+    for shard in range(2):
+        items, _ = requests(path, answered[shard], num_shards=2, shard_id=shard)
+        assert {item.key for item in items if isinstance(item, Changed)} == set(answered[shard])
 
 
 def test_shards_share_out_every_line_once(tmp_path):

@@ -187,6 +187,36 @@ def test_what_would_change_the_text_and_is_not_served_is_refused(name, value):
     assert f"body.{name} must be null" in str(error)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"max_tokens": 2, "max_completion_tokens": 5},
+        {"max_new_tokens": 3, "max_tokens": 2},
+        {"logprobs": 1, "top_logprobs": 5},
+        {"continue_final_message": True, "add_generation_prompt": True},
+        {"add_generation_prompt": False},
+    ],
+)
+def test_settings_that_contradict_each_other(body):
+    error = refused({"custom_id": "a", "body": {"prompt": "x"} | body})
+    assert error.kind in ("invalid_value", "unsupported_value")
+    assert all(f"body.{name}" in str(error) for name in body if name != "continue_final_message")
+
+
+def test_settings_that_are_given_twice_alike():
+    body = {"prompt": "x", "max_tokens": 2, "max_completion_tokens": 2, "logprobs": 2, "top_logprobs": 2, "best_of": 1}
+    parameters = parse({"custom_id": "a", "body": body}).parameters
+    assert (parameters.max_new_tokens, parameters.top_logprobs) == (2, 2)
+    body = {"messages": [{"role": "user", "content": "x"}], "continue_final_message": True}
+    assert parse({"custom_id": "a", "body": body | {"add_generation_prompt": False}}).parameters.continue_final_message
+
+
+def test_no_limit_of_candidates():
+    narrow = defaults("sample").with_overrides({"top_k": 1}, "sample")
+    request = parse_request({"custom_id": "a", "body": {"prompt": "x", "top_k": -1}}, narrow, "sample")
+    assert request.parameters.top_k is None
+
+
 def test_prompts_of_openai_lines():
     def prompts(value):
         request = parse({"custom_id": "a", "body": {"prompt": value}})

@@ -189,6 +189,12 @@ def test_prompts_are_cut_on_request():
     assert "truncate_prompt_tokens and clamp_max_new_tokens make them fit" in error["message"]
     result = one({"prompt": long, "truncate_prompt_tokens": -1})
     assert result.usage["prompt_tokens"] == model.config.n_positions - 24
+    made = engine()
+    greedy = made.parse(
+        {"prompt": long, "truncate_prompt_tokens": -1, "clamp_max_new_tokens": True, "max_new_tokens": 5000}
+    )
+    (sequence,) = made.prepare(greedy)
+    assert (len(sequence.prompt_ids), sequence.parameters.max_new_tokens) == (512, 512)
 
 
 def test_the_beginning_of_text_stays_when_a_prompt_is_cut(pieces):
@@ -262,6 +268,8 @@ def test_a_bare_string_is_one_prompt_and_a_bare_dict_one_request():
     assert [result.token_ids for result in engine().generate({"prompt": PROMPT})] == [expected]
     made = engine()
     assert [result.token_ids for result in made.generate(made.parse(PROMPT, number=1))] == [expected]
+    request = made.parse(PROMPT, number=1)
+    assert [result.token_ids for result in made.generate([request, request])] == [expected, expected]
     for bad in (b"bytes", None, 7):
         with pytest.raises(TypeError, match="requests must be a string, a dict, a Request or an iterable"):
             made.generate(bad)

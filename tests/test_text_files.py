@@ -58,13 +58,18 @@ def test_position_and_size(tmp_path):
     assert 0 < positions[0] < positions[-1] == reader.size == 100000
 
 
-@pytest.mark.parametrize("name", ["folder", "null", "socket", "utf16", "text.gz", "torn.gz", "none"])
+@pytest.mark.parametrize(
+    "name", ["folder", "null", "socket", "utf16", "text.gz", "torn.gz", "text.zst", "torn.zst", "none"]
+)
 def test_what_cannot_be_read_is_named(tmp_path, name):
     path = tmp_path / name
     (tmp_path / "folder").mkdir()
     (tmp_path / "utf16").write_bytes("one".encode("utf-16"))
     (tmp_path / "text.gz").write_bytes(b"not packed")
     (tmp_path / "torn.gz").write_bytes(gzip.compress(os.urandom(5000))[:-9])
+    if name.endswith(".zst"):
+        packed = pytest.importorskip("zstandard").ZstdCompressor().compress(os.urandom(5000))
+        path.write_bytes(b"not packed" if name == "text.zst" else packed[:-9])
     words = {"folder": "is a folder", "utf16": "is UTF-16, not UTF-8", "none": "there is no file"}
     if name == "null":
         path = "/dev/null"
@@ -75,9 +80,22 @@ def test_what_cannot_be_read_is_named(tmp_path, name):
     assert str(path) in str(caught.value)
 
 
-def test_a_file_that_is_damaged_far_inside_is_read_up_to_there(tmp_path):
-    path = tmp_path / "torn.gz"
-    path.write_bytes(gzip.compress(b"".join(b"%d\n" % i for i in range(200000)))[:-9])
+def test_zstd_frames_one_behind_the_other(tmp_path):
+    pack = pytest.importorskip("zstandard").ZstdCompressor().compress
+    path = tmp_path / "several.zst"
+    path.write_bytes(pack(b"one\ntw") + pack(b"o\n") + pack(b"x" * 300_000 + b"\nend"))
+    assert lines(path) == ["one\n", "two\n", "x" * 300_000 + "\n", "end"]
+    path.write_bytes(path.read_bytes() + b"something else")
+    with pytest.raises(ReadError, match="cannot be read behind line"):
+        lines(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_file_that_is_damaged_far_inside_is_read_up_to_there(tmp_path, suffix):
+    path = tmp_path / f"torn{suffix}"
+    content = b"".join(b"%d\n" % i for i in range(200000))
+    pack = gzip.compress if suffix == ".gz" else pytest.importorskip("zstandard").ZstdCompressor().compress
+    path.write_bytes(pack(content)[:-9])
     reader, seen = TextLines(path), []
     with pytest.raises(ReadError, match="cannot be read behind line"):
         seen.extend(number for number, _ in reader)

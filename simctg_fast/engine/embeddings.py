@@ -22,17 +22,18 @@ class Embeddings:
     def __init__(self, model: Any, tokenizer: Any, prepare: Preparer):
         self.model, self.tokenizer, self.prepare = model, tokenizer, prepare
         self.waiting: list[tuple[Request, int, list[list[int]]]] = []
+        self.is_wanted = False  # nothing else is to do
 
     @property
-    def is_full(self) -> bool:
-        return len(self.waiting) >= MOST
+    def is_due(self) -> bool:
+        return len(self.waiting) >= MOST or (self.is_wanted and bool(self.waiting))
 
     def add(self, request: Request, place: int) -> None:
         """Raises `RequestError` for a text that the model does not take."""
         self.waiting.append((request, place, self.prepare.embedded(request)))
 
     def run(self) -> Iterator[Result]:
-        waiting, self.waiting = self.waiting, []
+        waiting, self.waiting, self.is_wanted = self.waiting, [], False
         rows = [row for _, _, found in waiting for row in found]
         try:
             values = embed_tokens(self.model, self.tokenizer, rows).tolist()

@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -168,7 +169,7 @@ class Engine:
         numbers = itertools.count()
 
         def sequences() -> Iterator[Sequence]:
-            while not embeddings.is_full:
+            while not embeddings.is_due:
                 given: Any = next(requests, _END)
                 if given is _END:
                     return
@@ -177,7 +178,8 @@ class Engine:
                     continue
                 place = next(numbers)
                 try:
-                    request = given if isinstance(given, Request) else self.parse(given, number=place + 1)
+                    # A copy: the same request may come twice.
+                    request = replace(given) if isinstance(given, Request) else self.parse(given, number=place + 1)
                     if request.inputs is not None:
                         embeddings.add(request, place)
                         continue
@@ -195,6 +197,9 @@ class Engine:
                 for sequence in self.backend.run(sequences()):
                     while ready:
                         yield ready.popleft()
+                    if sequence is IDLE:
+                        embeddings.is_wanted = not self.backend.active
+                        continue
                     siblings = waiting.setdefault(id(sequence.request), [])
                     siblings.append(sequence)
                     if len(siblings) == sequence.request.count:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..text_files import STDIN, TextLines, content_suffix, user_path
+from ..text_files import STDIN, TextLines, content_suffix
 from .journal import Key, id_key
 from .parameters import shown
 from .requests import Request, RequestError, check_utf8, decode_line, digest_of, line_id
@@ -88,7 +88,11 @@ class InputLines:
             if not line.strip():
                 continue
             item = self._item(line, number)
-            if item is None or (number - 1) % self.num_shards != self.shard_id:
+            if item is None:  # whatever comes after it by now belongs to it
+                return
+            if (number - 1) % self.num_shards != self.shard_id:
+                if _key(item) in self.done:  # lines before it have come or gone
+                    yield Changed(_key(item), number)
                 continue
             self.total += 1
             for key in dict.fromkeys((_key(item), ("line", number))):
@@ -104,6 +108,9 @@ class InputLines:
     def _item(self, line: str, number: int) -> Request | BadLine | None:
         """None: the line is not finished."""
         digest = digest_of(line)
+        if self.is_text and not line.endswith("\n") and self._grows():
+            self.unfinished = number
+            return None
         try:
             given = {"prompt": decode_text(line)} if self.is_text else decode_line(line)
             digest = digest_of(given)
@@ -123,11 +130,18 @@ class InputLines:
             return BadLine(error, number, digest)
 
     def _may_grow(self) -> bool:
-        """Whether somebody may still be writing the line that ends the file without a newline."""
-        if not self.lines.is_regular:
-            return False
-        found = os.stat(user_path(self.path))
-        return found.st_size != self.lines.size or time.time() - found.st_mtime < QUIET_SECONDS
+        """Whether somebody may still be writing the line that ends the file without a newline, and is no JSON."""
+        found = self.lines.stat() if self.lines.is_regular else None
+        return found is not None and (self._grows() or abs(time.time() - found.st_mtime) < QUIET_SECONDS)
+
+    def _grows(self) -> bool:
+        """Whether somebody was seen to write behind the line that ends the file without a newline. A file that was
+        written just now is looked at for a second."""
+        found = self.lines.stat() if self.lines.is_regular else None
+        if found is not None and found.st_size == self.lines.position:
+            time.sleep(min(1.0, max(0.0, 1.0 - (time.time() - found.st_mtime))))
+            found = self.lines.stat()
+        return found is not None and found.st_size != self.lines.position
 
 
 class Reader:

@@ -296,7 +296,7 @@ def record_key(record: dict[str, Any]) -> tuple[Key, bool, str]:
 
 
 def _output_path(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays one, also where the file is replaced
     if target.suffix.lower() in COMPRESSED:
         raise JournalError(f"the output {target} is written as plain lines: choose a name without {target.suffix}")
     return target

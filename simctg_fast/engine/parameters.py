@@ -35,9 +35,9 @@ class Parameters:
         logprobs: record the natural log-probability of every token, by the model's distribution as logits processors
             leave it; top_logprobs: and those of so many of the most probable ones, at most 20.
         truncate_prompt_tokens: keep so many tokens of a longer prompt, its last ones (of a source its first ones); -1:
-            as many as the model's context leaves.
+            as many as ``max_new_tokens`` leave of the model's context.
         clamp_max_new_tokens: write less than ``max_new_tokens`` where the model's context ends before, instead of
-            refusing the request.
+            refusing the request. (Of ``truncate_prompt_tokens=-1`` they then reserve half the context at most.)
         continue_final_message: the continuation goes on in the last of the ``messages`` instead of answering it.
     """
 

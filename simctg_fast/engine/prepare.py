@@ -196,7 +196,8 @@ class Preparer:
         if most == -1:
             if self.limit is None:
                 return ids
-            new = 0 if self.is_encoder_decoder else min(request.parameters.max_new_tokens, self.limit - 1)
+            reserved = self.limit // 2 if request.parameters.clamp_max_new_tokens else self.limit - 1
+            new = 0 if self.is_encoder_decoder else min(request.parameters.max_new_tokens, reserved)
             most = self.limit - new
         if len(ids) <= most:
             return ids

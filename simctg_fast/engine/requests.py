@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..text_files import is_utf8
@@ -204,8 +204,11 @@ def _parse_openai(
     fail.unless_known(body, ("prompt", "messages", *NAMES, *_OPENAI_NAMES, *_OPENAI_NEUTRAL, *_OPENAI_IGNORED), "body.")
     for name, neutral in _OPENAI_NEUTRAL.items():
         value = body.get(name)
-        as_n = name == "best_of" and value == body.get("n")
-        if value is not None and not as_n and not any(value == item for item in neutral):
+        if name == "best_of":
+            neutral = (*neutral, body.get("n"))
+        elif name == "add_generation_prompt":
+            neutral = (not body.get("continue_final_message", False),)
+        if value is not None and not any(value == item for item in neutral):
             allowed = " or ".join(["null", *map(json.dumps, neutral)])
             raise fail("unsupported_value", f"body.{name} must be {allowed}: others are not served, got {shown(value)}")
     content = fail.content(body, ("prompt", "messages"), "body.")
@@ -213,13 +216,25 @@ def _parse_openai(
     if (url == _CHAT) != ("messages" in content):
         wanted = "messages" if url == _CHAT else "prompt"
         raise fail("wrong_content", f"body of {url} must have {wanted}, got {'prompt' if url == _CHAT else 'messages'}")
-    overrides = {_OPENAI_NAMES.get(str(name), str(name)): value for name, value in body.items() if value is not None}
-    overrides = {name: value for name, value in overrides.items() if name in NAMES}
+    overrides: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for spelled, value in body.items():
+        setting = _OPENAI_NAMES.get(spelled, spelled)
+        if setting not in NAMES or value is None:
+            continue
+        if setting in overrides and overrides[setting] != value:
+            both = f"body.{given_as[setting]} is {shown(overrides[setting])} and body.{spelled} {shown(value)}"
+            raise fail("invalid_value", f"{both}: they are the same setting")
+        overrides[setting], given_as[setting] = value, spelled
     if url == _COMPLETIONS and not isinstance(overrides.get("logprobs", False), bool):
-        # There it is the number of alternatives.
-        overrides |= {"logprobs": True, "top_logprobs": overrides["logprobs"]}
-    if overrides.get("top_k") in (-1, 0):  # other servers' spelling of no limit
+        count = overrides["logprobs"]  # there it is the number of alternatives
+        if overrides.get("top_logprobs", count) != count:
+            both = f"body.logprobs is {shown(count)} and body.top_logprobs {shown(overrides['top_logprobs'])}"
+            raise fail("invalid_value", f"{both}: of {_COMPLETIONS} they are the same setting")
+        overrides |= {"logprobs": True, "top_logprobs": count}
+    if overrides.get("top_k") in (-1, 0):  # other servers' spelling of no limit, which is their default
         del overrides["top_k"]
+        defaults = replace(defaults, top_k=None) if strategy == "sample" else defaults
     return Request(
         id=request_id, parameters=fail.parameters(defaults, overrides, strategy), url=url, **content, **facts
     )

@@ -121,7 +121,7 @@ class SlotScheduler:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yields every sequence when it is finished or has failed."""
+        """Yields every sequence when it is finished or has failed, and `IDLE` where the source did."""
         began = time.perf_counter()
         self.source, self.exhausted = iter(sequences), False
         self.waiting: list[tuple[int, int, list[Sequence]]] = []  # a heap: longest first, siblings together
@@ -149,6 +149,8 @@ class SlotScheduler:
                     self.on_step()
                 ended, self.ended = self.ended, []
                 yield from ended
+                if self.idle:
+                    yield IDLE
                 began = time.perf_counter()
                 if not self.active and (self.stopping or (self.exhausted and not self.waiting)):
                     return
@@ -162,12 +164,14 @@ class SlotScheduler:
 
     def _pull(self) -> None:
         """Look ahead in the source, so that the longest can go first."""
+        self.idle = False
         while not self.exhausted and not self.stopping and len(self.waiting) < LOOKAHEAD:
             sequence = next(self.source, None)
             if sequence is None:
                 self.exhausted = True
                 return
             if sequence is IDLE:
+                self.idle = True
                 return
             siblings = [sequence]
             while len(siblings) < sequence.parameters.n:

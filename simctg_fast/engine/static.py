@@ -59,7 +59,7 @@ class StaticBatches:
         self.stopping = False
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yields every sequence when it is finished or has failed."""
+        """Yields every sequence when it is finished or has failed, and `IDLE` where the source did."""
         source = iter(sequences)
         while True:
             waiting: list[Sequence] = []
@@ -68,6 +68,8 @@ class StaticBatches:
                     waiting.append(sequence)
                 if len(waiting) == self.lookahead or (waiting and sequence is IDLE) or self.stopping:
                     break
+                if sequence is IDLE:
+                    yield IDLE
             if not waiting or self.stopping:
                 return
             waiting.sort(key=lambda s: (len(_prompt(s)), s.parameters.max_new_tokens))
