@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 import pytest
 
 from .engine_jobs import JobServer, read_records, save_model, sorted_lines, wait_for_records, write_lines
-from .processes import started
+from .processes import run_child, started
 
 SETTINGS = ("--slots", 8, "--max-new-tokens", 6, "--quiet")
 
@@ -318,6 +319,60 @@ def test_a_pipe_by_name_into_a_file_that_goes_on(server, model, tmp_path):
     assert 'under id "r0"' in server.stderr
     assert server.run("run", pipe, "-m", model, "-o", out, *SETTINGS, "--changed", "again", COLUMNS="300") == 2
     assert "read twice" in server.stderr
+
+
+@pytest.mark.parametrize(
+    "closed", [">&-", "2>&-", ">&- 2>&- <&-", "2>/dev/full", ">/dev/full", "2>/dev/full --log-json"]
+)
+def test_every_answer_is_written_whatever_the_streams_are(model, tmp_path, closed):
+    """And nothing else is: a file that is opened does not get the number of a stream, with its text in it."""
+    source = write_lines(tmp_path / "in.jsonl", [*lines(12), "{bad"])
+    program = f"{sys.executable} -m simctg_fast.cli run {source} -m {model} -o {tmp_path}/out.jsonl --slots 4 -n 4"
+    done = run_child(["sh", "-c", f"{program} {closed}"])
+    assert done.returncode == (3 if closed == ">/dev/full" else 1), done.stderr
+    assert len(read_records(tmp_path / "out.jsonl")) == 13
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", ["4k", "8k"])
+def test_a_disk_that_is_full_before_the_first_line(server, model, tmp_path, size):
+    source = write_lines(tmp_path / "in.jsonl", lines(40))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        (disk / "filler").write_bytes(bytes(4096 * (int(size[0]) // 4)))
+        out = disk / "out.jsonl"
+        assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 3
+        assert "the output cannot be written: No space left on device" in server.stderr
+        assert [each.name for each in disk.iterdir()] == ["filler"]
+        (disk / "filler").unlink()
+        code = server.run("run", source, "-m", model, "-o", out, *SETTINGS)
+        assert code == 3, "there is room for the manifest and some lines"
+        assert subprocess.run(["mount", "-o", "remount,size=10m", disk]).returncode == 0
+        assert server.run("run", source, "-m", model, "-o", out, *SETTINGS) == 0
+        assert len(read_records(out)) == 40
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_s_own_code_is_not_run(model, tmp_path):
+    """Whatever standard input says."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "theirs", "auto_map": names}))
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    source = write_lines(tmp_path / "in.jsonl", lines(1))
+    command = [sys.executable, "-m", "simctg_fast.cli", "run", source, "-m", folder, "-o", tmp_path / "out"]
+    done = run_child(list(map(str, command)), input="yes\n" * 20)
+    assert done.returncode == 2
+    assert "--trust-remote-code" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- hostile lines ---------------------------------------------------------------------------------------------------

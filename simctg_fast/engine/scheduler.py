@@ -30,7 +30,7 @@ LOOKAHEAD = 4096  # sequences that are known, and put in order, before the first
 CHUNK = 512  # prompt tokens a forward
 PREFILL_BUDGET = 2048  # prompt tokens between two steps
 KERNEL_ROWS = 1024  # rows up to which linear layers go to the kernel whose rows do not depend on each other
-MAX_SLOTS = 256
+MAX_SLOTS = 256  # that are made of memory, or kept for fewer sequences
 TRIAL_SLOTS = 64  # at most, however many there will be
 TYPICAL_PROMPT = 1024  # tokens reckoned with where the number of slots is made from memory
 
@@ -58,7 +58,7 @@ class SlotScheduler:
         self.model_seconds = self.seconds = 0.0
         self.stopping = False
         self.on_step: Callable[[], None] | None = None
-        self.rows_independent = False
+        self.independent_slots = 1  # up to so many, a row's bits do not depend on how many there are
         self.decoder: SlotDecoder | None = None
         self.bytes_per_position = self.bytes_per_slot = 0  # of one slot: what grows with its length, and the rest
         self.reserved: dict[int, Sequence] = {}  # slots that wait for a sibling's prompt
@@ -97,10 +97,10 @@ class SlotScheduler:
         with self._running() as decoder:
             decoder.verify(trial)
             self._measure(decoder)
-            # As far as one kernel goes: with more rows another takes over.
             on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
-            one_kernel = self.most_slots > 1 and self.most_slots * k <= max(KERNEL_ROWS, self.slots * k)
-            self.rows_independent = on_cpu and one_kernel and decoder.rows_are_independent()
+            if on_cpu and self.slots > 1 and decoder.rows_are_independent():
+                # As far as one kernel goes: with more rows another takes over.
+                self.independent_slots = max(self.slots, KERNEL_ROWS // k)
         self.slots = self.most_slots
 
     @contextmanager
@@ -320,7 +320,7 @@ class SlotScheduler:
     def _compact(self) -> int:
         """Rows the next step computes. Where they do not depend on each other, those at the end are left out once there
         is nothing to fill them with; elsewhere the shape stays what it is."""
-        if not self.rows_independent or not self.exhausted or self.waiting or self.filling:
+        if self.slots > self.independent_slots or not self.exhausted or self.waiting or self.filling:
             return self.slots
         used = [slot for slot, row in enumerate(self.rows) if row is not None]
         for target in range(len(used)):
@@ -368,10 +368,14 @@ class SlotScheduler:
         return None
 
     def _fit_slots(self) -> None:
-        """No more slots than sequences, where the whole input is known and a row's bits do not depend on the others."""
+        """No more slots than sequences, where the whole input is known: of very many always, and of others where the
+        bits of a row do not depend on how many there are."""
         self.slots = self.most_slots
-        if self.exhausted and self.rows_independent:
-            self.slots = max(1, min(self.slots, sum(len(siblings) for _, _, siblings in self.waiting)))
+        wanted = max(1, sum(len(siblings) for _, _, siblings in self.waiting))
+        if self.most_slots > self.independent_slots:
+            wanted = max(wanted, MAX_SLOTS)
+        if self.exhausted:
+            self.slots = min(self.slots, wanted)
 
     def _halve(self, reason: str) -> None:
         """Half the slots; everything in work begins again. With one slot left, its sequence fails."""
