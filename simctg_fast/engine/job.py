@@ -277,17 +277,16 @@ class Job:
         slots = self.options.slots
         many = slots is not None and slots > DEFAULT_SLOTS
         head: list[Request | BadLine] = []
-        asked = lines.skipped
+        asked = 0
         for item in items:
             if item is IDLE:
                 continue
             head.append(item)
             asked += item.count if isinstance(item, Request) else 0
-            if isinstance(item, Request) and not (many and asked < (slots or 0) and lines.lines.is_regular):
+            is_enough = not (many and lines.lines.is_regular and asked + lines.skipped < (slots or 0))
+            if (asked and is_enough) or len(head) == MOST_AHEAD:
                 return head, slots
-            if len(head) == MOST_AHEAD:
-                return head, slots
-        return head, max(DEFAULT_SLOTS, asked) if many else slots
+        return head, max(DEFAULT_SLOTS, asked + lines.skipped) if many else slots
 
     @property
     def _reads_once(self) -> bool:
