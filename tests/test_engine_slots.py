@@ -520,3 +520,39 @@ def test_free_memory_on_a_gpu_counts_what_torch_holds(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"inactive_split_bytes.all.current": 50})
     assert free_bytes(torch.device("cuda")) == 350
+
+
+def test_memory_is_reckoned_before_it_is_touched(monkeypatch, caplog):
+    """No allocation fails where a system hands out memory on trust."""
+    model = shared("gpt2")
+    requests = lines(model, (5, 40, 13, 22, 8, 30, 3, 6))
+    expected = tokens(run(model, requests))
+    engine = Engine(model, tokenizer(), slots=8, max_new_tokens=8)
+    monkeypatch.setattr(scheduler_module, "free_bytes", lambda device: 150_000)
+    assert tokens({result.id: result for result in engine.generate(requests)}) == expected
+    assert engine.stats["slots"] == 2
+    assert engine.stats["out_of_memory"] == 2
+    assert "do not fit into the free memory" in caplog.text
+
+
+def test_a_request_that_no_slot_can_hold_fails_alone():
+    model = shared("t5")  # which has no table of positions
+    requests = [*lines(model), {"id": 9, "source": "x", "max_new_tokens": 2**31 - 1}]
+    engine = Engine(model, tokenizer(), slots=4, batching="slots", max_new_tokens=8)
+    results = {result.id: result for result in engine.generate(requests)}
+    assert results[9].error["type"] == "out_of_memory"
+    assert tokens({i: results[i] for i in range(5)}) == tokens(run(model, lines(model), slots=4))
+    assert (engine.stats["slots"], engine.stats["out_of_memory"]) == (4, 0)
+
+
+@pytest.mark.parametrize("batching", ["slots", "static"])
+def test_no_more_slots_than_are_of_use(batching):
+    model = shared("gpt2")
+    engine = Engine(model, tokenizer(), slots=100_000, batching=batching, max_new_tokens=8)
+    found = {result.id: result for result in engine.generate(lines(model))}
+    assert tokens(found) == tokens(run(model, lines(model)))
+    few = Engine(model, tokenizer(), slots=64, batching="slots", max_new_tokens=8)
+    assert tokens({result.id: result for result in few.generate(lines(model))}) == tokens(found)
+    assert few.stats["slots"] == len(LENGTHS)
+    if batching == "slots":
+        assert engine.stats["slots"] <= 256
