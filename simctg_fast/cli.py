@@ -181,7 +181,7 @@ def generate(
             trust_remote_code=trust_remote_code,
         )
 
-    def show_new(request: Any, text: str) -> None:
+    def show_new(request: Any, index: int, text: str) -> None:
         print(shown(text), end="", flush=True)
 
     console = Console(highlight=False, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -99,6 +100,13 @@ class _Notes:
             return
 
 
+class _Escaped(logging.Formatter):
+    """Warnings name files and texts of others, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def shown(text: str, stream: Any = None) -> str:
     """``text`` for ``stream`` (standard output): its control characters escaped on a terminal, else as it is."""
     return printable(text) if (stream or sys.stdout).isatty() else text
@@ -155,6 +163,8 @@ def guarded() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _Output(out, before[0] is None), _Notes(errors)
+    if logging.lastResort is not None:  # where nobody has set up logging
+        logging.lastResort.setFormatter(_Escaped())
     try:
         with _signals():
             try:

@@ -74,7 +74,7 @@ class TextGenerator:
         self.notes: list[str] = []
 
     def __call__(
-        self, prompts: Sequence[str], on_text: Callable[[Request, str], None] | None = None
+        self, prompts: Sequence[str], on_text: Callable[[Request, int, str], None] | None = None
     ) -> Iterator[Written]:
         """Continues the prompts, in their order. ``on_text``: see `Engine.generate`."""
         key = "source" if self.engine.prepare.is_encoder_decoder else "prompt"

@@ -86,6 +86,16 @@ def test_the_input_is_not_the_output(server, model, tmp_path, link):
     assert source.read_bytes() == before
 
 
+@pytest.mark.parametrize("stream", ["> {out}", "2> {out}", "-o /dev/stdout > {out}"])
+def test_a_stream_is_not_the_output(model, tmp_path, stream):
+    source, out = write_lines(tmp_path / "in.jsonl", lines(1)), tmp_path / "out"
+    program = f"{sys.executable} -m simctg_fast.cli run {source} -m {model} -o {out}"
+    done = run_child(["sh", "-c", f"{program} {stream.format(out=out)}"], env=os.environ | {"COLUMNS": "300"})
+    assert done.returncode == 2
+    assert "is standard" in done.stderr + out.read_text()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+
 def test_whole_records_and_a_torn_line_without_a_manifest_stay(server, model, tmp_path):
     out = tmp_path / "out"
     source = write_lines(tmp_path / "in.jsonl", lines(3))

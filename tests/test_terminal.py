@@ -441,3 +441,10 @@ def test_home_is_home_in_every_path(texts, tmp_path, monkeypatch):
     assert (tmp_path / "deep" / "run" / "model.safetensors").is_file()
     assert (tmp_path / "deep" / "run" / "checkpoint-2").is_dir()
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_warnings_have_no_power_over_a_terminal():
+    code = "import logging; from simctg_fast.terminal import guarded\n"
+    code += "with guarded(): logging.getLogger('simctg_fast').warning('%s is torn', 'a\\x1b]0;title\\x07')"
+    done = run_child([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stderr == "a\\x1b]0;title\\x07 is torn\n"

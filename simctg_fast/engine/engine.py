@@ -23,6 +23,8 @@ from .strategies import make_strategy
 
 logger = logging.getLogger("simctg_fast")
 
+OnText = Callable[[Request, int, str], None]
+
 BATCHING = ("auto", "slots", "static")
 _END = object()
 
@@ -80,6 +82,7 @@ class Engine:
         )
         self.backend = self._backend(batching, slots, memory)
         self.prompt_tokens = 0
+        self._is_generating = False
 
     @property
     def on_step(self) -> Callable[[], None] | None:
@@ -137,7 +140,7 @@ class Engine:
         requests: str | Mapping[str, Any] | Request | Iterable[str | Mapping[str, Any] | Request],
         *,
         ordered: bool = False,
-        on_text: Callable[[Request, str], None] | None = None,
+        on_text: OnText | None = None,
     ) -> Iterator[Result]:
         """Results, errors included: nothing about one request is raised.
 
@@ -146,10 +149,11 @@ class Engine:
                 single one of these; read as needed, some thousand ahead.
             ordered: results in the order of the requests; those that are finished before an earlier one wait in memory.
                 By default they come as they are finished: `Result.id` says which is which, `Result.index` its place.
-            on_text: called with a request and what is new of its text, as it is written.
+            on_text: called with a request, the number of the continuation and what is new of its text, as it comes.
 
         Raises:
             TypeError: ``requests`` is none of these.
+            RuntimeError: results of another call are still being written.
         """
         if isinstance(requests, str | Mapping | Request):
             requests = [requests]
@@ -157,11 +161,20 @@ class Engine:
             raise TypeError(
                 f"requests must be a string, a dict, a Request or an iterable of them, got {requests!r:.80}"
             )
+        self.backend.stopping = False
         results = self._results(iter(requests), on_text)
         return _in_order(results) if ordered else results
 
-    def _results(self, requests: Iterator[Any], on_text: Callable[[Request, str], None] | None) -> Iterator[Result]:
-        self.backend.stopping = False
+    def _results(self, requests: Iterator[Any], on_text: OnText | None) -> Iterator[Result]:
+        if self._is_generating:
+            raise RuntimeError("this engine is still writing results of another call; end that first, or make another")
+        self._is_generating = True
+        try:
+            yield from self._run(requests, on_text)
+        finally:
+            self._is_generating = False
+
+    def _run(self, requests: Iterator[Any], on_text: OnText | None) -> Iterator[Result]:
         ready: deque[Result] = deque()
         waiting: dict[int, list[Sequence]] = {}  # by id(request), which the sequences keep alive
         places: dict[int, int] = {}

@@ -297,12 +297,18 @@ class Job:
         return InputLines(o.input, self._parser(), done or {}, o.num_shards, o.shard_id)
 
     def _check_apart(self, lines: InputLines) -> None:
-        """Raise JournalError where the output, or its manifest, is the input by whatever name."""
-        source = lines.lines.stat()
+        """Raise JournalError where the output, or its manifest, is the input or one of our streams."""
+        taken: list[tuple[str, Any]] = [(f"the input {self.options.input}", lines.lines.stat())]
+        if self.options.output != STDOUT:
+            for number, name in ((1, "standard output: name it -"), (2, "standard error")):
+                with suppress(OSError):
+                    taken.append((name, os.fstat(number)))
         for path in self._written():
             with suppress(OSError):
-                if source is not None and os.path.samestat(source, os.stat(path)):
-                    raise JournalError(f"the output {path} is the input {self.options.input}; choose another output")
+                found = os.stat(path)
+                for name, other in taken:
+                    if other is not None and os.path.samestat(other, found):
+                        raise JournalError(f"the output {path} is {name}; choose another output")
 
     def _written(self) -> tuple[str, ...]:
         output = self.options.output
@@ -363,8 +369,6 @@ class Job:
                 trust_remote_code=o.trust_remote_code,
                 **engine_options(o) | {"slots": slots},
             )
-        if self.signal is not None:
-            engine.stop()
         yield lambda requests: (r.as_record(str(o.model), self.created) for r in engine.generate(requests))
 
     def _stop(self) -> None:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ class Preparer:
         self.ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
         self._model_processors = bool(self._own_processors(4, 8, [0]))
 
-    def __call__(self, request: Request, on_text: Callable[[str], None] | None = None) -> list[Sequence]:
-        """The sequences of ``request``, ``count`` of them.
+    def __call__(self, request: Request, on_text: Callable[[int, str], None] | None = None) -> list[Sequence]:
+        """The sequences of ``request``, ``count`` of them. ``on_text`` gets the number of one and what it has written.
 
         Raises:
             RequestError: too long, no chat template, a tokenizer, template or factory that raises …
@@ -105,7 +106,7 @@ class Preparer:
                 tokenizer=self.tokenizer,
                 special=self.special,
                 record_trace=self.trace,
-                on_text=on_text,
+                on_text=None if on_text is None else partial(on_text, number * parameters.n + index),
             )
             for number, (prompt, source) in enumerate(tokens)
             for index in range(parameters.n)

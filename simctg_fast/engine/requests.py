@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from ..text_files import is_utf8
@@ -164,6 +165,7 @@ def parse_request(
         raise RequestError("invalid_id", f"id must be a string with text or an integer, got {shown(request_id)}")
     if "id" not in given:
         request_id = f"line-{line}" if line is not None else f"request-{number}"
+    request_id = int(request_id) if isinstance(request_id, Integral) else request_id
     fail = _Failure(request_id, openai=False)
     fail.unless_known(given, ("id", *CONTENT, *NAMES))
     content = fail.content(given, CONTENT)
@@ -272,12 +274,13 @@ class _Failure:
         return {name: self.text(value, prefix + name)}
 
     def texts(self, value: Any, name: str) -> list[str | tuple[int, ...]]:
-        """A text, a list of token ids, or, of an OpenAI line, a list of these."""
+        """A text, a list of token ids (in Python any array of them), or, of an OpenAI line, a list of these."""
+        value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
         if isinstance(value, str):
             return [self.text(value, name)]
         if isinstance(value, list) and value:
             if all(_is_token(item) for item in value):
-                return [tuple(value)]
+                return [tuple(map(int, value))]
             if self.openai and all(isinstance(item, str) for item in value):
                 return [self.text(item, f"{name}[{index}]") for index, item in enumerate(value)]
             if self.openai and all(isinstance(item, list) and item and all(map(_is_token, item)) for item in value):
@@ -332,13 +335,13 @@ class _Failure:
 
 
 def _is_id(value: Any) -> bool:
-    if isinstance(value, int):
-        return not isinstance(value, bool) and value.bit_length() <= 128
+    if isinstance(value, Integral):
+        return not isinstance(value, bool) and int(value).bit_length() <= 128
     return isinstance(value, str) and bool(value.strip())
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _finite(text: str) -> float:

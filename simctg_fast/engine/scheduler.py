@@ -368,14 +368,12 @@ class SlotScheduler:
         return None
 
     def _fit_slots(self) -> None:
-        """No more slots than sequences, where the whole input is known: of very many always, and of others where the
-        bits of a row do not depend on how many there are."""
-        self.slots = self.most_slots
-        wanted = max(1, sum(len(siblings) for _, _, siblings in self.waiting))
-        if self.most_slots > self.independent_slots:
+        """No more slots than sequences that are known: of very many always, and of others where these are all there
+        will be, and the bits of a row do not depend on how many there are."""
+        wanted = sum(len(siblings) for _, _, siblings in self.waiting)
+        if not self.exhausted or self.most_slots > self.independent_slots:
             wanted = max(wanted, MAX_SLOTS)
-        if self.exhausted:
-            self.slots = min(self.slots, wanted)
+        self.slots = max(1, min(self.most_slots, wanted))
 
     def _halve(self, reason: str) -> None:
         """Half the slots; everything in work begins again. With one slot left, its sequence fails."""

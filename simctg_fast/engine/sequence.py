@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Sequence:
         seed: of the run.
         processors, criteria: called with this sequence alone, ``(1, length)``.
         ends: token ids that end a text; tokenizer: for stop strings and texts.
-        special: the texts of the tokens that decoding leaves out.
+        special: ids and texts of the tokens that decoding leaves out.
         on_text: called with what is new of the text as it is written.
     """
 
@@ -42,7 +43,7 @@ class Sequence:
         criteria: list[Any],
         ends: frozenset[int],
         tokenizer: Any,
-        special: frozenset[str] = frozenset(),
+        special: Mapping[int, str] = MappingProxyType({}),
         record_trace: bool = False,
         on_text: Callable[[str], None] | None = None,
     ):
@@ -66,8 +67,9 @@ class Sequence:
         self._text: str | None = None
         # A token may stand for a single byte, a character takes four at most.
         self._tail = max((4 * len(s) + 8 for s in self.parameters.stop), default=0)
-        hidden = special if self.parameters.skip_special_tokens else ()
-        self._special_stops = [s for s in self.parameters.stop if any(token in s for token in hidden)]
+        self._hidden = special if self.parameters.skip_special_tokens else {}
+        self._visible: list[int] = []
+        self._special_stops = [s for s in self.parameters.stop if any(text in s for text in self._hidden.values())]
 
     @property
     def total_length(self) -> int:
@@ -95,7 +97,7 @@ class Sequence:
     def restart(self) -> None:
         """Forget what was written, to write it again from the prompt."""
         self.tokens, self._generator, self.finish_reason, self._text = [], None, None, None
-        self._settled, self._settled_tokens = "", 0
+        self._settled, self._settled_tokens, self._visible = "", 0, []
         self.logprobs = None if self.logprobs is None else []
         self.trace = None if self.trace is None else []
 
@@ -118,6 +120,8 @@ class Sequence:
     def accept(self, token: int, scores: torch.Tensor | None = None) -> None:
         """Write one more token, and decide whether it was the last. ``scores (1, V)`` are for the criteria."""
         self.tokens.append(token)
+        if token not in self._hidden:
+            self._visible.append(token)
         ended = token in self.ends or token in self.stop_ids or (self._tail > 0 and self._is_stopped())
         if ended or (self.criteria and self._criteria_stop(scores)):
             self.finish_reason = "stop"
@@ -151,9 +155,8 @@ class Sequence:
             tails = [self._decode(len(self.tokens))]
             tails += [self._decode(len(self.tokens), special=True)] if self._special_stops else []
         else:
-            newest, skip = self.tokens[-self._tail :], self.parameters.skip_special_tokens
-            tails = [self.tokenizer.decode(newest, skip_special_tokens=skip)]
-            tails += [self.tokenizer.decode(newest, skip_special_tokens=False)] if self._special_stops else []
+            newest = [self._visible] + ([self.tokens] if self._special_stops else [])
+            tails = [self.tokenizer.decode(tokens[-self._tail :], skip_special_tokens=False) for tokens in newest]
         if not any(s in tail for tail in tails for s in self.parameters.stop):
             return False
         text = self._decode(len(self.tokens))
@@ -177,8 +180,7 @@ class Sequence:
                 break
             at += len(piece)
             whole = number
-        hidden = self.tokenizer.decode([self.tokens[whole]], skip_special_tokens=True) == ""
-        rest = "" if hidden else raw[at:start]
+        rest = "" if self.tokens[whole] in self._hidden else raw[at:start]
         included = raw[start:end] if self.parameters.include_stop_str_in_output else ""
         return self._decode(whole) + rest + included
 
@@ -192,7 +194,8 @@ class Sequence:
         return self._decode(len(self.tokens) - cut)
 
     def _show(self) -> None:
-        """Hand on what is new. What may yet become a stop string, or half a character, is held back."""
+        """Hand on what is new. What may yet become a stop string, half a character, and spaces that some tokenizers
+        take back, wait."""
         if self.finished:
             text = self.text
         else:
@@ -202,9 +205,12 @@ class Sequence:
             text = self._settled + piece.rstrip("\ufffd")
             if not piece.endswith("\ufffd"):
                 self._settled, self._settled_tokens = text, len(self.tokens)
-            text = text[: max(0, len(text) - max((len(s) - 1 for s in self.parameters.stop), default=0))]
-        if self.on_text is not None and text.startswith(self._shown) and text != self._shown:
-            self.on_text(text[len(self._shown) :])
+            text = text[: max(0, len(text) - max((len(s) - 1 for s in self.parameters.stop), default=0))].rstrip()
+        same = next((at for at, pair in enumerate(zip(text, self._shown, strict=False)) if len(set(pair)) > 1), None)
+        same = min(len(text), len(self._shown)) if same is None else same
+        # What was shown cannot be taken back: where the end differs from it, its rest is all that can be done.
+        if self.on_text is not None and len(text) > same and (same == len(self._shown) or self.finished):
+            self.on_text(text[same:])
             self._shown = text
 
     def choice(self) -> Choice:
@@ -216,11 +222,11 @@ class Sequence:
         return Choice(self.text, list(self.tokens), self.finish_reason, self.logprobs, self.trace)
 
 
-def special_tokens(tokenizer: Any) -> frozenset[str]:
-    """The texts of the tokens that decoding leaves out."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    named = getattr(tokenizer, "all_special_tokens", ())
-    return frozenset(named) | {token.content for token in added if token.special}
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Ids and texts of the tokens that decoding leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=False)
+    return dict(named) | {token_id: token.content for token_id, token in added if token.special}
 
 
 def _first(text: str, stops: Iterable[str]) -> tuple[int, int] | None:
