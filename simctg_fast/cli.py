@@ -349,7 +349,7 @@ def run(
     penalty_alpha: Annotated[float | None, typer.Option("--penalty-alpha", "-a", help="0 (greedy) to 1.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Candidates a step; of sample: tokens.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Longest continuation.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the random strategies, above 0.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the random strategies; 0: the best.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Of sample, 0 to 1.")] = None,
     typical_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
@@ -540,7 +540,7 @@ def env() -> None:
     for name, value in info.items():
         if name.endswith("_error") and value is None:
             continue
-        text = shown(_describe(value)).replace("\n", "\n" + " " * (width + 2))
+        text = printable(_describe(value)).replace("\n", "\n" + " " * (width + 2))
         console.print(f"{name:{width}}  {text}", soft_wrap=True)
 
 
@@ -585,7 +585,9 @@ def _check_search(penalty_alpha: float, top_k: int, max_new_tokens: int) -> None
 
 
 def _show_summary(summary: Any) -> None:
-    """For a person on a terminal, as JSON to a program."""
+    """For a person on a terminal, as JSON to a program; nothing to one that has stopped reading."""
+    if summary.closed_pipe:
+        return
     if sys.stderr.isatty():
         _note(summary.as_text())
     else:

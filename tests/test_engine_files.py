@@ -197,6 +197,10 @@ def test_errors_are_tried_again_on_request(server, model, tmp_path):
     assert len(records) == 6
     assert [record["id"] for record in records if record["error"]] == ["long"]
     assert {"line-4", "line-6"} < answers(out).keys()
+    write_lines(source, lines(3))
+    before = out.read_bytes()
+    assert server.run(*command, "--retry-errors") == 1
+    assert out.read_bytes() == before, "a record whose line is gone has nothing to take its place"
 
 
 # ---- how files are in the world --------------------------------------------------------------------------------------
@@ -251,7 +255,12 @@ def test_an_input_that_breaks_off(server, model, tmp_path):
     assert server.run("run", source, "-m", model, "-o", out, "--slots", 64, "--max-new-tokens", 1, "--quiet") == 3
     assert "the input" in server.stderr
     assert "cannot be read behind line" in server.stderr
-    assert len(read_records(out)) > 500
+    whole = sorted_lines(out)
+    assert len(whole) > 500
+    torn = b"".join(line + b"\n" for line in out.read_bytes().splitlines()[:100])
+    out.write_bytes(torn)
+    assert server.run("run", source, "-m", model, "-o", out, "--slots", 64, "--max-new-tokens", 1, "--quiet") == 3
+    assert sorted_lines(out) == whole, "gone on with, it answers as much"
 
 
 def test_home_folders(server, model, tmp_path):
@@ -327,8 +336,9 @@ def test_a_pipe_by_name_into_a_file_that_goes_on(server, model, tmp_path):
     assert server.run("run", pipe, "-m", model, "-o", out, *SETTINGS, COLUMNS="300") == 2
     writer.join()
     assert 'under id "r0"' in server.stderr
-    assert server.run("run", pipe, "-m", model, "-o", out, *SETTINGS, "--changed", "again", COLUMNS="300") == 2
-    assert "read twice" in server.stderr
+    for option in (("--changed", "again"), ("--retry-errors",)):
+        assert server.run("run", pipe, "-m", model, "-o", out, *SETTINGS, *option, COLUMNS="300") == 2
+        assert "read twice" in server.stderr
 
 
 @pytest.mark.parametrize(

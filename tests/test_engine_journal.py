@@ -223,6 +223,15 @@ def test_the_manifest_names_every_difference(tmp_path):
         check_manifest(out, {})
 
 
+def test_a_manifest_of_another_version_is_named(tmp_path):
+    out = tmp_path / "out"
+    write_manifest(out, {"top_k": 4}, {"simctg_fast": "0.0.9"})
+    path = manifest_path(out)
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ManifestError, match=r"begun by another version of simctg_fast \(0\.0\.9\)"):
+        check_manifest(out, {"top_k": 4})
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -396,6 +405,9 @@ def test_merge(tmp_path):
     (tmp_path / "1").write_bytes(line("a")[:-1])
     with pytest.raises(ValueError, match="torn"):
         merge([tmp_path / "1"], tmp_path / "torn")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        merge([tmp_path / "none"], tmp_path / "of none")
+    assert not (tmp_path / "of none").exists()
 
 
 def test_merge_refuses_different_settings(tmp_path):

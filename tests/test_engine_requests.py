@@ -95,6 +95,11 @@ def test_messages_and_source():
             "unsupported_value",
             "body.best_of must be null or 1",
         ),
+        (
+            {"custom_id": "a", "body": {"prompt": "x", "max_tokens": 0}},
+            "invalid_value",
+            "body.max_tokens must be an int",
+        ),
         ({"custom_id": "a", "body": {"prompt": "x", "model": 7}}, "invalid_type", "body.model must be a string"),
         ({"custom_id": "a", "method": "GET", "body": {"prompt": "x"}}, "invalid_value", "method must be POST"),
         ({"custom_id": "a", "body": {"prompt": ["x", 7]}}, "invalid_type", "body.prompt must be a string, a list of"),

@@ -528,11 +528,41 @@ def test_memory_is_reckoned_before_it_is_touched(monkeypatch, caplog):
     requests = lines(model, (5, 40, 13, 22, 8, 30, 3, 6))
     expected = tokens(run(model, requests))
     engine = Engine(model, tokenizer(), slots=8, max_new_tokens=8)
-    monkeypatch.setattr(scheduler_module, "free_bytes", lambda device: 150_000)
+    monkeypatch.setattr(scheduler_module, "free_bytes", lambda device: 500_000)  # of slots of 256 positions
     assert tokens({result.id: result for result in engine.generate(requests)}) == expected
     assert engine.stats["slots"] == 2
     assert engine.stats["out_of_memory"] == 2
     assert "do not fit into the free memory" in caplog.text
+
+
+def test_what_is_reckoned_is_what_a_decoder_holds():
+    model = shared("gpt2")
+    engine = Engine(model, tokenizer(), slots=8, batching="slots", max_new_tokens=8)
+    scheduler = engine.backend
+    with scheduler._running():
+        decoder = scheduler._decoder
+        decoder.cache.reserve(5)
+        decoder.prefill(0, [5, 6, 7], 0, last=True)
+        held = sum(b.nbytes for layer in decoder.cache.layers for b in (layer.keys, layer.values))
+        held += decoder.history.states.nbytes + decoder.logits.nbytes
+    reckoned = 8 * (scheduler.bytes_per_position * decoder.cache.capacity + scheduler.bytes_per_slot)
+    assert held <= reckoned <= 1.5 * held
+
+
+def test_limits_of_control_groups_count(monkeypatch, tmp_path):
+    from simctg_fast.engine import memory
+
+    monkeypatch.setattr(memory, "_available", lambda: 10**9)
+    monkeypatch.setattr(memory, "_left_in_groups", lambda: iter([3 * 10**8, 10**12]))
+    assert free_bytes(torch.device("cpu")) == 3 * 10**8
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300\n")
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert list(memory._left_in(tmp_path, *names)) == [400]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(memory._left_in(tmp_path, *names)) == []
+    assert list(memory._left_in(tmp_path / "none", *names)) == []
 
 
 def test_a_request_that_no_slot_can_hold_fails_alone():

@@ -443,6 +443,21 @@ def test_many_embeddings_empty_the_slots_now_and_then(monkeypatch):
     assert all(result.error is None for result in results)
 
 
+def test_an_embedding_that_fails_fails_alone(monkeypatch):
+    from simctg_fast.engine import embeddings
+
+    original = embeddings.embed_tokens
+
+    def fails(model, made_of, rows):
+        if any(len(row) == 3 for row in rows):
+            raise RuntimeError("injected")
+        return original(model, made_of, rows)
+
+    monkeypatch.setattr(embeddings, "embed_tokens", fails)
+    results = list(engine().generate([embedding(i, "x" * i) for i in range(1, 5)], ordered=True))
+    assert [result.error and result.error["type"] for result in results] == [None, None, "model_error", None]
+
+
 def test_parse_raises_for_a_request_that_cannot_be_run():
     with pytest.raises(RequestError, match="a request must be a dict or a string, got int"):
         engine().parse(7)

@@ -445,7 +445,7 @@ def test_a_full_disk_says_so(tmp_path, monkeypatch, code):
     assert not list(tmp_path.iterdir())
     (tmp_path / "in.txt").write_text("a")
     result = run(tmp_path / "in.txt", "-o", tmp_path / "a.safetensors")
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert os.strerror(code) in said(result)
     assert "model" not in said(result)
 

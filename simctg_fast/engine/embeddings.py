@@ -10,6 +10,8 @@ from .prepare import Preparer
 from .requests import Request
 from .results import Result, error_result, from_embeddings
 
+Waiting = tuple[Request, int, list[list[int]]]  # its place among all, and the tokens of its texts
+
 MOST = 256  # requests that wait: then the slots are emptied for them
 
 
@@ -21,7 +23,7 @@ class Embeddings:
 
     def __init__(self, model: Any, tokenizer: Any, prepare: Preparer):
         self.model, self.tokenizer, self.prepare = model, tokenizer, prepare
-        self.waiting: list[tuple[Request, int, list[list[int]]]] = []
+        self.waiting: list[Waiting] = []
         self.is_wanted = False  # nothing else is to do
 
     @property
@@ -34,16 +36,19 @@ class Embeddings:
 
     def run(self) -> Iterator[Result]:
         waiting, self.waiting, self.is_wanted = self.waiting, [], False
+        results = self._embedded(waiting)
+        if len(waiting) > 1 and results[0].error is not None:  # one of them pays for it alone
+            results = [result for each in waiting for result in self._embedded([each])]
+        yield from results
+
+    def _embedded(self, waiting: list[Waiting]) -> list[Result]:
         rows = [row for _, _, found in waiting for row in found]
         try:
-            values = embed_tokens(self.model, self.tokenizer, rows).tolist()
+            values = iter(embed_tokens(self.model, self.tokenizer, rows).tolist())
         except Exception as error:
-            for request, place, _ in waiting:
-                message = f"the model's forward raised {type(error).__name__}: {error}"
-                yield error_result("model_error", message, request=request, index=place)
-            return
-        start = 0
-        for request, place, found in waiting:
-            vectors = values[start : start + len(found)]
-            start += len(found)
-            yield from_embeddings(request, sum(map(len, found)), vectors, index=place)
+            message = f"the model's forward raised {type(error).__name__}: {error}"
+            return [error_result("model_error", message, request=each[0], index=each[1]) for each in waiting]
+        return [
+            from_embeddings(request, sum(map(len, found)), [next(values) for _ in found], index=place)
+            for request, place, found in waiting
+        ]

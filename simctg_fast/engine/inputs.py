@@ -88,14 +88,16 @@ class InputLines:
             if not line.strip():
                 continue
             item = self._item(line, number)
+            is_ours = (number - 1) % self.num_shards == self.shard_id
             if item is None:  # whatever comes after it by now belongs to it
+                self.unfinished = number if is_ours else None
                 return
-            if (number - 1) % self.num_shards != self.shard_id:
+            if not is_ours:
                 if _key(item) in self.done:  # lines before it have come or gone
                     yield Changed(_key(item), number)
                 continue
             self.total += 1
-            for key in dict.fromkeys((_key(item), ("line", number))):
+            for key in keys_of(item, number):
                 before = self.done.get(key)
                 if before is not None:
                     self.skipped += 1
@@ -109,7 +111,6 @@ class InputLines:
         """None: the line is not finished."""
         digest = digest_of(line)
         if self.is_text and not line.endswith("\n") and self._grows():
-            self.unfinished = number
             return None
         try:
             given = {"prompt": decode_text(line)} if self.is_text else decode_line(line)
@@ -123,7 +124,6 @@ class InputLines:
             return self.parse(given, line=number, digest=digest)
         except RequestError as error:
             if not line.endswith("\n") and error.kind in ("invalid_json", "invalid_utf8") and self._may_grow():
-                self.unfinished = number
                 return None
             if not isinstance(error.request_id, str | int) or isinstance(error.request_id, bool):
                 error.request_id = None
@@ -183,6 +183,11 @@ def decode_text(line: str) -> str:
     """The prompt on a line of text. Raises `RequestError` where it is not UTF-8."""
     check_utf8(line)
     return line.removesuffix("\n")
+
+
+def keys_of(item: Request | BadLine, number: int) -> list[Key]:
+    """Under which a line may have been answered: its id, or its number where it had none that could be used."""
+    return list(dict.fromkeys((_key(item), ("line", number))))
 
 
 def _key(item: Request | BadLine) -> Key:

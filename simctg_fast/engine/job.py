@@ -16,7 +16,7 @@ from typing import Any
 from ..assets import resolve_model
 from ..text_files import STDIN, ReadError, user_path
 from .engine import Engine, check_options
-from .inputs import BadLine, Changed, InputLines, Reader
+from .inputs import BadLine, Changed, InputLines, Reader, keys_of
 from .journal import Journal, JournalError, Stream, WriteError
 from .manifest import check_manifest, manifest_path, model_fingerprint, read_manifest, write_manifest
 from .parameters import NAMES, Parameters
@@ -235,8 +235,9 @@ class Job:
 
     def run(self) -> Summary:
         o = self.options
-        if self.changed == "again" and self._reads_once:
-            raise ValueError("changed='again' needs an input that can be read twice: a file, not a pipe")
+        if self._reads_once and (self.changed == "again" or self.retry_errors):
+            option = "retry_errors" if self.retry_errors else "changed='again'"
+            raise ValueError(f"{option} needs an input that can be read twice: a file, not a pipe")
         summary = Summary(output=o.output)
         try:
             with self._lines() as lines:
@@ -260,6 +261,7 @@ class Job:
         items = self._refusing_changes(lines)
         if not lines.lines.is_regular:
             items = Reader(items, self._is_busy)
+        items = _unbroken(items, summary)
         head, slots = self._begin(items, lines)
         is_left = len(head) == MOST_AHEAD or any(isinstance(item, Request) for item in head)
         with self._open(slots) if is_left else nullcontext(_no_answers) as answers:
@@ -322,14 +324,21 @@ class Job:
 
     def _to_answer_again(self, journal: Journal | Stream) -> set[Any]:
         """Keys of records that are no answers any more. Raises JournalError for changes that nobody has decided on."""
-        again = set(journal.failed) if self.retry_errors else set()
         if self._reads_once or not journal.done:
-            return again
-        done = {key: digest for key, digest in journal.done.items() if key not in again}
-        found = [item for item in self._lines(done) if isinstance(item, Changed)]
-        if found and self.changed == "refuse":
-            raise JournalError(self._says_changed(found[0], len(found)))
-        return again | {item.key for item in found} if self.changed == "again" else again
+            return set()
+        retried = set(journal.failed) if self.retry_errors else set()
+        done = {key: digest for key, digest in journal.done.items() if key not in retried}
+        again: set[Any] = set()
+        changed: list[Changed] = []
+        for item in _unbroken(iter(self._lines(done)), Summary()):
+            if isinstance(item, Changed):
+                changed.append(item)
+            else:  # what has a record, but no line any more, keeps it
+                number = item.number if isinstance(item, BadLine) else item.line
+                again |= retried.intersection(keys_of(item, number))
+        if changed and self.changed == "refuse":
+            raise JournalError(self._says_changed(changed[0], len(changed)))
+        return again | {item.key for item in changed} if self.changed == "again" else again
 
     def _says_changed(self, first: Changed, count: int | None = None) -> str:
         kind, value = first.key
@@ -411,17 +420,14 @@ class Job:
             progress.update()
 
         def requests() -> Iterator[Any]:
-            try:
-                for item in items:
-                    if self.signal is not None:
-                        return
-                    if item is IDLE or isinstance(item, Request):
-                        yield item
-                    else:
-                        error = from_request_error(item.error, line=item.number, digest=item.digest)
-                        write(error.as_record(str(o.model), self.created))
-            except ReadError as broken:  # what was read is answered
-                summary.fail(f"the input {broken}")
+            for item in items:
+                if self.signal is not None:
+                    return
+                if item is IDLE or isinstance(item, Request):
+                    yield item
+                else:
+                    error = from_request_error(item.error, line=item.number, digest=item.digest)
+                    write(error.as_record(str(o.model), self.created))
 
         started = time.monotonic()
         with self._signals(), progress:
@@ -470,6 +476,14 @@ class Job:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _unbroken(items: Iterator[Any], summary: Summary) -> Iterator[Any]:
+    """What can be read of an input that breaks off, which ``summary`` then says: it is answered."""
+    try:
+        yield from items
+    except ReadError as error:
+        summary.fail(f"the input {error}")
 
 
 def _no_answers(requests: Iterator[Request]) -> Iterator[Record]:

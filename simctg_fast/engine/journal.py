@@ -71,7 +71,7 @@ class Journal:
         try:
             made_parent(self.path)
             self.is_new = not self.path.exists()
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _CLOSED_IN_CHILDREN, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _PLAIN, 0o644)
         except OSError as error:
             if error.errno in FULL:
                 raise WriteError(error.errno, error.strerror) from error
@@ -157,15 +157,15 @@ class Journal:
         """Take the records of ``keys`` out, in one step: whoever is killed here leaves the old file or the new one."""
         if not keys:
             return
-        draft, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        draft, name = tempfile.mkstemp(prefix=".simctg-", dir=self.path.parent)
         try:
-            os.fchmod(draft, stat.S_IMODE(os.fstat(self._file).st_mode))
+            os.chmod(name, stat.S_IMODE(os.fstat(self._file).st_mode))
             with open(os.dup(self._file), "rb") as old, open(draft, "wb", closefd=False) as new:
                 old.seek(0)
                 new.writelines(line for line in old if not line.strip() or record_key(json.loads(line))[0] not in keys)
             os.fsync(draft)
             os.close(draft)
-            kept = os.open(name, os.O_RDWR | os.O_APPEND | _CLOSED_IN_CHILDREN)
+            kept = os.open(name, os.O_RDWR | os.O_APPEND | _PLAIN)
             if fcntl is not None:
                 fcntl.flock(kept, fcntl.LOCK_EX)
             os.replace(name, self.path)
@@ -302,4 +302,4 @@ def _output_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-_CLOSED_IN_CHILDREN = getattr(os, "O_CLOEXEC", 0)
+_PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)

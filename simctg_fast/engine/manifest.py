@@ -15,6 +15,7 @@ from ..assets import ADAPTER
 
 FORMAT = 2
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_SMALL = (".json", ".jinja", ".model", ".py", ".spm")
 _TOKENIZERS = ("tokenizer", "spiece", "vocab", "merges", "chat_template")
 
 
@@ -44,10 +45,10 @@ def write_manifest(output: str | os.PathLike[str], config: Mapping[str, Any], ab
     path = manifest_path(output)
     read_manifest(output)
     record = {"format": FORMAT, "hash": digest(config), "config": config, "about": about}
-    draft, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    draft, name = tempfile.mkstemp(prefix=".simctg-", dir=path.parent)
     try:
         with open(draft, "w", encoding="utf-8") as file:
-            os.fchmod(draft, 0o644)
+            os.chmod(name, 0o644)
             json.dump(record, file, indent=1, sort_keys=True)
             file.write("\n")
             file.flush()
@@ -81,6 +82,11 @@ def check_manifest(output: str | os.PathLike[str], config: Mapping[str, Any]) ->
             f"{os.fspath(output)} is not empty, but {manifest_path(output).name}, which says how a run made it, is not "
             "there; choose another output or move this one away"
         )
+    if record.get("format") != FORMAT:
+        raise ManifestError(
+            f"{os.fspath(output)} was begun by another version of simctg_fast ({record['about'].get('simctg_fast')}), "
+            "which may answer otherwise; go on with that, or choose another output"
+        )
     before = record["config"]
     names = sorted(set(before) | set(config))
     nothing = object()
@@ -106,7 +112,7 @@ def model_fingerprint(name: str | os.PathLike[str]) -> str:
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         if file.suffix in _WEIGHTS:
             sums.update(f"{file.name} {file.stat().st_size}".encode() + _samples(file))
-        elif file.suffix == ".json" or file.name.startswith(_TOKENIZERS):
+        elif file.suffix in _SMALL or file.name.startswith(_TOKENIZERS):
             sums.update(file.name.encode() + file.read_bytes())
     with suppress(OSError, ValueError, KeyError, TypeError):  # an adapter's: its base model counts as well
         base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]

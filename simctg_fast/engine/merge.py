@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 
@@ -22,12 +23,15 @@ def merge(outputs: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str
     Raises:
         ValueError: two records answer the same request, a torn last line, or runs of different settings.
         ManifestError: a manifest beside one of them that is none.
-        FileExistsError: ``into`` is there already.
+        FileNotFoundError: one of them is not there. FileExistsError: ``into`` is there already.
     """
-    outputs = [user_path(output) for output in outputs]
-    _check_settings(outputs)
+    files = [user_path(output) for output in outputs]
+    for output in files:
+        if not output.is_file():
+            raise FileNotFoundError(f"there is no file {str(output)!r}")
+    _check_settings(files)
     records: dict[Key, bytes] = {}
-    for output in outputs:
+    for output in files:
         with open(output, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -44,7 +48,7 @@ def merge(outputs: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str
     keys = sorted(records, key=lambda key: (key[0], str(key[1]).zfill(20)))
     if order is not None:
         places = _places(order)
-        keys.sort(key=lambda key: places.get(key, key[1] if key[0] == "line" else len(places) + 1))
+        keys.sort(key=lambda key: places.get(key, key[1] if key[0] == "line" else math.inf))
     target = made_parent(into)
     with open(target, "xb") as file:
         try:

@@ -201,6 +201,8 @@ def _parse_openai(
     if model is not None and not isinstance(model, str):
         raise fail("invalid_type", f"body.model must be a string, got {_kind(model)}")
     facts: dict[str, Any] = {"line": line, "openai": True, "model": model, "digest": digest, "raw": given}
+    if url is None and "input" in body:
+        url = EMBEDDINGS
     if url == EMBEDDINGS:
         return Request(id=request_id, parameters=defaults, url=url, **fail.embedding(body), **facts)
     fail.unless_known(body, ("prompt", "messages", *NAMES, *_OPENAI_NAMES, *_OPENAI_NEUTRAL, *_OPENAI_IGNORED), "body.")
@@ -238,7 +240,7 @@ def _parse_openai(
         del overrides["top_k"]
         defaults = replace(defaults, top_k=None) if strategy == "sample" else defaults
     return Request(
-        id=request_id, parameters=fail.parameters(defaults, overrides, strategy), url=url, **content, **facts
+        id=request_id, parameters=fail.parameters(defaults, overrides, strategy, given_as), url=url, **content, **facts
     )
 
 
@@ -327,11 +329,20 @@ class _Failure:
             raise self("no_prompt", "body.input is missing")
         return {"inputs": tuple(self.texts(body["input"], "body.input")), "encoding": encoding or "float"}
 
-    def parameters(self, defaults: Parameters, overrides: Mapping[str, Any], strategy: str) -> Parameters:
+    def parameters(
+        self,
+        defaults: Parameters,
+        overrides: Mapping[str, Any],
+        strategy: str,
+        given_as: Mapping[str, str] | None = None,
+    ) -> Parameters:
+        """``given_as``: how the line spells the names of parameters in its body."""
         try:
             return defaults.with_overrides(overrides, strategy)
         except ValueError as error:
-            raise self("invalid_value", str(error)) from error
+            name, said, rest = str(error).partition(" ")
+            name = f"body.{given_as[name]}" if given_as and name in given_as else name
+            raise self("invalid_value", name + said + rest) from error
 
 
 def _is_id(value: Any) -> bool:

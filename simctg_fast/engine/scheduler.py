@@ -14,6 +14,7 @@ import torch
 
 from ..decoding.compiled_decoder import as_written
 from ..decoding.linear_swap import fast_linears
+from ..decoding.slot_cache import BLOCK
 from ..decoding.slots import SlotDecoder, SlotsUnsupportedError, slot_trial
 from ..decoding.t5_blocks import fast_t5_blocks
 from ..loading import context_length
@@ -356,6 +357,7 @@ class SlotScheduler:
     def _lacks_memory(self, slots: int, positions: int) -> str | None:
         """Why so many slots, each of so many positions, cannot be had; None if they can. (A CPU's memory is handed out
         on trust, and the system kills whom it then cannot serve.)"""
+        positions = -(-positions // BLOCK) * BLOCK
         wanted = slots * (self.bytes_per_position * positions + self.bytes_per_slot)
         if self.budget is not None and wanted > self.budget and slots > 1:
             return f"{slots} slots of {positions} positions are more than the memory they may take"

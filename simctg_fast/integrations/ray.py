@@ -91,8 +91,7 @@ class BatchGenerator:
         count = len(next(iter(batch.values()))) if batch else 0
         # Ids must be unique within a batch; the rows' own need not be, and may be missing.
         requests = [{"id": row} | _given(batch, names, row) for row in range(count)]
-        results = {result.id: result for result in self.engine.generate(requests)}
-        answers = [results[row] for row in range(count)]
+        answers = list(self.engine.generate(requests, ordered=True))
         return dict(batch) | {
             "text": _objects([answer.text for answer in answers]),
             "token_ids": _objects([np.asarray(answer.token_ids, dtype=np.int64) for answer in answers]),
