@@ -206,11 +206,16 @@ class Sequence:
             if not piece.endswith("\ufffd"):
                 self._settled, self._settled_tokens = text, len(self.tokens)
             text = text[: max(0, len(text) - max((len(s) - 1 for s in self.parameters.stop), default=0))].rstrip()
-        same = next((at for at, pair in enumerate(zip(text, self._shown, strict=False)) if len(set(pair)) > 1), None)
-        same = min(len(text), len(self._shown)) if same is None else same
-        # What was shown cannot be taken back: where the end differs from it, its rest is all that can be done.
-        if self.on_text is not None and len(text) > same and (same == len(self._shown) or self.finished):
-            self.on_text(text[same:])
+        known = len(self._shown)
+        if not text.startswith(self._shown):
+            if not self.finished:
+                return
+            # What was shown cannot be taken back; of a text that ends otherwise the rest is all that can be given.
+            known = next(
+                (at for at, (new, old) in enumerate(zip(text, self._shown, strict=False)) if new != old), len(text)
+            )
+        if self.on_text is not None and len(text) > known:
+            self.on_text(text[known:])
             self._shown = text
 
     def choice(self) -> Choice:
