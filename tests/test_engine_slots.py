@@ -535,6 +535,28 @@ def test_memory_is_reckoned_before_it_is_touched(monkeypatch, caplog):
     assert "do not fit into the free memory" in caplog.text
 
 
+def test_static_batches_fit_into_memory(monkeypatch):
+    from simctg_fast.engine import static
+
+    model = shared("gpt2")
+    requests = lines(model, (10,) * 12)
+    expected = tokens(run(model, requests, batching="static", slots=12))
+    sizes = []
+    original = static.StaticBatches._run_batch
+    monkeypatch.setattr(
+        static.StaticBatches, "_run_batch", lambda s, batch: sizes.append(len(batch)) or original(s, batch)
+    )
+    monkeypatch.setattr(static, "free_bytes", lambda device: 100_000)
+    assert tokens(run(model, requests, batching="static", slots=12)) == expected
+    one_row = 2 * 2 * 32 * 4 * 4 * (10 + 8) + 16 * 98 * 4
+    assert max(sizes) == int(0.9 * 100_000 // one_row)
+    assert sum(sizes) == 12
+    monkeypatch.setattr(static, "free_bytes", lambda device: 1)
+    sizes.clear()
+    assert tokens(run(model, requests, batching="static", slots=12)) == expected
+    assert sizes == [1] * 12
+
+
 def test_what_is_reckoned_is_what_a_decoder_holds():
     model = shared("gpt2")
     engine = Engine(model, tokenizer(), slots=8, batching="slots", max_new_tokens=8)

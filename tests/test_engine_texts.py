@@ -66,6 +66,14 @@ def test_stop_tokens_are_no_part_of_the_text():
     assert "stop_token_ids has token 98, the model knows 0 … 97" in error["message"]
 
 
+def test_the_model_s_own_end_is_no_stop_token():
+    ids = one({"prompt": PROMPT}).token_ids
+    model = build("gpt2", eos_token_id=ids[4])
+    expected = one({"prompt": PROMPT}, model=model)
+    assert expected.finish_reason == "stop"
+    assert one({"prompt": PROMPT, "stop_token_ids": [ids[4]]}, model=model).text == expected.text
+
+
 class Forced:
     """A processor that lets one sequence of tokens be written."""
 
@@ -118,6 +126,17 @@ def written(model, made_of, text, **line):
 )
 def test_stops_that_are_or_hold_special_tokens(wide, chat, stop, more, expected):
     assert written(wide, chat, "ab<|im_end|>cd", stop=stop, **more).text == expected
+
+
+def test_a_stop_that_begins_within_a_character_of_several_tokens():
+    made = TextGenerator("bundled", max_new_tokens=8)
+    made_of = made.engine.tokenizer
+    ids = made_of("a 😀")["input_ids"] + [made_of.eos_token_id] + made_of("x")["input_ids"]
+    made.engine.prepare.factory = lambda request, _: Forced((ids * 8)[:8])
+    made.engine.prepare.ends = frozenset()
+    line = {"prompt": "x", "stop": f"😀{made_of.eos_token}x"}
+    (result,) = made.engine.generate(line)
+    assert (result.text, result.finish_reason) == ("a ", "stop")
 
 
 def test_special_tokens_in_the_text_on_request(wide, chat):
@@ -213,6 +232,9 @@ def test_sources_are_cut_before_their_end():
     made = Engine(model, made_of, strategy="greedy", slots=2, max_new_tokens=4)
     (sequence,) = made.prepare(made.parse({"source": "abcdefghij", "truncate_prompt_tokens": 4}))
     assert sequence.source_ids == made_of("abcd")["input_ids"]
+    made_of.eos_token = "j"
+    (sequence,) = made.prepare(made.parse({"source": "abcdefghij", "truncate_prompt_tokens": 4}))
+    assert sequence.source_ids == made_of("abcj")["input_ids"], "what ends a source stays"
 
 
 def test_continuations_end_with_the_context_on_request():

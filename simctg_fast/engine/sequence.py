@@ -179,7 +179,8 @@ class Sequence:
             if at + len(piece) > start:
                 break
             at += len(piece)
-            whole = number
+            if piece:  # else the character that it begins is not finished
+                whole = number
         rest = "" if self.tokens[whole] in self._hidden else raw[at:start]
         included = raw[start:end] if self.parameters.include_stop_str_in_output else ""
         return self._decode(whole) + rest + included
@@ -196,24 +197,19 @@ class Sequence:
     def _show(self) -> None:
         """Hand on what is new. What may yet become a stop string, half a character, and spaces that some tokenizers
         take back, wait."""
-        if self.finished:
-            text = self.text
-        else:
-            behind, skip = self._ahead_of(self._settled_tokens), self.parameters.skip_special_tokens
-            new = self.tokens[self._settled_tokens :]
-            piece = continuation_text(self.tokenizer, behind, new, skip_special_tokens=skip)
-            text = self._settled + piece.rstrip("\ufffd")
-            if not piece.endswith("\ufffd"):
-                self._settled, self._settled_tokens = text, len(self.tokens)
-            text = text[: max(0, len(text) - max((len(s) - 1 for s in self.parameters.stop), default=0))].rstrip()
+        behind, skip = self._ahead_of(self._settled_tokens), self.parameters.skip_special_tokens
+        new = self.tokens[self._settled_tokens :]
+        piece = continuation_text(self.tokenizer, behind, new, skip_special_tokens=skip)
+        text = self._settled + piece.rstrip("\ufffd")
+        if not piece.endswith("\ufffd"):
+            self._settled, self._settled_tokens = text, len(self.tokens)
         known = len(self._shown)
-        if not text.startswith(self._shown):
-            if not self.finished:
-                return
-            # What was shown cannot be taken back; of a text that ends otherwise the rest is all that can be given.
-            known = next(
-                (at for at, (new, old) in enumerate(zip(text, self._shown, strict=False)) if new != old), len(text)
-            )
+        if not self.finished:
+            text = text[: max(0, len(text) - max((len(s) - 1 for s in self.parameters.stop), default=0))].rstrip()
+        elif self.text.startswith(self._shown):
+            text = self.text
+        elif self._text is not None:  # what was shown cannot be taken back
+            return
         if self.on_text is not None and len(text) > known:
             self.on_text(text[known:])
             self._shown = text

@@ -53,9 +53,13 @@ class StaticBatches:
         self.positions = position_table(model)
         # What a cache takes if every layer keeps keys and values of every candidate, and logits and their like.
         config, k = model.config.get_text_config(decoder=True), strategy.candidates
-        width = config.num_hidden_layers * config.hidden_size
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        found = (getattr(config, name, 0) for name in names)
+        layers, size, heads, kept, vocabulary = (value if isinstance(value, int) else 0 for value in found)
+        width = layers * size * kept // heads if kept and heads else layers * size
         self.bytes_per_position = 2 * width * k * model.dtype.itemsize
-        self.bytes_per_row = 16 * config.vocab_size * k
+        self.free = free_bytes(model.device)  # asked once: who runs beside whom must not depend on the moment
+        self.bytes_per_row = 16 * vocabulary * k
         self.stopping = False
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
@@ -82,7 +86,6 @@ class StaticBatches:
         """Rows for the next batch: rows that are done run on with it, and must not leave a table of positions. It has
         to fit into memory, too, which a CPU hands out on trust."""
         longest = source = steps = size = 0
-        free = free_bytes(self.model.device)
         for sequence in waiting[: self.slots]:
             if self.one_length is not None and len(_prompt(sequence)) != len(_prompt(waiting[0])):
                 break
@@ -92,7 +95,7 @@ class StaticBatches:
             if size and self.positions is not None and longest + steps > self.positions:
                 break
             wanted = (size + 1) * (self.bytes_per_position * (source + longest + steps) + self.bytes_per_row)
-            if size and free is not None and wanted > SPARE_MEMORY * free:
+            if size and self.free is not None and wanted > SPARE_MEMORY * self.free:
                 break
             size += 1
         return size
