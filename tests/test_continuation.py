@@ -55,7 +55,12 @@ def from_folder(kind: str, name: str, **settings):
     folder = sentencepiece_folder(kind)
     (folder / "spiece.model").write_bytes((folder / "tokenizer.model").read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **settings}))
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        if "precompiled_charsmap" in str(error):
+            pytest.skip("this tokenizers reads no sentencepiece model without a normalization")
+        raise
 
 
 class SlowSentencePiece:
