@@ -37,7 +37,13 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def made_parent(path: str | os.PathLike[str]) -> Path:
-    """`user_path`, with the folder that is to hold it made if it is missing. Raises OSError where it cannot be."""
+    """`user_path` of a file to be, with the folder that is to hold it made if it is missing.
+
+    Raises:
+        ValueError: it ends as folders do. OSError: the folder cannot be made.
+    """
+    if os.fspath(path).endswith("/"):
+        raise ValueError(f"{os.fspath(path)!r} is the name of a folder; give that of a file")
     target = user_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target

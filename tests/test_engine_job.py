@@ -282,6 +282,7 @@ def test_two_runs_on_one_output(server, model, tmp_path):
         (["in.jsonl", "-o", "in.jsonl/folder/out"], "cannot be written: Not a directory"),
         (["in.jsonl", "-o", "."], "cannot be written: Is a directory"),
         (["in.jsonl"], "output is missing"),
+        (["in.jsonl", "-o", "folder/"], "output must be the name of a file"),
         (["in.jsonl", "-o", "out", "--top-k", "0"], "top_k must be an integer of at least 1"),
         (
             ["in.jsonl", "-o", "out", "--seed", "1", "--num-shards", "2", "--shard-id", "2"],
@@ -298,7 +299,7 @@ def test_refused_to_start(server, model, tmp_path, arguments, words):
     (tmp_path / "run.yaml").write_text("slot: 4\n")
     (tmp_path / "foreign").write_text("my notes\n")
     (tmp_path / "orphan").write_text('{"id": 1, "text": "", "error": null}\n')
-    paths = [a if a.startswith("-") or a in ("0", "1", "2", "nowhere:f") else str(tmp_path / a) for a in arguments]
+    paths = [a if a.startswith("-") or a in ("0", "1", "2", "nowhere:f") else f"{tmp_path}/{a}" for a in arguments]
     assert server.run("run", *paths, "-m", model, COLUMNS="400") == 2
     shown = server.stderr.replace(str(tmp_path) + "/", "")
     assert words in " ".join(shown.replace("│", " ").split())

@@ -116,6 +116,8 @@ def test_home_folders(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'~nobody-of-that-name/x' begins with ~"):
         user_path("~nobody-of-that-name/x")
     assert made_parent("~/a/b/c.txt").parent.is_dir()
+    with pytest.raises(ValueError, match="'~/d/' is the name of a folder"):
+        made_parent("~/d/")
 
 
 def test_control_characters_are_shown():

@@ -187,6 +187,8 @@ def _with_shard(given: Mapping[str, Any]) -> dict[str, Any]:
             )
     if isinstance(given["output"], str | os.PathLike):
         output = os.fspath(given["output"]).replace("{shard}", str(given.get("shard_id") or 0))
+        if output.endswith("/"):
+            raise ValueError(f"output must be the name of a file, got {output!r}")
         given["output"] = output if output == STDOUT else str(user_path(output))
     return given
 
