@@ -311,6 +311,23 @@ def test_stdin_to_stdout_equals_files(server, model, tmp_path, children):
     assert json.loads(said.splitlines()[-1])["errors"] == {"invalid_json": 1}
 
 
+def test_plain_text_in_a_pipe(server, model, tmp_path, children):
+    """One prompt a line, as `generate` and `features` take it; not where it is JSON that lost its beginning."""
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    out = tmp_path / "out.jsonl"
+    assert server.run("run", tmp_path / "in.txt", "-m", model, "-o", out, *SETTINGS) == 0
+    process = children.enter_context(child(model, "-", "-o", "-"))
+    written, _ = process.communicate(b"\xef\xbb\xbfone\r\ntwo")
+    assert process.returncode == 0
+    assert sorted(written.splitlines()) == sorted(out.read_bytes().splitlines())
+    process = children.enter_context(child(model, "-", "-o", "-"))
+    torn = 'ost its beginning"}\n' + json.dumps({"id": "b", "prompt": "x"}) + "\n"
+    written, _ = process.communicate(torn.encode())
+    assert process.returncode == 1
+    errors = [json.loads(line)["error"] for line in written.splitlines()]
+    assert [error["type"] for error in errors if error] == ["wrong_content"]
+
+
 def test_whoever_reads_has_had_enough(model, tmp_path, children):
     source = write_lines(tmp_path / "in.jsonl", lines(300))
     process = children.enter_context(child(model, source, "-o", "-"))

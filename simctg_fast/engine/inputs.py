@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..text_files import STDIN, TextLines, content_suffix
+from ..text_files import STDIN, TextLines, content_suffix, is_utf8
 from .journal import Key, id_key
 from .parameters import shown
 from .requests import Request, RequestError, check_utf8, decode_line, digest_of, line_id
@@ -43,7 +43,8 @@ class Changed:
 class InputLines:
     """Reads requests a line at a time, so a file may be of any size and may still be growing.
 
-    A ``.txt`` file holds one prompt a line, any other JSON objects; see `TextLines` for what else it may be.
+    A ``.txt`` file holds one prompt a line, any other JSON objects; of standard input and pipes the first line says
+    which. See `TextLines` for what else it may be.
 
     Args:
         path: the file, or ``-``.
@@ -72,7 +73,9 @@ class InputLines:
         self.total = self.skipped = 0
         self.unfinished: int | None = None
         self.lines = TextLines(path)
-        self.is_text = os.fspath(path) != STDIN and content_suffix(path) == ".txt"
+        self.is_pipe = os.fspath(path) == STDIN or not self.lines.is_regular
+        self.is_text = not self.is_pipe and content_suffix(path) == ".txt"
+        self._has_begun = not self.is_pipe
         self._seen: dict[Key, int] = {}
 
     def __enter__(self) -> InputLines:
@@ -87,6 +90,8 @@ class InputLines:
         for number, line in self.lines:
             if not line.strip():
                 continue
+            if not self._has_begun:
+                self._has_begun, self.is_text = True, is_utf8(line) and not _looks_like_json(line)
             item = self._item(line, number)
             is_ours = (number - 1) % self.num_shards == self.shard_id
             if item is None:  # whatever comes after it by now belongs to it
@@ -113,7 +118,7 @@ class InputLines:
         if self.is_text and not line.endswith("\n") and self._grows():
             return None
         try:
-            given = {"prompt": decode_text(line)} if self.is_text else decode_line(line)
+            given = {"prompt": self._text(line)} if self.is_text else decode_line(line)
             digest = digest_of(given)
             request_id = line_id(given, number)
             if isinstance(request_id, str | int) and not isinstance(request_id, bool):
@@ -128,6 +133,14 @@ class InputLines:
             if not isinstance(error.request_id, str | int) or isinstance(error.request_id, bool):
                 error.request_id = None
             return BadLine(error, number, digest)
+
+    def _text(self, line: str) -> str:
+        """The prompt on a line of text. Raises `RequestError` where it is none."""
+        check_utf8(line)
+        if self.is_pipe and _looks_like_json(line):
+            message = "a line of JSON in a pipe that began with plain text: is its beginning missing?"
+            raise RequestError("wrong_content", message)
+        return line.removesuffix("\n")
 
     def _may_grow(self) -> bool:
         """Whether somebody may still be writing the line that ends the file without a newline, and is no JSON."""
@@ -179,10 +192,8 @@ class Reader:
         return item
 
 
-def decode_text(line: str) -> str:
-    """The prompt on a line of text. Raises `RequestError` where it is not UTF-8."""
-    check_utf8(line)
-    return line.removesuffix("\n")
+def _looks_like_json(line: str) -> bool:
+    return line.lstrip().startswith(("{", "["))
 
 
 def keys_of(item: Request | BadLine, number: int) -> list[Key]:
