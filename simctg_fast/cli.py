@@ -467,13 +467,11 @@ def merge(
 ) -> None:
     """Join the outputs of a run's shards into one file."""
     from .engine.merge import merge as join
-    from .text_files import made_parent, user_path
+    from .text_files import user_path
 
-    target = made_parent(into)
+    target = user_path(into)
     try:
-        count = join(
-            [user_path(output) for output in outputs], target, None if order is None else str(user_path(order))
-        )
+        count = join(outputs, into, order)
     except FileExistsError as error:
         raise typer.BadParameter(f"--into {target} is there already") from error
     _say(f"{target}: {count} records")

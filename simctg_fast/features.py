@@ -179,11 +179,10 @@ def extract_features(
     values: Tensor | None = None
     with ExitStack() as stack:
         stack.enter_context(_evaluation_mode(backbone))
-        for batch in _batches(rows, max_tokens):
-            states = _run(backbone, _pad(rows, batch, tokenizer, backbone), layer)
+        for batch, states in _forwards(backbone, tokenizer, rows, layer, max_tokens):
             if values is None:
                 count = len(rows) if pooling != "none" else int(ends[-1])
-                shape = (count, states.shape[-1])
+                shape = (count, states[0].shape[-1])
                 if out is None:
                     values = torch.empty(shape, dtype=dtype)
                 else:
@@ -193,8 +192,7 @@ def extract_features(
                     )
                     values = writer["features"]
                     writer["lengths"].copy_(lengths)
-            for row, index in enumerate(batch):
-                text = states[row, : len(rows[index])]
+            for index, text in zip(batch, states, strict=True):
                 if pooling == "none":
                     values[int(ends[index]) - len(text) : int(ends[index])].copy_(text)
                 else:
@@ -287,6 +285,15 @@ def _pad(rows: list[list[int]], batch: list[int], tokenizer: Any, backbone: Any)
     return {"input_ids": ids.to(backbone.device), "attention_mask": mask.to(backbone.device)}
 
 
+def _forwards(
+    backbone: Any, tokenizer: Any, rows: list[list[int]], layer: int, max_tokens: int
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Indices of the rows of each batch, and their hidden states ``(T, D)`` without padding."""
+    for batch in _batches(rows, max_tokens):
+        states = _run(backbone, _pad(rows, batch, tokenizer, backbone), layer)
+        yield batch, [states[row, : len(rows[index])] for row, index in enumerate(batch)]
+
+
 def _run(backbone: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
     """``(B, T, D)``."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(backbone.forward).parameters else {}
@@ -346,8 +353,7 @@ def embed_tokens(model: Any, tokenizer: Any, rows: list[list[int]]) -> Tensor:
     most = 1 if backbone.device.type == "cpu" else 4096
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     with _evaluation_mode(backbone):
-        for batch in _batches(rows, most):
-            states = _run(backbone, _pad(rows, batch, tokenizer, backbone), -1)
-            for row, index in enumerate(batch):
-                found[index] = _pool(states[row, : len(rows[index])], "mean").cpu()
+        for batch, states in _forwards(backbone, tokenizer, rows, -1, most):
+            for index, text in zip(batch, states, strict=True):
+                found[index] = _pool(text, "mean").cpu()
     return torch.stack(found)

@@ -90,7 +90,10 @@ def _problem(encoded: Any, count: int) -> str:
 
 def short(value: Any) -> str:
     """``repr`` in one line of 80 characters at most, for messages."""
-    shown = repr(value) if isinstance(value, str) else " ".join(repr(value).split())
+    try:
+        shown = repr(value) if isinstance(value, str) else " ".join(repr(value).split())
+    except Exception as error:  # integers beyond the digits that Python converts, nesting beyond its stack
+        return f"{type(value).__name__} ({error})"
     return shown if len(shown) <= 80 else shown[:79] + "…"
 
 

@@ -9,9 +9,10 @@ import struct
 
 import pytest
 
-from simctg_fast.engine.parameters import NAMES, Parameters, check, defaults, shown
+from simctg_fast.engine.parameters import NAMES, Parameters, check, defaults
 from simctg_fast.engine.requests import RequestError, decode_line, digest_of, parse_request
 from simctg_fast.engine.results import Choice, error_result, from_choices, from_embeddings, from_request_error
+from simctg_fast.texts import short
 
 from .repository import repository
 
@@ -373,7 +374,7 @@ def test_a_digest_tells_requests_apart():
 
 def test_whatever_stands_in_a_message_is_short():
     for value in (10**6000, [[]] * 3, "x" * 900):
-        assert len(shown(value)) < 200
+        assert len(short(value)) < 200
 
 
 def test_the_page_names_every_kind_of_error():

@@ -176,8 +176,8 @@ class Engine:
 
     def _run(self, requests: Iterator[Any], on_text: OnText | None) -> Iterator[Result]:
         ready: deque[Result] = deque()
-        waiting: dict[int, list[Sequence]] = {}  # by id(request), which the sequences keep alive
-        places: dict[int, int] = {}
+        # Of each request its place and what has ended, by id(request), which the sequences keep alive.
+        waiting: dict[int, tuple[int, list[Sequence]]] = {}
         embeddings = Embeddings(self.model, self.tokenizer, self.prepare)
         numbers = itertools.count()
 
@@ -202,7 +202,7 @@ class Engine:
                     ready.append(from_request_error(error, known, index=place))
                     continue
                 self.prompt_tokens += sum(len(s.source_ids or s.prompt_ids) for s in prepared[:: request.parameters.n])
-                places[id(prepared[0].request)] = place
+                waiting[id(prepared[0].request)] = (place, [])
                 yield from prepared
 
         with fitting_threads(self.model):
@@ -213,11 +213,11 @@ class Engine:
                     if sequence is IDLE:
                         embeddings.is_wanted = not self.backend.active
                         continue
-                    siblings = waiting.setdefault(id(sequence.request), [])
+                    place, siblings = waiting[id(sequence.request)]
                     siblings.append(sequence)
                     if len(siblings) == sequence.request.count:
                         del waiting[id(sequence.request)]
-                        yield _finish(siblings, places.pop(id(sequence.request)))
+                        yield _finish(siblings, place)
                 yield from ready
                 ready.clear()
                 # No forward of the model itself while slots are in place: texts to embed are kept until then.

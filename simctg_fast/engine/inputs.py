@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..text_files import STDIN, TextLines, content_suffix, is_utf8
+from ..texts import short
 from .journal import Key, id_key
-from .parameters import shown
 from .requests import Request, RequestError, check_utf8, decode_line, digest_of, line_id
 from .sequence import IDLE
 
@@ -114,7 +114,7 @@ class InputLines:
 
     def _item(self, line: str, number: int) -> Request | BadLine | None:
         """None: the line is not finished."""
-        digest = digest_of(line)
+        digest = ""
         if self.is_text and not line.endswith("\n") and self._grows():
             return None
         try:
@@ -124,7 +124,7 @@ class InputLines:
             if isinstance(request_id, str | int) and not isinstance(request_id, bool):
                 first = self._seen.setdefault(id_key(request_id), number)
                 if first != number:
-                    message = f"id {shown(request_id)} was used by line {first} before"
+                    message = f"id {short(request_id)} was used by line {first} before"
                     return BadLine(RequestError("duplicate_id", message, openai="custom_id" in given), number, digest)
             return self.parse(given, line=number, digest=digest)
         except RequestError as error:
@@ -132,7 +132,7 @@ class InputLines:
                 return None
             if not isinstance(error.request_id, str | int) or isinstance(error.request_id, bool):
                 error.request_id = None
-            return BadLine(error, number, digest)
+            return BadLine(error, number, digest or digest_of(line))
 
     def _text(self, line: str) -> str:
         """The prompt on a line of text. Raises `RequestError` where it is none."""

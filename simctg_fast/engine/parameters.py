@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
+from ..texts import short
+
 STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive")
 CONTRASTIVE = ("contrastive", "stochastic-contrastive")
 RANDOM = ("sample", "stochastic-contrastive")
@@ -75,7 +77,7 @@ class Parameters:
             if value is not None and name != "seed" and value != _NEUTRAL[name]:
                 only = " and ".join(USED_BY[name])
                 raise ValueError(
-                    f"{name} is not used by strategy {strategy!r}, only by {only}; got {shown(value)}, and "
+                    f"{name} is not used by strategy {strategy!r}, only by {only}; got {short(value)}, and "
                     f"{_NEUTRAL[name]} is the value that changes nothing"
                 )
             del checked[name]
@@ -178,20 +180,11 @@ def check(name: str, value: Any) -> Any:
         kind, valid, allowed = _LISTS[name]
         items = [value] if isinstance(value, kind) else [] if value is None else value
         if not isinstance(items, list | tuple) or not all(valid(item) for item in items):
-            raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+            raise ValueError(f"{name} must be {allowed}, got {short(value)}")
         return tuple(items)
     if name not in _ALLOWED:
         raise ValueError(f"unknown parameter {name!r}; allowed: {', '.join(NAMES)}")
     valid, allowed = _ALLOWED[name]
     if not valid(value):
-        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+        raise ValueError(f"{name} must be {allowed}, got {short(value)}")
     return value
-
-
-def shown(value: Any) -> str:
-    """``value`` for a message, whatever it is and however long."""
-    try:
-        text = repr(value)
-    except Exception as error:  # integers beyond the digits that Python converts, nesting beyond its stack
-        return f"{type(value).__name__} ({error})"
-    return text if len(text) <= 80 else text[:77] + "…"

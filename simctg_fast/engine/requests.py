@@ -12,7 +12,8 @@ from numbers import Integral
 from typing import Any
 
 from ..text_files import is_utf8
-from .parameters import NAMES, Parameters, shown
+from ..texts import short
+from .parameters import NAMES, Parameters
 
 CONTENT = ("prompt", "messages", "source")
 _OPENAI_KEYS = ("custom_id", "method", "url", "body")
@@ -86,14 +87,12 @@ def decode_line(line: str) -> dict[str, Any]:
         RequestError: not UTF-8, not JSON, nested too deeply, not an object.
     """
     check_utf8(line)
+    if _depth(line) > MAX_DEPTH:
+        raise RequestError("invalid_json", f"the line is nested more than {MAX_DEPTH} deep")
     try:
-        if _depth(line) > MAX_DEPTH:
-            raise RequestError("invalid_json", f"the line is nested more than {MAX_DEPTH} deep")
         value = json.loads(
             line, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_repetition
         )
-    except RequestError:
-        raise
     except ValueError as error:  # JSONDecodeError is one
         raise RequestError("invalid_json", f"the line is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -162,7 +161,7 @@ def parse_request(
         return _parse_openai(given, defaults, strategy, line, digest)
     request_id: Any = given.get("id")
     if "id" in given and not _is_id(request_id):
-        raise RequestError("invalid_id", f"id must be a string with text or an integer, got {shown(request_id)}")
+        raise RequestError("invalid_id", f"id must be a string with text or an integer, got {short(request_id)}")
     if "id" not in given:
         request_id = f"line-{line}" if line is not None else f"request-{number}"
     request_id = int(request_id) if isinstance(request_id, Integral) else request_id
@@ -185,7 +184,7 @@ def _parse_openai(
 ) -> Request:
     request_id: Any = given.get("custom_id")
     if not _is_id(request_id):
-        message = f"custom_id must be a string with text or an integer, got {shown(request_id)}"
+        message = f"custom_id must be a string with text or an integer, got {short(request_id)}"
         raise RequestError("invalid_id", message, openai=True)
     fail = _Failure(request_id, openai=True)
     fail.unless_known(given, _OPENAI_KEYS)
@@ -194,9 +193,9 @@ def _parse_openai(
         raise fail("invalid_type", f"body must be an object, got {_kind(body)}")
     url = given.get("url")
     if url not in (None, _CHAT, _COMPLETIONS, EMBEDDINGS):
-        raise fail("invalid_value", f"url must be {_CHAT}, {_COMPLETIONS} or {EMBEDDINGS}, got {shown(url)}")
+        raise fail("invalid_value", f"url must be {_CHAT}, {_COMPLETIONS} or {EMBEDDINGS}, got {short(url)}")
     if given.get("method", "POST") != "POST":
-        raise fail("invalid_value", f"method must be POST, got {shown(given['method'])}")
+        raise fail("invalid_value", f"method must be POST, got {short(given['method'])}")
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise fail("invalid_type", f"body.model must be a string, got {_kind(model)}")
@@ -214,7 +213,7 @@ def _parse_openai(
             neutral = (not body.get("continue_final_message", False),)
         if value is not None and not any(value == item for item in neutral):
             allowed = " or ".join(["null", *map(json.dumps, neutral)])
-            raise fail("unsupported_value", f"body.{name} must be {allowed}: others are not served, got {shown(value)}")
+            raise fail("unsupported_value", f"body.{name} must be {allowed}: others are not served, got {short(value)}")
     content = fail.content(body, ("prompt", "messages"), "body.")
     url = url or (_CHAT if "messages" in content else _COMPLETIONS)
     if (url == _CHAT) != ("messages" in content):
@@ -227,13 +226,13 @@ def _parse_openai(
         if setting not in NAMES or value is None:
             continue
         if setting in overrides and overrides[setting] != value:
-            both = f"body.{given_as[setting]} is {shown(overrides[setting])} and body.{spelled} {shown(value)}"
+            both = f"body.{given_as[setting]} is {short(overrides[setting])} and body.{spelled} {short(value)}"
             raise fail("invalid_value", f"{both}: they are the same setting")
         overrides[setting], given_as[setting] = value, spelled
     if url == _COMPLETIONS and not isinstance(overrides.get("logprobs", False), bool):
         count = overrides["logprobs"]  # there it is the number of alternatives
         if overrides.get("top_logprobs", count) != count:
-            both = f"body.logprobs is {shown(count)} and body.top_logprobs {shown(overrides['top_logprobs'])}"
+            both = f"body.logprobs is {short(count)} and body.top_logprobs {short(overrides['top_logprobs'])}"
             raise fail("invalid_value", f"{both}: of {_COMPLETIONS} they are the same setting")
         overrides |= {"logprobs": True, "top_logprobs": count}
     if overrides.get("top_k") in (-1, 0):  # other servers' spelling of no limit, which is their default
@@ -294,7 +293,7 @@ class _Failure:
 
     def text(self, value: str, name: str) -> str:
         if not value.strip():
-            raise self("empty_prompt", f"{name} must hold text, got {shown(value)}")
+            raise self("empty_prompt", f"{name} must hold text, got {short(value)}")
         return value
 
     def messages(self, value: Any, prefix: str) -> tuple[dict[str, Any], ...]:
@@ -304,7 +303,7 @@ class _Failure:
 
     def message(self, value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict) or not isinstance(value.get("role"), str) or "content" not in value:
-            raise self("invalid_type", f"{name} must be an object with role and content, got {shown(value)}")
+            raise self("invalid_type", f"{name} must be an object with role and content, got {short(value)}")
         content = value["content"]
         if isinstance(content, str) or (content is None and value.get("tool_calls")):
             return value
@@ -314,7 +313,7 @@ class _Failure:
         for index, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text" or not isinstance(part.get("text"), str):
-                found = f"type {shown(kind)}" if isinstance(kind, str) and kind != "text" else shown(part)
+                found = f"type {short(kind)}" if isinstance(kind, str) and kind != "text" else short(part)
                 raise self("unsupported_content", f"{name}.content[{index}] must be a text part, got {found}")
         return value | {"content": "".join(part["text"] for part in content)}
 
@@ -322,9 +321,9 @@ class _Failure:
         self.unless_known(body, ("input", "encoding_format", "dimensions", *_OPENAI_IGNORED), "body.")
         encoding = body.get("encoding_format")
         if encoding not in (None, "float", "base64"):
-            raise self("invalid_value", f"body.encoding_format must be float or base64, got {shown(encoding)}")
+            raise self("invalid_value", f"body.encoding_format must be float or base64, got {short(encoding)}")
         if body.get("dimensions") is not None:
-            raise self("unsupported_value", f"body.dimensions must be null, got {shown(body['dimensions'])}")
+            raise self("unsupported_value", f"body.dimensions must be null, got {short(body['dimensions'])}")
         if body.get("input") is None:
             raise self("no_prompt", "body.input is missing")
         return {"inputs": tuple(self.texts(body["input"], "body.input")), "encoding": encoding or "float"}
@@ -367,7 +366,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(repeated)} stands there twice")
+        raise ValueError(f"the key {short(repeated)} stands there twice")
     return made
 
 
