@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _backends
 from . import _contrastive_loss_torch as _tiled
+from ._autograd import register
 from ._contrastive_loss_torch import TILE, WORD, accumulator_dtype, full_precision
 
 IMPLS = ("auto", "triton", "cpu", "torch")
@@ -346,4 +347,5 @@ _library.impl("contrastive_loss", _forward, "CompositeExplicitAutograd")
 _library.impl("contrastive_loss_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::contrastive_loss", _fake, lib=_library)
 torch.library.register_fake("simctg_fast::contrastive_loss_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("simctg_fast::contrastive_loss", _autograd, setup_context=_setup, lib=_library)
+register(_library, "contrastive_loss", _autograd, _setup)
+register(_library, "contrastive_loss_backward")

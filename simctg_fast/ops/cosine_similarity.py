@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _contrastive_loss_torch as _tiled
+from ._autograd import register
 from ._contrastive_loss_torch import full_precision
 from .contrastive_loss import resolve
 
@@ -88,4 +89,5 @@ torch.library.register_fake(
     lambda grad, hidden_states, inverse_norms: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
     lib=_library,
 )
-torch.library.register_autograd("simctg_fast::cosine_similarity_matrix", _autograd, setup_context=_setup, lib=_library)
+register(_library, "cosine_similarity_matrix", _autograd, _setup)
+register(_library, "cosine_similarity_matrix_backward")

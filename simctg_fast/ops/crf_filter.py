@@ -16,6 +16,7 @@ import torch
 
 from . import _backends
 from ._accumulate import add_rows_
+from ._autograd import register
 from .crf_common import address, check_potentials, choose, inside, transition
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
@@ -196,4 +197,5 @@ _library.impl("crf_filter", _forward, "CompositeExplicitAutograd")
 _library.impl("crf_filter_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::crf_filter", _fake, lib=_library)
 torch.library.register_fake("simctg_fast::crf_filter_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("simctg_fast::crf_filter", _autograd, setup_context=_setup_context, lib=_library)
+register(_library, "crf_filter", _autograd, _setup_context)
+register(_library, "crf_filter_backward")

@@ -11,6 +11,7 @@ import torch
 
 from . import _backends
 from ._accumulate import add_rows_
+from ._autograd import register
 from .crf_common import add_along_, address, check_potentials, choose, inside, pick, transition, uniforms_stochastic
 from .crf_viterbi import pointer_dtype
 
@@ -201,6 +202,4 @@ def _autograd(ctx, grad_slots, grad, grad_backpointers):
 
 _library.impl("crf_stochastic_viterbi", _sample, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::crf_stochastic_viterbi", _fake, lib=_library)
-torch.library.register_autograd(
-    "simctg_fast::crf_stochastic_viterbi", _autograd, setup_context=_setup_context, lib=_library
-)
+register(_library, "crf_stochastic_viterbi", _autograd, _setup_context, last=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from ._autograd import register
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _library.define("gelu_tanh(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -44,9 +45,4 @@ def _backward(ctx, grad: Tensor) -> Tensor:
 _library.impl("gelu_tanh", _torch, "CompositeExplicitAutograd")
 _library.impl("gelu_tanh", _cpu, "CPU")
 torch.library.register_fake("simctg_fast::gelu_tanh", lambda x: torch.empty_like(x), lib=_library)
-torch.library.register_autograd(
-    "simctg_fast::gelu_tanh",
-    _backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
-    lib=_library,
-)
+register(_library, "gelu_tanh", _backward, lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from ._autograd import register
 
 IMPLS = ("auto", "cpu", "torch")
 MAX_ROWS = 64  # above, a general matrix product is as good
@@ -214,4 +215,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
 _library.impl("linear_small_m", _any_device, "CompositeExplicitAutograd")
 _library.impl("linear_small_m", _cpu, "CPU")
 torch.library.register_fake("simctg_fast::linear_small_m", _fake, lib=_library)
-torch.library.register_autograd("simctg_fast::linear_small_m", _backward, setup_context=_setup_context, lib=_library)
+register(_library, "linear_small_m", _backward, _setup_context)

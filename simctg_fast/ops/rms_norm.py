@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from ._autograd import register
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _library.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -68,4 +69,4 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 _library.impl("rms_norm", _torch, "CompositeExplicitAutograd")
 _library.impl("rms_norm", _cpu, "CPU")
 torch.library.register_fake("simctg_fast::rms_norm", lambda x, weight, epsilon: torch.empty_like(x), lib=_library)
-torch.library.register_autograd("simctg_fast::rms_norm", _backward, setup_context=_setup_context, lib=_library)
+register(_library, "rms_norm", _backward, _setup_context)

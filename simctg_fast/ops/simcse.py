@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _backends
 from ._accumulate import add_rows_
+from ._autograd import register
 from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype, full_precision
 from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
 from .contrastive_loss import FUSED_DTYPES, IMPLS, require_triton
@@ -481,5 +482,7 @@ torch.library.register_fake("simctg_fast::self_loss", _self_fake, lib=_library)
 torch.library.register_fake(
     "simctg_fast::self_loss_backward", lambda grad, vectors, *_: _contiguous_like(vectors), lib=_library
 )
-torch.library.register_autograd("simctg_fast::pair_loss", _pair_autograd, setup_context=_pair_setup, lib=_library)
-torch.library.register_autograd("simctg_fast::self_loss", _self_autograd, setup_context=_self_setup, lib=_library)
+register(_library, "pair_loss", _pair_autograd, _pair_setup)
+register(_library, "pair_loss_backward")
+register(_library, "self_loss", _self_autograd, _self_setup)
+register(_library, "self_loss_backward")
