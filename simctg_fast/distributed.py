@@ -46,8 +46,9 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[T
     Returns:
         ``(sum of n, …)`` and an int. With one process, or without `torch.distributed`: ``rows`` itself and 0.
 
-    The gradient that reaches a row is the sum of the gradients that all processes have for it. Forward and backward
-    are collective calls: every process of the group has to make both, in the same order.
+    The gradient that reaches a row is the sum of the gradients that all processes have for it. Forward and backward,
+    and a backward of the backward, are collective calls: every process of the group has to make them, in the same
+    order.
     """
     if rows.dim() == 0:
         raise ValueError("rows must have at least one dimension, got a scalar")
@@ -64,8 +65,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[T
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], rank: int, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.counts, ctx.rank, ctx.group = counts, rank, group
+    def forward(rows: Tensor, counts: list[int], rank: int, group: dist.ProcessGroup | None) -> Tensor:
         longest = max(counts)
         # Backends move equal shapes only: the short ones are filled up and cut again.
         padded = rows.new_zeros(longest, *rows.shape[1:])
@@ -75,9 +75,37 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.place = inputs[1:]
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _SumOfRows.apply(grad, *ctx.place), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _GatherRows.apply(tangent, *ctx.place)
+
+
+class _SumOfRows(torch.autograd.Function):
+    """The own rows of the sum over all processes: the derivative of `_GatherRows`, as that is its."""
+
+    @staticmethod
+    def forward(rows: Tensor, counts: list[int], rank: int, group: dist.ProcessGroup | None) -> Tensor:
         # All-reduce, not reduce-scatter: gloo has no such call, and the rows are few beside a model's gradients.
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        first = sum(ctx.counts[: ctx.rank])
-        return total[first : first + ctx.counts[ctx.rank]], None, None, None
+        total = rows.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        first = sum(counts[:rank])
+        return total[first : first + counts[rank]].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.place = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _GatherRows.apply(grad, *ctx.place), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _SumOfRows.apply(tangent, *ctx.place)

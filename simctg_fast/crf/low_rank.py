@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..ops._autograd import tracked
 from ..ops.crf_beam import crf_beam_select
 from ..ops.crf_common import take_along
 from ..ops.crf_filter import crf_filter, crf_filter_backward
@@ -408,7 +409,7 @@ class LowRankCRF(nn.Module):
             tokens, values = crf_beam_select(
                 emissions.detach(), min(width, self.num_embeddings), lengths, forced, impl=self.impl
             )
-        if values is None or (emissions.requires_grad and torch.is_grad_enabled()):
+        if values is None or tracked(emissions):
             values = take_along(emissions, tokens).to(dtype)
             if past is not None:
                 values = values.masked_fill(past[:, :, None], 0)  # padding may hold anything, NaN too

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..ops._autograd import tracked
 from ..ops.crf_beam import crf_beam_select
 from ..ops.crf_common import take_along
 from ..ops.crf_stochastic import crf_stochastic_viterbi
@@ -32,7 +33,7 @@ class _Published(nn.Module):
         lengths = None if masks is None else as_lengths(_prefix_lengths(masks, emissions), emissions)
         past = beyond(lengths, emissions.shape[1])
         tokens, scores = crf_beam_select(emissions.detach(), width, lengths, impl=self.impl)
-        if emissions.requires_grad and torch.is_grad_enabled():
+        if tracked(emissions):
             scores = take_along(emissions, tokens).to(scores.dtype)
             scores = scores if past is None else scores.masked_fill(past[:, :, None], 0)
         if scores.device.type == "cpu":
@@ -42,7 +43,7 @@ class _Published(nn.Module):
         slots, prefixes, _ = crf_stochastic_viterbi(
             scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, impl=self.impl
         )
-        if prefixes.requires_grad:
+        if tracked(prefixes):
             beam_probs = prefixes.softmax(2)
         else:  # in place: the scores are ours and as large as the result; their largest value is 0 already
             beam_probs = prefixes.exp_()

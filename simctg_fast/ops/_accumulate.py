@@ -25,3 +25,10 @@ def add_rows_(table: Tensor, index: Tensor, rows: Tensor) -> None:
         table.index_put_((index,), rows, accumulate=True)
     else:
         table.index_add_(0, index, rows)
+
+
+def add_rows(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """:func:`add_rows_` to a new table."""
+    if _has_atomics(table.device):
+        return table.index_put((index,), rows, accumulate=True)
+    return table.index_add(0, index, rows)

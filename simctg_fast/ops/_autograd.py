@@ -28,6 +28,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _BASE = torch.autograd.Function
+_ORDERS = (
+    "is differentiable once: its gradient has no derivative",
+    "is differentiable twice: its second derivatives have none",
+)
 
 
 def register(
@@ -52,11 +56,8 @@ def register(
     keywords = {argument.name: argument.default_value for argument in arguments if argument.kwarg_only}
     below = torch._C._after_autograd_keyset
     forward_name = name.removesuffix("_backward")
-    again = (
-        f"simctg_fast::{forward_name} is differentiable once: its gradient has no derivative"
-        if forward_name != name and backward is None
-        else f"simctg_fast::{forward_name} has no derivative of this order"
-    )
+    order = (forward_name != name) + (backward is not None)
+    again = f"simctg_fast::{forward_name} {('has no derivative', *_ORDERS)[order]}"
 
     class Function(_BASE):
         @staticmethod
@@ -120,6 +121,14 @@ def _enclosing_transforms() -> contextlib.AbstractContextManager[Any]:
     modes.enter_context(torch.enable_grad())
     modes.enter_context(forward_ad._set_fwd_grad_enabled(True))
     return modes
+
+
+def tracked(tensor: Tensor) -> bool:
+    """Whether `tensor` may be differentiated with respect to. A tensor inside a transform of `torch.func` or with a
+    tangent need not say so by ``requires_grad``: there it is always true."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class _Refused(torch.autograd.Function):

@@ -8,7 +8,7 @@ implementation; `contrastive_loss.py` describes them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -80,6 +80,29 @@ def _unit(hidden_states: Tensor, inverse: Tensor, group: slice, rows: slice, par
     scale = inverse[group, rows].unsqueeze(-1)
     unit = hidden_states[group, rows, part].to(inverse.dtype) * scale
     return unit.masked_fill_(scale == 0, 0.0)  # not 0 * NaN: padding may hold anything
+
+
+def unit_and_tangent(vectors: Tensor, direction: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """``(..., D)`` unit vectors and their derivatives along `direction`, both differentiable; zeros where `inverse
+    (...)`, the reciprocal norms, is 0.
+    """
+    zero = (inverse == 0).unsqueeze(-1)
+    # As constants, the reciprocal norms cancel; they keep squares from overflowing.
+    scale = inverse.detach().unsqueeze(-1)
+    scaled, moved = ((x.to(inverse.dtype) * scale).masked_fill(zero, 0.0) for x in (vectors, direction))
+    norm = torch.linalg.vector_norm(scaled.masked_fill(zero, 1.0), dim=-1, keepdim=True)
+    unit = scaled / norm
+    return unit, (moved - unit * (unit * moved).sum(dim=-1, keepdim=True)) / norm
+
+
+def along(
+    vectors: Tensor, direction: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """:func:`unit_and_tangent`, and what takes the gradients of the two back to `vectors`."""
+    (unit, tangent), pull = torch.func.vjp(  # type: ignore[misc]
+        lambda vectors: unit_and_tangent(vectors, direction, inverse), vectors
+    )
+    return unit, tangent, lambda *gradients: pull(gradients)[0]
 
 
 def hinge_sums(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _backends
 
@@ -31,6 +32,8 @@ def _obstacle(**tensors: Tensor | None) -> str | None:
             return f"{name} requires a gradient"
     if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return "the call is being traced"
+    if forward_ad._current_level >= 0:
+        return "the call is being differentiated in forward mode"
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import _backends, _cpu
+from ._autograd import register
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -177,6 +178,7 @@ def _scan_op(hidden_states, history, length, mask, lengths=None):
 
 
 torch.library.impl(_LIBRARY, "candidate_scan", "CompositeExplicitAutograd")(_scan_op)
+register(_LIBRARY, "candidate_scan")
 
 
 @torch.library.register_fake("simctg_fast::candidate_scan")
@@ -186,6 +188,7 @@ def _(hidden_states, history, length, mask, lengths=None):
 
 
 torch.library.impl(_LIBRARY, "candidate_select", "CompositeExplicitAutograd")(_select)
+register(_LIBRARY, "candidate_select")
 
 
 @torch.library.register_fake("simctg_fast::candidate_select")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _backends
 from . import _contrastive_loss_torch as _tiled
-from ._autograd import register
+from ._autograd import register, tracked
 from ._contrastive_loss_torch import TILE, WORD, accumulator_dtype, full_precision
 
 IMPLS = ("auto", "triton", "cpu", "torch")
@@ -51,7 +51,7 @@ def contrastive_loss(
     impl: str,
 ) -> Tensor:
     """See `simctg_fast.functional.contrastive_loss`."""
-    keep = torch.is_grad_enabled() and hidden_states.requires_grad
+    keep = tracked(hidden_states)
     loss: Tensor = torch.ops.simctg_fast.contrastive_loss(
         hidden_states, attention_mask, normalizer, margin, reduction, keep, impl
     )[0]
@@ -343,9 +343,34 @@ def _autograd(ctx, grad, *_unused):
     return (result, *(None,) * 6)
 
 
+def _second_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second(ctx, direction):
+    """The derivative of ``<direction, gradient>``, which is ``sum_ij A_ij du_i · u_j`` with the 0/1 matrix A, a
+    constant: two products with it, as in the first derivative, and then each vector by itself.
+    """
+    grad, hidden_states, weights, inverse, radial, bits, flags = ctx.saved_tensors
+    with full_precision(hidden_states.device):
+        unit, tangent, pull = _tiled.along(hidden_states, direction, inverse)
+        # The gradient of vectors that count as unit ones and keep their radial part is the product with A.
+        half, ones = grad.new_full((), 0.5, dtype=weights.dtype), torch.ones_like(weights)
+        units, zeros = (inverse != 0).to(inverse.dtype), torch.zeros_like(radial)
+        sums, moved = (
+            torch.ops.simctg_fast.contrastive_loss_backward(half, x, ones, units, zeros, bits, flags, ctx.impl)
+            for x in (unit, tangent)
+        )
+        scale = (2.0 * weights)[:, None, None]
+        of_grad = (scale * sums * tangent).sum().to(grad.dtype)
+        scale = scale * grad.to(scale.dtype)
+        return of_grad, pull(scale * moved, scale * sums)
+
+
 _library.impl("contrastive_loss", _forward, "CompositeExplicitAutograd")
 _library.impl("contrastive_loss_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::contrastive_loss", _fake, lib=_library)
 torch.library.register_fake("simctg_fast::contrastive_loss_backward", _fake_backward, lib=_library)
 register(_library, "contrastive_loss", _autograd, _setup)
-register(_library, "contrastive_loss_backward")
+register(_library, "contrastive_loss_backward", _second, _second_setup, last=True)

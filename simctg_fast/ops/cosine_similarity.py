@@ -81,6 +81,23 @@ def _autograd(ctx, grad, _unused):
     return torch.ops.simctg_fast.cosine_similarity_matrix_backward(grad, *ctx.saved_tensors), None
 
 
+def _second_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _second(ctx, direction):
+    """The derivative of ``<direction, gradient>``, which is ``<G, dU U^T + U dU^T>``."""
+    grad, hidden_states, inverse = ctx.saved_tensors
+    with full_precision(hidden_states.device):
+
+        def along(grad: Tensor, states: Tensor) -> Tensor:
+            unit, tangent = _tiled.unit_and_tangent(states, direction, inverse)
+            half = torch.bmm(tangent, unit.transpose(1, 2))
+            return (grad.to(half.dtype) * (half + half.transpose(1, 2))).sum()
+
+        return *torch.func.grad(along, argnums=(0, 1))(grad, hidden_states), None
+
+
 _library.impl("cosine_similarity_matrix", _forward, "CompositeExplicitAutograd")
 _library.impl("cosine_similarity_matrix_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::cosine_similarity_matrix", _fake, lib=_library)
@@ -90,4 +107,4 @@ torch.library.register_fake(
     lib=_library,
 )
 register(_library, "cosine_similarity_matrix", _autograd, _setup)
-register(_library, "cosine_similarity_matrix_backward")
+register(_library, "cosine_similarity_matrix_backward", _second, _second_setup)

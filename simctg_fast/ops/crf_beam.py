@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import _backends
+from ._autograd import register
 from .crf_common import BEAM_LIMIT, address, choose
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -174,3 +175,4 @@ def _force(tokens, values, emissions, forced):
 
 _library.impl("crf_beam_select", _select, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::crf_beam_select", _fake, lib=_library)
+register(_library, "crf_beam_select")

@@ -131,6 +131,8 @@ def add_along_(table: torch.Tensor, dim: int, index: torch.Tensor, values: torch
 
 
 class _TakeAlong(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return values.gather(2, index)
@@ -140,6 +142,7 @@ class _TakeAlong(torch.autograd.Function):
         values, index = inputs
         ctx.shape = values.shape
         ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
 
     @staticmethod
     def backward(ctx, grad):
@@ -147,6 +150,11 @@ class _TakeAlong(torch.autograd.Function):
         result = grad.new_zeros(ctx.shape)
         add_along_(result, 2, index, grad)
         return result, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        (index,) = ctx.saved_tensors
+        return tangent.gather(2, index)
 
 
 def take_along(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

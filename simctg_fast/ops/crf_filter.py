@@ -104,7 +104,7 @@ def _torch(scores, tokens, left, right, lengths, scale):
         if here is not None:
             message = message.masked_fill(~here, 0)
         total = message + scores[:, t]
-        norm = total.amax(1, keepdim=True)
+        norm = total.detach().amax(1, keepdim=True)
         if here is not None:
             norm = norm.masked_fill(~here, 0)
             total = total.masked_fill(~here, 0)
@@ -193,9 +193,30 @@ def _autograd(ctx, grad_messages, grad_norms):
     return wanted[0], None, wanted[1], wanted[2], None, None
 
 
+def _second_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second(ctx, *directions):
+    """By the recursion in PyTorch, differentiated twice: memory of T K² numbers, whatever the implementation."""
+    grad, _, _, scores, tokens, left, right, lengths = ctx.saved_tensors
+
+    def along(grad, *potentials):
+        def recursion(scores, left, right):
+            return _torch(scores, tokens, left, right, lengths, ctx.scale)[0]
+
+        gradients = torch.func.vjp(recursion, *potentials)[1](grad)
+        # Without `tables` two of the operator's gradients, and so their directions, are empty.
+        return sum((d * g).sum() for d, g in zip(directions, gradients, strict=True) if d.shape == g.shape)
+
+    by = torch.func.grad(along, argnums=(0, 1, 2, 3))(grad, scores, left, right)
+    return by[0], None, None, by[1], None, by[2], by[3]
+
+
 _library.impl("crf_filter", _forward, "CompositeExplicitAutograd")
 _library.impl("crf_filter_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::crf_filter", _fake, lib=_library)
 torch.library.register_fake("simctg_fast::crf_filter_backward", _fake_backward, lib=_library)
 register(_library, "crf_filter", _autograd, _setup_context)
-register(_library, "crf_filter_backward")
+register(_library, "crf_filter_backward", _second, _second_setup)

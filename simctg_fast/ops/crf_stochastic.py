@@ -177,7 +177,7 @@ def _autograd(ctx, grad_slots, grad, grad_backpointers):
     """
     scores, tokens, left, right, lengths, backpointers = ctx.saved_tensors
     batch, length, size, _ = backpointers.shape
-    grad_scores, grad_left, grad_right = torch.zeros_like(scores), torch.zeros_like(left), torch.zeros_like(right)
+    grad_scores, grad_left, grad_right = (grad.new_zeros(x.shape) for x in (scores, left, right))
     rank = left.shape[1]
     flow = torch.zeros_like(grad[:, 0])
     for t in range(length - 1, -1, -1):
@@ -189,7 +189,7 @@ def _autograd(ctx, grad_slots, grad, grad_backpointers):
         if t == 0:
             break
         pointer = backpointers[:, t].to(torch.int64)
-        weight = scores.new_zeros((batch, size, size))  # weight[k, j]: what flows over the edge, all samples together
+        weight = grad.new_zeros((batch, size, size))  # weight[k, j]: what flows over the edge, all samples together
         add_along_(weight, 1, pointer.transpose(1, 2), flow.transpose(1, 2))
         source, target = tokens[:, t - 1], tokens[:, t]
         add_rows_(grad_left, source.reshape(-1), torch.matmul(weight, right[target]).view(-1, rank))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import _backends, _cpu
+from ._autograd import register
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -108,6 +109,7 @@ def _attention(
 
 
 torch.library.impl(_LIBRARY, "shared_prefix_attention", "CompositeExplicitAutograd")(_attention)
+register(_LIBRARY, "shared_prefix_attention")
 
 
 @torch.library.register_fake("simctg_fast::shared_prefix_attention")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import _backends
-from ._accumulate import add_rows_
+from ._accumulate import add_rows, add_rows_
 from ._autograd import register
-from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype, full_precision
+from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype, along, full_precision
 from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
 from .contrastive_loss import FUSED_DTYPES, IMPLS, require_triton
 
@@ -468,6 +468,102 @@ def _self_autograd(ctx, grad, *_unused):
     return torch.ops.simctg_fast.self_loss_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None
 
 
+def _pair_second_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.itself, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _pair_second(ctx, query_direction, key_direction):
+    grad, queries, keys, targets, lse, query_inverse, key_inverse = ctx.saved_tensors
+    sides = ((queries, query_inverse), (keys, key_inverse), query_direction, key_direction)
+    return _second_derivative(grad, *sides, targets, lse, ctx.scale, ctx.itself)
+
+
+def _self_second_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _self_second(ctx, direction):
+    grad, vectors, lse, inverse = ctx.saved_tensors
+    partners = torch.arange(vectors.shape[0], device=vectors.device) ^ 1
+    side = (vectors, inverse)
+    of_grad, left, right = _second_derivative(grad, side, side, direction, direction, partners, lse, ctx.scale, 0)
+    return of_grad, left + right
+
+
+def _second_derivative(
+    grad: Tensor,
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    query_direction: Tensor,
+    key_direction: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    scale: float,
+    itself: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivatives of ``sum_i g_i dl_i`` with respect to g, the queries and the keys, where ``dl`` is that of the
+    losses along the directions: ``dl_i = sum_j p_ij dz_ij - dz_it``, ``dz_ij = scale (du_i · k_j + u_i · dk_j)``.
+
+    In blocks, whatever the implementation of the first derivative is: once for ``sum_j p_ij dz_ij``, once for the rest.
+    """
+    device = lse.device
+    with full_precision(device):
+        left, left_moved, pull_left = along(queries[0], query_direction, queries[1])
+        right, right_moved, pull_right = along(keys[0], key_direction, keys[1])
+        dtype, grad = grad.dtype, grad.to(lse.dtype)
+        wide = left.device.type != "cpu"
+        row_blocks = _slices(0, left.shape[0], max(1, _STRIP_ELEMENTS // max(1, right.shape[0])) if wide else _BLOCK)
+        column_blocks = _slices(0, right.shape[0], right.shape[0] if wide else _BLOCK)
+
+        def block(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+            """Probabilities and ``dz``."""
+            share = (scale * left[rows] @ right[columns].T - lse[rows].unsqueeze(1)).exp()
+            offset = itself + rows.start - columns.start
+            if itself >= 0 and -share.shape[0] < offset < share.shape[1]:
+                share = share.diagonal_scatter(torch.zeros_like(share.diagonal(offset)), offset)
+            moved = left_moved[rows] @ right[columns].T + left[rows] @ right_moved[columns].T
+            return share, scale * moved
+
+        # Nothing is added in place: under vmap an addend may have a dimension that its sum has not yet.
+        means, by_rows = [], []
+        by_columns = [[torch.zeros_like(right[columns])] * 2 for columns in column_blocks]
+        for rows in row_blocks:
+            mean = torch.zeros_like(lse[rows])
+            for columns in column_blocks:
+                share, moved = block(rows, columns)
+                mean = mean + (share * moved).sum(dim=1)
+            means.append(mean)
+            sums = [torch.zeros_like(left[rows])] * 2
+            for place, columns in enumerate(column_blocks):
+                share, moved = block(rows, columns)
+                weight = share * (scale * grad[rows]).unsqueeze(1)
+                change = weight * (moved - mean.unsqueeze(1))
+                sums[0] = sums[0] + change @ right[columns] + weight @ right_moved[columns]
+                sums[1] = sums[1] + weight @ right[columns]
+                before = by_columns[place]
+                by_columns[place] = [
+                    before[0] + change.T @ left[rows] + weight.T @ left_moved[rows],
+                    before[1] + weight.T @ left[rows],
+                ]
+            by_rows.append(sums)
+
+        own = -(scale * grad).unsqueeze(1)
+        target, target_moved = right[targets], right_moved[targets]
+        left_sums, right_sums = (
+            [torch.cat([torch.zeros_like(like[:0]), *(sums[i] for sums in parts)]) for i in range(2)]
+            for like, parts in ((left, by_rows), (right, by_columns))
+        )
+        left_result = pull_left(left_sums[0] + own * target_moved, left_sums[1] + own * target)
+        right_result = pull_right(
+            add_rows(right_sums[0], targets, own * left_moved), add_rows(right_sums[1], targets, own * left)
+        )
+        changes = torch.cat([torch.zeros_like(lse[:0]), *means])
+        changes = changes - scale * (left_moved * target + left * target_moved).sum(dim=1)
+        return changes.to(dtype), left_result, right_result
+
+
 _library.impl("pair_loss", _pair_forward, "CompositeExplicitAutograd")
 _library.impl("pair_loss_backward", _pair_backward, "CompositeExplicitAutograd")
 _library.impl("self_loss", _self_forward, "CompositeExplicitAutograd")
@@ -483,6 +579,6 @@ torch.library.register_fake(
     "simctg_fast::self_loss_backward", lambda grad, vectors, *_: _contiguous_like(vectors), lib=_library
 )
 register(_library, "pair_loss", _pair_autograd, _pair_setup)
-register(_library, "pair_loss_backward")
+register(_library, "pair_loss_backward", _pair_second, _pair_second_setup, last=True)
 register(_library, "self_loss", _self_autograd, _self_setup)
-register(_library, "self_loss_backward")
+register(_library, "self_loss_backward", _self_second, _self_second_setup, last=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _backends, _cpu
+from ._autograd import register
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define("top_k_probs(Tensor logits, int k) -> (Tensor, Tensor)")
@@ -67,6 +68,7 @@ def _torch(logits, k):
 
 
 torch.library.impl(_LIBRARY, "top_k_probs", "CompositeExplicitAutograd")(_run)
+register(_LIBRARY, "top_k_probs")
 
 
 @torch.library.register_fake("simctg_fast::top_k_probs")
