@@ -332,12 +332,13 @@ void contrastive_reduce(const HingeReduction& call) {
         all_pairs += pairs;
         call.weights[b] = static_cast<float>(pairs > 0.0 ? weight : 0.0);  // no pair: not even a rounding error's gradient
     }
-    const double items = std::isnan(call.normalizer) ? std::max<double>(1.0, call.reduction == Reduction::pairs
-                                                                                 ? all_pairs
-                                                                                 : static_cast<double>(call.batch))
-                                                     : call.normalizer;
-    *call.loss = static_cast<float>(loss / items);
-    for (int64_t b = 0; b < call.batch; ++b) call.weights[b] = static_cast<float>(call.weights[b] / items);
+    const double counted = call.reduction == Reduction::pairs ? all_pairs : static_cast<double>(call.batch);
+    const double items = call.normalizer.value_or(std::max(1.0, counted));
+    const bool nothing = loss == 0.0 && items == 0.0;  // 0 / 0: the count of a batch without pairs
+    *call.loss = static_cast<float>(nothing ? 0.0 : loss / items);
+    for (int64_t b = 0; b < call.batch; ++b) {
+        if (call.weights[b] != 0.0f) call.weights[b] = static_cast<float>(call.weights[b] / items);
+    }
 }
 
 void contrastive_gradient(const HingeGradient& call, int num_threads) {

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace simctg {
 
@@ -46,7 +47,7 @@ struct HingeReduction {
     int64_t batch, length;
     double margin;
     Reduction reduction;
-    double normalizer;  // NaN: what the reduction counts
+    std::optional<double> normalizer;  // else what the reduction counts
     float* loss;
     float* weights;  // [batch]
 };

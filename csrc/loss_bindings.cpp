@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -47,7 +48,7 @@ void contrastive_hinge(const std::string& dtype, address states, std::array<int6
 }
 
 void contrastive_reduce(address hinge, address inverse, address real, std::array<int64_t, 2> sizes, double margin,
-                        const std::string& reduction, double normalizer, address loss, address weights) {
+                        const std::string& reduction, std::optional<double> normalizer, address loss, address weights) {
     simctg::Reduction kind;
     if (reduction == "pairs") {
         kind = simctg::Reduction::pairs;

@@ -33,6 +33,8 @@ TILE = 128
 _PLANES_BYTES = 24 << 20  # of unit vectors in two planes that exist at one time
 _IN_KERNEL_SUMS = 512  # up to this length full tiles are summed where they are met: one launch less
 _SPLIT_SCALE = 256.0
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MASKS = (torch.bool, *_INTEGERS, torch.float16, torch.float32)  # those that every triton reads
 _REDUCTIONS = {"pairs": 0, "paper": 1, "dense": 2}
 
 # (architecture, bytes of an element of an operand, two planes): measured or, where no such device was at hand, the
@@ -284,12 +286,13 @@ def sums_kernel(
             items = tl.maximum(sum_of_pairs, 1.0)
         if HAS_NORMALIZER:
             items = tl.load(normalizer_ptr).to(tl.float32)
-        tl.store(loss_ptr, loss / items)
+        # 0 / 0 is the count of a batch without pairs.
+        tl.store(loss_ptr, tl.where((loss == 0.0) & (items == 0.0), 0.0, loss / items))
         tl.debug_barrier()
         for b0 in range(0, batch, BLOCK_B):
             b = (b0 + tl.arange(0, BLOCK_B)).to(tl.int64)
             weights = tl.load(weights_ptr + b, mask=b < batch, other=0.0)
-            tl.store(weights_ptr + b, weights / items, mask=b < batch)
+            tl.store(weights_ptr + b, tl.where(weights == 0.0, 0.0, weights / items), mask=b < batch)
     elif KEEP:
         tile = (pid - 1).to(tl.int64)  # b * tiles + i
         lanes = tl.arange(0, TILE)
@@ -453,6 +456,8 @@ class _Operands:
 def _loadable(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
+    if mask.dtype not in _MASKS:
+        mask = mask != 0
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
 
 

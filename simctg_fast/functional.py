@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_margin, is_number
 from .distributed import gather_rows, world_size
+from .ops._contrastive_loss_torch import accumulator_dtype
+from .ops.contrastive_loss import IMPLS, REDUCTIONS, check_mask
 from .ops.contrastive_loss import contrastive_loss as _contrastive_loss
 from .ops.cosine_similarity import cosine_similarity_matrix as _cosine_similarity_matrix
 from .ops.simcse import pair_loss as _pair_loss
 from .ops.simcse import self_loss as _self_loss
+from .ops.viterbi_backtrace import IMPLS as _VITERBI_IMPLS
 from .ops.viterbi_backtrace import viterbi_backtrace as _viterbi_backtrace
 
 __all__ = [
@@ -54,6 +58,7 @@ def viterbi_backtrace(
             raise TypeError(f"{name} is {value!r}, must be a tensor")
     if lengths is not None and not isinstance(lengths, torch.Tensor):
         raise TypeError(f"lengths is {lengths!r}, must be a tensor or None")
+    check_choice("impl", impl, _VITERBI_IMPLS)
     return _viterbi_backtrace(backpointers, last, lengths, impl=impl)
 
 
@@ -73,8 +78,9 @@ def contrastive_loss(
 
     Args:
         hidden_states: `(batch, length, width)`, any floating dtype, any strides.
-        margin: in [-1, 1].
-        attention_mask: `(batch, length)`, non-zero at real tokens; padding may be on either side. None: all are real.
+        margin: a number in [-1, 1].
+        attention_mask: `(batch, length)` of bool, integers or floats, non-zero at real tokens; padding may be on either
+            side. None: all are real.
         reduction: which of three means, all in use, is taken over the hinges of the ``n_b`` real tokens of sequence b:
 
             * ``"pairs"``: sum over all sequences / sum of ``n_b (n_b - 1)``. The authors' package.
@@ -83,15 +89,21 @@ def contrastive_loss(
             * ``"dense"``: mean over all `length * length` entries of all sequences, the diagonal, worth
               ``max(0, margin)`` each, included. The T5 tutorial; it takes no mask.
         normalizer: replaces the count that the reduction divides by (real pairs, or sequences): pass the count of a
-            whole accumulated batch and all processes, see :func:`contrastive_loss_items`.
+            whole accumulated batch and all processes, see :func:`contrastive_loss_items`. A number above 0, or a tensor
+            of one element without a gradient, whose value is not looked at (that would make the host wait): NaN gives
+            NaN, and 0 / 0, a batch without pairs, is 0.
         impl: ``"triton"`` (CUDA), ``"cpu"`` (C++), ``"torch"`` (tiled PyTorch, any device and dtype), or ``"auto"``.
 
     Returns:
-        A scalar; float32, or float64 for float64 input. 0, with a zero gradient, where there is no pair. NaN where a
-        real hidden state is not finite.
+        A scalar; float32, or float64 for float64 input, whatever the default dtype, and the same number under autocast.
+        0, with a zero gradient, where there is no pair (batch 0, fewer than two real tokens); only ``"dense"`` counts
+        the diagonal of a single token. Vectors of width 0 are zero vectors. NaN where a real hidden state is not
+        finite.
 
     Raises:
-        ValueError: a shape, dtype, device, margin, reduction or impl outside the above; ``"dense"`` with a mask.
+        TypeError: `hidden_states` or `attention_mask` is no tensor.
+        ValueError: a shape, dtype, layout, device, margin, reduction, normalizer or impl outside the above; ``"dense"``
+            with a mask.
         RuntimeError: a named impl that is not installed.
 
     Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", eq. 2. There is never a
@@ -100,14 +112,32 @@ def contrastive_loss(
     _require_tensor("hidden_states", hidden_states)
     if attention_mask is not None:
         _require_tensor("attention_mask", attention_mask)
-    if normalizer is not None:
-        if isinstance(normalizer, (int, float)):
-            normalizer = torch.full((), normalizer, device=hidden_states.device)  # a copy would make the host wait
-        normalizer = torch.as_tensor(normalizer, device=hidden_states.device)
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, must be a scalar")
-        normalizer = normalizer.detach().reshape(())
-    return _contrastive_loss(hidden_states, attention_mask, normalizer, float(margin), reduction, impl)
+    check_margin(margin)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("impl", impl, IMPLS)
+    divisor = None if normalizer is None else _normalizer(normalizer, hidden_states)
+    return _contrastive_loss(hidden_states, attention_mask, divisor, float(margin), reduction, impl)
+
+
+def _normalizer(value: Any, hidden_states: Tensor) -> Tensor:
+    """A scalar on the hidden states' device."""
+    dtype = accumulator_dtype(hidden_states.dtype)
+    if not isinstance(value, Tensor):
+        range_ = torch.finfo(dtype)
+        if not is_number(value, range_.tiny, range_.max):
+            raise ValueError(
+                f"normalizer is {value!r:.80}, must be a number above 0 that fits {dtype}, or a tensor of one element"
+            )
+        return torch.full((), float(value), dtype=dtype, device=hidden_states.device)  # a copy would make the host wait
+    if value.numel() != 1 or value.dtype == torch.bool or value.dtype.is_complex:
+        raise ValueError(
+            f"normalizer has shape {tuple(value.shape)} and dtype {value.dtype}, must be one integer or real number"
+        )
+    if value.requires_grad:
+        raise ValueError("normalizer requires a gradient, which the loss does not have: pass normalizer.detach()")
+    if value.is_meta and not hidden_states.is_meta:
+        raise ValueError(f"normalizer is on meta and has no value, hidden_states is on {hidden_states.device}")
+    return value.to(hidden_states.device).reshape(())
 
 
 def contrastive_loss_items(attention_mask: Tensor, reduction: str = "pairs") -> Tensor:
@@ -116,9 +146,13 @@ def contrastive_loss_items(attention_mask: Tensor, reduction: str = "pairs") -> 
     Args:
         attention_mask: `(batch, length)`, non-zero at real tokens.
         reduction: ``"pairs"`` counts ordered pairs of real tokens, ``"paper"`` and ``"dense"`` count sequences.
+
+    Raises:
+        TypeError: the mask is no tensor. ValueError: another shape, a complex dtype, another reduction.
     """
-    if reduction not in ("pairs", "paper", "dense"):
-        raise ValueError(f"reduction is {reduction!r}, must be 'pairs', 'paper' or 'dense'")
+    _require_tensor("attention_mask", attention_mask)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_mask(attention_mask)
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, must be (batch, length)")
     if reduction != "pairs":
@@ -135,14 +169,27 @@ def cosine_similarity_matrix(hidden_states: Tensor | Sequence[Tensor], *, impl: 
         impl: as in :func:`contrastive_loss`; ``"cpu"`` and ``"torch"`` are one implementation here.
 
     Returns:
-        `(batch, length, length)`, or `(layers, batch, length, length)`, of the input's dtype.
+        `(batch, length, length)`, or `(layers, batch, length, length)`, of the input's dtype; computed in float32 (in
+        float64 for float64), under autocast too. Vectors of width 0 are zero vectors.
+
+    Raises:
+        TypeError: no tensor, nor a tuple or list of them. ValueError: a shape, dtype, layout or impl outside the above,
+            or no layer.
     """
+    check_choice("impl", impl, IMPLS)
     if isinstance(hidden_states, Tensor):
         return _cosine_similarity_matrix(hidden_states, impl)
+    if not isinstance(hidden_states, (tuple, list)):
+        raise TypeError(f"hidden_states is {hidden_states!r:.80}, must be a tensor or a tuple of tensors")
     if not hidden_states:
         raise ValueError("hidden_states is an empty sequence, must hold at least one layer")
     for index, layer in enumerate(hidden_states):
         _require_tensor(f"hidden_states[{index}]", layer)
+        if layer.shape != hidden_states[0].shape or layer.dtype != hidden_states[0].dtype:
+            raise ValueError(
+                f"hidden_states[{index}] has shape {tuple(layer.shape)} and dtype {layer.dtype}, must be "
+                f"{tuple(hidden_states[0].shape)} and {hidden_states[0].dtype} as hidden_states[0] has"
+            )
     return torch.stack([_cosine_similarity_matrix(layer, impl) for layer in hidden_states])
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_choice, check_margin, is_integer
 from .functional import contrastive_loss, simcse_sup_loss, simcse_unsup_loss
+from .ops.contrastive_loss import IMPLS, REDUCTIONS
 
 __all__ = ["ContrastiveLoss", "SimCSELoss", "SimCTGLoss", "padding_mask"]
 
@@ -16,11 +19,35 @@ def padding_mask(tokens: Tensor, pad_token_id: int, ignore_index: int = -100) ->
     """`(batch, length)` bool: False in the leading and in the trailing run of padding of each row, True elsewhere.
 
     Padding is `pad_token_id` or `ignore_index`; inside the text both are real tokens.
+
+    Raises:
+        TypeError: `tokens` is no tensor. ValueError: it is not `(batch, length)` of integers, or an id is no integer.
     """
+    _check_tokens("tokens", tokens)
+    for name, value in (("pad_token_id", pad_token_id), ("ignore_index", ignore_index)):
+        _check_integer(name, value)
     real = (tokens != pad_token_id) & (tokens != ignore_index)
     begun = real.cumsum(dim=1) > 0
     unfinished = real.flip(1).cumsum(dim=1).flip(1) > 0
     return begun & unfinished
+
+
+def _check_integer(name: str, value: Any, low: float = -(2**63)) -> None:
+    if not is_integer(value, low, 2**63 - 1):
+        raise ValueError(f"{name} is {value!r:.80}, must be an integer{f' of at least {low}' if low > 0 else ''}")
+
+
+def _require_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {value!r:.80}, must be a tensor")
+
+
+def _check_tokens(name: str, value: Any) -> None:
+    _require_tensor(name, value)
+    if value.dim() != 2 or value.dtype == torch.bool or value.dtype.is_floating_point or value.dtype.is_complex:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}, must be (batch, length) of integers"
+        )
 
 
 class SimCTGLoss(nn.Module):
@@ -30,8 +57,8 @@ class SimCTGLoss(nn.Module):
     :func:`simctg_fast.contrastive_loss`.
 
     Args:
-        margin: in [-1, 1].
-        vocab_size: size of the last dimension of the logits.
+        margin: a number in [-1, 1].
+        vocab_size: size of the last dimension of the logits, at least 1.
         pad_token_id: padding is the leading and the trailing run of it; inside the text it is a real token.
         impl: as in :func:`simctg_fast.contrastive_loss`.
 
@@ -40,8 +67,10 @@ class SimCTGLoss(nn.Module):
 
     def __init__(self, margin: float, vocab_size: int, pad_token_id: int, *, impl: str = "auto"):
         super().__init__()
-        if not -1.0 <= margin <= 1.0:
-            raise ValueError(f"margin is {margin}, must lie in [-1, 1]")
+        check_margin(margin)
+        _check_integer("vocab_size", vocab_size, 1)
+        _check_integer("pad_token_id", pad_token_id)
+        check_choice("impl", impl, IMPLS)
         self.margin = margin
         self.vocab_size = vocab_size
         self.pad_token_id = pad_token_id
@@ -56,7 +85,7 @@ class SimCTGLoss(nn.Module):
         *,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``(mle_loss, cl_loss)``.
+        """``(mle_loss, cl_loss)``, scalars of float32, or float64 where the logits or the states are.
 
         Args:
             last_hidden_states: `(batch, length, width)`; the decoder's, for an encoder-decoder.
@@ -65,7 +94,22 @@ class SimCTGLoss(nn.Module):
                 length: padding is then looked for in the labels.
             labels: `(batch, length)`, -100 where the likelihood ignores a position.
             attention_mask: `(batch, length)`, non-zero at real tokens, instead of looking for padding.
+
+        Where every label is -100 (or there is none: batch or length 0) the likelihood is 0, with a zero gradient.
+
+        Raises:
+            TypeError: an argument that is no tensor.
+            ValueError: shapes that do not belong together, logits that are not floating, labels or `input_ids` that are
+                no integers, and on the CPU a label that is neither -100 nor in ``0..vocab_size - 1``.
         """
+        for name, value in (("last_hidden_states", last_hidden_states), ("logits", logits), ("input_ids", input_ids)):
+            _require_tensor(name, value)
+        _check_tokens("labels", labels)
+        if logits.dim() != 3 or not logits.dtype.is_floating_point:
+            raise ValueError(
+                f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}, must be (batch, length, vocab_size) "
+                "of floats"
+            )
         batch, length, vocab_size = logits.shape
         if vocab_size != self.vocab_size:
             raise ValueError(f"logits has a last dimension of {vocab_size}, must be vocab_size={self.vocab_size}")
@@ -76,9 +120,21 @@ class SimCTGLoss(nn.Module):
                 f"last_hidden_states has shape {tuple(last_hidden_states.shape)}, must begin with {(batch, length)} "
                 "as logits does"
             )
-        mle_loss = F.cross_entropy(logits.reshape(-1, vocab_size), labels.reshape(-1), ignore_index=-100)
+        if labels.device != logits.device:
+            raise ValueError(f"labels is on {labels.device}, logits on {logits.device}; one device is needed")
+        ignored = labels == -100
+        if labels.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():  # elsewhere a look makes us wait
+            beyond = ~ignored & ((labels < 0) | (labels >= vocab_size))
+            if bool(beyond.any()):
+                found = int(labels[beyond][0])
+                raise ValueError(f"labels holds {found}, must be in 0..{vocab_size - 1}, or -100 where ignored")
+        wide = torch.promote_types(logits.dtype, torch.float32)  # as autocast has it
+        rows = logits.reshape(-1, vocab_size).to(wide)
+        mle_loss = F.cross_entropy(rows, labels.reshape(-1).long(), ignore_index=-100)
+        mle_loss = mle_loss.masked_fill(ignored.all(), 0.0)  # no NaN for the mean over no label
         if attention_mask is None:
             tokens = input_ids if input_ids.shape == labels.shape else labels
+            _check_tokens("input_ids", tokens)
             attention_mask = padding_mask(tokens, self.pad_token_id)
         cl_loss = contrastive_loss(last_hidden_states, self.margin, attention_mask, impl=self.impl)
         return mle_loss, cl_loss
@@ -92,6 +148,9 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, margin: float = 0.5, reduction: str = "pairs", *, impl: str = "auto"):
         super().__init__()
+        check_margin(margin)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("impl", impl, IMPLS)
         self.margin = margin
         self.reduction = reduction
         self.impl = impl

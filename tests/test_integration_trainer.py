@@ -346,8 +346,8 @@ class TestArguments:
         ("settings", "message"),
         [
             ({"margin": 1.5}, "margin is 1.5, must lie in"),
-            ({"reduction": "mean"}, "reduction is 'mean', must be 'pairs', 'paper' or 'dense'"),
-            ({"contrastive_weight": -1.0}, "contrastive_weight is -1.0, must be at least 0"),
+            ({"reduction": "mean"}, "reduction is 'mean', must be one of 'pairs', 'paper', 'dense'"),
+            ({"contrastive_weight": -1.0}, "contrastive_weight is -1.0, must be a number of at least 0"),
         ],
     )
     def test_settings(self, settings, message, tmp_path):

@@ -32,7 +32,7 @@ def test_repetition_takes_token_ids_and_words_alike() -> None:
 
 
 def test_repetition_refuses_an_impossible_n() -> None:
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n must be an integer of at least 1, got 0"):
         repetition([1, 2], 0)
 
 

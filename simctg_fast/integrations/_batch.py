@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_margin, is_number
+from ..ops.contrastive_loss import REDUCTIONS
+
 IGNORE_INDEX = -100
 # Present where several sequences lie in one row; their hidden states must not be compared with each other.
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def check_loss_settings(margin: float, reduction: str, contrastive_weight: float) -> None:
-    if not -1.0 <= margin <= 1.0:
-        raise ValueError(f"margin is {margin}, must lie in [-1, 1]")
-    if reduction not in ("pairs", "paper", "dense"):
-        raise ValueError(f"reduction is {reduction!r}, must be 'pairs', 'paper' or 'dense'")
-    if not contrastive_weight >= 0:
-        raise ValueError(f"contrastive_weight is {contrastive_weight}, must be at least 0")
+    check_margin(margin)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if not is_number(contrastive_weight, 0):
+        raise ValueError(f"contrastive_weight is {contrastive_weight!r:.80}, must be a number of at least 0")
 
 
 def real_tokens(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Tensor:

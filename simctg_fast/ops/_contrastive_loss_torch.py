@@ -37,8 +37,10 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def inverse_norms(hidden_states: Tensor, real: Tensor | None) -> Tensor:
     """``(B, T)``: 1 / norm of every vector; 0 at padding and at zero vectors, NaN where a component is not finite."""
-    batch, length, _ = hidden_states.shape
-    result = hidden_states.new_empty((batch, length), dtype=accumulator_dtype(hidden_states.dtype))
+    batch, length, width = hidden_states.shape
+    result = hidden_states.new_zeros((batch, length), dtype=accumulator_dtype(hidden_states.dtype))
+    if width == 0:  # zero vectors, which have no largest component
+        return result
     for group, rows in _blocks(hidden_states):
         states = hidden_states[group, rows].to(result.dtype)
         # The largest component is divided out first: no square overflows or vanishes.

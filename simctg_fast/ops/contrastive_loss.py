@@ -14,11 +14,10 @@ backward pass multiplies that 0/1 matrix by the unit vectors. What passes betwee
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_margin
 from . import _backends
 from . import _contrastive_loss_torch as _tiled
 from ._autograd import register, tracked
@@ -126,19 +125,32 @@ def _padded(length: int) -> int:
     return (length + TILE - 1) // TILE * TILE
 
 
-def _check(hidden_states: Tensor, attention_mask: Tensor | None, margin: float, reduction: str) -> None:
+def check_states(hidden_states: Tensor) -> None:
+    if hidden_states.layout != torch.strided:
+        raise ValueError(f"hidden_states has layout {hidden_states.layout}, must be {torch.strided}")
     if hidden_states.dim() != 3:
         raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, must be (batch, length, width)")
     if not hidden_states.dtype.is_floating_point:
         raise ValueError(f"hidden_states has dtype {hidden_states.dtype}, must be a floating one")
-    if not -1.0 <= margin <= 1.0:
-        raise ValueError(f"margin is {margin}, must lie in [-1, 1]")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
+
+
+def check_mask(attention_mask: Tensor) -> None:
+    if attention_mask.dtype.is_complex or attention_mask.layout != torch.strided:
+        raise ValueError(
+            f"attention_mask has dtype {attention_mask.dtype} and layout {attention_mask.layout}, must be of bool, "
+            f"integers or floats, {torch.strided}"
+        )
+
+
+def _check(hidden_states: Tensor, attention_mask: Tensor | None, margin: float, reduction: str) -> None:
+    check_states(hidden_states)
+    check_margin(margin)
+    check_choice("reduction", reduction, REDUCTIONS)
     if attention_mask is None:
         return
     if reduction == "dense":
         raise ValueError("reduction='dense' counts padding as text: attention_mask must be None")
+    check_mask(attention_mask)
     if attention_mask.dim() != 2 or attention_mask.shape != hidden_states.shape[:2]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, must be {tuple(hidden_states.shape[:2])} "
@@ -210,13 +222,14 @@ def _reduce(
     batch, length = hinge.shape
     zero = inverse == 0
     if real is None:
-        tokens = torch.full((batch,), length, device=hinge.device)
+        tokens = torch.full((batch,), length, dtype=torch.int64, device=hinge.device)
     else:
         zero = zero & real
         tokens = real.sum(dim=1)
     # A zero vector has similarity 0 to all others and to itself: its own hinges are max(0, margin).
     pairs = tokens * (tokens - 1)
-    sums = hinge.sum(dim=1) + (tokens - 1) * zero.sum(dim=1) * max(0.0, margin)
+    zero_hinges = ((tokens - 1) * zero.sum(dim=1)).to(hinge.dtype) * max(0.0, margin)  # not in the default dtype
+    sums = hinge.sum(dim=1) + zero_hinges + (inverse * 0.0).sum(dim=1)  # NaN where a real vector is not finite
     if reduction == "dense":
         sums = sums + length * max(0.0, margin)
         weights = torch.full_like(sums, 1.0 / max(1, length * length))
@@ -227,9 +240,11 @@ def _reduce(
     else:
         weights = torch.ones_like(sums)
         items = pairs.sum().clamp_min(1)
-    weights = weights / (items if normalizer is None else normalizer.to(device=sums.device, dtype=sums.dtype))
-    loss = (sums * weights).sum()
-    return loss, weights.masked_fill(pairs == 0, 0.0)  # no pair, no gradient: not even a rounding error's
+    if normalizer is not None:
+        items = normalizer.to(device=sums.device, dtype=sums.dtype)
+    total = (sums * weights).sum()
+    loss = torch.where((total == 0) & (items == 0), total, total / items)  # 0 / 0: the count of a batch without pairs
+    return loss, (weights / items).masked_fill(pairs == 0, 0.0)  # no pair, no gradient: not even a rounding error's
 
 
 def _rows_contiguous(hidden_states: Tensor) -> Tensor:
@@ -275,7 +290,7 @@ def _cpu_forward(
         tuple(states.shape[:2]),
         margin,
         reduction,
-        math.nan if normalizer is None else float(normalizer),
+        None if normalizer is None else float(normalizer),
         loss.data_ptr(),
         weights.data_ptr(),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _contrastive_loss_torch as _tiled
 from ._autograd import register
 from ._contrastive_loss_torch import full_precision
-from .contrastive_loss import resolve
+from .contrastive_loss import check_states, resolve
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -28,22 +28,15 @@ def cosine_similarity_matrix(hidden_states: Tensor, impl: str) -> Tensor:
     return similarity
 
 
-def _check(hidden_states: Tensor) -> None:
-    if hidden_states.dim() != 3:
-        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, must be (batch, length, width)")
-    if not hidden_states.dtype.is_floating_point:
-        raise ValueError(f"hidden_states has dtype {hidden_states.dtype}, must be a floating one")
-
-
 def _fake(hidden_states: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    _check(hidden_states)
+    check_states(hidden_states)
     batch, length, _ = hidden_states.shape
     dtype = _tiled.accumulator_dtype(hidden_states.dtype)
     return hidden_states.new_empty((batch, length, length)), hidden_states.new_empty((batch, length), dtype=dtype)
 
 
 def _forward(hidden_states: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    _check(hidden_states)
+    check_states(hidden_states)
     impl = resolve("auto" if impl == "cpu" and hidden_states.device.type == "cpu" else impl, hidden_states)
     if impl == "triton" and hidden_states.numel() > 0:
         from simctg_fast.kernels import cosine_similarity as kernels

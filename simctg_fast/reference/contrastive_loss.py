@@ -22,7 +22,8 @@ def contrastive_loss(
             ``"dense"``: the mean over all ``T * T`` entries of all rows, the diagonal (worth ``max(0, margin)`` each)
             included; it knows no padding.
 
-    A zero vector has similarity 0 to everything, itself included, so its own hinges are ``max(0, margin)``.
+    A zero vector has similarity 0 to everything, itself included, so its own hinges are ``max(0, margin)``; vectors of
+    width 0 are zero vectors. Where there is nothing to average the loss is 0.
 
     Raises:
         ValueError: a shape, margin or reduction outside the above; ``"dense"`` together with a mask.
@@ -35,7 +36,9 @@ def contrastive_loss(
         raise ValueError(f"margin must lie in [-1, 1], got {margin}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    batch, length, _ = hidden_states.shape
+    batch, length, width = hidden_states.shape
+    if width == 0:  # zero vectors, which have no largest component
+        hidden_states = torch.nn.functional.pad(hidden_states, (0, 1))
     if attention_mask is not None:
         if reduction == "dense":
             raise ValueError("reduction='dense' counts padding as text, so it takes no attention_mask")
@@ -56,7 +59,7 @@ def contrastive_loss(
     hinge = (margin - self_similarity + similarity).clamp_min(0.0)
     diagonal = torch.eye(length, dtype=torch.bool, device=hinge.device)
     if reduction == "dense":
-        return hinge.masked_fill(diagonal, max(0.0, margin)).mean()
+        return hinge.masked_fill(diagonal, max(0.0, margin)).sum() / max(1, hinge.numel())
 
     pair = (~diagonal).expand(batch, -1, -1)
     if attention_mask is not None:
@@ -66,4 +69,4 @@ def contrastive_loss(
     counts = pair.sum(dim=(1, 2))
     if reduction == "pairs":
         return sums.sum() / counts.sum().clamp_min(1)
-    return (sums / counts.clamp_min(1)).mean()
+    return (sums / counts.clamp_min(1)).sum() / max(1, batch)
