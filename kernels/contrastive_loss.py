@@ -34,7 +34,7 @@ _PLANES_BYTES = 24 << 20  # of unit vectors in two planes that exist at one time
 _IN_KERNEL_SUMS = 512  # up to this length full tiles are summed where they are met: one launch less
 _SPLIT_SCALE = 256.0
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_MASKS = (torch.bool, *_INTEGERS, torch.float16, torch.float32)  # those that every triton reads
+_READ = (torch.bool, *_INTEGERS, torch.float16, torch.float32)  # as masks and counts, by every triton's interpreter too
 _REDUCTIONS = {"pairs": 0, "paper": 1, "dense": 2}
 
 # (architecture, bytes of an element of an operand, two planes): measured or, where no such device was at hand, the
@@ -456,7 +456,7 @@ class _Operands:
 def _loadable(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
-    if mask.dtype not in _MASKS:
+    if mask.dtype not in _READ:
         mask = mask != 0
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
 
@@ -489,6 +489,8 @@ def forward(
     tiles = cdiv(length, TILE)
     pairs_of_tiles = tiles * (tiles + 1) // 2
     mask = _loadable(attention_mask)
+    if normalizer is not None and normalizer.dtype not in _READ:
+        normalizer = normalizer.to(torch.float32)
     new, floats = states.new_empty, torch.float32
     inverse, weights = new((batch, length), dtype=floats), new((batch,), dtype=floats)
     loss = new((), dtype=floats)

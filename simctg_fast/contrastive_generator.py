@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .checks import is_integer
 from .continuation import continuation_text
 from .decoding import ContrastiveSearch
 from .decoding.contrastive_search import position_table
 from .decoding.hidden_states import decoder_of
 from .decoding.linear_swap import fast_linears, packing_pays
+from .decoding.settings import check_penalty_alpha, check_top_k
 from .loading import fitting_threads, load_model
 from .texts import text_list, tokenized
 
@@ -46,8 +48,8 @@ class ContrastiveGenerator:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 16):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not is_integer(batch_size, 1):
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r:.80}")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.truncated: list[int] = []
 
@@ -109,8 +111,12 @@ class ContrastiveGenerator:
                 out of range; a text longer than the model's table of positions, where ``max_length`` does not cut it.
         """
         texts = text_list(texts)
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-            raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r}")
+        if not is_integer(max_length, 1):
+            raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
+        check_top_k(top_k)
+        check_penalty_alpha(penalty_alpha)
+        if seed is not None and not is_integer(seed, 0, 2**63 - 1):
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r:.80}")
         if seed is not None and temperature is None:
             raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)

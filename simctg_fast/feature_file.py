@@ -210,6 +210,8 @@ class SafetensorsWriter:
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:
     """Raises ValueError where they are not strings that UTF-8 can hold: the file could not be read again."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ValueError(f"metadata must be strings by name, got {metadata!r:.80}")
     for name, value in (metadata or {}).items():
         for each in (name, value):
             if not isinstance(each, str) or not is_utf8(each):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import is_integer
 from .feature_file import POOLINGS, NewFile, SafetensorsWriter, check_metadata, free_target, read_features
 from .loading import load_backbone
 from .text_files import is_utf8, user_path
@@ -165,9 +166,15 @@ def extract_features(
         raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if not is_integer(max_tokens, 1):
+        raise ValueError(f"max_tokens must be an integer of at least 1, got {max_tokens!r:.80}")
+    if not is_integer(layer):
+        raise ValueError(f"layer must be an integer, got {layer!r:.80}")
+    if on_progress is not None and not callable(on_progress):
+        raise ValueError(f"on_progress must be callable, got {on_progress!r:.80}")
     if out is not None:
+        if not isinstance(out, (str, os.PathLike)):
+            raise TypeError(f"out must be a path, got {out!r:.80}")
         if Path(out).suffix != ".safetensors":
             raise ValueError(f"out must end in .safetensors, got {str(out)!r}")
         free_target(out)
@@ -244,8 +251,8 @@ def _encode(
     texts = text_list(given)
     if not texts:
         raise ValueError("texts must hold at least one text, got none")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if max_length is not None and not is_integer(max_length, 1):
+        raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
     rows = tokenized(tokenizer, texts, verbose=False)["input_ids"]
     cut = tuple(index for index, row in enumerate(rows) if max_length is not None and len(row) > max_length)
     for index in cut:

@@ -81,6 +81,41 @@ def edges() -> dict[str, float]:
     }
 
 
+def odd_arguments() -> dict[str, int]:
+    """How often the kernels say anything else than tiled PyTorch to counts, masks and sizes at the edge."""
+    states = torch.randn(3, 20, 8) + 1.0
+    states[0, 3] = 0.0
+    real = torch.zeros(3, 20, dtype=torch.bool)
+    real[0, 4:] = real[1, :1] = real[2, :15] = True
+    counts = [torch.tensor(value) for value in (float("nan"), float("inf"), 0, 0.0, -2.0, 7)]
+    counts += [torch.full((1, 1), 7).to(dtype) for dtype in (torch.bfloat16, torch.float64, torch.uint8, torch.uint16)]
+    masks = [
+        None,
+        real,
+        real & False,
+        *(real.to(d) for d in (torch.bfloat16, torch.float16, torch.float64, torch.int8)),
+    ]
+    masks.append(torch.where(real, 1.0, -0.0).to(torch.bfloat16))
+    masks.append(torch.where(real, torch.nan, 0.0))
+    masks.append(real.T.contiguous().T)
+    calls = [{"attention_mask": mask} for mask in masks]
+    calls += [{"normalizer": count, "attention_mask": real} for count in counts]
+    calls += [{"normalizer": torch.tensor(0), "attention_mask": masks[2]}, {"reduction": "dense", "margin": -0.3}]
+    sizes = [states, states[:, :1], states[:, :0], states[:0], states[..., :0], states[:, :1] * torch.nan]
+    wrong = 0
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        cases = [(states, call) for call in (calls if default == torch.float32 else calls[:2])]
+        cases += [(each, {"reduction": reduction}) for each in sizes for reduction in ("pairs", "paper", "dense")]
+        for given, call in cases:
+            loss, gradient = gradient_of(lambda s, call=call: contrastive_loss(s, impl="triton", **call), given)
+            want, grad = gradient_of(lambda s, call=call: contrastive_loss(s, impl="torch", **call), given)
+            same = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
+            wrong += not (torch.allclose(loss, want, **same) and torch.allclose(gradient, grad, **same))
+    torch.set_default_dtype(torch.float32)
+    return {"wrong": wrong}
+
+
 def simcse(rows, width, dtype, supervised, temperature) -> dict[str, float]:
     embeddings = (torch.randn(rows, width) + 0.3).to(DTYPES[dtype])
     mine = simcse_sup_loss if supervised else simcse_unsup_loss

@@ -230,11 +230,11 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--margin", "2"], "margin is 2.0, must lie in [-1, 1]"),
-            (["--steps", "0"], "steps must be at least 1, got 0"),
+            (["--steps", "0"], "steps must be an integer of at least 1, got 0"),
             (["--max-length", "65"], "max_length is 65, the model's context holds 64"),
             (["--reduction", "dense", "--accumulate", "2"], "reduction='dense' takes no accumulation, got 2"),
-            (["--save-every", "0"], "save_every must be at least 1, got 0"),
-            (["--device", "tpu"], "device must be cpu or cuda, got tpu"),
+            (["--save-every", "0"], "save_every must be an integer of at least 1, got 0"),
+            (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
         ],
     )
     def test_bad_values(self, arguments, message, place, tmp_path):

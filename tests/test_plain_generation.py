@@ -459,7 +459,7 @@ MASK = torch.ones_like(GIVEN)
         (flat, {"num_beams": 4}, r"num_beams=4 asks for beam search"),
         (flat, {"guidance_scale": 0}, r"guidance_scale=0 asks for classifier-free guidance"),
         (flat, {"num_return_sequences": 2}, r"num_return_sequences"),
-        (flat, {"max_new_tokens": 0}, r"max_new_tokens.* is 0"),
+        (flat, {"max_new_tokens": 0}, r"max_new_tokens must be .* got 0"),
         (flat, {"max_length": 7}, r"max_length must be above the prompt's 7 tokens, got 7"),
         (flat, {"eos_token_id": -1}, r"eos_token_id .* got -1"),
         (flat, {"stop_strings": "."}, r"stop_strings='\.' needs the tokenizer"),

@@ -359,7 +359,7 @@ def test_bad_values(reverse, arguments, text):
 def test_bad_settings(reverse, trained_t5):
     with pytest.raises(ValueError, match="seed=1 needs a temperature"):
         reverse(["a"], seed=1)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         ContrastiveGenerator(reverse.model, reverse.tokenizer, batch_size=0)
     with pytest.raises(FileNotFoundError, match="no model folder"):
         ContrastiveGenerator.from_pretrained("./nowhere")

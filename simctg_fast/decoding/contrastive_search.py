@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from ..checks import is_number
 from ..ops import _backends
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
@@ -29,6 +29,7 @@ from .padding_warning import no_padding_warning
 from .paths import PATHS, HeadUnsupportedError, Path, PathUnsupportedError, StepResult, without_caches
 from .prefix_cache import CACHE_NAME, fill_cache, self_attention_cache
 from .processors import without_sampling_warpers
+from .settings import TINY, check_penalty_alpha, check_settings, check_streamer, check_top_k
 from .support import Check, SupportReport, announce, forget, recall, remember
 from .t5_blocks import fast_t5_blocks
 from .trial import Verdict, judge
@@ -87,19 +88,33 @@ class ContrastiveSearch:
         pack: bool | str = "auto",
     ):
         if penalty_alpha is not None:
-            _check_penalty_alpha(penalty_alpha)
+            check_penalty_alpha(penalty_alpha)
         if top_k is not None:
-            _check_top_k(top_k)
-        if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+            check_top_k(top_k)
+        if temperature is not None and not is_number(temperature, 0, above=True):
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature!r:.80}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator, got {generator!r:.80}")
         if generator is not None and temperature is None:
             raise ValueError("generator is given, but without a temperature contrastive search makes no random choice")
+        check_streamer(streamer)
+        strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+        if strings is not None and (
+            not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) and each for each in strings)
+        ):
+            raise ValueError(
+                f"stop_strings must be a string or a list of strings, none of them empty, got {stop_strings!r:.80}"
+            )
         if stop_strings is not None and tokenizer is None:
             raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer=...")
-        if path != "auto" and path not in PATHS:
-            raise ValueError(f"path must be 'auto' or one of {tuple(PATHS)}, got {path!r}")
-        if decode_step not in (True, False, "auto", "compiled"):
-            raise ValueError(f"decode_step must be True, False, 'auto' or 'compiled', got {decode_step!r}")
+        if not isinstance(path, str) or path not in ("auto", *PATHS):
+            raise ValueError(f"path must be 'auto' or one of {tuple(PATHS)}, got {path!r:.80}")
+        if not isinstance(decode_step, bool) and not _is_word(decode_step, "auto", "compiled"):
+            raise ValueError(f"decode_step must be True, False, 'auto' or 'compiled', got {decode_step!r:.80}")
+        if not isinstance(fast_linear, bool):
+            raise ValueError(f"fast_linear must be True or False, got {fast_linear!r:.80}")
+        if not isinstance(pack, bool) and not _is_word(pack, "auto"):
+            raise ValueError(f"pack is {pack!r:.80}, must be one of 'auto', True, False")
         self.penalty_alpha, self.top_k, self.decode_step = penalty_alpha, top_k, decode_step
         self.temperature, self.generator = temperature, generator
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
@@ -147,23 +162,23 @@ def contrastive_search(model, input_ids, logits_processor, stopping_criteria, ge
     return ContrastiveSearch()(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
 
 
-def _wanted(strategy: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _is_word(value: Any, *words: str) -> bool:
+    return isinstance(value, str) and value in words
+
+
+def _wanted(strategy: Any, given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The first look at the arguments of a call of ``generate``: transformers computes with them next."""
+    if isinstance(strategy, ContrastiveSearch) or strategy is contrastive_search:
+        check_settings(settings)
+        for name, check in (("penalty_alpha", check_penalty_alpha), ("top_k", check_top_k)):
+            if getattr(strategy, name, None) is None and settings.get(name) is not None:
+                check(settings[name])
     if isinstance(strategy, ContrastiveSearch):
         return given | {"tokenizer": strategy.tokenizer or given["tokenizer"]}
     return given if strategy is contrastive_search else {}
 
 
 keep_arguments(_wanted)
-
-
-def _check_penalty_alpha(value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-        raise ValueError(f"penalty_alpha must be a number in [0, 1], got {value!r}")
-
-
-def _check_top_k(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"top_k must be an integer of at least 1, got {value!r}")
 
 
 class _Run:
@@ -226,10 +241,11 @@ class _Run:
 
     @staticmethod
     def _settings(strategy: ContrastiveSearch, config: GenerationConfig, model) -> tuple[float, int]:
+        check_settings(vars(config))  # also what comes from a configuration
         alpha = strategy.penalty_alpha
         if alpha is None:
             alpha = DEFAULT_PENALTY_ALPHA if config.penalty_alpha is None else config.penalty_alpha
-        _check_penalty_alpha(alpha)
+        check_penalty_alpha(alpha)
         top_k = strategy.top_k
         if top_k is None:
             # Neither transformers' own default nor a checkpoint's setting for sampling was typed for this.
@@ -237,7 +253,7 @@ class _Run:
             if model.generation_config.do_sample:
                 untyped.add(model.generation_config.top_k)
             top_k = DEFAULT_TOP_K if config.top_k in untyped else config.top_k
-        _check_top_k(top_k)
+        check_top_k(top_k)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         if top_k > vocabulary:
             raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {top_k}")
@@ -485,7 +501,7 @@ class _Run:
             penalty, _ = self.history.penalty(hidden_states)
             scores = contrastive_scores(probs.to(penalty.device), penalty, self.penalty_alpha)
             if noise is not None:
-                scores = scores / self.strategy.temperature + noise.to(penalty.device)
+                scores = scores / max(self.strategy.temperature, TINY) + noise.to(penalty.device)
             # NaN (a hidden state that overflowed) loses; of equal scores the more probable, which comes first, wins.
             self.step_scores = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
             return self.step_scores.argmax(dim=-1)

@@ -12,8 +12,9 @@ from typing import Any
 from transformers.generation.utils import GenerationMixin
 
 
-def keep_arguments(wanted: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> None:
-    """From now on ``generate`` hands on what ``wanted(custom_generate, given)`` returns of its arguments ``given``."""
+def keep_arguments(wanted: Callable[[Any, dict[str, Any], dict[str, Any]], dict[str, Any]]) -> None:
+    """From now on ``generate`` hands on what ``wanted(custom_generate, given, kwargs)`` returns of its arguments
+    ``given``; ``kwargs`` are its others, settings among them."""
     original = getattr(GenerationMixin, "_extract_generation_mode_kwargs", None)
     if original is None or hasattr(original, "__wrapped__"):
         return
@@ -23,7 +24,9 @@ def keep_arguments(wanted: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> N
     def extract(self, *args: Any, **more: Any) -> dict[str, Any]:
         given = signature.bind(self, *args, **more).arguments
         tokenizer = given["kwargs"].get("tokenizer")
-        kept = wanted(given["custom_generate"], {"tokenizer": tokenizer, "streamer": given["streamer"]})
+        kept = wanted(
+            given["custom_generate"], {"tokenizer": tokenizer, "streamer": given["streamer"]}, given["kwargs"]
+        )
         return original(self, *args, **more) | {name: value for name, value in kept.items() if value is not None}
 
     GenerationMixin._extract_generation_mode_kwargs = extract

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers.generation.utils import GenerationMixin
 
-from .contrastive_search import ContrastiveSearch, _check_penalty_alpha, contrastive_search
+from .contrastive_search import ContrastiveSearch, contrastive_search
+from .settings import check_penalty_alpha, check_top_k
 
 logger = logging.getLogger("simctg_fast")
 
@@ -121,7 +122,7 @@ def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch |
         return ContrastiveSearch(**settings)
     if asked is not None or not typed_alpha:
         return None
-    _check_penalty_alpha(typed_alpha)
+    check_penalty_alpha(typed_alpha)
     found = {name: _setting(name, model, arguments) for name in (*_OTHER_MODES, "do_sample")}
     if not alpha_typed and any(typed and _is_other_mode(name, value) for name, (value, typed) in found.items()):
         return None  # the call asks for another mode, and the checkpoint alone for contrastive search
@@ -133,6 +134,8 @@ def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch |
             typed_alpha,
         )
         return None
+    if top_k_typed and typed_top_k is not None:
+        check_top_k(typed_top_k)
     if typed_top_k == 1:
         return None  # greedy search
     return ContrastiveSearch(typed_alpha, typed_top_k if top_k_typed else None)

@@ -65,6 +65,8 @@ class Engine:
         **parameters: Any,
     ):
         self.parameters = check_options(strategy, slots, memory, seed, batching, parameters)
+        if not isinstance(trace, bool):
+            raise ValueError(f"trace must be True or False, got {trace!r:.80}")
         self.model, self.tokenizer, self.strategy_name = model, tokenizer, strategy
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         contrastive = strategy in CONTRASTIVE
@@ -72,6 +74,8 @@ class Engine:
             raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {self.parameters.top_k}")
         self.strategy = make_strategy(strategy, self.parameters)
         factory = load_factory(processor) if isinstance(processor, str) else processor
+        if factory is not None and not callable(factory):
+            raise ValueError(f"processor must be a callable or 'module:factory', got {processor!r:.80}")
         self.prepare = Preparer(
             model,
             tokenizer,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from typing import Any
 
+from ..checks import is_integer, is_number
 from ..texts import short
 
 STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive")
@@ -41,6 +41,9 @@ class Parameters:
         clamp_max_new_tokens: write less than ``max_new_tokens`` where the model's context ends before, instead of
             refusing the request. (Of ``truncate_prompt_tokens=-1`` they then reserve half the context at most.)
         continue_final_message: the continuation goes on in the last of the ``messages`` instead of answering it.
+
+    Raises:
+        ValueError: a value that is not allowed.
     """
 
     max_new_tokens: int = 128
@@ -61,6 +64,10 @@ class Parameters:
     truncate_prompt_tokens: int | None = None
     clamp_max_new_tokens: bool = False
     continue_final_message: bool = False
+
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            check(name, getattr(self, name))
 
     def with_overrides(self, values: Mapping[str, Any], strategy: str) -> Parameters:
         """These, changed by ``values`` from a line, a file or an option.
@@ -122,20 +129,11 @@ MAX_NEW_TOKENS = 2**31 - 1  # more than any model's context: what is beyond is a
 
 
 def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and low <= int(v) <= high
+    return lambda v: is_integer(v, low, high)
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], bool]:
-    def valid(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            return False
-        try:
-            number = float(value)
-        except OverflowError:  # an integer of hundreds of digits
-            return False
-        return math.isfinite(number) and (low < number if above else low <= number) and number <= high
-
-    return valid
+def _number(low: float, *bounds: float, above: bool = False) -> Callable[[Any], bool]:
+    return lambda v: is_number(v, low, *bounds, above=above)
 
 
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..assets import resolve_model
+from ..checks import check_choice, is_integer, is_number
 from ..functional import contrastive_loss
+from ..ops.contrastive_loss import IMPLS
 from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, isotropy_sums, real_tokens
 
 try:
@@ -72,6 +74,7 @@ def simctg_step(
             as they are, except under the tutorial's names, where the model's own ``pad_token_id`` is taken.
         margin, reduction, contrastive_weight, impl: as in `SimCTGModule`.
     """
+    check_loss_settings(margin, reduction, contrastive_weight)
     inputs = {_TUTORIAL_KEYS.get(name, name): value for name, value in batch.items()}
     config: Any = model.config
     two_sided = bool(getattr(config, "is_encoder_decoder", False))
@@ -139,6 +142,16 @@ class SimCTGModule(LightningModule):
     ):
         super().__init__()
         check_loss_settings(margin, reduction, contrastive_weight)
+        check_choice("impl", impl, IMPLS)
+        for name, value in (("learning_rate", learning_rate), ("adam_epsilon", adam_epsilon)):
+            if not is_number(value, 0, above=True):
+                raise ValueError(f"{name} is {value!r:.80}, must be a finite number above 0")
+        if not is_number(weight_decay, 0):
+            raise ValueError(f"weight_decay is {weight_decay!r:.80}, must be a finite number of at least 0")
+        if warmup_steps is not None and not is_integer(warmup_steps, 0):
+            raise ValueError(f"warmup_steps is {warmup_steps!r:.80}, must be an integer of at least 0")
+        if pad_token_id is not None and not is_integer(pad_token_id):
+            raise ValueError(f"pad_token_id is {pad_token_id!r:.80}, must be an integer")
         # By name, so that a subclass's own arguments are its own business.
         self.save_hyperparameters(*_SETTINGS)
         self.model = model if isinstance(model, nn.Module) else _load(model)

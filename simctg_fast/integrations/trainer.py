@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from ..checks import check_choice
 from ..decoding.prefix_cache import CACHE_NAME
 from ..distributed import sum_over_processes, world_size
 from ..functional import contrastive_loss, contrastive_loss_items
+from ..ops.contrastive_loss import IMPLS
 from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, count_labels, isotropy_sums, real_tokens
 
 __all__ = ["SimCTGComputeLoss", "SimCTGSeq2SeqTrainer", "SimCTGTrainer", "SimCTGTrainerMixin"]
@@ -77,6 +79,7 @@ class SimCTGTrainerMixin(_Base):
         **kwargs: Any,
     ):
         check_loss_settings(margin, reduction, contrastive_weight)
+        check_choice("impl", impl, IMPLS)
         super().__init__(*args, **kwargs)
         self.margin, self.reduction, self.contrastive_weight, self.impl = margin, reduction, contrastive_weight, impl
         self._totals: tuple[Tensor, Tensor] | None = None
@@ -258,6 +261,7 @@ class SimCTGComputeLoss:
         impl: str = "auto",
     ):
         check_loss_settings(margin, reduction, contrastive_weight)
+        check_choice("impl", impl, IMPLS)
         if reduction == "dense":
             raise ValueError("reduction='dense' cannot be added up over micro-batches; take 'pairs' or 'paper'")
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from ..decoding.contrastive_search import DEFAULT_TOP_K, stop_check_interval, top_k_probs
 from ..decoding.hidden_states import HiddenStatesHistory
+from ..decoding.settings import check_penalty_alpha, check_streamer, check_top_k
 from ..ops.candidate_select import contrastive_scores
 from .protocols import PROTOCOLS, Select, StepOutput, Stepper, detect_protocol
 from .settings import make_config, make_criteria, make_processors
@@ -93,7 +94,7 @@ def generate(
     }
     if not callable(step):
         raise ValueError(f"step must be callable, got {type(step).__name__}")
-    if protocol != "auto" and protocol not in PROTOCOLS:
+    if not isinstance(protocol, str) or protocol not in ("auto", *PROTOCOLS):
         raise ValueError(f"protocol must be 'auto' or one of {PROTOCOLS}, got {protocol!r}")
     protocol = detect_protocol(step) if protocol == "auto" else protocol
     prompt = _checked_prompt(input_ids)
@@ -103,6 +104,9 @@ def generate(
     if contrastive:
         default_top_k = top_k is None and (generation_config is None or generation_config.top_k is None)
         _check_contrastive(config, protocol, select, default_top_k)
+    check_streamer(streamer)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {generator!r:.80}")
     if generator is not None and generator.device.type != prompt.device.type:
         raise ValueError(f"generator must be on {prompt.device.type}, as input_ids are, got {generator.device.type}")
     stepper = Stepper(step, protocol, select)
@@ -279,8 +283,7 @@ def _checked_mask(mask: Tensor | None, prompt: Tensor, config: GenerationConfig)
 
 def _check_contrastive(config: GenerationConfig, protocol: str, select: Select | None, default_top_k: bool) -> None:
     alpha = config.penalty_alpha
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"penalty_alpha must be a number in [0, 1], got {alpha!r}")
+    check_penalty_alpha(alpha)
     if config.do_sample:
         raise ValueError(f"penalty_alpha={alpha} is contrastive search, which draws nothing; leave do_sample=True out")
     if protocol == "positional":
@@ -292,5 +295,4 @@ def _check_contrastive(config: GenerationConfig, protocol: str, select: Select |
         raise ValueError(f"penalty_alpha={alpha} tries several candidates: pass select=, (state, index) -> state")
     if default_top_k:
         config.top_k = DEFAULT_TOP_K
-    if config.top_k < 1:
-        raise ValueError(f"top_k must be at least 1 for contrastive search, got {config.top_k}")
+    check_top_k(config.top_k)

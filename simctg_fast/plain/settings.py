@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig, StoppingCriteriaList
 
+from ..checks import is_number
+from ..decoding.settings import check_penalty_alpha, check_settings
+
 # Fields that change what ``generate`` writes by means that a plain step does not have, with the values that do not.
 _REFUSED: dict[str, tuple[str, tuple]] = {
     "num_beams": ("beam search", (None, 1)),
@@ -45,6 +48,10 @@ def make_config(given: GenerationConfig | None, prompt: Tensor, values: dict[str
     """
     if given is not None and not isinstance(given, GenerationConfig):
         raise ValueError(f"generation_config must be a GenerationConfig, got {type(given).__name__}")
+    typed = {name: value for name, value in values.items() if name != "temperature" or not is_number(value, 0, 0)}
+    check_settings(typed, sampled=True)  # temperature=0 beside do_sample=False is a way of saying greedy
+    if values.get("penalty_alpha") is not None:
+        check_penalty_alpha(values["penalty_alpha"])
     config = copy.deepcopy(given) if given is not None else GenerationConfig()
     # This also has transformers check the values.
     unknown = config.update(**{name: value for name, value in values.items() if value is not None})
@@ -52,6 +59,7 @@ def make_config(given: GenerationConfig | None, prompt: Tensor, values: dict[str
         raise TypeError(f"generate() got {', '.join(sorted(unknown))}, which GenerationConfig does not have")
     bounded = config.max_length is not None
     config.update(**config._get_default_generation_params(), defaults_only=True)
+    check_settings(vars(config), sampled=bool(config.do_sample))
     for name, (what, harmless) in _REFUSED.items():
         value = getattr(config, name, None)
         if value not in harmless:
