@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .ops.simcse import pair_loss as _pair_loss
 from .ops.simcse import self_loss as _self_loss
 from .ops.viterbi_backtrace import IMPLS as _VITERBI_IMPLS
 from .ops.viterbi_backtrace import viterbi_backtrace as _viterbi_backtrace
+from .ranking import check_positive, check_weight, ranking_loss
 
 __all__ = [
     "contrastive_loss",
@@ -207,29 +209,49 @@ def info_nce(
     Args:
         queries: `(N, width)`, any floating dtype, not yet normalised; a zero vector has similarity 0.
         keys: `(M, width)`, same dtype and device.
-        temperature: positive.
-        targets: the key of each query: `(N,)` int64 indices, or the index of query 0's key, the others following it
-            (the rank's offset where keys were gathered from all processes).
+        temperature: from 1e-30 to 1e30.
+        targets: the key of each query: `(N,)` indices of any integer dtype on the device of `queries`, each in
+            ``0..M - 1``, or the index of query 0's key as an int in ``0..M - N``, the others following it (the rank's
+            offset where keys were gathered from all processes). Indices are looked at on the CPU only: on another
+            device, where the host would wait for them, one that is out of range is an error of the device or, where
+            negative, counts from the end.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         impl: as in :func:`contrastive_loss`.
 
     Returns:
-        A scalar, or `(N,)`; float32, or float64 for float64. No queries: 0.
+        A scalar, or `(N,)`; float32, or float64 for float64. No queries: 0. Width 0: ``log(M)``, as of zero vectors.
+
+    Raises:
+        TypeError: `queries` or `keys` is no tensor; a temperature that is no number; `targets` that are neither an
+            integer nor a tensor.
+        ValueError: a shape, dtype, device, temperature, target or reduction outside the above.
     """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}, must be 'mean', 'sum' or 'none'")
     _check_embeddings("queries", queries)
     _check_embeddings("keys", keys)
-    temperature = _check_temperature("temperature", temperature)
-    rows = queries.shape[0]
+    temperature = check_positive("temperature", temperature)
+    return _reduce(_pair_loss(queries, keys, _targets(targets, queries, keys), 1.0 / temperature, impl), reduction)
+
+
+def _targets(targets: Any, queries: Tensor, keys: Tensor) -> Tensor:
+    """The int64 index of the key of each query."""
+    rows, columns = queries.shape[0], keys.shape[0]
     if isinstance(targets, Tensor):
         if targets.shape != (rows,):
             raise ValueError(f"targets has shape {tuple(targets.shape)}, must be ({rows},) as queries has rows")
-    else:
-        if not 0 <= targets <= keys.shape[0] - rows:
-            raise ValueError(
-                f"targets is {targets}, must be in 0..{keys.shape[0] - rows}: {rows} queries, {keys.shape[0]} keys"
-            )
-        targets = torch.arange(targets, targets + rows, device=queries.device)
-    return _reduce(_pair_loss(queries, keys, targets, 1.0 / temperature, impl), reduction)
+        if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+            raise ValueError(f"targets has dtype {targets.dtype}, must be an integer one: indices in 0..{columns - 1}")
+        if targets.device != queries.device:
+            raise ValueError(f"targets is on {targets.device}, must be on {queries.device} as queries is")
+        return targets.to(torch.int64)
+    if isinstance(targets, bool) or not hasattr(targets, "__index__"):
+        raise TypeError(f"targets is {targets!r:.80}, must be an int or a tensor of {rows} indices")
+    first = operator.index(targets)
+    if not 0 <= first <= columns - rows:
+        several = "" if columns >= rows else "; where queries share keys, a tensor of indices"
+        raise ValueError(f"targets is {first}, must be in 0..{columns - rows}: {rows} queries, {columns} keys{several}")
+    return torch.arange(first, first + rows, device=queries.device)
 
 
 def simcse_unsup_loss(
@@ -278,6 +300,7 @@ def simcse_sup_loss(
     *,
     temperature: float | None = None,
     symmetric: bool = False,
+    hard_negative_weight: float = 0.0,
     gather_across_devices: bool = False,
     impl: str = "auto",
 ) -> Tensor:
@@ -291,10 +314,15 @@ def simcse_sup_loss(
         lamda: the temperature, positive.
         temperature: the same under its usual name; goes before `lamda`.
         symmetric: also each positive against all anchors, the two losses averaged.
+        hard_negative_weight: added to the logit of each anchor's own hard negative: the logarithm of its weight in the
+            sum of exponentials, so 0 counts it as the others, -inf leaves it out, and log 2 counts it twice.
         gather_across_devices: as in :func:`simcse_unsup_loss`.
         impl: as in :func:`contrastive_loss`.
 
-    Source: Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", eq. 5.
+    Raises:
+        TypeError, ValueError: as :func:`info_nce`; a `hard_negative_weight` that is NaN or above 1e30.
+
+    Source: Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", eq. 5 and appendix.
     """
     _check_embeddings("y_pred", y_pred, multiple=3)
     temperature = _pick_temperature("lamda", lamda, temperature)
@@ -302,6 +330,7 @@ def simcse_sup_loss(
         *(y_pred[i::3] for i in range(3)),
         temperature=temperature,
         symmetric=symmetric,
+        hard_negative_weight=hard_negative_weight,
         gather_across_devices=gather_across_devices,
         impl=impl,
     )
@@ -315,6 +344,7 @@ def simcse_loss_from_embeddings(
     temperature: float = 0.05,
     symmetric: bool = False,
     in_view_negatives: bool = False,
+    hard_negative_weight: float = 0.0,
     gather_across_devices: bool = False,
     impl: str = "auto",
 ) -> Tensor:
@@ -328,12 +358,20 @@ def simcse_loss_from_embeddings(
         symmetric: also each positive against all anchors, the two losses averaged.
         in_view_negatives: the loss of :func:`simcse_unsup_loss`, where anchors are negatives of anchors too and both
             views are rows; takes no `negatives`.
+        hard_negative_weight: as in :func:`simcse_sup_loss`. `negatives` are then `(m * n, width)`, m for each anchor:
+            rows i, n + i, 2n + i … are those of anchor i (m columns, one after the other).
         gather_across_devices: as in :func:`simcse_unsup_loss`.
         impl: as in :func:`contrastive_loss`.
 
     Returns:
         A scalar; float32, or float64 for float64.
+
+    Raises:
+        TypeError, ValueError: as :func:`simcse_sup_loss`; `negatives` where there can be none, or not m for each
+            anchor where they are weighted.
     """
+    temperature = check_positive("temperature", temperature)
+    hard_negative_weight = check_weight("hard_negative_weight", hard_negative_weight)
     _check_embeddings("anchors", anchors)
     _check_embeddings("positives", positives)
     if anchors.shape != positives.shape:
@@ -341,10 +379,28 @@ def simcse_loss_from_embeddings(
     if negatives is not None:
         _check_embeddings("negatives", negatives)
     if in_view_negatives:
-        if negatives is not None:
-            raise ValueError("in_view_negatives=True takes no negatives")
+        if negatives is not None or hard_negative_weight != 0.0:
+            raise ValueError("in_view_negatives=True takes no negatives and no hard_negative_weight")
         views = torch.stack([anchors, positives], dim=1).flatten(0, 1)
         return simcse_unsup_loss(views, temperature=temperature, gather_across_devices=gather_across_devices, impl=impl)
+    if hard_negative_weight != 0.0:
+        rows = anchors.shape[0]
+        if negatives is None or negatives.shape[0] == 0 < rows or negatives.shape[0] % max(1, rows):
+            found = "None" if negatives is None else f"{negatives.shape[0]} rows"
+            raise ValueError(
+                f"negatives is {found}, must have a multiple of {rows} as anchors has rows for "
+                f"hard_negative_weight={hard_negative_weight}"
+            )
+        return ranking_loss(
+            anchors,
+            [positives, *(negatives.split(rows) if rows else [negatives])],
+            1.0 / temperature,
+            directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
+            partition_mode="per_direction",
+            hard_negative_weight=hard_negative_weight,
+            gather_across_devices=gather_across_devices,
+            impl=impl,
+        )
     options: dict[str, Any] = {"reduction": "sum", "impl": impl}
     own_anchors, own_positives, processes = anchors, positives, 1
     if gather_across_devices and world_size() > 1:
@@ -362,8 +418,6 @@ def simcse_loss_from_embeddings(
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction is {reduction!r}, must be 'mean', 'sum' or 'none'")
     return losses.sum() / (max(1, losses.shape[0]) if reduction == "mean" else 1)
 
 
@@ -380,11 +434,5 @@ def _check_embeddings(name: str, value: Any, multiple: int = 1) -> None:
         raise ValueError(f"{name} has {value.shape[0]} rows, must have a multiple of {multiple}")
 
 
-def _check_temperature(name: str, value: float) -> float:
-    if not value > 0:
-        raise ValueError(f"{name} is {value}, must be positive")
-    return float(value)
-
-
 def _pick_temperature(old_name: str, old: float, temperature: float | None) -> float:
-    return _check_temperature(old_name, old) if temperature is None else _check_temperature("temperature", temperature)
+    return check_positive(old_name, old) if temperature is None else check_positive("temperature", temperature)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .checks import check_choice, check_margin, is_integer
 from .functional import contrastive_loss, simcse_sup_loss, simcse_unsup_loss
 from .ops.contrastive_loss import IMPLS, REDUCTIONS
+from .ranking import check_positive, check_weight
 
 __all__ = ["ContrastiveLoss", "SimCSELoss", "SimCTGLoss", "padding_mask"]
 
@@ -167,9 +168,10 @@ class SimCSELoss(nn.Module):
     """:func:`simctg_fast.simcse_unsup_loss` and :func:`simctg_fast.simcse_sup_loss` as a module.
 
     Args:
-        temperature: positive.
+        temperature: from 1e-30 to 1e30.
         supervised: False takes `(2n, width)` interleaved pairs, True `(3n, width)` interleaved triples.
         symmetric: for triples, also each positive against all anchors. Pairs are symmetric as they are.
+        hard_negative_weight: for triples, see :func:`simctg_fast.simcse_sup_loss`.
         gather_across_devices: the rows of all processes are negatives, with gradients; see
             :func:`simctg_fast.simcse_unsup_loss`.
         impl: as in :func:`simctg_fast.contrastive_loss`.
@@ -181,15 +183,19 @@ class SimCSELoss(nn.Module):
         *,
         supervised: bool = False,
         symmetric: bool = False,
+        hard_negative_weight: float = 0.0,
         gather_across_devices: bool = False,
         impl: str = "auto",
     ):
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, must be positive")
         if symmetric and not supervised:
             raise ValueError("symmetric=True is for supervised=True; the unsupervised loss is symmetric as it is")
-        self.temperature = temperature
+        self.temperature = check_positive("temperature", temperature)
+        self.hard_negative_weight = check_weight("hard_negative_weight", hard_negative_weight)
+        if self.hard_negative_weight != 0.0 and not supervised:
+            raise ValueError(
+                f"hard_negative_weight={hard_negative_weight} is for supervised=True: pairs have no hard one"
+            )
         self.supervised = supervised
         self.symmetric = symmetric
         self.gather_across_devices = gather_across_devices
@@ -197,13 +203,18 @@ class SimCSELoss(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """A scalar."""
-        options: dict[str, Any] = {"gather_across_devices": self.gather_across_devices, "impl": self.impl}
-        if self.supervised:
-            return simcse_sup_loss(embeddings, temperature=self.temperature, symmetric=self.symmetric, **options)
-        return simcse_unsup_loss(embeddings, temperature=self.temperature, **options)
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "gather_across_devices": self.gather_across_devices,
+            "impl": self.impl,
+        }
+        if not self.supervised:
+            return simcse_unsup_loss(embeddings, **options)
+        options["hard_negative_weight"] = self.hard_negative_weight
+        return simcse_sup_loss(embeddings, symmetric=self.symmetric, **options)
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, supervised={self.supervised}, symmetric={self.symmetric}, "
-            f"gather_across_devices={self.gather_across_devices}"
+            f"hard_negative_weight={self.hard_negative_weight}, gather_across_devices={self.gather_across_devices}"
         )

@@ -60,6 +60,30 @@ def pair_loss(queries: Tensor, keys: Tensor, targets: Tensor, scale: float, impl
     return result
 
 
+def pair_lse(queries: Tensor, keys: Tensor, scale: float, impl: str, itself: int = -1) -> Tensor:
+    """``(N,)`` log-sum-exp of ``scale * cosine`` over the keys, without key ``itself + i`` where ``itself >= 0``.
+
+    -inf, with gradient 0, where no key is left. float32, or float64 for float64.
+    """
+    count, columns = queries.shape[0], keys.shape[0]
+    if count == 0 or columns == 0:
+        return queries.new_full((count,), -torch.inf, dtype=accumulator_dtype(queries.dtype))
+    if _delegates(impl, queries, columns):
+        logits = _dense_logits(queries, keys, scale, itself)
+        alone = itself >= 0 and columns == 1
+        return logits.squeeze(1) if alone else torch.logsumexp(logits, dim=1)
+    # The operator's gradient is that of lse - partner: any key that is not left out may be the partner.
+    targets = (torch.arange(count, device=queries.device) + (max(0, itself) + 1)) % columns
+    losses, lse, *_ = torch.ops.simctg_fast.pair_loss(queries, keys, targets, itself, scale, impl)
+    along = losses + scale * cosines(queries, keys[targets])
+    return torch.where(lse == -torch.inf, lse, lse + (along - along.detach()))
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """``(N,)`` cosines of the rows; a zero vector has cosine 0 and gradient 0. float32, or float64 for float64."""
+    return (_normalized(left) * _normalized(right)).sum(dim=1)
+
+
 def self_loss(vectors: Tensor, scale: float, impl: str) -> Tensor:
     """``(N,)`` cross-entropies of ``scale * cosine`` of row i to row ``i ^ 1`` among the rows ``j != i``; N is even."""
     if _delegates(impl, vectors, vectors.shape[0]):
@@ -71,18 +95,34 @@ def self_loss(vectors: Tensor, scale: float, impl: str) -> Tensor:
 
 def _delegates(impl: str, queries: Tensor, columns: int) -> bool:
     """Whether plain torch, the whole matrix, is the fastest: small problems on CUDA."""
-    small = queries.device.type == "cuda" and queries.shape[0] <= _DELEGATE and columns <= 2 * _DELEGATE
+    small = queries.device.type == "cuda" and 0 < queries.shape[0] <= _DELEGATE and columns <= 2 * _DELEGATE
     return impl == "auto" and small
 
 
 def _dense_pair_loss(queries: Tensor, keys: Tensor, targets: Tensor, scale: float, itself: int) -> Tensor:
-    smallest = 1e-18 if queries.dtype != torch.float16 else 6e-8  # a norm below it counts as zero
-    left = torch.nn.functional.normalize(queries, dim=-1, eps=smallest)
-    right = left if keys is queries else torch.nn.functional.normalize(keys, dim=-1, eps=smallest)
-    logits = (left @ right.T).to(accumulator_dtype(queries.dtype)) * scale
+    logits = _dense_logits(queries, keys, scale, itself)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _dense_logits(queries: Tensor, keys: Tensor, scale: float, itself: int) -> Tensor:
+    with full_precision(queries.device):
+        left = _normalized(queries).to(queries.dtype)
+        right = left if keys is queries else _normalized(keys).to(keys.dtype)
+        logits = (left @ right.T).to(accumulator_dtype(queries.dtype)) * scale
     if itself >= 0:
         logits.diagonal(itself).fill_(-torch.inf)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return logits
+
+
+def _normalized(vectors: Tensor) -> Tensor:
+    """Unit vectors in the accumulator's dtype, differentiable; zeros, with gradient 0, for zero vectors."""
+    wide = vectors.to(accumulator_dtype(vectors.dtype))
+    if wide.shape[1] == 0:
+        return wide
+    largest = wide.detach().abs().amax(dim=1, keepdim=True)
+    zero = largest <= SMALLEST_NORM
+    wide = (wide / largest.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)  # no square overflows or vanishes
+    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).masked_fill(zero, 1.0)
 
 
 def resolve(impl: str, vectors: Tensor) -> str:
@@ -128,8 +168,21 @@ def _check(vectors: Tensor, keys: Tensor | None, scale: float, impl: str) -> Non
             raise ValueError(
                 f"keys are {keys.dtype} on {keys.device}, must be {vectors.dtype} on {vectors.device} as queries are"
             )
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}, must be positive")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}, must be positive and finite")
+
+
+def _check_targets(targets: Tensor, queries: Tensor, keys: Tensor) -> None:
+    if targets.shape != queries.shape[:1] or targets.dtype != torch.int64 or targets.device != queries.device:
+        raise ValueError(
+            f"targets is {tuple(targets.shape)} {targets.dtype} on {targets.device}, must be ({queries.shape[0]},) "
+            f"torch.int64 on {queries.device}"
+        )
+    if targets.device.type == "cpu" and targets.numel() > 0:  # elsewhere the host would wait
+        lowest, highest = (int(value) for value in targets.aminmax())
+        if lowest < 0 or highest >= keys.shape[0]:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"targets holds {wrong}, must be in 0..{keys.shape[0] - 1}: keys has {keys.shape[0]} rows")
 
 
 # ---- unit vectors ----------------------------------------------------------------------------------------------------
@@ -138,7 +191,7 @@ def _check(vectors: Tensor, keys: Tensor | None, scale: float, impl: str) -> Non
 def _inverse_norms(vectors: Tensor) -> Tensor:
     """``(N,)``: 1 / norm, 0 for zero vectors, NaN where not finite."""
     dtype = accumulator_dtype(vectors.dtype)
-    if vectors.device.type == "cpu":
+    if vectors.device.type == "cpu" and vectors.numel() > 0:
         norms = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
         if not bool(((norms > 1e-15) & (norms < 1e15)).all()):
             return _scaled_inverse_norms(vectors.unsqueeze(0), None).squeeze(0)  # a square may have overflowed
@@ -370,6 +423,7 @@ def _pair_forward(
     queries: Tensor, keys: Tensor, targets: Tensor, itself: int, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(queries, keys, scale, impl)
+    _check_targets(targets, queries, keys)
     impl = resolve(impl, queries)
     dtype = accumulator_dtype(queries.dtype)
     with full_precision(queries.device):
