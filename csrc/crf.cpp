@@ -5,12 +5,12 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <queue>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "best_paths.h"
 #include "cpu_features.h"
 #include "crf_dispatch.h"
 #include "parallel.h"
@@ -269,70 +269,21 @@ void crf_viterbi(const Crf& crf, int64_t* slots, int num_threads) {
 
 // ---- the n best paths -----------------------------------------------------------------------------------------------
 
-namespace {
-
-// The end of a path, from position t on. `rest`: what it scores beyond the best prefix into its first slot, so that
-// best prefix + rest is the score of the best path that ends like this: A* with a heuristic that is never wrong.
-struct Suffix {
-    int64_t t, slot, after;  // `after`: the suffix that this one extends, -1: none
-    double rest;
-};
-
-void best_paths(const CrfKernels& k, const Crf& crf, const CrfItem& item, int64_t paths, int64_t* slots, float* scratch) {
-    const int64_t beam = crf.beam, length = item.length;
-    std::fill(slots, slots + crf.length * paths, int64_t{-1});
-    if (length == 0) return;
-    Floats best(length * beam), offsets(length), into(beam);
-    k.max_filter(item, best.data(), offsets.data(), nullptr, scratch);
-
-    std::vector<Suffix> suffixes;
-    using Entry = std::pair<double, int64_t>;  // score, -index: of equal scores the one found first
-    std::priority_queue<Entry> open;
-    std::vector<std::pair<float, int64_t>> order(static_cast<size_t>(beam));
-    // Adds the best `paths` slots at t before the suffix `after`; values[k]: their best prefix and the way on from it.
-    const auto extend = [&](int64_t t, int64_t after, const float* values, double rest) {
-        for (int64_t s = 0; s < beam; ++s) order[static_cast<size_t>(s)] = {-values[s], s};
-        const int64_t kept = std::min(beam, paths);
-        std::partial_sort(order.begin(), order.begin() + kept, order.end());
-        for (int64_t i = 0; i < kept; ++i) {
-            const auto [score, slot] = order[static_cast<size_t>(i)];
-            if (!(score < std::numeric_limits<float>::infinity())) break;  // banned, or NaN
-            // Scores at t are relative to the largest one, the same for all: `rest` holds what the prefixes lost.
-            const double total = rest - static_cast<double>(score);
-            suffixes.push_back({t, slot, after, total - static_cast<double>(best.data()[t * beam + slot])});
-            open.emplace(total, -static_cast<int64_t>(suffixes.size() - 1));
-        }
-    };
-    extend(length - 1, -1, best.data() + (length - 1) * beam, 0.0);
-    for (int64_t n = 0; n < paths && !open.empty();) {
-        const int64_t index = -open.top().second;
-        open.pop();
-        const Suffix suffix = suffixes[static_cast<size_t>(index)];
-        if (suffix.t == 0) {
-            for (int64_t i = index; i >= 0; i = suffixes[static_cast<size_t>(i)].after) {
-                const Suffix& step = suffixes[static_cast<size_t>(i)];
-                slots[step.t * paths + n] = step.slot;
-            }
-            ++n;
-            continue;
-        }
-        k.into_slot(item, suffix.t - 1, suffix.slot, best.data() + (suffix.t - 1) * beam, into.data(), scratch);
-        // best(k at t-1) + transition + score(slot) - offset(t) is at most best(slot at t).
-        const double gain = static_cast<double>(item.scores[suffix.t * beam + suffix.slot]) -
-                            static_cast<double>(offsets.data()[suffix.t]);
-        extend(suffix.t - 1, index, into.data(), suffix.rest + gain);
-    }
-}
-
-}  // namespace
-
 void crf_kbest(const Crf& crf, int64_t paths, int64_t* slots, int num_threads) {
     if (paths < 1) throw std::invalid_argument("paths is " + std::to_string(paths) + ", must be at least 1");
     const CrfKernels& k = kernels();
     parallel_for(crf.batch, num_threads, [&](int64_t b) {
         const CrfItem item = item_of(crf, b);
-        Floats scratch = scratch_of(k, crf);
-        best_paths(k, crf, item, paths, slots + b * crf.length * paths, scratch.data());
+        const int64_t beam = crf.beam;
+        Floats scratch = scratch_of(k, crf), best(item.length * beam), offsets(item.length), nothing(beam);
+        std::fill(nothing.data(), nothing.data() + beam, 0.0f);
+        int64_t* own = slots + b * crf.length * paths;
+        std::fill(own, own + crf.length * paths, int64_t{-1});
+        k.max_filter(item, best.data(), offsets.data(), nullptr, scratch.data());
+        const auto edges = [&](int64_t t, int64_t slot, float* out) {
+            k.into_slot(item, t - 1, slot, nothing.data(), out, scratch.data());
+        };
+        BestPaths(item.length, beam, best.data(), edges).write(paths, own);
     });
 }
 

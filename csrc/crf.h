@@ -48,7 +48,8 @@ void crf_filter_backward(const Crf& crf, const float* grad, const float* message
 // slots [batch, length], -1 beyond the lengths. `scale` must be 1 here and in the next two.
 void crf_viterbi(const Crf& crf, int64_t* slots, int num_threads);
 
-// slots [batch, length, paths], -1 beyond the lengths and where there are fewer paths of finite score.
+// slots [batch, length, paths], -1 beyond the lengths and where there are fewer paths of finite score; order and memory as
+// best_paths.h says.
 void crf_kbest(const Crf& crf, int64_t paths, int64_t* slots, int num_threads);
 
 // The published sampler. uniforms [batch, length - 1, beam, samples] or null (Philox under `seed`); slots [batch, length,
@@ -74,5 +75,8 @@ void dense_log_partition(const DenseCrf& crf, double* log_partition, int num_thr
 
 // slots [batch, length], -1 beyond the lengths.
 void dense_viterbi(const DenseCrf& crf, int64_t* slots, int num_threads);
+
+// slots [batch, length, paths], as crf_kbest's.
+void dense_kbest(const DenseCrf& crf, int64_t paths, int64_t* slots, int num_threads);
 
 }  // namespace simctg

@@ -138,4 +138,11 @@ void bind_crf(py::module_& m) {
             simctg::dense_viterbi(dense(sizes, emissions, transitions, lengths), pointer<int64_t>(slots), threads);
         },
         release_gil());
+    m.def(
+        "dense_kbest",
+        [dense](std::array<int64_t, 3> sizes, address emissions, address transitions, address lengths, int64_t paths,
+                address slots, int threads) {
+            simctg::dense_kbest(dense(sizes, emissions, transitions, lengths), paths, pointer<int64_t>(slots), threads);
+        },
+        release_gil());
 }

@@ -131,13 +131,14 @@ def _torch(emissions: torch.Tensor, beam_size: int) -> tuple[torch.Tensor, torch
     values = rows.new_empty((rows.shape[0], beam_size))
     for begin in range(0, rows.shape[0], ROWS):
         part = slice(begin, begin + ROWS)
-        values[part], tokens[part] = _rows(rows[part], beam_size)
+        values[part], tokens[part] = topk_in_order(rows[part], beam_size)
     shape = (batch, length, beam_size)
     return tokens.view(shape), values.view(shape).to(_result_dtype(emissions))
 
 
-def _rows(rows: torch.Tensor, beam_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """topk, with ties put in order: torch.topk returns any of several equal tokens, in any order."""
+def topk_in_order(rows: torch.Tensor, beam_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of `rows (R, V)`, falling, and their places; of equals the first. torch.topk returns any of several
+    equals, in any order."""
     value, token = rows.topk(beam_size, dim=1)
     token, order = token.sort(dim=1)
     value, again = value.gather(1, order).sort(dim=1, descending=True, stable=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import _backends
+from .crf_beam import topk_in_order
 from .crf_common import address, check_potentials, choose, inside, transition
 from .viterbi_backtrace import viterbi_backtrace
 
@@ -30,7 +33,9 @@ def crf_viterbi(scores, tokens, left, right, lengths=None, *, impl: str = "auto"
 def crf_kbest(scores, tokens, left, right, lengths, paths: int, *, impl: str = "auto") -> torch.Tensor:
     """Slots of the `paths` best paths, best first: `(B, T, paths)` int64, -1 beyond the lengths.
 
-    Where an item has fewer paths of finite score, the rest is -1 throughout.
+    Where an item has fewer paths of finite score, the rest is -1 throughout. Of paths whose scores are equal the one
+    with the lower last slot comes first, then the one with the lower slot before it, and so on. Memory is that of
+    `min(paths, K) T K` numbers an item in C++, `paths T K` in PyTorch, whatever the scores are.
     """
     return torch.ops.simctg_fast.crf_kbest(scores, tokens, left, right, lengths, paths, impl=impl)
 
@@ -112,7 +117,17 @@ def _kbest(scores, tokens, left, right, lengths, paths, *, impl="auto"):
 
 
 def _torch_kbest(scores, tokens, left, right, lengths, paths):
-    """List Viterbi: the best `paths` prefixes into every slot; a pointer names a slot and a rank in its list."""
+    return list_viterbi(scores, lambda t: transition(tokens, t - 1, left, right, 1.0), lengths, paths)
+
+
+def list_viterbi(
+    scores: torch.Tensor, step: Callable[[int], torch.Tensor], lengths: torch.Tensor | None, paths: int
+) -> torch.Tensor:
+    """The `paths` best prefixes into every slot; a pointer names a slot and a rank in its list.
+
+    `step(t)`: transitions from t - 1 to t, `(B, K, K)` or `(K, K)`. Candidates are in the order of their slots and
+    ranks, and the first of equals is taken: the order of paths is that of `csrc/best_paths.h`.
+    """
     batch, length, slots = scores.shape
     nothing = float("-inf")
     chunk = max(1, SCRATCH // max(1, batch * slots * paths))
@@ -120,18 +135,21 @@ def _torch_kbest(scores, tokens, left, right, lengths, paths):
     best[:, :, 0] = scores[:, 0]
     pointers = [torch.zeros_like(best, dtype=torch.int64)]
     for t in range(1, length):
-        step = transition(tokens, t - 1, left, right, 1.0)
+        edges = step(t).expand(batch, -1, -1)
         here = inside(lengths, t)
         value, pointer = torch.empty_like(best), torch.empty_like(pointers[0])
         for j in range(0, slots, chunk):  # (B, targets, K * paths) candidates at a time
-            candidates = best[:, None] + step[:, :, j : j + chunk].transpose(1, 2)[..., None]
-            value[:, j : j + chunk], pointer[:, j : j + chunk] = candidates.flatten(2).topk(paths, dim=2)
+            candidates = best[:, None] + edges[:, :, j : j + chunk].transpose(1, 2).contiguous()[..., None]
+            top, place = topk_in_order(candidates.flatten(2).flatten(0, 1), paths)
+            value[:, j : j + chunk] = top.unflatten(0, candidates.shape[:2])
+            pointer[:, j : j + chunk] = place.unflatten(0, candidates.shape[:2])
         value = value + scores[:, t, :, None]
-        value = value - value.amax((1, 2), keepdim=True)
+        top = value.amax((1, 2), keepdim=True)
+        value = torch.where(top > nothing, value - top, value)
         best = value if here is None else torch.where(here[:, :, None], value, best)
         pointers.append(pointer)
-    final, entry = best.flatten(1).topk(paths, dim=1)
-    result = tokens.new_full((batch, length, paths), -1)
+    final, entry = topk_in_order(best.flatten(1), paths)
+    result = torch.full((batch, length, paths), -1, device=scores.device)
     for t in range(length - 1, -1, -1):
         here = inside(lengths, t)
         here = torch.ones_like(entry[:, :1], dtype=torch.bool) if here is None else here
