@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 from simctg_fast import LinearChainCRF, LowRankCRF, StochasticViterbiSamples
+from simctg_fast.crf.constraints import bio
 from simctg_fast.ops.crf_beam import crf_beam_select
 from simctg_fast.reference import crf as reference
 
@@ -207,6 +208,59 @@ def dense(s: Sizes, decode: bool, tags: int | None = None, *, struct: bool = Fal
     return rows
 
 
+def tagger(s: Sizes) -> Providers:
+    """A training step of a tagger, forward and backward: 33 BIO tags, items of different lengths."""
+    names = ["O", *[f"{letter}-{kind}" for kind in range(16) for letter in "BI"]]
+    crf = LinearChainCRF(len(names)).to(s.device)
+    batch, length = s.emissions.shape[:2]
+    emissions = s.emissions[:, :, : len(names)].contiguous()
+    lengths = torch.arange(length, length - batch, -1, device=s.device)
+    mask = torch.arange(length, device=s.device) < lengths[:, None]
+    tags = crf.constrain(**bio(names)).viterbi(emissions, lengths).tags.clamp(min=0)
+    crf.constrain()
+
+    def ours():
+        values = emissions.clone().requires_grad_()
+        loss = crf.nll(values, tags, lengths, reduction="sum")
+        return loss.detach(), *torch.autograd.grad(loss, [values, *crf.parameters()])
+
+    rows: Providers = {OURS: ours}
+    torchcrf = optional("torchcrf")
+    if torchcrf is not None:
+        peer = torchcrf.CRF(len(names), batch_first=True).to(s.device)
+        peer.load_state_dict(crf.state_dict())
+
+        def theirs():
+            values = emissions.clone().requires_grad_()
+            loss = -peer(values, tags, mask)
+            return loss.detach(), *torch.autograd.grad(loss, [values, *peer.parameters()])
+
+        rows["pytorch-crf"] = theirs
+        for a, b in zip(ours(), theirs(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-3)
+    return rows
+
+
+def constrained(s: Sizes) -> Providers:
+    """log Z of 255 BIO tags whose forbidden transitions are -inf; pytorch-crf gives NaN for them, so it has -10,000."""
+    names = ["O", *[f"{letter}-{kind}" for kind in range((s.beam - 1) // 2) for letter in "BI"]]
+    rules = bio(names)
+    crf = LinearChainCRF(len(names), **rules).to(s.device)
+    emissions = s.emissions[:, :, : len(names)].contiguous()
+    mask = torch.ones(emissions.shape[:2], dtype=torch.bool, device=s.device)
+    rows: Providers = {OURS: no_grad(lambda: crf.log_partition(emissions))}
+    torchcrf = optional("torchcrf")
+    if torchcrf is not None:
+        peer = torchcrf.CRF(len(names), batch_first=True).to(s.device)
+        peer.load_state_dict(crf.state_dict())
+        with torch.no_grad():
+            peer.transitions[~rules["allowed_transitions"].to(s.device)] = -1e4
+            peer.start_transitions[~rules["allowed_start"].to(s.device)] = -1e4
+        rows["pytorch-crf"] = no_grad(lambda: peer._compute_normalizer(emissions.transpose(0, 1), mask.T))
+        torch.testing.assert_close(rows["pytorch-crf"](), rows[OURS](), rtol=1e-5, atol=2e-3)
+    return rows
+
+
 def _check_dense(rows: Providers, decode: bool) -> None:
     ours = rows[OURS]()
     for name, run in rows.items():
@@ -233,6 +287,8 @@ ROWS: dict[str, Row] = {
     "dense_log_partition": ("shared transitions, log Z", {"pytorch-crf": 30}, lambda s: dense(s, False)),
     "dense_viterbi": ("shared transitions, Viterbi", {"pytorch-crf": 20, "torbi": 20}, lambda s: dense(s, True)),
     "dense_32": ("the same of 32 tags, log Z", {}, lambda s: dense(s, False, 32, struct=True)),
+    "constrained": ("shared transitions of 255 BIO tags, log Z", {"pytorch-crf": 25}, constrained),
+    "tagger": ("a training step with 33 BIO tags", {}, tagger),
 }
 ON_CUDA: dict[str, Row] = {
     "samples_8": ("exact sampling, N = 8, beams given", {"published": 40}, lambda s: samples_on_beam(s, 8)),

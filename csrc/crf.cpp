@@ -4,51 +4,18 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "best_paths.h"
-#include "cpu_features.h"
 #include "crf_dispatch.h"
+#include "crf_host.h"
 #include "parallel.h"
 
 namespace simctg {
 namespace {
-
-const CrfKernels& kernels() {
-#if defined(SIMCTG_FAST_X86_64)
-    if (active_isa() == Isa::avx512) return crf_kernels_avx512();
-    if (active_isa() == Isa::avx2) return crf_kernels_avx2();
-#endif
-    return crf_kernels_generic();
-}
-
-// Uninitialised floats on a cache line.
-class Floats {
-public:
-    explicit Floats(int64_t count) : memory_(new char[static_cast<size_t>(count) * sizeof(float) + 64]) {
-        const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
-        data_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
-    }
-    float* data() { return data_; }
-
-private:
-    std::unique_ptr<char[]> memory_;
-    float* data_;
-};
-
-[[noreturn]] void fail(const std::string& what, int64_t value, int64_t limit) {
-    throw std::invalid_argument(what + " is " + std::to_string(value) + ", must be in 0.." + std::to_string(limit));
-}
-
-int64_t length_of(const int64_t* lengths, int64_t b, int64_t limit) {
-    if (lengths == nullptr) return limit;
-    if (lengths[b] < 0 || lengths[b] > limit) fail("lengths[" + std::to_string(b) + "]", lengths[b], limit);
-    return lengths[b];
-}
 
 CrfItem item_of(const Crf& crf, int64_t b) {
     const int64_t length = length_of(crf.lengths, b, crf.length), begin = b * crf.length * crf.beam;
@@ -165,7 +132,7 @@ void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, c
                      int64_t forced_count, int64_t* tokens, float* values, int num_threads) {
     if (beam < 1 || beam > e.vocabulary) fail("beam", beam, e.vocabulary);
     if (forced_count > beam) fail("forced_count", forced_count, beam);
-    const CrfKernels& k = kernels();
+    const CrfKernels& k = crf_kernels();
     constexpr int64_t rows_per_task = 8;
     const int64_t rows = e.batch * e.length;
     parallel_for((rows + rows_per_task - 1) / rows_per_task, num_threads, [&](int64_t task) {
@@ -214,7 +181,7 @@ void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, c
 // ---- filters --------------------------------------------------------------------------------------------------------
 
 void crf_filter(const Crf& crf, float* messages, float* norms, int num_threads) {
-    const CrfKernels& k = kernels();
+    const CrfKernels& k = crf_kernels();
     parallel_for(crf.batch, num_threads, [&](int64_t b) {
         const CrfItem item = item_of(crf, b);
         Floats scratch = scratch_of(k, crf);
@@ -227,7 +194,7 @@ void crf_filter(const Crf& crf, float* messages, float* norms, int num_threads) 
 
 void crf_filter_backward(const Crf& crf, const float* grad, const float* messages, const float* norms,
                          float* grad_scores, float* grad_left, float* grad_right, int num_threads) {
-    const CrfKernels& k = kernels();
+    const CrfKernels& k = crf_kernels();
     // Tables are added to by a fixed number of groups of items, each in order and into tables of its own (the first into
     // the result), so that sums run in the same order for any number of threads.
     const int64_t table = crf.vocabulary * crf.rank, budget = int64_t{16} << 20;
@@ -257,7 +224,7 @@ void crf_filter_backward(const Crf& crf, const float* grad, const float* message
 }
 
 void crf_viterbi(const Crf& crf, int64_t* slots, int num_threads) {
-    const CrfKernels& k = kernels();
+    const CrfKernels& k = crf_kernels();
     parallel_for(crf.batch, num_threads, [&](int64_t b) {
         const CrfItem item = item_of(crf, b);
         Floats scratch = scratch_of(k, crf), best(crf.length * crf.beam), offsets(crf.length);
@@ -271,7 +238,7 @@ void crf_viterbi(const Crf& crf, int64_t* slots, int num_threads) {
 
 void crf_kbest(const Crf& crf, int64_t paths, int64_t* slots, int num_threads) {
     if (paths < 1) throw std::invalid_argument("paths is " + std::to_string(paths) + ", must be at least 1");
-    const CrfKernels& k = kernels();
+    const CrfKernels& k = crf_kernels();
     parallel_for(crf.batch, num_threads, [&](int64_t b) {
         const CrfItem item = item_of(crf, b);
         const int64_t beam = crf.beam;
@@ -306,7 +273,7 @@ struct Shares {
 void crf_stochastic_viterbi(const Crf& crf, float temperature, int64_t samples, uint64_t seed, const float* uniforms,
                             int64_t* slots, float* prefixes, void* backpointers, int num_threads) {
     if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
-    const CrfKernels& k = kernels();
+    const CrfKernels& k = crf_kernels();
     const int64_t width = crf.beam <= 256 ? 1 : 2;
     const Shares shares(crf.batch, samples, k.tables, num_threads);
     parallel_for(crf.batch * shares.parts, num_threads, [&](int64_t task) {
@@ -336,7 +303,7 @@ void crf_stochastic_viterbi(const Crf& crf, float temperature, int64_t samples, 
 void crf_ffbs(const Crf& crf, const float* messages, const float* norms, int64_t samples, uint64_t seed,
               const float* uniforms, int64_t* slots, int num_threads) {
     if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
-    const CrfKernels& k = kernels();
+    const CrfKernels& k = crf_kernels();
     const Shares shares(crf.batch, samples, 64, num_threads);
     parallel_for(crf.batch * shares.parts, num_threads, [&](int64_t task) {
         const int64_t b = task / shares.parts, first = task % shares.parts * shares.size;
@@ -349,137 +316,6 @@ void crf_ffbs(const Crf& crf, const float* messages, const float* norms, int64_t
                uniforms ? uniforms + b * crf.length * samples : nullptr, first, count, own, scratch.data());
         for (int64_t t = item.length; t < crf.length; ++t) {
             std::fill(own + t * samples + first, own + t * samples + first + count, int64_t{-1});
-        }
-    });
-}
-
-// ---- dense transitions ----------------------------------------------------------------------------------------------
-
-namespace {
-
-struct DenseMatrix {
-    int64_t stride;
-    Floats values;
-    float low = 0.0f, high = 0.0f;
-
-    // Rows padded with -inf to whole pairs of vectors.
-    DenseMatrix(const CrfKernels& k, const DenseCrf& crf)
-        : stride((crf.tags + 2 * k.lanes - 1) / (2 * k.lanes) * (2 * k.lanes)), values(crf.tags * stride) {
-        const auto [least, most] = std::minmax_element(crf.transitions, crf.transitions + crf.tags * crf.tags);
-        low = *least, high = *most;
-        for (int64_t i = 0; i < crf.tags; ++i) {
-            float* row = values.data() + i * stride;
-            std::copy(crf.transitions + i * crf.tags, crf.transitions + (i + 1) * crf.tags, row);
-            std::fill(row + crf.tags, row + stride, -std::numeric_limits<float>::infinity());
-        }
-    }
-};
-
-// Items taken together: as many as the kernels like, fewer where threads would have nothing to do.
-int64_t rows_together(const CrfKernels& k, int64_t batch, int num_threads) {
-    return std::clamp<int64_t>((batch + num_threads - 1) / std::max(1, num_threads), 1, k.dense_rows);
-}
-
-}  // namespace
-
-void dense_log_partition(const DenseCrf& crf, double* log_partition, int num_threads) {
-    const CrfKernels& k = kernels();
-    if (crf.batch == 0) return;
-    DenseMatrix matrix(k, crf);
-    const int64_t tags = crf.tags, stride = matrix.stride;
-    // Within this range a step in the space of exponentials loses nothing: the largest state is 1, so every sum is at
-    // least e^-60, and what underflows could contribute no more than e^-27 of the total. Otherwise: logarithms.
-    const bool exponential = matrix.high - matrix.low <= 60.0f;
-    if (exponential) k.exponentials(matrix.values.data(), -matrix.high, tags * stride, matrix.values.data());
-    const int64_t rows = rows_together(k, crf.batch, num_threads);
-    parallel_for((crf.batch + rows - 1) / rows, num_threads, [&](int64_t task) {
-        const int64_t first = task * rows, count = std::min(rows, crf.batch - first);
-        Floats state(count * stride), next(count * stride), padded(stride);
-        std::vector<double> offset(static_cast<size_t>(count), 0.0);
-        std::vector<int64_t> lengths;
-        for (int64_t r = 0; r < count; ++r) lengths.push_back(length_of(crf.lengths, first + r, crf.length));
-        std::fill(padded.data(), padded.data() + stride, -std::numeric_limits<float>::infinity());
-        const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
-        for (int64_t t = 0; t < longest; ++t) {
-            if (t > 0) (exponential ? k.dense_sum : k.dense_lse)(state.data(), matrix.values.data(), tags, stride, count, next.data());
-            for (int64_t r = 0; r < count; ++r) {
-                if (t >= lengths[static_cast<size_t>(r)]) continue;
-                const float* emission = crf.emissions + ((first + r) * crf.length + t) * tags;
-                float* own = state.data() + r * stride;
-                const float* from = next.data() + r * stride;
-                if (exponential) {
-                    const float top = k.largest(emission, tags);
-                    std::copy(emission, emission + tags, padded.data());
-                    k.exponentials(padded.data(), -top, stride, own);
-                    if (t > 0) {
-                        for (int64_t j = 0; j < tags; ++j) own[j] *= from[j];
-                    }
-                    const float scale = k.largest(own, tags);
-                    for (int64_t j = 0; j < tags; ++j) own[j] /= scale;
-                    offset[static_cast<size_t>(r)] +=
-                        static_cast<double>(top) + std::log(static_cast<double>(scale)) + (t > 0 ? static_cast<double>(matrix.high) : 0.0);
-                } else {
-                    for (int64_t j = 0; j < tags; ++j) own[j] = (t > 0 ? from[j] : 0.0f) + emission[j];
-                    const float top = k.largest(own, tags);
-                    if (top > -std::numeric_limits<float>::infinity()) {
-                        for (int64_t j = 0; j < tags; ++j) own[j] -= top;
-                    }
-                    offset[static_cast<size_t>(r)] += static_cast<double>(top);
-                }
-            }
-        }
-        for (int64_t r = 0; r < count; ++r) {
-            double total = 0.0;
-            for (int64_t j = 0; j < tags; ++j) {
-                const double value = static_cast<double>(state.data()[r * stride + j]);
-                total += exponential ? value : std::exp(value);
-            }
-            log_partition[first + r] = lengths[static_cast<size_t>(r)] == 0 ? 0.0 : offset[static_cast<size_t>(r)] + std::log(total);
-        }
-    });
-}
-
-void dense_viterbi(const DenseCrf& crf, int64_t* slots, int num_threads) {
-    const CrfKernels& k = kernels();
-    if (crf.batch == 0) return;
-    DenseMatrix matrix(k, crf);
-    const int64_t tags = crf.tags, stride = matrix.stride;
-    const int64_t rows = rows_together(k, crf.batch, num_threads);
-    parallel_for((crf.batch + rows - 1) / rows, num_threads, [&](int64_t task) {
-        const int64_t first = task * rows, count = std::min(rows, crf.batch - first);
-        // states[t][r]: best prefix into every tag; the sources on the path are found again from them.
-        Floats states(std::max<int64_t>(1, crf.length) * count * stride), next(count * stride);
-        std::vector<int64_t> lengths;
-        for (int64_t r = 0; r < count; ++r) lengths.push_back(length_of(crf.lengths, first + r, crf.length));
-        const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
-        for (int64_t t = 0; t < longest; ++t) {
-            float* here = states.data() + t * count * stride;
-            if (t > 0) k.dense_max(here - count * stride, matrix.values.data(), tags, stride, count, next.data());
-            for (int64_t r = 0; r < count; ++r) {
-                const float* emission = crf.emissions + ((first + r) * crf.length + t) * tags;
-                float* own = here + r * stride;
-                const float* from = next.data() + r * stride;
-                for (int64_t j = 0; j < tags; ++j) own[j] = (t > 0 ? from[j] : 0.0f) + emission[j];
-                const float top = k.largest(own, tags);
-                if (top > -std::numeric_limits<float>::infinity() && top < std::numeric_limits<float>::infinity()) {
-                    for (int64_t j = 0; j < tags; ++j) own[j] -= top;
-                }
-            }
-        }
-        for (int64_t r = 0; r < count; ++r) {
-            int64_t* path = slots + (first + r) * crf.length;
-            const int64_t length = lengths[static_cast<size_t>(r)];
-            std::fill(path + length, path + crf.length, int64_t{-1});
-            for (int64_t t = length - 1, slot = -1; t >= 0; --t) {
-                const float* own = states.data() + (t * count + r) * stride;
-                int64_t best = 0;
-                float top = -std::numeric_limits<float>::infinity();
-                for (int64_t j = 0; j < tags; ++j) {
-                    const float score = slot < 0 ? own[j] : own[j] + matrix.values.data()[j * stride + slot];
-                    if (score > top) top = score, best = j;
-                }
-                path[t] = slot = best;
-            }
         }
     });
 }

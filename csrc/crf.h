@@ -70,10 +70,15 @@ struct DenseCrf {
     const int64_t* lengths;
 };
 
-// log_partition [batch], in double.
-void dense_log_partition(const DenseCrf& crf, double* log_partition, int num_threads);
+// log_partition [batch], in double; -inf where no path has a finite score. messages [batch, length, tags] and norms [batch,
+// length] (both or neither null): see simctg_fast/ops/crf_dense.py.
+void dense_filter(const DenseCrf& crf, float* messages, float* norms, double* log_partition, int num_threads);
 
-// slots [batch, length], -1 beyond the lengths.
+// The gradients of emissions (by way of the messages alone) and of transitions for a gradient of the messages.
+void dense_filter_backward(const DenseCrf& crf, const float* grad, const float* messages, const float* norms,
+                           float* grad_emissions, float* grad_transitions, int num_threads);
+
+// slots [batch, length], -1 beyond the lengths, and throughout where no path has a finite score.
 void dense_viterbi(const DenseCrf& crf, int64_t* slots, int num_threads);
 
 // slots [batch, length, paths], as crf_kbest's.

@@ -125,10 +125,20 @@ void bind_crf(py::module_& m) {
                                 pointer<const float>(transitions), pointer<const int64_t>(lengths)};
     };
     m.def(
-        "dense_log_partition",
-        [dense](std::array<int64_t, 3> sizes, address emissions, address transitions, address lengths, address out,
-                int threads) {
-            simctg::dense_log_partition(dense(sizes, emissions, transitions, lengths), pointer<double>(out), threads);
+        "dense_filter",
+        [dense](std::array<int64_t, 3> sizes, address emissions, address transitions, address lengths, address messages,
+                address norms, address log_partition, int threads) {
+            simctg::dense_filter(dense(sizes, emissions, transitions, lengths), pointer<float>(messages),
+                                 pointer<float>(norms), pointer<double>(log_partition), threads);
+        },
+        release_gil());
+    m.def(
+        "dense_filter_backward",
+        [dense](std::array<int64_t, 3> sizes, address emissions, address transitions, address lengths, address grad,
+                address messages, address norms, address grad_emissions, address grad_transitions, int threads) {
+            simctg::dense_filter_backward(dense(sizes, emissions, transitions, lengths), pointer<const float>(grad),
+                                          pointer<const float>(messages), pointer<const float>(norms),
+                                          pointer<float>(grad_emissions), pointer<float>(grad_transitions), threads);
         },
         release_gil());
     m.def(

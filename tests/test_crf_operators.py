@@ -486,10 +486,6 @@ def test_opcheck(impl):
             (messages, messages, norms, *plain, 0.8, True), {"impl": impl}, test_utils=checks,
         )  # fmt: skip
     torch.library.opcheck(ops.crf_beam_select, (emissions, 4, lengths), {"impl": impl}, test_utils=checks)
-    dense = emissions[..., :4].contiguous().requires_grad_()
-    for op in (ops.dense_log_partition, ops.dense_viterbi):
-        given = dense if op is ops.dense_log_partition else dense.detach()
-        torch.library.opcheck(op, (given, torch.randn(4, 4), lengths), {"impl": impl}, test_utils=checks)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -509,32 +505,3 @@ def test_compiles_without_a_break(impl):
         results.append((value, *torch.autograd.grad(value, (scores, crf.E1.weight))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-
-
-# ---- one matrix of transitions ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("span", [1.0, 200.0], ids=["exponentials", "logarithms"])
-@pytest.mark.parametrize("tags", [1, 5, 40])
-def test_linear_chain(impl, span, tags):
-    torch.manual_seed(0)
-    crf = LinearChainCRF(tags, impl=impl).requires_grad_(False)
-    crf.transitions.mul_(10 * span)
-    if span > 1 and tags > 1:
-        crf.transitions[0, 1] = NEVER
-    emissions, lengths = torch.randn(9, 6, tags), torch.tensor([6, 5, 4, 3, 2, 1, 0, 6, 6])
-    scores, transitions, _ = crf._potentials(emissions, lengths)
-    expected = reference.dense_log_partition(scores.double(), transitions.double(), lengths)
-    torch.testing.assert_close(crf.log_partition(emissions, lengths).double(), expected, rtol=1e-5, atol=1e-5)
-    best = crf.viterbi(emissions, lengths)
-    assert torch.equal(best.tags, reference.dense_viterbi(scores.double(), transitions.double(), lengths))
-    assert (crf.nll(emissions, best.tags, lengths, reduction="none") >= -1e-3).all()  # of scores near 1,000
-    with pytest.raises(ValueError, match=r"tags\[0, 0, 0\] is -3"):
-        crf.nll(emissions, torch.full((9, 6), -3), lengths)
-    emissions[2, 4:] = float("nan")  # padding
-    torch.testing.assert_close(crf.log_partition(emissions, lengths).double(), expected, rtol=1e-5, atol=1e-5)
-    emissions[2, 3, 0] = float("nan")
-    for method in (crf.viterbi, crf.log_partition):
-        with pytest.raises(ValueError, match=r"emissions\[2, 3\] holds NaN"):
-            method(emissions, lengths)

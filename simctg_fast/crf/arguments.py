@@ -6,6 +6,8 @@ import math
 
 import torch
 
+LOWEST_TEMPERATURE = 1e-30  # scores of up to 1e8 over it are finite in fp32
+
 
 def check_emissions(emissions: torch.Tensor, vocabulary: int) -> None:
     if not isinstance(emissions, torch.Tensor):
@@ -92,10 +94,27 @@ def check_scores(scores: torch.Tensor, past: torch.Tensor | None, what: str = "t
 
 
 def check_temperature(temperature: float) -> float:
-    temperature = float(temperature)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}, must be positive and finite")
-    return temperature
+    """Scores are divided by it: that must not make them infinite."""
+    value = float(temperature)
+    if not LOWEST_TEMPERATURE <= value < math.inf:
+        raise ValueError(f"temperature is {temperature}, must be finite and at least {LOWEST_TEMPERATURE}")
+    return value
+
+
+def checked_uniforms(
+    uniforms: torch.Tensor | None, shape: tuple[int, ...], scores: torch.Tensor
+) -> torch.Tensor | None:
+    """As numbers of the scores' dtype; values are looked at on the CPU."""
+    if uniforms is None:
+        return None
+    if not isinstance(uniforms, torch.Tensor):
+        raise TypeError(f"uniforms is {type(uniforms).__name__}, must be a tensor or None")
+    if uniforms.shape != shape or not uniforms.dtype.is_floating_point:
+        raise ValueError(f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}, must be floating point {shape}")
+    check_device("uniforms", uniforms, scores.device)
+    if uniforms.device.type == "cpu" and bool(((uniforms < 0) | ~(uniforms < 1)).any()):
+        raise ValueError("uniforms holds a value outside [0, 1)")
+    return uniforms.to(scores.dtype)
 
 
 def draw_seed(generator: torch.Generator | None) -> int:

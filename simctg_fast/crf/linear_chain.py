@@ -1,46 +1,143 @@
-"""`LinearChainCRF`: one dense matrix of transitions between tags, as sequence taggers use."""
+"""`LinearChainCRF`: one dense matrix of transitions between tags, as sequence taggers use.
+
+A path y scores ``start[y_1] + sum_t emissions[t, y_t] + sum_t transitions[y_t, y_{t+1}] + end[y_T]``, and has that
+score's exponential over the sum of all paths as its probability (Lafferty, McCallum and Pereira 2001).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..ops.crf_common import take_along
-from ..ops.crf_dense import dense_log_partition, dense_viterbi
-from .arguments import as_lengths, as_paths, beyond, check_device, check_emissions, check_scores, check_tokens
-from .low_rank import REDUCTIONS
-from .results import TagPath
+from ..ops.crf_checks import checked_parameter, checked_rows, checked_scores, checked_tokens
+from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
+from ..ops.dense_kbest import dense_kbest
+from .arguments import check_temperature, checked_uniforms, draw_seed
+from .divergence import entropy as _entropy
+from .divergence import kl as _kl
+from .forward import Filtered, along, conditionals, filtered, reduced
+from .results import LogProb, TagPath, TagPaths, TagSample
+from .spans import Span, as_span
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """What the operators take, items first and each from position 0 on; see `ops.crf_dense`."""
+
+    scores: torch.Tensor  # (B, T, K): emissions, with the start and end transitions added, over the temperature
+    transitions: torch.Tensor  # (K, K)
+    span: Span
+    past: torch.Tensor | None  # (B, T): positions that do not exist
+
+    @property
+    def lengths(self) -> torch.Tensor | None:
+        return self.span.lengths
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.scores, self.transitions, self.span.lengths
+
+    def step(self, t: int) -> torch.Tensor:
+        return self.transitions[None]
 
 
 class LinearChainCRF(nn.Module):
     """A linear-chain CRF over `num_tags` tags.
 
-    Parameters `transitions (K, K)` from row to column, `start_transitions (K,)`, `end_transitions (K,)`. `emissions`
-    are `(B, T, K)`, `lengths (B,)`: padding is on the right. Computed in fp32, or fp64 for fp64 emissions.
+    Args:
+        num_tags: K.
+        allowed_transitions: `(K, K)` bool, from row to column; what is not allowed has no probability. None: all are.
+            `simctg_fast.crf.constraints` makes the three for BIO, BIOES and BILOU tags.
+        allowed_start, allowed_end: `(K,)` bool: tags that may be first and last.
+        batch_first: False takes and returns `(T, B, …)` in place of `(B, T, …)`.
+        impl: ``"auto"``, ``"cpu"`` (C++, fp32) or ``"torch"`` (any device, float64 too).
+
+    Parameters `transitions (K, K)` from row to column, `start_transitions (K,)`, `end_transitions (K,)`, which may hold
+    -inf. What is allowed is no part of the `state_dict`.
+
+    In every method `emissions` is `(B, T, K)`, of any floating dtype; computed in fp32, or in fp64 where emissions or
+    parameters are fp64. Which positions exist is said by `lengths (B,)` or by `mask (B, T)`, non-zero at one run of
+    positions of each item, with padding on either side; padding is never looked at. `temperature` divides emissions and
+    transitions.
+
+    A score of -inf, wherever it stands, is a forbidden move: results are exact, and its gradient is 0.
+
+    Raises, in every method: TypeError or ValueError for an argument of a wrong type, shape, dtype, device or range;
+    ValueError for NaN or +inf in emissions or parameters, and for an item without any allowed path, naming it;
+    RuntimeError where a named `impl` is not installed. Values are looked at on the CPU (in compiled graphs too); on a
+    CUDA device they would have to be waited for, so bad ones give NaN, -inf or paths of -1.
     """
 
-    def __init__(self, num_tags: int, *, impl: str = "auto") -> None:
+    def __init__(
+        self,
+        num_tags: int,
+        *,
+        allowed_transitions: torch.Tensor | None = None,
+        allowed_start: torch.Tensor | None = None,
+        allowed_end: torch.Tensor | None = None,
+        batch_first: bool = True,
+        impl: str = "auto",
+    ) -> None:
         super().__init__()
-        if num_tags < 1:
-            raise ValueError(f"num_tags is {num_tags}, must be at least 1")
-        self.num_tags, self.impl = num_tags, impl
-        self.start_transitions = nn.Parameter(torch.empty(num_tags).uniform_(-0.1, 0.1))
-        self.end_transitions = nn.Parameter(torch.empty(num_tags).uniform_(-0.1, 0.1))
-        self.transitions = nn.Parameter(torch.empty(num_tags, num_tags).uniform_(-0.1, 0.1))
+        if isinstance(num_tags, bool) or not isinstance(num_tags, int) or num_tags < 1:
+            raise ValueError(f"num_tags is {num_tags!r}, must be an integer of at least 1")
+        self.num_tags, self.batch_first, self.impl = num_tags, batch_first, impl
+        self.start_transitions = nn.Parameter(torch.empty(num_tags))
+        self.end_transitions = nn.Parameter(torch.empty(num_tags))
+        self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
+        self.reset_parameters()
+        self.constrain(allowed_transitions, allowed_start, allowed_end)
+
+    def reset_parameters(self) -> None:
+        """Uniform in [-0.1, 0.1)."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.1, 0.1)
+
+    def constrain(
+        self,
+        allowed_transitions: torch.Tensor | None = None,
+        allowed_start: torch.Tensor | None = None,
+        allowed_end: torch.Tensor | None = None,
+    ) -> LinearChainCRF:
+        """Replaces what is allowed, also of a trained CRF; without arguments everything is. Returns the CRF."""
+        tags = self.num_tags
+        for name, allowed, shape in (
+            ("allowed_transitions", allowed_transitions, (tags, tags)),
+            ("allowed_start", allowed_start, (tags,)),
+            ("allowed_end", allowed_end, (tags,)),
+        ):
+            forbidden = None
+            if allowed is not None:
+                if not isinstance(allowed, torch.Tensor) or allowed.dtype != torch.bool or allowed.shape != shape:
+                    given = type(allowed).__name__
+                    if isinstance(allowed, torch.Tensor):
+                        given = f"{allowed.dtype} {tuple(allowed.shape)}"
+                    raise ValueError(f"{name} is {given}, must be a bool tensor of shape {shape}")
+                forbidden = ~allowed.to(self.transitions.device)
+            self.register_buffer(name.replace("allowed", "_forbidden"), forbidden, persistent=False)
+        return self
 
     def extra_repr(self) -> str:
-        return f"num_tags={self.num_tags}"
+        names = ("transitions", "start", "end")
+        constrained = [f"allowed_{x}=…" for x in names if getattr(self, f"_forbidden_{x}") is not None]
+        return ", ".join([f"num_tags={self.num_tags}", *constrained])
 
-    def viterbi(self, emissions: torch.Tensor, lengths: torch.Tensor | None = None) -> TagPath:
-        """The best path; -1 and scores of 0 beyond the lengths."""
-        scores, transitions, lengths = self._potentials(emissions, lengths)
-        tags = dense_viterbi(scores, transitions, lengths, impl=self.impl)
-        position_scores = self._along(scores, transitions, lengths, tags.clamp(min=0))
-        return TagPath(tags, position_scores.sum(1), position_scores)
+    # ---- training ----------------------------------------------------------------------------------------------------
 
-    def log_partition(self, emissions: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """`(B,)`; 0 for an item of length 0."""
-        return dense_log_partition(*self._potentials(emissions, lengths), impl=self.impl)
+    def forward(
+        self,
+        emissions: torch.Tensor,
+        tags: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        reduction: str = "mean",
+    ) -> torch.Tensor | TagPath:
+        """:meth:`nll` of `tags` where they are given, else :meth:`viterbi`."""
+        if tags is None:
+            return self.viterbi(emissions, lengths, mask=mask)
+        return self.nll(emissions, tags, lengths, mask=mask, reduction=reduction)
 
     def nll(
         self,
@@ -48,39 +145,294 @@ class LinearChainCRF(nn.Module):
         tags: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """Negative log-likelihood of `tags (B, T)`; `reduction` over the sequences: "mean", "sum", "none"."""
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
-        scores, transitions, lengths = self._potentials(emissions, lengths)
-        path = as_paths("tags", tags, emissions)
-        past = beyond(lengths, emissions.shape[1])
-        if emissions.device.type == "cpu":
-            check_tokens("tags", path, self.num_tags, past)
-        path = path.squeeze(2) if past is None else path.squeeze(2).masked_fill(past, 0)
-        loss = dense_log_partition(scores, transitions, lengths, impl=self.impl) - self._along(
-            scores, transitions, lengths, path
-        ).sum(1)
-        return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+        """Negative log-likelihood of `tags (B, T)`; inf for a path that is not allowed.
 
-    def _potentials(self, emissions, lengths):
+        Args:
+            reduction: over the sequences ``"mean"``, ``"sum"``, ``"none"`` for `(B,)`; ``"token_mean"``: the sum over
+                the number of positions.
+        """
+        result = self._log_prob("tags", emissions, tags, lengths, mask, 1.0, paths=False)
+        return reduced(-result.sum(1), reduction, lambda: self._positions(emissions, lengths, mask))
+
+    def partial_nll(
+        self,
+        emissions: torch.Tensor,
+        allowed_tags: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        """-log of the probability that every tag is one of a set: for labels that are known in part.
+
+        log Z less the log-partition of the allowed paths (Tsuboi et al. 2008, "Training Conditional Random Fields Using
+        Incomplete Annotations").
+
+        Args:
+            allowed_tags: `(B, T, K)` bool; all of a row where nothing is known, one where the tag is.
+            reduction: as in :meth:`nll`.
+
+        Raises:
+            ValueError: also where a position allows no tag, or an item no path.
+        """
+        p = self._potentials(emissions, lengths, mask)
+        if not isinstance(allowed_tags, torch.Tensor):
+            raise TypeError(f"allowed_tags is {type(allowed_tags).__name__}, must be a tensor")
+        if allowed_tags.dtype != torch.bool or allowed_tags.shape != emissions.shape:
+            raise ValueError(
+                f"allowed_tags is {allowed_tags.dtype} {tuple(allowed_tags.shape)}, must be a bool tensor of shape "
+                f"{tuple(emissions.shape)}"
+            )
+        allowed = p.span.front(checked_rows("allowed_tags", self._items_first(allowed_tags), p.span.past))
+        restricted = p.scores.masked_fill(~allowed, float("-inf"))
+        loss = dense_log_partition(*p.arguments(), impl=self.impl)
+        loss = loss - dense_log_partition(restricted, p.transitions, p.lengths, impl=self.impl)
+        loss = loss.to(p.scores.dtype)
+        return reduced(loss, reduction, lambda: self._positions(emissions, lengths, mask))
+
+    # ---- decoding ----------------------------------------------------------------------------------------------------
+
+    def viterbi(
+        self, emissions: torch.Tensor, lengths: torch.Tensor | None = None, *, mask: torch.Tensor | None = None
+    ) -> TagPath:
+        """The best path; -1 and scores of 0 at padding. The scores are differentiable."""
+        p = self._potentials(emissions, lengths, mask)
+        tags = dense_viterbi(*p.arguments(), impl=self.impl)
+        position_scores = self._path_scores(p, tags[:, :, None]).squeeze(2)
+        return TagPath(self._back(p, tags, -1), position_scores.sum(1), self._back(p, position_scores, 0))
+
+    def kbest(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        n: int = 8,
+        mask: torch.Tensor | None = None,
+    ) -> TagPaths:
+        """The `n` best paths, best first: `tags`, `position_scores` `(B, T, n)`, `score (B, n)`.
+
+        Where there are fewer allowed paths than `n`, tags are -1 and scores -inf.
+        """
+        p = self._potentials(emissions, lengths, mask)
+        tags = dense_kbest(*p.arguments(), n, impl=self.impl)
+        position_scores = self._path_scores(p, tags)
+        # A path that does not exist has -1 at position 0; an item of length 0 has one (empty) path, the first.
+        missing = tags[:, 0] < 0
+        if p.lengths is not None:
+            missing = missing & ((p.lengths > 0)[:, None] | (torch.arange(n, device=tags.device) > 0))
+        score = position_scores.sum(1).masked_fill(missing, float("-inf"))
+        return TagPaths(self._back(p, tags, -1), score, self._back(p, position_scores, 0))
+
+    def sample(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        mask: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        uniforms: torch.Tensor | None = None,
+    ) -> TagSample:
+        """`num_samples` independent exact samples per item, `tags (B, T, N)`, with their log-probabilities.
+
+        By filtering forward and sampling backward. Random numbers as in :meth:`LowRankCRF.sample`: functions of a seed
+        and of (b, t, n), t counted from the item's first position; or `uniforms (B, T, N)` in [0, 1). Differentiable in
+        the log-probabilities.
+        """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples!r}, must be an integer of at least 1")
+        p = self._potentials(emissions, lengths, mask, temperature)
+        uniforms = checked_uniforms(uniforms, (*p.scores.shape[:2], num_samples), p.scores)
+        seed = 0 if uniforms is not None else draw_seed(generator)
+        f = self._filter(p)
+        with torch.no_grad():
+            tags = dense_ffbs(f.messages, f.norms, *p.arguments(), num_samples, seed, uniforms)
+        token_log_probs = self._conditionals(p, f, tags)
+        return TagSample(self._back(p, tags, -1), token_log_probs.sum(1), self._back(p, token_log_probs, 0))
+
+    # ---- probabilities -----------------------------------------------------------------------------------------------
+
+    def log_prob(
+        self,
+        emissions: torch.Tensor,
+        tags: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> LogProb:
+        """Log-probabilities of paths `tags (B, T)` or `(B, T, N)`, whatever stands at padding; -inf: not allowed.
+
+        Per token they are log p(y_t | y_{t+1}), the last one log p(y_T). One reverse sweep gives the gradient of all.
+        """
+        result = self._log_prob("tags", emissions, tags, lengths, mask, temperature, paths=True)
+        span = self._span(emissions, lengths, mask)
+        per_token = span.back(result, 0)
+        return LogProb(result.sum(1), per_token if self.batch_first else per_token.transpose(0, 1))
+
+    def log_partition(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """`(B,)`; 0 for an item of length 0."""
+        p = self._potentials(emissions, lengths, mask, temperature)
+        return dense_log_partition(*p.arguments(), impl=self.impl).to(p.scores.dtype)
+
+    def marginals(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """p(y_t = k), `(B, T, K)`; 0 at padding. Not differentiable."""
+        with torch.no_grad():
+            p = self._potentials(emissions, lengths, mask, temperature)
+            f = self._filter(p)
+            result = dense_marginals(f.messages, f.norms, *p.arguments(), impl=self.impl)
+            return self._back(p, result, 0)
+
+    def entropy(
+        self,
+        emissions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Entropy of the law of paths, `(B,)`, in nats, differentiable."""
+        return _entropy(self._potentials(emissions, lengths, mask, temperature))
+
+    def kl(
+        self,
+        other: LinearChainCRF,
+        emissions: torch.Tensor,
+        other_emissions: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """KL(self || other), `(B,)`, in nats, differentiable in both; inf where `other` forbids what `self` allows."""
+        if not isinstance(other, LinearChainCRF) or other.num_tags != self.num_tags:
+            raise TypeError(f"other is {other!r:.80}, must be a LinearChainCRF of {self.num_tags} tags")
+        p = self._potentials(emissions, lengths, mask, temperature)
+        q = other._potentials(emissions if other_emissions is None else other_emissions, lengths, mask, temperature)
+        if q.scores.shape != p.scores.shape:
+            raise ValueError(
+                f"other_emissions has shape {tuple(q.scores.shape)}, must be {tuple(p.scores.shape)} as emissions has"
+            )
+        return _kl(p, q)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _items_first(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.batch_first else values.transpose(0, 1)
+
+    def _back(self, p: Potentials, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """Results `(B, T, …)` as the caller counts positions and dimensions."""
+        return self._items_first(p.span.back(values, fill))
+
+    def _check_emissions(self, emissions: torch.Tensor) -> None:
+        if not isinstance(emissions, torch.Tensor):
+            raise TypeError(f"emissions is {type(emissions).__name__}, must be a tensor")
+        first = ("batch", "length") if self.batch_first else ("length", "batch")
+        shape = tuple(emissions.shape)
+        if len(shape) != 3 or shape[2] != self.num_tags or shape[first.index("length")] < 1:
+            raise ValueError(
+                f"emissions has shape {shape}, must be ({first[0]}, {first[1]}, {self.num_tags}), length >= 1"
+            )
+        if not emissions.dtype.is_floating_point:
+            raise ValueError(f"emissions has dtype {emissions.dtype}, must be floating point")
+        if emissions.device != self.transitions.device:
+            raise ValueError(
+                f"emissions is on {emissions.device}, the CRF's parameters are on {self.transitions.device}; "
+                "one device is needed"
+            )
+
+    def _span(self, emissions, lengths, mask) -> Span:
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            mask = self._items_first(mask)
+        return as_span(lengths, mask, self._items_first(emissions))
+
+    def _positions(self, emissions, lengths, mask) -> torch.Tensor | int:
+        """How many positions exist in all."""
+        span = self._span(emissions, lengths, mask)
+        return emissions.shape[0] * emissions.shape[1] if span.lengths is None else span.lengths.sum()
+
+    def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        parameter = checked_parameter(name, getattr(self, name))
+        forbidden = getattr(self, "_forbidden_" + name.removesuffix("_transitions"))
+        return (parameter if forbidden is None else parameter.masked_fill(forbidden, float("-inf"))).to(dtype)
+
+    def _potentials(self, emissions, lengths, mask, temperature: float = 1.0) -> Potentials:
         """Start and end transitions are emissions of the first and last position."""
-        check_emissions(emissions, self.num_tags)
-        check_device("emissions", emissions, self.transitions.device)
-        lengths = as_lengths(lengths, emissions)
-        dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
-        length = emissions.shape[1]
-        position = torch.arange(length, device=emissions.device)
-        last = position == (length - 1 if lengths is None else lengths[:, None] - 1)
-        if emissions.device.type == "cpu":
-            check_scores(emissions.detach(), beyond(lengths, length), "tag")
-        edges = (position == 0)[:, None] * self.start_transitions + last[..., None] * self.end_transitions
-        return emissions.to(dtype) + edges.to(dtype), self.transitions.to(dtype), lengths
+        self._check_emissions(emissions)
+        temperature = check_temperature(temperature)
+        span = self._span(emissions, lengths, mask)
+        emissions = span.front(checked_scores(self._items_first(emissions), span.past, "tag"))
+        double = torch.float64 in (emissions.dtype, self.transitions.dtype)
+        dtype = torch.float64 if double else torch.float32
+        scores = emissions.to(dtype)
+        past = None
+        length = scores.shape[1]
+        position = torch.arange(length, device=scores.device)
+        last = position == length - 1
+        if span.lengths is not None:
+            past = position >= span.lengths[:, None]
+            last = position == span.lengths[:, None] - 1
+            scores = scores.masked_fill(past[:, :, None], 0)
+        start, end = self._parameter("start_transitions", dtype), self._parameter("end_transitions", dtype)
+        # Not a product with the mask: 0 · -inf is NaN.
+        scores = torch.where(last[..., None], scores + end, scores)
+        scores = torch.cat([scores[:, :1] + start, scores[:, 1:]], 1)
+        transitions = self._parameter("transitions", dtype)
+        if temperature != 1.0:
+            scores, transitions = scores / temperature, transitions / temperature
+        return Potentials(scores, transitions, span, past)
 
-    def _along(self, scores, transitions, lengths, path):
-        """What each position adds to the score of a path, `(B, T)`."""
-        result = take_along(scores, path[:, :, None]).squeeze(2)
-        result = result + nn.functional.pad(transitions[path[:, :-1], path[:, 1:]], (1, 0))
-        past = beyond(lengths, scores.shape[1])
-        return result if past is None else result.masked_fill(past, 0)
+    def _filter(self, p: Potentials) -> Filtered:
+        _, messages, norms = dense_filter(*p.arguments(), impl=self.impl)
+        return filtered(messages, norms, p.scores, p.lengths)
+
+    def _edges(self, p: Potentials, paths: torch.Tensor) -> torch.Tensor:
+        """Transitions along paths `(B, T, N)`: `(B, T - 1, N)`."""
+        return p.transitions[paths[:, :-1], paths[:, 1:]]
+
+    def _path_scores(self, p: Potentials, paths: torch.Tensor) -> torch.Tensor:
+        """What each position adds to the score of paths `(B, T, N)`; 0 where they hold -1."""
+        inside = paths.clamp(min=0)
+        scores = along(p.scores, inside) + nn.functional.pad(self._edges(p, inside), (0, 0, 1, 0))
+        return scores.masked_fill(paths < 0, 0)
+
+    def _conditionals(self, p: Potentials, f: Filtered, paths: torch.Tensor) -> torch.Tensor:
+        inside = paths.clamp(min=0)
+        return conditionals(f, inside, self._edges(p, inside), p.lengths, p.past)
+
+    def _log_prob(self, name, emissions, tags, lengths, mask, temperature, *, paths: bool) -> torch.Tensor:
+        """`(B, T)`, or `(B, T, N)` for as many paths, from each item's first position on."""
+        p = self._potentials(emissions, lengths, mask, temperature)
+        if not isinstance(tags, torch.Tensor):
+            raise TypeError(f"{name} is {type(tags).__name__}, must be a tensor")
+        size = tuple(emissions.shape[:2])
+        dims = (2, 3) if paths else (2,)
+        if tags.dim() not in dims or tags.shape[:2] != size or tags.dtype.is_floating_point or tags.dtype == torch.bool:
+            wanted = f"{size} or ({size[0]}, {size[1]}, paths)" if paths else f"{size}"
+            raise ValueError(f"{name} is {tags.dtype} {tuple(tags.shape)}, must be integers of shape {wanted}")
+        if tags.device != emissions.device:
+            raise ValueError(f"{name} is on {tags.device}, emissions on {emissions.device}; one device is needed")
+        several = (tags if tags.dim() == 3 else tags.unsqueeze(2)).to(torch.int64)
+        several = p.span.front(checked_tokens(name, self._items_first(several), self.num_tags, p.span.past))
+        if p.past is not None:
+            several = several.masked_fill(p.past[:, :, None], 0)
+        result = self._conditionals(p, self._filter(p), several)
+        return result.squeeze(2) if tags.dim() == 2 else result

@@ -69,6 +69,20 @@ class Beam(_Result):
 
 @dataclass(frozen=True, repr=False)
 class TagPath(_Result):
-    tags: torch.Tensor  # (B, T) int64, -1 beyond the lengths
+    tags: torch.Tensor  # (B, T) int64, -1 at padding
     score: torch.Tensor  # (B,)
     position_scores: torch.Tensor  # (B, T)
+
+
+@dataclass(frozen=True, repr=False)
+class TagPaths(_Result):
+    tags: torch.Tensor  # (B, T, N) int64, best first, -1 at padding
+    score: torch.Tensor  # (B, N), -inf where there are fewer than N paths
+    position_scores: torch.Tensor  # (B, T, N)
+
+
+@dataclass(frozen=True, repr=False)
+class TagSample(_Result):
+    tags: torch.Tensor  # (B, T, N) int64, -1 at padding
+    log_prob: torch.Tensor  # (B, N)
+    token_log_probs: torch.Tensor  # (B, T, N), log p(y_t | y_{t+1}); they sum to log_prob

@@ -1,205 +1,227 @@
-"""Checks of the values that a CRF is given, in a form that a compiled graph keeps.
+"""Checks of values that the CRFs are handed: operators that return what they were given, so that a compiled graph keeps
+them and a wrong value raises when the graph runs.
 
-A check has to look at numbers, which a graph cannot: there each of them is an operator whose result the computation
-needs, so that nothing is left out as unused. It raises a ValueError when the graph runs. Outside of a graph the same
-function is called as it is. Checks are made on the CPU; on another device they would have to wait for it.
-
-Names as in `crf_common`; positions from ``lengths[b]`` on are not looked at.
+Values are looked at on the CPU; a CUDA device would have to be waited for, so there they pass. Outside of compiled
+graphs and of `torch.func` the argument itself comes back, no copy.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
-for _schema in (
-    "crf_checked_lengths(Tensor lengths, int limit) -> Tensor",
-    "crf_checked_tokens(Tensor tokens, int vocabulary, Tensor? lengths, str name) -> Tensor",
-    "crf_checked_scores(Tensor scores, Tensor? lengths, str what) -> Tensor",
-    "crf_checked_slots(Tensor slots, Tensor beam_tokens, Tensor tokens, Tensor? lengths) -> Tensor",
-    "crf_slots_of(Tensor beam_tokens, Tensor tokens, Tensor? lengths) -> Tensor",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def checked_lengths(lengths: torch.Tensor, limit: int) -> torch.Tensor:
-    """`lengths (B,)`.
+def _operator(schema: str, check: Callable[..., None]) -> Callable[..., Tensor]:
+    """A function that runs `check` of its arguments and returns the first of them.
 
-    Raises:
-        ValueError: one is not in 0..limit.
+    The operator returns a zero that is added to the argument: derivatives of every kind pass by it.
     """
-    if lengths.device.type != "cpu":
-        return lengths
-    if _traced():
-        return torch.ops.simctg_fast.crf_checked_lengths(lengths, limit)
-    _check_lengths(lengths, limit)
-    return lengths
+    name = schema.partition("(")[0]
+    _library.define(f"{schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def checked(value: Tensor, *others):
+        if value.device.type == "cpu":
+            check(value, *others)
+        return value.new_zeros(())
+
+    _library.impl(name, checked, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"simctg_fast::{name}", lambda value, *_: value.new_empty(()), lib=_library)
+    operator = getattr(torch.ops.simctg_fast, name)
+
+    def call(value: Tensor, *others) -> Tensor:
+        if _recorded():
+            zero = operator(value.detach(), *others)
+            return value | zero if value.dtype == torch.bool else value + zero
+        if value.device.type == "cpu":
+            check(value.detach(), *others)
+        return value
+
+    return call
 
 
-def checked_tokens(name: str, tokens: torch.Tensor, vocabulary: int, lengths: torch.Tensor | None) -> torch.Tensor:
-    """`tokens (B, T)` or `(B, T, N)` int64, which are called `name`.
-
-    Raises:
-        ValueError: one is not in 0..vocabulary - 1.
-    """
-    if tokens.device.type != "cpu":
-        return tokens
-    if _traced():
-        return torch.ops.simctg_fast.crf_checked_tokens(tokens, vocabulary, lengths, name)
-    _check_tokens(tokens, vocabulary, lengths, name)
-    return tokens
-
-
-def checked_scores(scores: torch.Tensor, lengths: torch.Tensor | None, what: str = "token of the beam") -> torch.Tensor:
-    """`scores (B, T, K)` of the beams, or of all tags: differentiable as they are.
-
-    Raises:
-        ValueError: a position holds NaN or +inf, or every `what` of it is banned (-inf).
-    """
-    if scores.device.type != "cpu":
-        return scores
-    if _traced():
-        # Only zero comes back, and the scores pass by the operator: derivatives of every kind are theirs.
-        return scores + torch.ops.simctg_fast.crf_checked_scores(scores.detach(), lengths, what)
-    _check_scores(scores.detach(), lengths, what)
-    return scores
-
-
-def checked_slots(
-    slots: torch.Tensor, beam_tokens: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None
-) -> torch.Tensor:
-    """`slots (B, T, N)` int64.
-
-    Raises:
-        ValueError: one does not hold the token of `tokens (B, T, N)` in `beam_tokens (B, T, K)`.
-    """
-    if slots.device.type != "cpu":
-        return slots
-    if _traced():
-        return torch.ops.simctg_fast.crf_checked_slots(slots, beam_tokens, tokens, lengths)
-    _check_slots(slots, beam_tokens, tokens, lengths)
-    return slots
-
-
-def slots_of(beam_tokens: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Where `tokens (B, T, N)` are in `beam_tokens (B, T, K)`: `(B, T, N)` int64.
-
-    Raises:
-        ValueError: one is not there; on every device, as a path outside the beams has no probability.
-    """
-    return torch.ops.simctg_fast.crf_slots_of(beam_tokens, tokens, lengths)
-
-
-def _traced() -> bool:
-    """Whether the call is being recorded or transformed, so that no number can be looked at."""
+def _recorded() -> bool:
+    """Whether the call becomes part of a graph or is transformed, so that its numbers cannot be looked at now."""
     return (
-        torch.compiler.is_dynamo_compiling()
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )
 
 
-def _first(wrong: torch.Tensor, lengths: torch.Tensor | None) -> list[int] | None:
-    """Indices of the first true element of `wrong (B, T, ...)` within the lengths, or None; waits for the device."""
-    if lengths is not None:
-        past = torch.arange(wrong.shape[1], device=wrong.device) >= lengths[:, None]
+def first_wrong(wrong: Tensor, past: Tensor | None = None) -> list[int] | None:
+    """Indices of the first true element outside of `past (B, T)`, or None; waits for the device."""
+    if past is not None:
         wrong = wrong & ~past.view(*past.shape, *[1] * (wrong.dim() - 2))
     if wrong.numel() == 0 or not bool(wrong.any()):
         return None
     return wrong.nonzero()[0].tolist()
 
 
-def _place(where: list[int]) -> str:
-    return ", ".join(map(str, where))
-
-
-def _check_lengths(lengths: torch.Tensor, limit: int) -> None:
-    for b, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= limit:
-            raise ValueError(f"lengths[{b}] is {length}, must be in 0..{limit}")
-
-
-def _check_tokens(tokens: torch.Tensor, vocabulary: int, lengths: torch.Tensor | None, name: str) -> None:
-    where = _first((tokens < 0) | (tokens >= vocabulary), lengths)
+def _check_lengths(lengths: Tensor, limit: int) -> None:
+    where = first_wrong((lengths < 0) | (lengths > limit))
     if where is not None:
-        raise ValueError(f"{name}[{_place(where)}] is {int(tokens[tuple(where)])}, must be in 0..{vocabulary - 1}")
+        raise ValueError(f"lengths[{where[0]}] is {int(lengths[where[0]])}, must be in 0..{limit}")
 
 
-def _check_scores(scores: torch.Tensor, lengths: torch.Tensor | None, what: str) -> None:
+def _check_tokens(tokens: Tensor, past: Tensor | None, name: str, vocabulary: int) -> None:
+    where = first_wrong((tokens < 0) | (tokens >= vocabulary), past)
+    if where is not None:
+        value = int(tokens[tuple(where)])
+        if where[2:] == [0] and tokens.shape[2] == 1:
+            where = where[:2]  # one path an item: the caller may have handed over (B, T)
+        raise ValueError(f"{name}[{', '.join(map(str, where))}] is {value}, must be in 0..{vocabulary - 1}")
+
+
+def _check_scores(scores: Tensor, past: Tensor | None, what: str) -> None:
     top = scores.amax(2)  # a NaN carries through
-    where = _first(~torch.isfinite(top), lengths)
-    if where is None:
-        return
-    value = float(top[tuple(where)])
-    problem = "holds NaN" if math.isnan(value) else "holds +inf" if value > 0 else f"bans every {what} (-inf)"
-    raise ValueError(f"emissions[{_place(where)}] {problem}; a position needs one finite emission and no NaN or +inf")
+    where = first_wrong(~torch.isfinite(top), past)
+    if where is not None:
+        value = float(top[tuple(where)])
+        problem = "holds NaN" if math.isnan(value) else "holds +inf" if value > 0 else f"bans every {what} (-inf)"
+        raise ValueError(
+            f"emissions[{where[0]}, {where[1]}] {problem}; a position needs one finite emission and no NaN or +inf"
+        )
 
 
-def _check_slots(
-    slots: torch.Tensor, beam_tokens: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None
-) -> None:
+def _check_rows(allowed: Tensor, past: Tensor | None, name: str) -> None:
+    where = first_wrong(~allowed.any(2), past)
+    if where is not None:
+        raise ValueError(f"{name}[{where[0]}, {where[1]}] allows nothing; a position needs one tag that is allowed")
+
+
+def _check_parameter(parameter: Tensor, name: str) -> None:
+    wrong = parameter.isnan() | (parameter == math.inf)
+    if bool(wrong.any()):
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{', '.join(map(str, where))}] is {float(parameter[tuple(where)])}, must be finite or -inf"
+        )
+
+
+def _check_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> None:
     size = beam_tokens.shape[2]
     wrong = (slots < 0) | (slots >= size) | (beam_tokens.gather(2, slots.clamp(0, size - 1)) != tokens)
-    where = _first(wrong, lengths)
+    where = first_wrong(wrong, past)
     if where is not None:
         raise ValueError(
-            f"slots[{_place(where)}] is {int(slots[tuple(where)])}, which does not hold the token "
+            f"slots[{', '.join(map(str, where))}] is {int(slots[tuple(where)])}, which does not hold the token "
             f"{int(tokens[tuple(where)])} in beam_tokens[{where[0]}, {where[1]}]"
         )
 
 
-def _lengths(lengths, limit):
-    _check_lengths(lengths, limit)
-    return lengths.clone()
+_lengths = _operator("crf_checked_lengths(Tensor lengths, int limit)", _check_lengths)
+_tokens = _operator("crf_checked_tokens(Tensor tokens, Tensor? past, str name, int vocabulary)", _check_tokens)
+_scores = _operator("crf_checked_scores(Tensor scores, Tensor? past, str what)", _check_scores)
+_rows = _operator("crf_checked_rows(Tensor allowed, Tensor? past, str name)", _check_rows)
+_parameter = _operator("crf_checked_parameter(Tensor parameter, str name)", _check_parameter)
+_slots = _operator("crf_checked_slots(Tensor slots, Tensor beam_tokens, Tensor tokens, Tensor? past)", _check_slots)
 
 
-def _tokens(tokens, vocabulary, lengths, name):
-    _check_tokens(tokens, vocabulary, lengths, name)
-    return tokens.clone()
+def checked_lengths(lengths: Tensor, limit: int) -> Tensor:
+    """`lengths (B,)`, each in 0..limit."""
+    return _lengths(lengths, limit)
 
 
-def _scores(scores, lengths, what):
-    _check_scores(scores, lengths, what)
-    return scores.new_zeros(())
+def checked_tokens(name: str, tokens: Tensor, vocabulary: int, past: Tensor | None) -> Tensor:
+    """`tokens (B, T, N)`, each outside of `past (B, T)` in 0..vocabulary - 1."""
+    return _tokens(tokens, past, name, vocabulary)
 
 
-def _slots(slots, beam_tokens, tokens, lengths):
-    _check_slots(slots, beam_tokens, tokens, lengths)
-    return slots.clone()
+def checked_scores(scores: Tensor, past: Tensor | None, what: str) -> Tensor:
+    """Emissions `(B, T, K)` without NaN and +inf, one above -inf at every position outside of `past (B, T)`."""
+    return _scores(scores, past, what)
 
 
-def _slots_of(beam_tokens, tokens, lengths):
+def checked_rows(name: str, allowed: Tensor, past: Tensor | None) -> Tensor:
+    """`allowed (B, T, K)` bool, with one true value at every position outside of `past (B, T)`."""
+    return _rows(allowed, past, name)
+
+
+def checked_parameter(name: str, parameter: Tensor) -> Tensor:
+    """Scores that are finite or -inf, of any shape."""
+    return _parameter(parameter, name)
+
+
+def checked_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tensor:
+    """`slots (B, T, N)` that hold `tokens (B, T, N)` in `beam_tokens (B, T, K)` outside of `past (B, T)`."""
+    return _slots(slots, beam_tokens, tokens, past)
+
+
+# ---- places in a beam ------------------------------------------------------------------------------------------------
+
+_library.define(
+    "crf_slots_of(Tensor beam_tokens, Tensor tokens, Tensor? past) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def slots_of(beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tensor:
+    """Where `tokens (B, T, N)` are in `beam_tokens (B, T, K)`: `(B, T, N)` int64.
+
+    Raises:
+        ValueError: one outside of `past (B, T)` is not there; on every device, as it could not be told from another.
+    """
+    result: Tensor = torch.ops.simctg_fast.crf_slots_of(beam_tokens, tokens, past)
+    return result
+
+
+def _slots_of(beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tensor:
     ordered, order = beam_tokens.sort(dim=2)
     place = torch.searchsorted(ordered, tokens.contiguous()).clamp(max=ordered.shape[2] - 1)
-    where = _first(ordered.gather(2, place) != tokens, lengths)
+    where = first_wrong(ordered.gather(2, place) != tokens, past)
     if where is not None:
         raise ValueError(
-            f"tokens[{_place(where)}] is {int(tokens[tuple(where)])}, which is not in "
+            f"tokens[{', '.join(map(str, where))}] is {int(tokens[tuple(where)])}, which is not in "
             f"beam_tokens[{where[0]}, {where[1]}]; a path outside the beams has no probability"
         )
     return order.gather(2, place)
 
 
-def _fake_scores(scores, lengths, what):
-    return scores.new_empty(())
+_library.impl("crf_slots_of", _slots_of, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "simctg_fast::crf_slots_of", lambda beam_tokens, tokens, past: tokens.new_empty(tokens.shape), lib=_library
+)
 
 
-def _fake_slots_of(beam_tokens, tokens, lengths):
-    return tokens.new_empty(tokens.shape)
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+_library.define("crf_span_of_mask(Tensor mask) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _same(checked, *arguments):
-    return torch.empty_like(checked)
+def span_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths and first positions `(B,)` int64 of the runs in `mask (B, T)`; 0 and 0 for an empty one.
+
+    Raises:
+        ValueError: on the CPU, a row of more than one run.
+    """
+    lengths, starts = torch.ops.simctg_fast.crf_span_of_mask(mask)
+    return lengths, starts
 
 
-for _name, _function, _fake in (
-    ("crf_checked_lengths", _lengths, _same),
-    ("crf_checked_tokens", _tokens, _same),
-    ("crf_checked_scores", _scores, _fake_scores),
-    ("crf_checked_slots", _slots, _same),
-    ("crf_slots_of", _slots_of, _fake_slots_of),
-):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"simctg_fast::{_name}", _fake, lib=_library)
+def _span_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    on = mask != 0
+    lengths = on.sum(1)
+    position = torch.arange(on.shape[1], device=on.device)
+    starts = torch.where(on, position, on.shape[1]).amin(1) if on.shape[1] else torch.zeros_like(lengths)
+    starts = starts.masked_fill(lengths == 0, 0)
+    if on.device.type == "cpu":
+        run = (position >= starts[:, None]) & (position < (starts + lengths)[:, None])
+        where = first_wrong(run & ~on)
+        if where is not None:
+            raise ValueError(
+                f"mask[{where[0]}] has a hole at {where[1]}; it must be non-zero at one run of positions, and zero "
+                "before and behind it"
+            )
+    return lengths, starts
+
+
+_library.impl("crf_span_of_mask", _span_of_mask, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "simctg_fast::crf_span_of_mask",
+    lambda mask: (mask.new_empty(mask.shape[:1], dtype=torch.int64), mask.new_empty(mask.shape[:1], dtype=torch.int64)),
+    lib=_library,
+)

@@ -142,7 +142,6 @@ class _TakeAlong(torch.autograd.Function):
         values, index = inputs
         ctx.shape = values.shape
         ctx.save_for_backward(index)
-        ctx.save_for_forward(index)
 
     @staticmethod
     def backward(ctx, grad):
@@ -151,14 +150,11 @@ class _TakeAlong(torch.autograd.Function):
         add_along_(result, 2, index, grad)
         return result, None
 
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        (index,) = ctx.saved_tensors
-        return tangent.gather(2, index)
-
 
 def take_along(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`values.gather(2, index)` for `(B, T, K)` and `(B, T, N)`, whose gradient on CUDA uses no atomics."""
+    if not _accumulate._has_atomics(values.device):
+        return values.gather(2, index)
     return _TakeAlong.apply(values, index)
 
 

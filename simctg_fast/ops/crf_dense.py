@@ -1,9 +1,14 @@
-"""The operators `simctg_fast::dense_log_partition` and `simctg_fast::dense_viterbi`: one matrix of transitions for all
-steps, as a tagger has.
+"""The operators `simctg_fast::dense_filter` and `simctg_fast::dense_viterbi`: one matrix of transitions for all steps.
 
-With shared transitions a step is a product of matrices in the space of exponentials: the exponentials of the matrix are
-taken once, and those of the states are `B K` a step instead of `B K K`. It is used where the transitions span at most
-60 nats, which no underflow can then spoil; beyond (hard constraints) the recursion runs in logarithms.
+A score of -inf, in emissions or transitions, is a forbidden move: it has no weight and no gradient.
+
+    messages[b, t, j] = log sum_k exp(alpha[b, t-1, k] + transitions[k, j]),  messages[b, 0] = 0
+    alpha[b, t, k]    = messages[b, t, k] + emissions[b, t, k] - norms[b, t], whose largest value is 0
+    log_partition[b]  = logsumexp_k alpha[b, last, k] + sum_t norms[b, t], summed in fp64
+
+`norms` are constants to autograd, as in `crf_filter`. With shared transitions a step is a product of matrices in the
+space of exponentials: `B K` exponentials a step instead of `B K K`. `csrc/crf_dense.cpp` says when that is exact;
+otherwise the recursion runs in logarithms.
 """
 
 from __future__ import annotations
@@ -11,37 +16,86 @@ from __future__ import annotations
 import torch
 
 from . import _backends
+from ._autograd import register
+from ._contrastive_loss_torch import full_precision
 from .crf_common import address, choose, inside
+from .crf_sample import sample_backward, uniforms_of
 from .crf_viterbi import pointer_dtype
 from .viterbi_backtrace import viterbi_backtrace
 
-SPAN = 60.0
+SPAN = 30.0  # nats that transitions may span for a step in the space of exponentials without a look at the sums
+NEVER = float("-inf")
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
-for _name in ("dense_log_partition", "dense_viterbi"):
-    _library.define(
-        f'{_name}(Tensor emissions, Tensor transitions, Tensor? lengths=None, *, str impl="auto") -> Tensor',
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
 _library.define(
-    "dense_log_partition_backward(Tensor emissions, Tensor transitions, Tensor? lengths, Tensor grad) "
-    "-> (Tensor, Tensor)",
+    "dense_filter(Tensor emissions, Tensor transitions, Tensor? lengths=None, bool keep=True, *, "
+    'str impl="auto") -> (Tensor, Tensor, Tensor)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "dense_filter_backward(Tensor grad, Tensor messages, Tensor norms, Tensor emissions, Tensor transitions, "
+    'Tensor? lengths, *, str impl="auto") -> (Tensor, Tensor)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    'dense_viterbi(Tensor emissions, Tensor transitions, Tensor? lengths=None, *, str impl="auto") -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
+def dense_filter(
+    emissions: torch.Tensor, transitions: torch.Tensor, lengths: torch.Tensor | None = None, *, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`log_partition (B,)` in fp64, `messages (B, T, K)` and `norms (B, T)`, the latter two 0 beyond the lengths.
+
+    `emissions (B, T, K)` and `transitions (K, K)`, from row to column, are fp32 or fp64; `lengths (B,)` int64.
+    Differentiable in both.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; on the CPU, an item without a path of finite score.
+    """
+    return torch.ops.simctg_fast.dense_filter(emissions, transitions, lengths, True, impl=impl)
+
+
 def dense_log_partition(emissions, transitions, lengths=None, *, impl: str = "auto") -> torch.Tensor:
-    """`(B,)` for `emissions (B, T, K)` and `transitions (K, K)` from row to column; fp32 or fp64, differentiable
-    once."""
-    return torch.ops.simctg_fast.dense_log_partition(emissions, transitions, lengths, impl=impl)
+    """The first of `dense_filter`'s results; the others are kept only where there is a gradient to be taken."""
+    keep = torch.is_grad_enabled() and (emissions.requires_grad or transitions.requires_grad)
+    return torch.ops.simctg_fast.dense_filter(emissions, transitions, lengths, keep, impl=impl)[0]
 
 
 def dense_viterbi(emissions, transitions, lengths=None, *, impl: str = "auto") -> torch.Tensor:
-    """The best path, `(B, T)` int64, -1 beyond the lengths."""
+    """The best path, `(B, T)` int64, -1 beyond the lengths. Raises as `dense_filter`."""
     return torch.ops.simctg_fast.dense_viterbi(emissions, transitions, lengths, impl=impl)
 
 
-def _check(emissions: torch.Tensor, transitions: torch.Tensor, lengths: torch.Tensor | None) -> None:
+def dense_marginals(messages, norms, emissions, transitions, lengths, *, impl: str = "auto") -> torch.Tensor:
+    """`(B, T, K)`, 0 beyond the lengths: the gradient of the log-partition. No gradient of its own."""
+    seed = _last_law(messages, norms, emissions, lengths)
+    backward = torch.ops.simctg_fast.dense_filter_backward
+    return backward(seed, messages, norms, emissions, transitions, lengths, impl=impl)[0] + seed
+
+
+def dense_ffbs(
+    messages: torch.Tensor,
+    norms: torch.Tensor,
+    emissions: torch.Tensor,
+    transitions: torch.Tensor,
+    lengths: torch.Tensor | None,
+    samples: int,
+    seed: int,
+    uniforms: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Exact samples `(B, T, N)` int64, -1 beyond the lengths: see `crf_sample.crf_ffbs`. In PyTorch on every device."""
+    into = transitions.t().contiguous()
+    return sample_backward(
+        messages + emissions - norms[:, :, None],
+        lambda t, tags: into[tags].transpose(1, 2),
+        lengths,
+        uniforms_of(emissions, samples, seed, uniforms),
+    )
+
+
+def check_dense(emissions: torch.Tensor, transitions: torch.Tensor, lengths: torch.Tensor | None) -> None:
     if emissions.dim() != 3 or emissions.shape[1] < 1 or emissions.shape[2] < 1:
         raise ValueError(f"emissions has shape {tuple(emissions.shape)}, must be (batch, length >= 1, tags >= 1)")
     tags = emissions.shape[2]
@@ -58,136 +112,235 @@ def _check(emissions: torch.Tensor, transitions: torch.Tensor, lengths: torch.Te
             raise ValueError(f"{name} is on {other.device}, emissions on {emissions.device}; one device is needed")
 
 
-def _call(function, emissions, transitions, lengths, out):
-    emissions, transitions = emissions.contiguous(), transitions.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
-    function(
-        tuple(emissions.shape),
-        emissions.data_ptr(),
-        transitions.data_ptr(),
-        address(lengths),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+def require_paths(missing: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
+    """Raises for the first item without an allowed path that has a position; a CUDA device is not waited for."""
+    if missing.device.type != "cpu":
+        return
+    missing = missing if lengths is None else missing & (lengths > 0)
+    if bool(missing.any()):
+        raise ValueError(
+            f"item {int(missing.to(torch.uint8).argmax())} has no allowed path: -inf in its emissions or in the start, "
+            "end and other transitions forbids every one"
+        )
 
 
-def _fake_partition(emissions, transitions, lengths=None, *, impl="auto"):
-    _check(emissions, transitions, lengths)
-    return emissions.new_empty(emissions.shape[:1])
+def _sizes_and_addresses(emissions, transitions, lengths):
+    return tuple(emissions.shape), emissions.data_ptr(), transitions.data_ptr(), address(lengths)
 
 
-def _fake_viterbi(emissions, transitions, lengths=None, *, impl="auto"):
-    _check(emissions, transitions, lengths)
-    return emissions.new_empty(emissions.shape[:2], dtype=torch.int64)
+# ---- the filter ------------------------------------------------------------------------------------------------------
 
 
-def _partition(emissions, transitions, lengths=None, *, impl="auto"):
-    _check(emissions, transitions, lengths)
+def _fake(emissions, transitions, lengths=None, keep=True, *, impl="auto"):
+    check_dense(emissions, transitions, lengths)
+    batch, length, tags = emissions.shape
+    kept = (batch, length) if keep else (0, 0)
+    total = emissions.new_empty((batch,), dtype=torch.float64)
+    return total, emissions.new_empty((*kept, tags)), emissions.new_empty(kept)
+
+
+def _forward(emissions, transitions, lengths=None, keep=True, *, impl="auto"):
+    check_dense(emissions, transitions, lengths)
     if choose(impl, emissions, triton=False) == "cpu":
-        out = emissions.new_empty(emissions.shape[:1], dtype=torch.float64)
-        function = _backends.require_extension().dense_log_partition
-        return _call(function, emissions, transitions, lengths, out).to(emissions.dtype)
-    alphas, _, norms, _ = _forward(emissions, transitions, lengths)
-    result = alphas[-1].double().logsumexp(1) + torch.stack(norms, 1).double().sum(1)
-    if lengths is not None:
-        result = result.masked_fill(lengths == 0, 0)
-    return result.to(emissions.dtype)
+        emissions, transitions = emissions.contiguous(), transitions.contiguous()
+        lengths = None if lengths is None else lengths.contiguous()
+        total, messages, norms = _fake(emissions, transitions, lengths, keep)
+        _backends.require_extension().dense_filter(
+            *_sizes_and_addresses(emissions, transitions, lengths),
+            messages.data_ptr() if keep else 0,
+            norms.data_ptr() if keep else 0,
+            total.data_ptr(),
+            torch.get_num_threads(),
+        )
+    else:
+        with full_precision(emissions.device):
+            total, messages, norms = _torch_filter(emissions, transitions, lengths)
+        if not keep:
+            messages, norms = messages.new_empty((0, 0, messages.shape[2])), norms.new_empty((0, 0))
+    require_paths(total == NEVER)
+    return total, messages, norms
 
 
-def _exponential_space(transitions: torch.Tensor) -> bool:
-    low, high = transitions.aminmax()
-    return bool(high - low <= SPAN)
-
-
-def _forward(emissions, transitions, lengths):
-    """Lists over t: alpha, normalised to a largest value of 0; the message into it; its normaliser. And the matrix of
-    exponentials, None where the span is too wide."""
-    table = transitions.amax() if _exponential_space(transitions) else None
-    factors = None if table is None else (transitions - table).exp()
-    alphas: list[torch.Tensor] = []
-    messages, norms = [torch.zeros_like(emissions[:, 0])], []
+def _torch_filter(emissions, transitions, lengths):
+    factors = None
+    if emissions.device.type == "cpu":
+        low, high = transitions.aminmax()
+        factors = (transitions - high).exp() if high - low <= SPAN else None
+    message, alpha = torch.zeros_like(emissions[:, 0]), torch.zeros_like(emissions[:, 0])
+    messages, norms = [], []
     for t in range(emissions.shape[1]):
-        if t > 0:
-            if factors is None:
-                messages.append(torch.logsumexp(alphas[-1][:, :, None] + transitions, 1))
-            else:
-                messages.append((alphas[-1].exp() @ factors).log() + table)
-        alpha = messages[-1] + emissions[:, t]
-        norm = alpha.amax(1)
-        alpha = alpha - norm[:, None]
+        if t > 0 and factors is None:
+            message = torch.logsumexp(alpha[:, :, None] + transitions, 1)
+        elif t > 0 and factors is not None:
+            message = (alpha.exp() @ factors).log() + high
+        total = message + emissions[:, t]
+        norm = total.amax(1)
+        total = torch.where(norm[:, None] > NEVER, total - norm[:, None], total)
         here = inside(lengths, t)
-        if here is not None:
-            alpha = torch.where(here, alpha, alphas[-1] if alphas else torch.zeros_like(alpha))
-            norm = torch.where(here[:, 0], norm, 0)
-        alphas.append(alpha)
-        norms.append(norm)
-    return alphas, messages, norms, factors
+        messages.append(message if here is None else message.masked_fill(~here, 0))
+        norms.append(norm if here is None else norm.masked_fill(~here[:, 0], 0))
+        alpha = total if here is None else torch.where(here, total, alpha)
+    taken_off = torch.stack(norms, 1)
+    result = alpha.double().logsumexp(1) + taken_off.double().sum(1)
+    return result if lengths is None else result.masked_fill(lengths == 0, 0), torch.stack(messages, 1), taken_off
 
 
-def _fake_gradient(emissions, transitions, lengths, grad):
+def _last_law(messages, norms, emissions, lengths):
+    """`(B, T, K)`: softmax(alpha) at the last position of every item, 0 elsewhere."""
+    length = emissions.shape[1]
+    if lengths is None:
+        alpha = messages[:, -1] + emissions[:, -1]
+        return torch.nn.functional.pad(alpha.softmax(1)[:, None], (0, 0, length - 1, 0))
+    items, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
+    law = (messages[items, last] + emissions[items, last]).softmax(1).masked_fill((lengths == 0)[:, None], 0)
+    return torch.zeros_like(emissions).index_put((items, last), law)
+
+
+def _fake_backward(grad, messages, norms, emissions, transitions, lengths, *, impl="auto"):
     return emissions.new_empty(emissions.shape), transitions.new_empty(transitions.shape)
 
 
-def _gradient(emissions, transitions, lengths, grad):
-    """One reverse sweep: d log Z / d emissions are the marginals, d / d transitions the expected counts."""
-    alphas, messages, _, factors = _forward(emissions, transitions, lengths)
-    grad_emissions = emissions.new_zeros(emissions.shape)
-    grad_transitions = transitions.new_zeros(transitions.shape)
-    flow = alphas[-1].softmax(1) * grad[:, None]
-    table = transitions.amax()
-    for t in range(emissions.shape[1] - 1, -1, -1):
+def _backward(grad, messages, norms, emissions, transitions, lengths, *, impl="auto"):
+    """One reverse sweep for a gradient of the messages."""
+    if choose(impl, emissions, triton=False) != "cpu":
+        return _torch_backward(grad, messages, norms, emissions, transitions, lengths)
+    grad, emissions, transitions = grad.contiguous(), emissions.contiguous(), transitions.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
+    results = emissions.new_empty(emissions.shape), transitions.new_empty(transitions.shape)
+    _backends.require_extension().dense_filter_backward(
+        *_sizes_and_addresses(emissions, transitions, lengths),
+        grad.data_ptr(),
+        messages.data_ptr(),
+        norms.data_ptr(),
+        results[0].data_ptr(),
+        results[1].data_ptr(),
+        torch.get_num_threads(),
+    )
+    return results
+
+
+def _torch_backward(grad, messages, norms, emissions, transitions, lengths):
+    grad_emissions, grad_transitions = (x.new_zeros(x.shape) for x in (emissions, transitions))
+    flow = grad[:, -1]
+    for t in range(emissions.shape[1] - 1, 0, -1):
+        message = messages[:, t]
+        alpha = messages[:, t - 1] + emissions[:, t - 1] - norms[:, t - 1, None]
+        # alpha + transition never exceeds the message but for rounding; where it was -inf it stays without weight.
+        share = (alpha[:, :, None] + transitions - message[:, None]).clamp(max=0).exp()
+        live = message[:, None] > NEVER
         here = inside(lengths, t)
-        active = flow if here is None else torch.where(here, flow, 0)
-        grad_emissions[:, t] = active
-        if t == 0:
-            break
-        before, message = alphas[t - 1], messages[t]
-        if factors is None:
-            share = (before[:, :, None] + transitions - message[:, None]).clamp(max=0).exp()
-            share = torch.where(message[:, None] > float("-inf"), share, 0) * active[:, None]
-            grad_transitions += share.sum(0)
-            into = share.sum(2)
-        else:
-            weight, ratio = before.exp(), active / (message - table).exp()
-            grad_transitions += (weight.t() @ ratio) * factors
-            into = weight * (ratio @ factors.t())
-        flow = into if here is None else torch.where(here, into, flow)
+        share = torch.where(live if here is None else live & here[:, None], share * flow[:, None], 0)
+        grad_transitions += share.sum(0)
+        into = share.sum(2)
+        grad_emissions[:, t - 1] = into
+        flow = grad[:, t - 1] + into
     return grad_emissions, grad_transitions
 
 
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    emissions, transitions, lengths, ctx.keep = inputs
+    _, messages, norms = output
+    ctx.impl = keyword_only_inputs["impl"]
+    ctx.mark_non_differentiable(norms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(messages, norms, emissions, transitions, lengths)
+
+
+def _autograd(ctx, grad_partition, grad_messages, _grad_norms):
+    if grad_partition is None and grad_messages is None:
+        return None, None, None, None
+    if not ctx.keep:
+        raise RuntimeError("dense_filter was called with keep=False, so it has no gradient")
+    messages, norms, emissions, transitions, lengths = ctx.saved_tensors
+    seed = None
+    if grad_partition is not None:
+        weight = grad_partition.to(emissions.dtype)[:, None, None]
+        seed = _last_law(messages, norms, emissions, lengths) * weight
+    into = seed if grad_messages is None else grad_messages if seed is None else grad_messages + seed
+    backward = torch.ops.simctg_fast.dense_filter_backward
+    grad_emissions, grad_transitions = backward(into, messages, norms, emissions, transitions, lengths, impl=ctx.impl)
+    return grad_emissions if seed is None else grad_emissions + seed, grad_transitions, None, None
+
+
+def _second_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _second(ctx, *directions):
+    """By the recursion in PyTorch, differentiated twice: memory of T K² numbers, whatever the implementation."""
+    grad, _, _, emissions, transitions, lengths = ctx.saved_tensors
+
+    def along(grad, *potentials):
+        gradients = torch.func.vjp(lambda e, m: _messages(e, m, lengths), *potentials)[1](grad)
+        return sum((d * g).sum() for d, g in zip(directions, gradients, strict=True))
+
+    by = torch.func.grad(along, argnums=(0, 1, 2))(grad, emissions, transitions)
+    return by[0], None, None, by[1], by[2], None
+
+
+def _messages(emissions, transitions, lengths):
+    """The messages once more, differentiable: what is -inf passes no gradient, not even NaN."""
+    alpha = message = torch.zeros_like(emissions[:, 0])
+    messages = []
+    for t in range(emissions.shape[1]):
+        if t > 0:
+            total = alpha[:, :, None] + transitions
+            top = total.detach().amax(1, keepdim=True)
+            live = top > NEVER
+            weight = torch.where(live, total - torch.where(live, top, 0), NEVER).exp().sum(1)
+            message = torch.where(live[:, 0], torch.where(live[:, 0], weight, 1).log() + top[:, 0], NEVER)
+        here = inside(lengths, t)
+        messages.append(message if here is None else torch.where(here, message, 0))
+        total = message + emissions[:, t]
+        total = torch.where(total > NEVER, total - total.detach().amax(1, keepdim=True), NEVER)
+        alpha = total if here is None else torch.where(here, total, alpha)
+    return torch.stack(messages, 1)
+
+
+# ---- the best path ---------------------------------------------------------------------------------------------------
+
+
+def _fake_viterbi(emissions, transitions, lengths=None, *, impl="auto"):
+    check_dense(emissions, transitions, lengths)
+    return emissions.new_empty(emissions.shape[:2], dtype=torch.int64)
+
+
 def _viterbi(emissions, transitions, lengths=None, *, impl="auto"):
-    _check(emissions, transitions, lengths)
+    path = _fake_viterbi(emissions, transitions, lengths)
     if choose(impl, emissions, triton=False) == "cpu":
-        out = emissions.new_empty(emissions.shape[:2], dtype=torch.int64)
-        return _call(_backends.require_extension().dense_viterbi, emissions, transitions, lengths, out)
+        emissions, transitions = emissions.contiguous(), transitions.contiguous()
+        lengths = None if lengths is None else lengths.contiguous()
+        _backends.require_extension().dense_viterbi(
+            *_sizes_and_addresses(emissions, transitions, lengths), path.data_ptr(), torch.get_num_threads()
+        )
+    else:
+        path = _torch_viterbi(emissions, transitions, lengths)
+    require_paths(path[:, 0] < 0, lengths)
+    return path
+
+
+def _torch_viterbi(emissions, transitions, lengths):
     best, pointers = emissions[:, 0], [torch.zeros(emissions[:, 0].shape, dtype=torch.int64, device=emissions.device)]
     for t in range(1, emissions.shape[1]):
         value, pointer = (best[:, :, None] + transitions).max(1)
         value = value + emissions[:, t]
-        value = value - value.amax(1, keepdim=True)
+        top = value.amax(1, keepdim=True)
+        value = torch.where(top > NEVER, value - top, value)
         here = inside(lengths, t)
         best = value if here is None else torch.where(here, value, best)
         pointers.append(pointer)
     backpointers = torch.stack(pointers, 1).to(pointer_dtype(emissions.shape[2]))
-    return viterbi_backtrace(backpointers, best.argmax(1), lengths, impl="torch")
+    top, last = best.max(1)
+    path = viterbi_backtrace(backpointers, last, lengths, impl="torch")
+    return path.masked_fill((top == NEVER)[:, None], -1)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd(ctx, grad):
-    emissions, transitions, lengths = ctx.saved_tensors
-    return *torch.ops.simctg_fast.dense_log_partition_backward(emissions, transitions, lengths, grad), None
-
-
-_library.impl("dense_log_partition", _partition, "CompositeExplicitAutograd")
-_library.impl("dense_log_partition_backward", _gradient, "CompositeExplicitAutograd")
+_library.impl("dense_filter", _forward, "CompositeExplicitAutograd")
+_library.impl("dense_filter_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("dense_viterbi", _viterbi, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::dense_log_partition", _fake_partition, lib=_library)
-torch.library.register_fake("simctg_fast::dense_log_partition_backward", _fake_gradient, lib=_library)
+torch.library.register_fake("simctg_fast::dense_filter", _fake, lib=_library)
+torch.library.register_fake("simctg_fast::dense_filter_backward", _fake_backward, lib=_library)
 torch.library.register_fake("simctg_fast::dense_viterbi", _fake_viterbi, lib=_library)
-torch.library.register_autograd(
-    "simctg_fast::dense_log_partition", _autograd, setup_context=_setup_context, lib=_library
-)
+register(_library, "dense_filter", _autograd, _setup_context)
+register(_library, "dense_filter_backward", _second, _second_setup)
+register(_library, "dense_viterbi")

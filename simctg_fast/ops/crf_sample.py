@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import _backends
@@ -92,16 +94,37 @@ def _sample(messages, norms, scores, tokens, left, right, lengths, scale, sample
 
 
 def _torch(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms):
-    batch, length, _ = scores.shape
-    if uniforms is None:
-        uniforms = uniforms_ffbs(seed, batch, length, samples, scores.device, scores.dtype)
-    result = tokens.new_full((batch, length, samples), -1)
-    slot = tokens.new_zeros((batch, samples))
+    def into(t: int, slot: torch.Tensor) -> torch.Tensor:
+        chosen = right[tokens[:, t + 1].gather(1, slot)]  # (B, N, D)
+        return torch.matmul(left[tokens[:, t]] * scale, chosen.transpose(1, 2))
+
+    alpha = messages + scores - norms[:, :, None]
+    return sample_backward(alpha, into, lengths, uniforms_of(scores, samples, seed, uniforms))
+
+
+def uniforms_of(scores: torch.Tensor, samples: int, seed: int, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """`(B, T, N)`: those given, else those of the seed."""
+    if uniforms is not None:
+        return uniforms
+    return uniforms_ffbs(seed, scores.shape[0], scores.shape[1], samples, scores.device, scores.dtype)
+
+
+def sample_backward(
+    alpha: torch.Tensor,
+    into: Callable[[int, torch.Tensor], torch.Tensor],
+    lengths: torch.Tensor | None,
+    uniforms: torch.Tensor,
+) -> torch.Tensor:
+    """`(B, T, N)` slots for `alpha (B, T, K)`; `into(t, slot)` are the transitions from all slots at t to `slot (B, N)`
+    at t + 1, `(B, K, N)`."""
+    batch, length, _ = alpha.shape
+    samples = uniforms.shape[2]
+    result = torch.full((batch, length, samples), -1, dtype=torch.int64, device=alpha.device)
+    slot = torch.zeros((batch, samples), dtype=torch.int64, device=alpha.device)
     for t in range(length - 1, -1, -1):
-        logits = (messages[:, t] + scores[:, t] - norms[:, t, None])[:, :, None]
+        logits = alpha[:, t, :, None]
         if t < length - 1:
-            chosen = right[tokens[:, t + 1].gather(1, slot)]  # (B, N, D)
-            step = torch.matmul(left[tokens[:, t]] * scale, chosen.transpose(1, 2))
+            step = into(t, slot)
             follows = inside(lengths, t + 1)
             if follows is not None:
                 step = torch.where(follows[:, :, None], step, 0)

@@ -6,6 +6,7 @@ import torch
 
 from . import _backends
 from .crf_common import address, choose
+from .crf_dense import check_dense, require_paths
 from .crf_viterbi import list_viterbi
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
@@ -35,20 +36,8 @@ def dense_kbest(
 
 
 def _fake(emissions, transitions, lengths, paths, *, impl="auto"):
-    if emissions.dim() != 3 or emissions.shape[1] < 1 or emissions.shape[2] < 1:
-        raise ValueError(f"emissions has shape {tuple(emissions.shape)}, must be (batch, length >= 1, tags >= 1)")
-    batch, length, tags = emissions.shape
-    if emissions.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"emissions has dtype {emissions.dtype}, must be float32 or float64")
-    if transitions.shape != (tags, tags) or transitions.dtype != emissions.dtype:
-        raise ValueError(
-            f"transitions is {transitions.dtype} {tuple(transitions.shape)}, must be {emissions.dtype} ({tags}, {tags})"
-        )
-    if lengths is not None and (lengths.shape != (batch,) or lengths.dtype != torch.int64):
-        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be int64 ({batch},)")
-    for name, other in (("transitions", transitions), ("lengths", lengths)):
-        if other is not None and other.device != emissions.device:
-            raise ValueError(f"{name} is on {other.device}, emissions on {emissions.device}; one device is needed")
+    check_dense(emissions, transitions, lengths)
+    batch, length, _ = emissions.shape
     if paths < 1:
         raise ValueError(f"n is {paths}, must be at least 1")
     return emissions.new_empty((batch, length, paths), dtype=torch.int64)
@@ -57,7 +46,9 @@ def _fake(emissions, transitions, lengths, paths, *, impl="auto"):
 def _kbest(emissions, transitions, lengths, paths, *, impl="auto"):
     result = _fake(emissions, transitions, lengths, paths)
     if choose(impl, emissions, triton=False) == "torch":
-        return list_viterbi(emissions, lambda t: transitions, lengths, paths)
+        result = list_viterbi(emissions, lambda t: transitions, lengths, paths)
+        require_paths(result[:, 0, 0] < 0, lengths)
+        return result
     emissions, transitions = emissions.contiguous(), transitions.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     _backends.require_extension().dense_kbest(
@@ -69,6 +60,7 @@ def _kbest(emissions, transitions, lengths, paths, *, impl="auto"):
         result.data_ptr(),
         torch.get_num_threads(),
     )
+    require_paths(result[:, 0, 0] < 0, lengths)
     return result
 
 
