@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.crf_checks import checked_parameter, checked_rows, checked_scores, checked_tokens
+from ..ops.crf_checks import checked_parameter, checked_paths, checked_rows, checked_scores, checked_tokens
 from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
 from ..ops.dense_kbest import dense_kbest
 from .arguments import check_temperature, checked_uniforms, draw_seed
@@ -217,7 +217,7 @@ class LinearChainCRF(nn.Module):
         Where there are fewer allowed paths than `n`, tags are -1 and scores -inf.
         """
         p = self._potentials(emissions, lengths, mask)
-        tags = dense_kbest(*p.arguments(), n, impl=self.impl)
+        tags = checked_paths(dense_kbest(*p.arguments(), n, impl=self.impl), p.lengths)
         position_scores = self._path_scores(p, tags)
         # A path that does not exist has -1 at position 0; an item of length 0 has one (empty) path, the first.
         missing = tags[:, 0] < 0

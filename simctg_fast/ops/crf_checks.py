@@ -114,11 +114,23 @@ def _check_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tenso
         )
 
 
+def check_paths(slots: Tensor, lengths: Tensor | None) -> None:
+    """Raises for the first item that has a position and no path: -1 at the first place of `slots (B, T, N)`."""
+    missing = slots[:, 0, 0] < 0
+    where = first_wrong(missing if lengths is None else missing & (lengths > 0))
+    if where is not None:
+        raise ValueError(
+            f"item {where[0]} has no allowed path: -inf in its emissions or in the start, end and other transitions "
+            "forbids every one"
+        )
+
+
 _lengths = _operator("crf_checked_lengths(Tensor lengths, int limit)", _check_lengths)
 _tokens = _operator("crf_checked_tokens(Tensor tokens, Tensor? past, str name, int vocabulary)", _check_tokens)
 _scores = _operator("crf_checked_scores(Tensor scores, Tensor? past, str what)", _check_scores)
 _rows = _operator("crf_checked_rows(Tensor allowed, Tensor? past, str name)", _check_rows)
 _parameter = _operator("crf_checked_parameter(Tensor parameter, str name)", _check_parameter)
+_paths = _operator("crf_checked_paths(Tensor slots, Tensor? lengths)", check_paths)
 _slots = _operator("crf_checked_slots(Tensor slots, Tensor beam_tokens, Tensor tokens, Tensor? past)", _check_slots)
 
 
@@ -145,6 +157,11 @@ def checked_rows(name: str, allowed: Tensor, past: Tensor | None) -> Tensor:
 def checked_parameter(name: str, parameter: Tensor) -> Tensor:
     """Scores that are finite or -inf, of any shape."""
     return _parameter(parameter, name)
+
+
+def checked_paths(slots: Tensor, lengths: Tensor | None) -> Tensor:
+    """`slots (B, T, N)`, -1 at the first position of paths that do not exist, of which every item has one."""
+    return _paths(slots, lengths)
 
 
 def checked_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from . import _backends
 from ._autograd import register
 from ._contrastive_loss_torch import full_precision
 from .crf_common import address, choose, inside
+from .crf_checks import check_paths
 from .crf_sample import sample_backward, uniforms_of
 from .crf_viterbi import pointer_dtype
 from .viterbi_backtrace import viterbi_backtrace
@@ -112,18 +113,6 @@ def check_dense(emissions: torch.Tensor, transitions: torch.Tensor, lengths: tor
             raise ValueError(f"{name} is on {other.device}, emissions on {emissions.device}; one device is needed")
 
 
-def require_paths(missing: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
-    """Raises for the first item without an allowed path that has a position; a CUDA device is not waited for."""
-    if missing.device.type != "cpu":
-        return
-    missing = missing if lengths is None else missing & (lengths > 0)
-    if bool(missing.any()):
-        raise ValueError(
-            f"item {int(missing.to(torch.uint8).argmax())} has no allowed path: -inf in its emissions or in the start, "
-            "end and other transitions forbids every one"
-        )
-
-
 def _sizes_and_addresses(emissions, transitions, lengths):
     return tuple(emissions.shape), emissions.data_ptr(), transitions.data_ptr(), address(lengths)
 
@@ -157,7 +146,8 @@ def _forward(emissions, transitions, lengths=None, keep=True, *, impl="auto"):
             total, messages, norms = _torch_filter(emissions, transitions, lengths)
         if not keep:
             messages, norms = messages.new_empty((0, 0, messages.shape[2])), norms.new_empty((0, 0))
-    require_paths(total == NEVER)
+    if total.device.type == "cpu":
+        check_paths(torch.where(total > NEVER, 0, -1)[:, None, None], lengths)
     return total, messages, norms
 
 
@@ -315,7 +305,8 @@ def _viterbi(emissions, transitions, lengths=None, *, impl="auto"):
         )
     else:
         path = _torch_viterbi(emissions, transitions, lengths)
-    require_paths(path[:, 0] < 0, lengths)
+    if path.device.type == "cpu":
+        check_paths(path[:, :, None], lengths)
     return path
 
 
