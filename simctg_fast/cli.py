@@ -155,7 +155,7 @@ def generate(
     _check_search(penalty_alpha, top_k, max_new_tokens)
     _check(batch_size >= 1, "--batch-size", batch_size, "at least 1")
     _check(temperature is None or temperature >= 0, "--temperature", temperature, "at least 0")
-    _check(seed is None or seed >= 0, "--seed", seed, "at least 0")
+    _check(seed is None or 0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     _check(seed is None or temperature is not None, "--seed", seed, "given together with --temperature")
     _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
     _check(all(stop or ()), "--stop", "''", "a text")
@@ -216,7 +216,7 @@ def demo(
 ) -> None:
     """Greedy search, nucleus sampling and contrastive search side by side, on a model that comes with the package."""
     _check_search(penalty_alpha, top_k, max_new_tokens)
-    _check(seed >= 0, "--seed", seed, "at least 0")
+    _check(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     name = _the_model(model, model_option, default="bundled")
     with _progress("loading the model"):
         from .demo import METHODS, PROMPTS, compare, legend, next_steps, render, verdict

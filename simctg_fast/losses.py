@@ -103,14 +103,16 @@ class SimCTGLoss(nn.Module):
             ValueError: shapes that do not belong together, logits that are not floating, labels or `input_ids` that are
                 no integers, and on the CPU a label that is neither -100 nor in ``0..vocab_size - 1``.
         """
-        for name, value in (("last_hidden_states", last_hidden_states), ("logits", logits), ("input_ids", input_ids)):
+        floats = (("logits", logits), ("last_hidden_states", last_hidden_states))
+        for name, value in (*floats, ("input_ids", input_ids)):
             _require_tensor(name, value)
+        for name, value in floats:
+            if value.dim() != 3 or not value.dtype.is_floating_point or value.layout != torch.strided:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, dtype {value.dtype} and layout {value.layout}, must be "
+                    f"(batch, length, …) of floats and {torch.strided}"
+                )
         _check_tokens("labels", labels)
-        if logits.dim() != 3 or not logits.dtype.is_floating_point:
-            raise ValueError(
-                f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}, must be (batch, length, vocab_size) "
-                "of floats"
-            )
         batch, length, vocab_size = logits.shape
         if vocab_size != self.vocab_size:
             raise ValueError(f"logits has a last dimension of {vocab_size}, must be vocab_size={self.vocab_size}")
@@ -121,18 +123,16 @@ class SimCTGLoss(nn.Module):
                 f"last_hidden_states has shape {tuple(last_hidden_states.shape)}, must begin with {(batch, length)} "
                 "as logits does"
             )
-        if labels.device != logits.device:
-            raise ValueError(f"labels is on {labels.device}, logits on {logits.device}; one device is needed")
-        ignored = labels == -100
-        if labels.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():  # elsewhere a look makes us wait
-            beyond = ~ignored & ((labels < 0) | (labels >= vocab_size))
-            if bool(beyond.any()):
-                found = int(labels[beyond][0])
-                raise ValueError(f"labels holds {found}, must be in 0..{vocab_size - 1}, or -100 where ignored")
+        for name, value in (("labels", labels), ("last_hidden_states", last_hidden_states)):
+            if value.device != logits.device:
+                raise ValueError(f"{name} is on {value.device}, logits on {logits.device}; one device is needed")
         wide = torch.promote_types(logits.dtype, torch.float32)  # as autocast has it
-        rows = logits.reshape(-1, vocab_size).to(wide)
-        mle_loss = F.cross_entropy(rows, labels.reshape(-1).long(), ignore_index=-100)
-        mle_loss = mle_loss.masked_fill(ignored.all(), 0.0)  # no NaN for the mean over no label
+        rows, targets = logits.reshape(-1, vocab_size).to(wide), labels.reshape(-1).long()
+        try:
+            mle_loss = F.cross_entropy(rows, targets, ignore_index=-100)
+        except IndexError as error:  # on the CPU; a GPU stops at an assertion
+            raise ValueError(f"labels must be in 0..{vocab_size - 1}, or -100 where ignored: {error}") from error
+        mle_loss = mle_loss.masked_fill((targets == -100).all(), 0.0)  # no NaN for the mean over no label
         if attention_mask is None:
             tokens = input_ids if input_ids.shape == labels.shape else labels
             _check_tokens("input_ids", tokens)

@@ -37,6 +37,8 @@ def repetition(tokens: Sequence[Hashable], n: int) -> float:
 def _sequence(tokens: Sequence[Hashable]) -> Sequence[Hashable]:
     """Arrays and tensors as lists: their elements are new objects at every look, which equal nothing."""
     if hasattr(tokens, "tolist"):
+        if getattr(tokens, "ndim", 1) != 1 or getattr(tokens, "is_meta", False):
+            raise TypeError(f"tokens must have one dimension and values, got {tokens!r:.80}")
         tokens = tokens.tolist()
     if not isinstance(tokens, Sequence):
         raise TypeError(f"tokens must be a sequence of token ids or words, got {type(tokens).__name__}")
@@ -79,10 +81,12 @@ def isotropy(hidden_states: Tensor, attention_mask: Tensor | None = None) -> flo
     for name, value in (("hidden_states", hidden_states), ("attention_mask", attention_mask)):
         if not isinstance(value, torch.Tensor) and (name == "hidden_states" or value is not None):
             raise TypeError(f"{name} is {value!r:.80}, must be a tensor")
-    if hidden_states.dim() != 3 or not hidden_states.dtype.is_floating_point or hidden_states.is_meta:
+        if value is not None and (value.layout != torch.strided or value.is_meta):
+            raise ValueError(f"{name} is {value.layout} on {value.device}, must be {torch.strided} and have values")
+    if hidden_states.dim() != 3 or not hidden_states.dtype.is_floating_point:
         raise ValueError(
-            f"hidden_states has shape {tuple(hidden_states.shape)} and dtype {hidden_states.dtype} on "
-            f"{hidden_states.device}, must be (batch, length, width) of floats"
+            f"hidden_states has shape {tuple(hidden_states.shape)} and dtype {hidden_states.dtype}, must be "
+            "(batch, length, width) of floats"
         )
     states = hidden_states.detach().double()
     if attention_mask is None:
@@ -100,7 +104,10 @@ def isotropy(hidden_states: Tensor, attention_mask: Tensor | None = None) -> flo
     unit = states / torch.where(length == 0, 1.0, length)
     count = attention_mask.ne(0).sum(dim=1).double()
     if not bool((count >= 2).any()):
-        raise ValueError(f"isotropy needs a sequence of at least 2 real tokens, got lengths {count.long().tolist()}")
+        raise ValueError(
+            "hidden_states and attention_mask must have a sequence of at least 2 real tokens, got lengths "
+            f"{count.long().tolist()}"
+        )
     # The sum over all pairs is the squared length of the sum of the unit vectors; the diagonal is taken off again.
     pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
     long_enough = count >= 2

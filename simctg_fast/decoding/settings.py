@@ -44,19 +44,23 @@ def _are_tokens(value: Any) -> bool:
     return all(map(_is_token, value)) if isinstance(value, (list, tuple)) else _is_token(value)
 
 
+def _is_duration(value: Any) -> bool:
+    return is_number(value, 0) or (isinstance(value, float) and value == float("inf"))
+
+
 # Setting -> whether a value is allowed, and in words what is. None is, everywhere: the default.
 _READ = {
+    "max_new_tokens": _integer(1),  # before the length that transformers makes of it
     "max_length": _integer(1),
-    "max_new_tokens": _integer(1),
-    "min_length": _integer(0),
     "min_new_tokens": _integer(0),
+    "min_length": _integer(0),
     "num_return_sequences": _integer(1),
     "num_beams": _integer(1),
     "no_repeat_ngram_size": _integer(0),
     "encoder_no_repeat_ngram_size": _integer(0),
     "repetition_penalty": _number(0, None, "a finite number above 0", above=True),
     "encoder_repetition_penalty": _number(0, None, "a finite number above 0", above=True),
-    "max_time": (lambda value: is_number(value, 0) or value == float("inf"), "a number of seconds of at least 0"),
+    "max_time": (_is_duration, "a number of seconds of at least 0"),
     "do_sample": (lambda value: isinstance(value, (bool, int)) and value in (0, 1), "True or False"),
     "eos_token_id": (_are_tokens, "a token id or a list of them"),
     "pad_token_id": (_is_token, "a token id"),
