@@ -187,6 +187,26 @@ def test_the_default_dtype_changes_no_bit(dtype, default_dtype):
             assert torch.equal(got, expected), (default, number)
 
 
+def written():
+    """Tokens, and their log-probabilities where they are to be had, by every way of writing."""
+    model, ids = shared("llama"), prompt(2)
+    for options in ({}, {"temperature": 0.3, "generator": torch.Generator().manual_seed(1)}, {"decode_step": True}):
+        yield model.generate(ids, custom_generate=ContrastiveSearch(0.6, 4, **options), max_new_tokens=6).tolist()
+    yield generate(lambda ids: model(ids).logits, ids, max_new_tokens=6).tolist()
+    for strategy in ("contrastive", "greedy", "sample", "stochastic-contrastive"):
+        for batching in ("slots", "static"):
+            engine = Engine(model, tokenizer(), strategy=strategy, batching=batching, max_new_tokens=6, logprobs=True)
+            yield [(each.text, each.logprobs) for each in engine.generate(["abc", "hello you"], ordered=True)]
+    yield extract_features(model, tokenizer(), ["abc", "de fg"]).values.tolist()
+
+
+def test_the_default_dtype_changes_no_text(default_dtype):
+    want = list(written())
+    for default in (torch.float16, torch.bfloat16, torch.float64):
+        default_dtype(default)
+        assert list(written()) == want, default
+
+
 @pytest.mark.parametrize("default", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("margin", [0.9, 0.1, 1 / 3, -0.2])

@@ -165,7 +165,7 @@ def copy_of(call: Call) -> Rows:
         return Rows(ids, kwargs)
     given = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
     masks = [mask for mask in given if isinstance(mask, torch.Tensor) and mask.ndim == 2]
-    real = sum((mask.sum(dim=-1).cpu() for mask in masks), torch.zeros(batch))
+    real = sum((mask.sum(dim=-1).cpu() for mask in masks), torch.zeros(batch, dtype=torch.int64))
     first, second = int(real.argmax()), int(real.argmin())
     if first == second:  # rows of one length; those of num_return_sequences are one text
         others = (ids != ids[:1]).any(dim=-1).nonzero().flatten().tolist()

@@ -216,7 +216,7 @@ def _shaken(model: Any, seed: int, scale: float) -> Iterator[None]:
         if threading.get_ident() != owner or not isinstance(states, torch.Tensor):
             return None
         random = noises.setdefault(states.device, torch.Generator(states.device).manual_seed(seed))
-        noise = torch.randn(states.shape, generator=random, device=states.device)
+        noise = torch.randn(states.shape, generator=random, dtype=torch.float32, device=states.device)
         return (states * (1 + scale * noise)).to(states.dtype)
 
     with embedding.register_forward_hook(shake):

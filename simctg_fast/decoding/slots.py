@@ -256,7 +256,7 @@ class SlotDecoder:
         if self.logits is None:
             if known_tokens(self.model, logits) is not None:
                 raise SlotsUnsupportedError("its output embedding writes tokens that it cannot read")
-            self.logits = torch.zeros(self.slots, logits.shape[-1], device=self.device)
+            self.logits = torch.zeros(self.slots, logits.shape[-1], dtype=torch.float32, device=self.device)
         self.logits[slot] = logits.to(self.logits)
 
     # ---- all slots ------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class Contrastive(Strategy):
     def _noise(self, probs: torch.Tensor) -> torch.Tensor:
         """Gumbel noise, each row's from its own generator, one draw a candidate whatever the row's ``top_k``; none at
         temperature 0."""
-        noise = torch.ones(probs.shape)
+        noise = torch.ones(probs.shape, dtype=torch.float32)
         for index, row in enumerate(self.rows):
             if row is not None and not _is_cold(row.parameters):
                 noise[index].exponential_(generator=row.generator)
