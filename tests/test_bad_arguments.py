@@ -539,6 +539,7 @@ ODD += [
     torch.randn(2, 3), torch.randn(2, 4, 3, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.int32), torch.empty(0),
     torch.randn(2, 4, 3, device="meta"), torch.zeros(2, 4, dtype=torch.bool), torch.randn(2, 4, 3).to_sparse(),
     torch.zeros(2, 4, 3, dtype=torch.complex64), torch.zeros(2, 4, 3, dtype=torch.int64), torch.full((2, 4), -7),
+    torch.zeros(2, 4, 3, dtype=torch.int64).to_sparse(),
     torch.zeros(2, 4, device="meta"), torch.randn(2, 4, 3).transpose(0, 1), torch.zeros(2, 4, 3).to(torch.bfloat16),
 ]  # fmt: skip
 

@@ -41,6 +41,8 @@ def _check(backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor
     for name, tensor in (("backpointers", backpointers), ("last", last), ("lengths", lengths)):
         if tensor is None:
             continue
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} has layout {tensor.layout}, must be {torch.strided}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be one of {', '.join(map(str, DTYPES))}")
         if tensor.device != backpointers.device:
