@@ -103,7 +103,7 @@ def register(
                 return operator.redispatch(keyset & below, *args, **given)
         if not torch._C._are_functorch_transforms_active():
             return Function.apply(*args, keyset, given)
-        from torch._functorch.autograd_function import enable_single_level_autograd_function
+        from torch._functorch.utils import enable_single_level_autograd_function
 
         # The dispatcher has already come down to one transform; `Function.apply` would begin again at the first.
         with enable_single_level_autograd_function():

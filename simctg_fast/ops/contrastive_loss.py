@@ -359,22 +359,23 @@ def _autograd(ctx, grad, *_unused):
 
 
 def _second_setup(ctx, inputs, output) -> None:
-    *tensors, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:-1])
 
 
 def _second(ctx, direction):
     """The derivative of ``<direction, gradient>``, which is ``sum_ij A_ij du_i · u_j`` with the 0/1 matrix A, a
-    constant: two products with it, as in the first derivative, and then each vector by itself.
+    constant: two products with it, as in the first derivative, and then each vector by itself. In tiled PyTorch,
+    whatever the implementation.
     """
     grad, hidden_states, weights, inverse, radial, bits, flags = ctx.saved_tensors
     with full_precision(hidden_states.device):
         unit, tangent, pull = _tiled.along(hidden_states, direction, inverse)
-        # The gradient of vectors that count as unit ones and keep their radial part is the product with A.
+        # The gradient of vectors that count as unit ones and keep their radial part is the product with A. The kernels
+        # rely on unit vectors and on their radial parts.
         half, ones = grad.new_full((), 0.5, dtype=weights.dtype), torch.ones_like(weights)
         units, zeros = (inverse != 0).to(inverse.dtype), torch.zeros_like(radial)
         sums, moved = (
-            torch.ops.simctg_fast.contrastive_loss_backward(half, x, ones, units, zeros, bits, flags, ctx.impl)
+            torch.ops.simctg_fast.contrastive_loss_backward(half, x, ones, units, zeros, bits, flags, "torch")
             for x in (unit, tangent)
         )
         scale = (2.0 * weights)[:, None, None]

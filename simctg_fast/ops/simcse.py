@@ -584,15 +584,17 @@ def _second_derivative(
         means, by_rows = [], []
         by_columns = [[torch.zeros_like(right[columns])] * 2 for columns in column_blocks]
         for rows in row_blocks:
-            mean = torch.zeros_like(lse[rows])
+            mean, total = torch.zeros_like(lse[rows]), torch.zeros_like(lse[rows])
             for columns in column_blocks:
                 share, moved = block(rows, columns)
-                mean = mean + (share * moved).sum(dim=1)
+                mean, total = mean + (share * moved).sum(dim=1), total + share.sum(dim=1)
+            total = total.clamp_min(torch.finfo(total.dtype).tiny)  # not quite 1: the rounding of the logits
+            mean = mean / total
             means.append(mean)
             sums = [torch.zeros_like(left[rows])] * 2
             for place, columns in enumerate(column_blocks):
                 share, moved = block(rows, columns)
-                weight = share * (scale * grad[rows]).unsqueeze(1)
+                weight = share * (scale * grad[rows] / total).unsqueeze(1)
                 change = weight * (moved - mean.unsqueeze(1))
                 sums[0] = sums[0] + change @ right[columns] + weight @ right_moved[columns]
                 sums[1] = sums[1] + weight @ right[columns]
