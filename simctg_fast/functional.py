@@ -109,7 +109,9 @@ def contrastive_loss(
         RuntimeError: a named impl that is not installed.
 
     Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", eq. 2. There is never a
-    `length x length` matrix of floats: `length**2 / 8` bytes a sequence are kept for the backward pass.
+    `length x length` matrix of floats: `length**2 / 8` bytes a sequence are kept for the backward pass. Twice
+    differentiable, also under `torch.func` (grad, vjp, jacrev, vmap); a third derivative and forward mode raise a
+    RuntimeError. The second derivative takes a hinge's derivative, 0 or 1, as constant, as PyTorch does for a relu.
     """
     _require_tensor("hidden_states", hidden_states)
     if attention_mask is not None:
@@ -164,7 +166,8 @@ def contrastive_loss_items(attention_mask: Tensor, reduction: str = "pairs") -> 
 
 
 def cosine_similarity_matrix(hidden_states: Tensor | Sequence[Tensor], *, impl: str = "auto") -> Tensor:
-    """Cosine of every two tokens of a sequence; differentiable, and 0 (value and gradient) at zero vectors.
+    """Cosine of every two tokens of a sequence; 0 (value and gradient) at zero vectors. Differentiable as often as one
+    likes, also under `torch.func`, in reverse mode; forward mode raises a RuntimeError.
 
     Args:
         hidden_states: `(batch, length, width)`, or a tuple of `layers` of them, as a model returns.
@@ -220,6 +223,8 @@ def info_nce(
 
     Returns:
         A scalar, or `(N,)`; float32, or float64 for float64. No queries: 0. Width 0: ``log(M)``, as of zero vectors.
+        Twice differentiable in memory linear in N and M, also under `torch.func`; a third derivative and forward mode
+        raise a RuntimeError.
 
     Raises:
         TypeError: `queries` or `keys` is no tensor; a temperature that is no number; `targets` that are neither an

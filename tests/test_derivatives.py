@@ -513,8 +513,12 @@ def test_forward_mode_leaves_tensors_without_tangents_alone(name):
 
 def test_forward_mode_through_what_is_made_of_torch():
     x, direction = inputs(POTENTIALS)
-    for ours, naive in ((ENTROPY, entropy), (VITERBI, best)):
-        found = torch.func.jvp(lambda x, f=ours: f(x, "torch"), (x,), (direction,))[1]
+    for ours, naive in ((VITERBI, best), (ENTROPY, entropy)):
+        try:
+            found = torch.func.jvp(lambda x, f=ours: f(x, "torch"), (x,), (direction,))[1]
+        except NotImplementedError:
+            assert ours is ENTROPY  # torch's checkpoint, before 2.13
+            continue
         close(found, torch.func.jvp(naive, (x,), (direction,))[1], 1e-10)
 
 

@@ -91,6 +91,10 @@ class LowRankCRF(nn.Module):
 
     Checks of values (banned positions, NaN, tokens out of range) raise on the CPU. On a CUDA device they would have to
     wait for it, so they are left out, and bad values give NaN.
+
+    What is differentiable is so as often as one likes, also under `torch.func.grad`, `vjp` and `jacrev`; second
+    derivatives run the recursion in PyTorch and hold T K² numbers an item. A RuntimeError says what cannot be had:
+    forward mode through the partition function, `torch.func` around `entropy` and `kl`, `vmap` on the CPU.
     """
 
     def __init__(

@@ -44,7 +44,8 @@ def crf_filter(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`messages (B, T, K)` and `norms (B, T)` as above, 0 beyond the lengths; arguments as in `crf_common`.
 
-    Differentiable in `scores`, `left` and `right`; the tables' gradients are dense, of their own size.
+    Differentiable in `scores`, `left` and `right`, as often as one likes; the tables' gradients are dense, of their own
+    size.
     """
     return torch.ops.simctg_fast.crf_filter(scores, tokens, left, right, lengths, scale, impl=impl)
 
