@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .assets import bundled_model_path as bundled_model_path
+    from .compat import T5SimCTGGenerate as T5SimCTGGenerate
+    from .compat import compute_contrastive_loss as compute_contrastive_loss
+    from .compat import t5_cosine_similarity as t5_cosine_similarity
+    from .compat import t5_cosine_simirality as t5_cosine_simirality
     from .contrastive_generator import ContrastiveGenerator as ContrastiveGenerator
     from .crf import LinearChainCRF as LinearChainCRF
     from .crf import LowRankCRF as LowRankCRF
@@ -49,8 +53,10 @@ _EXPORTS = {
     "StochasticViterbiSample": "simctg_fast.crf",
     "StochasticViterbiSamples": "simctg_fast.crf",
     "SupportReport": "simctg_fast.decoding",
+    "T5SimCTGGenerate": "simctg_fast.compat",
     "backend_info": "simctg_fast.ops",
     "bundled_model_path": "simctg_fast.assets",
+    "compute_contrastive_loss": "simctg_fast.compat",
     "contrastive_loss": "simctg_fast.functional",
     "contrastive_search": "simctg_fast.decoding",
     "cosine_similarity_matrix": "simctg_fast.functional",
@@ -60,6 +66,8 @@ _EXPORTS = {
     "simcse_sup_loss": "simctg_fast.functional",
     "simcse_unsup_loss": "simctg_fast.functional",
     "support": "simctg_fast.decoding",
+    "t5_cosine_simirality": "simctg_fast.compat",
+    "t5_cosine_similarity": "simctg_fast.compat",
     "unpatch_transformers": "simctg_fast.decoding",
     "viterbi_backtrace": "simctg_fast.functional",
 }

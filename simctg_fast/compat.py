@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from .decoding import ContrastiveSearch
 from .functional import cosine_similarity_matrix
 from .loading import load_model
-from .texts import text_list, tokenized
+from .texts import short, text_list
 
 logger = logging.getLogger("simctg_fast")
 
@@ -23,6 +23,9 @@ class T5SimCTGGenerate:
     Inputs are lower-cased, padded and truncated to ``max_length``; the encoder runs once; ``num_beams`` counts the
     candidates; a row stops at its end-of-sequence token and all rows after ``max_length`` steps. Unlike the tutorial's
     class, a chosen candidate's keys and values are the ones that later steps see (Su et al. 2022, eq. 5).
+
+    As there, a call is :meth:`preprocess` of each text, :meth:`forward` of all, and the tokenizer's ``decode``; what a
+    subclass overrides is used, and so are ``max_length``, ``num_beams`` and ``simctg_alpha`` where they are set later.
 
     Args:
         model_dir: folder (or hub name) of a T5 model and its tokenizer.
@@ -60,28 +63,87 @@ class T5SimCTGGenerate:
                 "ContrastiveGenerator takes both"
             )
 
+    @property
+    def num_beams(self) -> int | None:
+        return self.strategy.top_k
+
+    @num_beams.setter
+    def num_beams(self, value: int) -> None:
+        self.strategy = ContrastiveSearch(penalty_alpha=self.strategy.penalty_alpha, top_k=value)
+
+    @property
+    def simctg_alpha(self) -> float | None:
+        return self.strategy.penalty_alpha
+
+    @simctg_alpha.setter
+    def simctg_alpha(self, value: float) -> None:
+        self.strategy = ContrastiveSearch(penalty_alpha=value, top_k=self.strategy.top_k)
+
     def __call__(self, texts: str | Iterable[str]) -> list[str]:
         """One answer a text, without special tokens; a single string is one text."""
         texts = text_list(texts)
         if not texts:
             return []
-        encoded = tokenized(
-            self.tokenizer,
-            [text.lower() for text in texts],
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        ).to(self.device)
-        tokens = self.model.generate(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
+        tokens = self.forward(*self._batch(texts))
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def forward(self, batch_input_ids: torch.Tensor, batch_attention_mask: torch.Tensor) -> torch.Tensor:
+        """``(batch, tokens)`` int64, special tokens among them, from ``(batch, length)`` tokens and their mask."""
+        result: torch.Tensor = self.model.generate(
+            input_ids=batch_input_ids.to(self.device),
+            attention_mask=batch_attention_mask.to(self.device),
             custom_generate=self.strategy,
             max_new_tokens=self.max_length,
             do_sample=False,
             num_beams=1,
         )
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return result
+
+    def preprocess(self, text: str) -> Any:
+        """The tokens of one text, for subclasses to override: here those of the text in lower case, truncated.
+
+        Returns:
+            A mapping with ``input_ids`` and ``attention_mask``, ``(1, length)`` or ``(length,)`` each, padded or not;
+            lengths may differ. An override may also return a string: its tokens are taken, as it is.
+        """
+        return self._tokens(text.lower())
+
+    def _tokens(self, text: str) -> Any:
+        return self.tokenizer([text], truncation=True, max_length=self.max_length, return_tensors="pt")
+
+    def _batch(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(batch, length)`` tokens and mask, no longer than the longest text."""
+        ids, masks = [], []
+        for index, text in enumerate(texts):
+            try:
+                tokens = self.preprocess(text)
+                if isinstance(tokens, str):
+                    tokens = self._tokens(tokens)
+            except Exception as error:  # of any kind, by tokenizer
+                raise ValueError(
+                    f"texts[{index}] cannot be preprocessed ({type(error).__name__}: {error}), got {short(text)}"
+                ) from error
+            if not isinstance(tokens, Mapping) or not {"input_ids", "attention_mask"} <= set(tokens):
+                raise ValueError(
+                    "preprocess must return a string or a mapping with input_ids and attention_mask, got "
+                    f"{type(tokens).__name__} {short(tokens)} for texts[{index}]"
+                )
+            row, mask = (torch.as_tensor(tokens[name]) for name in ("input_ids", "attention_mask"))
+            if row.numel() != row.shape[-1] or mask.shape != row.shape or not bool(mask.any()):
+                raise ValueError(
+                    f"preprocess must return (1, length) input_ids and attention_mask with a real token, got "
+                    f"{tuple(row.shape)} and {tuple(mask.shape)} for texts[{index}]"
+                )
+            ids.append(row.reshape(-1))
+            masks.append(mask.reshape(-1))
+        length = max(int(mask.nonzero().max()) + 1 for mask in masks)
+        return _stacked(ids, length, self.tokenizer.pad_token_id or 0), _stacked(masks, length, 0)
+
+
+def _stacked(rows: list[torch.Tensor], length: int, filling: int) -> torch.Tensor:
+    """``(rows, length)``: each cut or filled up to `length`."""
+    cut = [row[:length] for row in rows]
+    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=filling) for row in cut])
 
 
 def t5_cosine_similarity(outputs: Any) -> torch.Tensor:
@@ -93,6 +155,11 @@ def t5_cosine_similarity(outputs: Any) -> torch.Tensor:
     if getattr(outputs, "decoder_hidden_states", None) is None:
         raise ValueError("outputs has no decoder_hidden_states: call the model with output_hidden_states=True")
     return cosine_similarity_matrix(outputs.decoder_hidden_states[-1])
+
+
+def t5_cosine_simirality(outputs: Any) -> torch.Tensor:
+    """:func:`t5_cosine_similarity`, as the tutorial spells it."""
+    return t5_cosine_similarity(outputs)
 
 
 def compute_contrastive_loss(score_matrix: torch.Tensor, margin: float) -> torch.Tensor:

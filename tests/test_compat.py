@@ -1,11 +1,14 @@
 """Published classes under their published names."""
 
+import unicodedata
+
 import pytest
 import sentencepiece
 import torch
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
-from simctg_fast import ContrastiveSearch
+import simctg_fast
+from simctg_fast import ContrastiveSearch, compat
 from simctg_fast.compat import T5SimCTGGenerate
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Seven WIZARDS", "over and over and over again the fox jumps"]
@@ -66,3 +69,107 @@ def test_published_defaults_and_bad_values(t5_folder):
         T5SimCTGGenerate("bundled", gpu_id=-1)
     with pytest.raises(FileNotFoundError, match="no model folder"):
         T5SimCTGGenerate("./nowhere", gpu_id=-1)
+
+
+PUBLISHED = ("T5SimCTGGenerate", "compute_contrastive_loss", "t5_cosine_simirality", "t5_cosine_similarity")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_names_are_importable_as_they_are_spelt(name):
+    assert getattr(simctg_fast, name) is getattr(compat, name)
+
+
+def test_the_tutorials_spelling_computes_the_same():
+    states = torch.randn(2, 5, 8)
+    outputs = type("Outputs", (), {"decoder_hidden_states": (states,)})
+    scores = simctg_fast.t5_cosine_simirality(outputs)
+    assert torch.equal(scores, compat.t5_cosine_similarity(outputs))
+    torch.testing.assert_close(
+        simctg_fast.compute_contrastive_loss(scores, 0.5), simctg_fast.contrastive_loss(states, 0.5, reduction="dense")
+    )
+
+
+class Normalising(T5SimCTGGenerate):
+    """What the tutorial asks its readers to add."""
+
+    def preprocess(self, text):
+        return super().preprocess(unicodedata.normalize("NFKC", text))
+
+
+class Padded(T5SimCTGGenerate):
+    """The tutorial's own way: one row, padded to the end."""
+
+    def preprocess(self, text):
+        return self.tokenizer(
+            [text.lower()], max_length=self.max_length, truncation=True, padding="max_length", return_tensors="pt"
+        )
+
+
+class Bare(T5SimCTGGenerate):
+    def preprocess(self, text):
+        tokens = super().preprocess(text)
+        return {name: tokens[name].squeeze(0) for name in ("input_ids", "attention_mask")}
+
+
+class Shouting(T5SimCTGGenerate):
+    def preprocess(self, text):
+        return text.upper()
+
+
+def test_an_overridden_preprocess_is_honoured(t5_folder):
+    settings = {"gpu_id": -1, "max_length": 20}
+    plain = T5SimCTGGenerate(t5_folder, **settings)
+    full_width = ["".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in text) for text in TEXTS]
+    assert Normalising(t5_folder, **settings)(full_width) == plain(TEXTS)
+    assert plain(full_width) != plain(TEXTS)
+    assert Padded(t5_folder, **settings)(TEXTS) == plain(TEXTS)
+    assert Bare(t5_folder, **settings)(TEXTS) == plain(TEXTS)
+    shouted = Shouting(t5_folder, **settings)(TEXTS)  # a string is tokenized as it is
+    encoded = plain.tokenizer([TEXTS[0].upper()], return_tensors="pt")
+    tokens = plain.forward(encoded.input_ids, encoded.attention_mask)
+    assert shouted[:1] == plain.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert shouted != plain(TEXTS)
+    plain.preprocess = lambda text: T5SimCTGGenerate.preprocess(plain, text[::-1])  # on the object itself
+    assert plain(TEXTS) == T5SimCTGGenerate(t5_folder, **settings)([text[::-1] for text in TEXTS])
+
+
+def test_an_overridden_forward_and_changed_settings_are_honoured(t5_folder):
+    class Silent(T5SimCTGGenerate):
+        def forward(self, batch_input_ids, batch_attention_mask):
+            assert batch_input_ids.shape == batch_attention_mask.shape == (3, int(batch_attention_mask.sum(1).max()))
+            return torch.zeros(len(batch_input_ids), 2, dtype=torch.long)
+
+    assert Silent(t5_folder, gpu_id=-1)(TEXTS) == [""] * 3
+    one, other = (T5SimCTGGenerate(t5_folder, -1, 20, k, alpha) for k, alpha in ((3, 0.5), (5, 0.9)))
+    one.num_beams, one.simctg_alpha = 5, 0.9
+    assert (one.num_beams, one.simctg_alpha, one.strategy.top_k, one.strategy.penalty_alpha) == (5, 0.9, 5, 0.9)
+    assert one(TEXTS) == other(TEXTS)
+    one.max_length = 3
+    assert one(TEXTS) == T5SimCTGGenerate(t5_folder, -1, 3, 5, 0.9)(TEXTS)
+    with pytest.raises(ValueError, match="penalty_alpha"):
+        one.simctg_alpha = 2.0
+
+
+@pytest.mark.parametrize(
+    ("result", "match"),
+    [
+        (None, "preprocess must return a string or a mapping .*, got NoneType None for texts\\[1\\]"),
+        ([1, 2], "preprocess must return a string or a mapping"),
+        ({"input_ids": torch.ones(1, 3)}, "with input_ids and attention_mask, got dict"),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}, r"must return \(1, length\) .*\(2, 3\)"),
+        ({"input_ids": torch.ones(1, 3), "attention_mask": torch.zeros(1, 3)}, "with a real token"),
+        ({"input_ids": torch.ones(1, 0), "attention_mask": torch.ones(1, 0)}, "with a real token"),
+    ],
+)
+def test_what_preprocess_must_return(t5_folder, result, match):
+    generate = T5SimCTGGenerate(t5_folder, gpu_id=-1, max_length=4)
+    generate.preprocess = lambda text: text if text == "a" else result
+    with pytest.raises(ValueError, match=match):
+        generate(["a", "b"])
+
+
+def test_an_error_of_preprocess_names_the_text(t5_folder):
+    generate = T5SimCTGGenerate(t5_folder, gpu_id=-1, max_length=4)
+    generate.preprocess = lambda text: {}[text] if text == "b" else text
+    with pytest.raises(ValueError, match=r"texts\[1\] cannot be preprocessed \(KeyError: 'b'\), got 'b'"):
+        generate(["a", "b"])

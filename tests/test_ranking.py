@@ -95,11 +95,13 @@ def test_directions_and_hardness(directions, columns, path):
     modes = ["joint"] if {"query_to_query", "doc_to_doc"} & set(directions) else ["joint", "per_direction"]
     hardness = [None, "in_batch_negatives", "hard_negatives", "all_negatives"]
     for mode, hard, scale in itertools.product(modes, hardness, (20.0, 3.0)):
-        expected = value_and_gradients(
-            lambda a, d: by_hand(a, d, scale, directions, mode, hard, 4.0), columns_of(columns, rows=3)
+        rule, options = (directions, mode, hard, 4.0), {"partition_mode": mode, "hardness_mode": hard}
+        leaves = columns_of(columns, rows=3)
+        expected = value_and_gradients(lambda a, d, s=scale, r=rule: by_hand(a, d, s, *r), leaves)
+        got = value_and_gradients(
+            lambda a, d, s=scale, o=options: ranking_loss(a, d, s, directions=directions, hardness_strength=4.0, **o),
+            leaves,
         )
-        options = {"directions": directions, "partition_mode": mode, "hardness_mode": hard, "hardness_strength": 4.0}
-        got = value_and_gradients(lambda a, d: ranking_loss(a, d, scale, **options), columns_of(columns, rows=3))
         agree(got, expected, rtol=1e-10, atol=1e-12)
 
 
