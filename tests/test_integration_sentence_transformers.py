@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +23,19 @@ from simctg_fast.integrations.sentence_transformers import SimCSELoss
 from .two_processes import run_two
 
 try:
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer import losses as theirs
 except ImportError:  # before version 6
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers import losses as theirs
+
+MultipleNegativesRankingLoss = theirs.MultipleNegativesRankingLoss
+CachedMultipleNegativesRankingLoss = theirs.CachedMultipleNegativesRankingLoss
+THEIR_ARGUMENTS = tuple(inspect.signature(MultipleNegativesRankingLoss).parameters)
+needs_hardness = pytest.mark.skipif(
+    "hardness_mode" not in THEIR_ARGUMENTS, reason="this sentence-transformers has no directions and hardness"
+)
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+EVERY_DIRECTION = [("query_to_doc", *rest) for n in range(4) for rest in itertools.combinations(DIRECTIONS[1:], n)]
+HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 
 WORDS = (
     "the",
@@ -74,6 +88,12 @@ def sentences(count: int, seed: int) -> list[str]:
     return [" ".join(WORDS[i] for i in torch.randint(0, 16, (5,), generator=generator)) for _ in range(count)]
 
 
+def theirs_cosine():
+    from sentence_transformers.util import cos_sim
+
+    return cos_sim
+
+
 def embeddings(columns: int, rows: int = 6, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(rows, 12, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(columns)]
@@ -96,10 +116,55 @@ class TestValues:
     def test_symmetric(self):
         model, columns = torch.nn.Identity(), embeddings(2)
         loss = SimCSELoss(model, symmetric=True).compute_loss_from_embeddings(columns)
-        theirs = MultipleNegativesRankingLoss(
+        expected = MultipleNegativesRankingLoss(
             model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
         )
-        torch.testing.assert_close(loss, theirs.compute_loss_from_embeddings(columns, None))
+        torch.testing.assert_close(loss, expected.compute_loss_from_embeddings(columns, None))
+
+    @needs_hardness
+    @pytest.mark.parametrize("columns", [2, 3, 4])
+    @pytest.mark.parametrize("hardness", HARDNESS)
+    def test_every_option_of_theirs(self, columns, hardness):
+        """Directions, partition, hardness, scale: value and gradients of each combination, ours put in by name."""
+        for directions, scale, strength in itertools.product(EVERY_DIRECTION, (20.0, 2.0), (0.0, 5.0)):
+            same_kind = {"query_to_query", "doc_to_doc"} & set(directions)
+            for partition in ("joint",) if same_kind else ("joint", "per_direction"):
+                # In their order, by position, as a swap of names leaves a call.
+                options = (scale, theirs_cosine(), False, directions, partition, hardness, strength)
+                ours, expected = embeddings(columns, rows=4), embeddings(columns, rows=4)
+                loss = SimCSELoss(torch.nn.Identity(), *options).compute_loss_from_embeddings(ours, None)
+                truth = MultipleNegativesRankingLoss(torch.nn.Identity(), *options)
+                truth = truth.compute_loss_from_embeddings(expected, None)
+                torch.testing.assert_close(loss, truth)
+                loss.backward()
+                truth.backward()
+                for left, right in zip(ours, expected, strict=True):
+                    torch.testing.assert_close(left.grad, right.grad)
+
+    @needs_hardness
+    def test_their_arguments_in_their_order(self):
+        ours = tuple(inspect.signature(SimCSELoss).parameters)
+        assert ours[: len(THEIR_ARGUMENTS)] == THEIR_ARGUMENTS
+        cached = set(inspect.signature(CachedMultipleNegativesRankingLoss).parameters)
+        assert cached <= set(ours)
+        config = SimCSELoss(torch.nn.Identity()).get_config_dict()
+        expected = MultipleNegativesRankingLoss(torch.nn.Identity()).get_config_dict()
+        assert {name: config[name] for name in expected} == expected
+
+    def test_weight_of_hard_negatives(self):
+        """Added to the logit of the anchor's own, in each column of hard negatives."""
+        anchors, positives, *negatives = embeddings(4)
+        model = torch.nn.Identity()
+        loss = SimCSELoss(model, hard_negative_weight=1.5).compute_loss_from_embeddings(
+            [anchors, positives, *negatives]
+        )
+        unit = [F.normalize(each, dim=-1) for each in (anchors, positives, *negatives)]
+        logits = 20.0 * unit[0] @ torch.cat(unit[1:]).T
+        for column in (1, 2):
+            logits = logits + 1.5 * torch.eye(6, 18, dtype=torch.float64).roll(6 * column, dims=1)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(6)))
+        with pytest.raises(ValueError, match=r"hard_negative_weight=1\.5 takes three columns or more, got 2"):
+            SimCSELoss(model, hard_negative_weight=1.5).compute_loss_from_embeddings([anchors, positives])
 
     def test_in_view_negatives_are_all_other_rows(self):
         anchors, positives = embeddings(2)
@@ -112,14 +177,309 @@ class TestValues:
 
     def test_arguments(self):
         model = torch.nn.Identity()
-        with pytest.raises(ValueError, match="scale is 0, must be above 0"):
+        with pytest.raises(ValueError, match="scale is 0, must be positive, from 1e-30 to 1e30"):
             SimCSELoss(model, scale=0)
         with pytest.raises(ValueError, match="leave symmetric=False"):
             SimCSELoss(model, symmetric=True, in_view_negatives=True)
+        with pytest.raises(ValueError, match="leave them out, or it, got"):
+            SimCSELoss(model, symmetric=True, directions=DIRECTIONS)
+        for options in (
+            {"directions": DIRECTIONS},
+            {"hardness_mode": "all_negatives"},
+            {"hard_negative_weight": 1.0},
+        ):
+            with pytest.raises(ValueError, match=f"in_view_negatives=True takes no {next(iter(options))}"):
+                SimCSELoss(model, in_view_negatives=True, **options)
         with pytest.raises(ValueError, match="takes one or two columns, got 3"):
             SimCSELoss(model, in_view_negatives=True).compute_loss_from_embeddings(embeddings(3))
         with pytest.raises(ValueError, match=r"anchors and positives at least, got 1 tensor\(s\)"):
             SimCSELoss(model).compute_loss_from_embeddings(embeddings(1))
+
+    @pytest.mark.parametrize(
+        ("options", "kind", "match"),
+        [
+            ({"scale": float("nan")}, ValueError, "scale is nan, must be positive"),
+            ({"scale": float("inf")}, ValueError, "scale is inf, must be positive"),
+            ({"scale": 1e-320}, ValueError, "scale is 1e-320, must be positive"),
+            ({"scale": "20"}, TypeError, "scale is '20', must be a positive number"),
+            ({"scale": torch.tensor(20.0)}, TypeError, "scale is tensor"),
+            ({"scale": True}, TypeError, "scale is True"),
+            ({"directions": ()}, ValueError, r"directions is \(\), must be a tuple of 'query_to_doc'"),
+            ({"directions": "query_to_doc"}, ValueError, "directions is 'query_to_doc', must be a tuple"),
+            ({"directions": ("doc_to_query",)}, ValueError, "must hold 'query_to_doc'"),
+            ({"directions": ("query_to_doc", "docs")}, ValueError, "directions is .*'docs'"),
+            ({"partition_mode": "both"}, ValueError, "partition_mode is 'both', must be 'joint' or 'per_direction'"),
+            (
+                {"partition_mode": "per_direction", "directions": ("query_to_doc", "doc_to_doc")},
+                ValueError,
+                "partition_mode='per_direction' takes .*, got 'doc_to_doc'",
+            ),
+            ({"hardness_mode": "hard"}, ValueError, "hardness_mode is 'hard', must be one of None, 'in_batch"),
+            ({"hardness_strength": -1.0}, ValueError, r"hardness_strength is -1\.0, must be a number from 0"),
+            ({"hardness_strength": float("nan")}, ValueError, "hardness_strength is nan"),
+            ({"hardness_strength": None}, TypeError, "hardness_strength is None"),
+            ({"hard_negative_weight": float("nan")}, ValueError, "hard_negative_weight is nan"),
+            ({"similarity_fct": torch.nn.CosineSimilarity()}, ValueError, "similarity_fct is CosineSimilarity, must"),
+            ({"similarity_fct": lambda a, b: a @ b.T}, ValueError, "similarity_fct is <lambda>, must be None or"),
+            ({"mini_batch_size": 0}, ValueError, "mini_batch_size is 0, must be None or an integer from 1"),
+            ({"mini_batch_size": 2.5}, ValueError, r"mini_batch_size is 2\.5"),
+            ({"mini_batch_num_tokens": 4}, ValueError, "mini_batch_num_tokens=4 needs a mini_batch_size"),
+        ],
+    )
+    def test_options_that_are_refused(self, options, kind, match):
+        with pytest.raises(kind, match=match):
+            SimCSELoss(torch.nn.Identity(), **options)
+
+    def test_other_similarities_are_refused_by_name(self):
+        from sentence_transformers.util import dot_score
+
+        with pytest.raises(ValueError, match="similarity_fct is dot_score, must be None or sentence_transformers"):
+            SimCSELoss(torch.nn.Identity(), similarity_fct=dot_score)
+
+    def test_embeddings_of_another_kind_are_refused(self):
+        anchors, positives = embeddings(2)
+        loss = SimCSELoss(torch.nn.Identity())
+        with pytest.raises(ValueError, match=r"embeddings\[1\] is \(3, 12\) torch.strided, must be \(n, width\)"):
+            loss.compute_loss_from_embeddings([anchors, positives[:3]])
+        with pytest.raises(ValueError, match=r"embeddings\[0\] is \(6, 12\) torch.sparse_coo"):
+            loss.compute_loss_from_embeddings([anchors.to_sparse(), positives])
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder).double()
+
+
+def features_of(model, columns: int, rows: int = 7, shortest: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Texts of several lengths, five words at most."""
+    generator = random.Random(columns)
+    result = []
+    for column in range(columns):
+        texts = [" ".join(text.split()[: generator.randint(shortest, 5)]) for text in sentences(rows, column + 1)]
+        encoded = model.tokenizer(texts, return_tensors="pt", padding=True)
+        result.append({name: encoded[name] for name in ("input_ids", "attention_mask")})
+    return result
+
+
+def value_and_gradients(model, loss, features, seed: int = 0, factor: float = 1.0):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    value = loss(features, None)
+    if isinstance(value, dict):
+        value = sum(value.values())
+    (value * factor).backward()
+    return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, expected, **tolerance):
+    torch.testing.assert_close(got[0], expected[0], **tolerance)
+    assert got[1].keys() == expected[1].keys()
+    assert expected[1]
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, msg=lambda text, name=name: name + text, **tolerance)
+
+
+WRAPPERS = {
+    "none": lambda model, loss: loss,
+    "adaptive layers": lambda model, loss: theirs.AdaptiveLayerLoss(model, loss),
+    "some adaptive layers": lambda model, loss: theirs.AdaptiveLayerLoss(model, loss, n_layers_per_step=1),
+    "matryoshka": lambda model, loss: theirs.MatryoshkaLoss(model, loss, [16, 8, 4], [1.0, 0.5, 0.25]),
+    "some of matryoshka": lambda model, loss: theirs.MatryoshkaLoss(model, loss, [16, 8, 4], n_dims_per_step=2),
+    "2d matryoshka": lambda model, loss: theirs.Matryoshka2dLoss(model, loss, [16, 8]),
+}
+
+
+class TestWrappers:
+    """A loss of sentence-transformers around ours gives what it gives around theirs, with dropout and without."""
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("columns", [2, 3, 4])
+    @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+    def test_around_ours_and_theirs(self, wrap, columns, training, model):
+        model.train(training)
+        got, expected = (
+            value_and_gradients(model, wrap(model, loss(model)), features_of(model, columns))
+            for loss in (SimCSELoss, MultipleNegativesRankingLoss)
+        )
+        assert_same(got, expected)
+
+    @pytest.mark.parametrize("in_view_negatives", [False, True])
+    @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+    def test_one_column_is_two_views(self, wrap, in_view_negatives, model):
+        """As of two columns with the same texts: every layer sees two views, also where a wrapper calls again."""
+        model.train()
+        loss = SimCSELoss(model, in_view_negatives=in_view_negatives)
+        (column,) = features_of(model, 1)
+        got = value_and_gradients(model, wrap(model, loss), [column])
+        loss = SimCSELoss(model, in_view_negatives=in_view_negatives)
+        expected = value_and_gradients(model, wrap(model, loss), features_of(model, 1) + features_of(model, 1))
+        assert_same(got, expected)
+
+    def test_sparse_encoders_wrappers(self, folder):
+        """SPLADE's losses take the main loss from embeddings."""
+        pytest.importorskip("sentence_transformers.sparse_encoder")
+        from sentence_transformers import SparseEncoder
+        from sentence_transformers.sparse_encoder import losses as sparse
+        from sentence_transformers.sparse_encoder.modules import SpladePooling
+        from transformers import BertForMaskedLM
+
+        try:
+            from sentence_transformers.base.modules import Transformer
+
+            modules = [Transformer(str(folder), transformer_task="fill-mask"), SpladePooling()]
+        except (ImportError, TypeError):
+            pytest.skip("this sentence-transformers builds a sparse encoder in another way")
+        model = SparseEncoder(modules=modules, device="cpu").double().train()
+        assert any(isinstance(module, BertForMaskedLM) for module in model.modules())
+        results = []
+        for loss in (
+            SimCSELoss(model),
+            sparse.SparseMultipleNegativesRankingLoss(model, 20.0, theirs_cosine()),
+        ):
+            for wrapper in (sparse.SpladeLoss, getattr(sparse, "CachedSpladeLoss", None)):
+                if wrapper is not None:
+                    whole = wrapper(model, loss, document_regularizer_weight=0.1, query_regularizer_weight=0.1)
+                    results.append(value_and_gradients(model, whole, features_of(model, 3)))
+        half = len(results) // 2
+        for got, expected in zip(results[:half], results[half:], strict=True):
+            assert_same(got, expected)
+
+    @needs_hardness
+    def test_documents_share_a_forward_pass_as_theirs_do(self, model, monkeypatch):
+        calls = []
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda f, **kw: calls.append(len(f["input_ids"])) or forward(f, **kw))
+        for loss in (MultipleNegativesRankingLoss(model), SimCSELoss(model)):
+            for columns in (2, 4):
+                loss(features_of(model, columns), None)
+        assert calls[: len(calls) // 2] == calls[len(calls) // 2 :] == [7, 7, 7, 21]
+
+
+class TestMiniBatches:
+    """The cached form: the same number and gradient, whatever is encoded at a time."""
+
+    @pytest.mark.parametrize("options", [{"mini_batch_size": 3}, {"mini_batch_size": 2, "mini_batch_num_tokens": 8}])
+    @pytest.mark.parametrize("columns", [2, 4])
+    def test_equals_the_whole_batch(self, columns, options, model):
+        model.eval()
+        for extra in (
+            {},
+            {"directions": DIRECTIONS, "hardness_mode": "all_negatives", "hardness_strength": 3.0},
+            {"symmetric": True},
+        ):
+            features = features_of(model, columns)
+            got = value_and_gradients(model, SimCSELoss(model, **extra, **options), features, factor=0.25)
+            expected = value_and_gradients(model, SimCSELoss(model, **extra), features_of(model, columns), factor=0.25)
+            assert_same(got, expected)
+            assert all(feature.keys() == {"input_ids", "attention_mask"} for feature in features)
+
+    @needs_hardness
+    @pytest.mark.parametrize("wrap", ["none", "matryoshka"])
+    @pytest.mark.parametrize("tokens", [None, 8])
+    def test_equals_their_cached_loss_with_dropout(self, tokens, wrap, model):
+        model.train()
+        options = {"mini_batch_size": 3, "mini_batch_num_tokens": tokens}
+        got, expected = (
+            value_and_gradients(model, WRAPPERS[wrap](model, loss(model, **options)), features_of(model, 3))
+            for loss in (SimCSELoss, CachedMultipleNegativesRankingLoss)
+        )
+        assert_same(got, expected)
+
+    @pytest.mark.parametrize("columns", [1, 3])
+    def test_dropout_is_the_same_both_times(self, columns, model):
+        """Against a graph of all mini-batches, in the order in which they were encoded."""
+        model.train()
+        loss = SimCSELoss(model, mini_batch_size=3, in_view_negatives=columns == 1)
+        got = value_and_gradients(model, loss, features_of(model, columns, shortest=5))
+        after = torch.rand(1)
+
+        def whole(features, _):
+            features = features * 2 if columns == 1 else features
+            reps = [
+                torch.cat(
+                    [
+                        model({name: value[i : i + 3] for name, value in f.items()})["sentence_embedding"]
+                        for i in range(0, 7, 3)
+                    ]
+                )
+                for f in features
+            ]
+            return SimCSELoss(model, in_view_negatives=columns == 1).compute_loss_from_embeddings(reps)
+
+        assert_same(got, value_and_gradients(model, whole, features_of(model, columns, shortest=5)))
+        assert torch.equal(torch.rand(1), after), "a backward pass leaves the random numbers where they were"
+
+    def test_two_losses_before_one_backward_pass(self, model):
+        model.eval()
+        loss = SimCSELoss(model, mini_batch_size=3)
+        plain = SimCSELoss(model)
+        got, expected = (
+            value_and_gradients(model, lambda f, _, each=each: each(f[:2]) + 2 * each(f[1:]), features_of(model, 3))
+            for each in (loss, plain)
+        )
+        assert_same(got, expected)
+
+    def test_autocast_of_the_forward_pass_is_that_of_the_second(self, folder):
+        model = load(folder).eval()
+
+        def cast(loss):
+            def run(features, _):
+                with torch.autocast("cpu", torch.bfloat16):
+                    return loss(features)
+
+            return run
+
+        got, expected = (
+            value_and_gradients(model, cast(SimCSELoss(model, mini_batch_size=size)), features_of(model, 2))
+            for size in (3, None)
+        )
+        torch.testing.assert_close(got[0], expected[0], rtol=0.02, atol=0.02)
+        norm = torch.stack([g.norm() for g in expected[1].values()]).norm()
+        error = torch.stack([(got[1][name] - g).norm() for name, g in expected[1].items()]).norm()
+        assert error < 0.05 * norm
+
+    def test_without_gradients(self, model):
+        model.eval()
+        with torch.no_grad():
+            value = SimCSELoss(model, mini_batch_size=3)(features_of(model, 3))
+            torch.testing.assert_close(value, SimCSELoss(model)(features_of(model, 3)))
+        assert not value.requires_grad
+
+    @needs_hardness
+    @pytest.mark.filterwarnings("ignore:.*:UserWarning")
+    @pytest.mark.parametrize("wrap", ["adaptive layers", "2d matryoshka"])
+    def test_wrappers_of_layers_are_refused(self, wrap, model):
+        loss = WRAPPERS[wrap](model, SimCSELoss(model, mini_batch_size=3))
+        with pytest.raises(ValueError, match="mini_batch_size is 3, must be None inside a loss that replaces model"):
+            loss(features_of(model, 2), None)
+
+    def test_a_forward_that_was_replaced_meanwhile(self, model):
+        value = SimCSELoss(model, mini_batch_size=3)(features_of(model, 2))
+        original = model.forward
+        model.forward = lambda features: original(features)
+        try:
+            with pytest.raises(RuntimeError, match="its forward has been replaced since"):
+                value.backward()
+        finally:
+            del model.forward
+
+    @pytest.mark.parametrize(
+        ("features", "match"),
+        [
+            ({"input_ids": torch.ones(9), "offsets": torch.ones(3)}, "one row a sentence.*got input_ids, offsets"),
+            ({"input_ids": torch.ones(1, 9), "cu_seq_lens_q": torch.ones(4)}, "one row a sentence"),
+            ({"input_ids": torch.ones(3, 9), "pixel_values": torch.ones(8, 4)}, "got pixel_values"),
+        ],
+    )
+    def test_features_that_are_not_one_row_a_sentence(self, features, match, model):
+        with pytest.raises(ValueError, match=match):
+            SimCSELoss(model, mini_batch_size=3)([features, features])
+
+    def test_trains(self, folder, tmp_path):
+        columns = {"anchor": sentences(16, 1), "positive": sentences(16, 2)}
+        cached = train(folder, tmp_path, columns, lambda model: SimCSELoss(model, mini_batch_size=3), steps=4)
+        assert cached[-1] < cached[0]
 
 
 def train(folder, out, columns: dict[str, list[str]], make_loss, steps: int = 6, **settings) -> list[float]:
