@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ class TestValues:
             ({"similarity_fct": lambda a, b: a @ b.T}, ValueError, "similarity_fct is <lambda>, must be None or"),
             ({"mini_batch_size": 0}, ValueError, "mini_batch_size is 0, must be None or an integer from 1"),
             ({"mini_batch_size": 2.5}, ValueError, r"mini_batch_size is 2\.5"),
-            ({"mini_batch_num_tokens": 4}, ValueError, "mini_batch_num_tokens=4 needs a mini_batch_size"),
+            ({"mini_batch_num_tokens": 0}, ValueError, "mini_batch_num_tokens is 0, must be None or an integer"),
         ],
     )
     def test_options_that_are_refused(self, options, kind, match):
@@ -233,6 +234,7 @@ class TestValues:
     def test_other_similarities_are_refused_by_name(self):
         from sentence_transformers.util import dot_score
 
+        SimCSELoss(torch.nn.Identity(), similarity_fct=partial(theirs_cosine()))
         with pytest.raises(ValueError, match="similarity_fct is dot_score, must be None or sentence_transformers"):
             SimCSELoss(torch.nn.Identity(), similarity_fct=dot_score)
 
@@ -359,7 +361,7 @@ class TestWrappers:
 class TestMiniBatches:
     """The cached form: the same number and gradient, whatever is encoded at a time."""
 
-    @pytest.mark.parametrize("options", [{"mini_batch_size": 3}, {"mini_batch_size": 2, "mini_batch_num_tokens": 8}])
+    @pytest.mark.parametrize("options", [{"mini_batch_size": 3}, {"mini_batch_size": 50}, {"mini_batch_num_tokens": 8}])
     @pytest.mark.parametrize("columns", [2, 4])
     def test_equals_the_whole_batch(self, columns, options, model):
         model.eval()
@@ -601,3 +603,49 @@ def test_gather_across_devices(tmp_path):
             grad = torch.cat([results[rank][name][1][i] for rank in range(2)]) / 2
             torch.testing.assert_close(grad, column.grad, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: name + text)
         assert results[0][name][1][0].shape[0] == cut
+
+
+DATA_PARALLEL = """
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from simctg_fast.integrations.sentence_transformers import SimCSELoss
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(argument["weight"].clone())
+
+    def forward(self, features):
+        return {"sentence_embedding": (F.one_hot(features["input_ids"], 9).double() @ self.weight).tanh().sum(1)}
+
+result = {}
+for name, settings in argument["cases"].items():
+    model = Encoder()
+    wrapped = DistributedDataParallel(model)
+    exchanges = []
+    wrapped.register_comm_hook(None, lambda _, bucket: (exchanges.append(1), torch.distributed.all_reduce(
+        bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0] / 2))[1])
+    own = [{"input_ids": c[:3] if rank == 0 else c[3:]} for c in argument["columns"]]
+    loss = SimCSELoss(wrapped, gather_across_devices=True, **settings)(own)
+    loss.backward()
+    result[name] = loss.item(), model.weight.grad, len(exchanges)
+"""
+
+
+@pytest.mark.full
+def test_mini_batches_in_data_parallel_training(tmp_path):
+    """Gradients are exchanged once a step, and are those of the whole batch in one process."""
+    generator = torch.Generator().manual_seed(0)
+    columns = [torch.randint(0, 9, (6, 4), generator=generator) for _ in range(3)]
+    weight = torch.randn(9, 5, generator=generator, dtype=torch.float64)
+    cases = {"cached": {"mini_batch_size": 2}, "whole": {}}
+    results = run_two(tmp_path, DATA_PARALLEL, {"columns": columns, "weight": weight, "cases": cases})
+    leaf = weight.clone().requires_grad_()
+    reps = [(F.one_hot(column, 9).double() @ leaf).tanh().sum(1) for column in columns]
+    loss = SimCSELoss(torch.nn.Identity()).compute_loss_from_embeddings(reps)
+    loss.backward()
+    for name in cases:
+        assert sum(result[name][0] for result in results) / 2 == pytest.approx(loss.item(), rel=1e-9)
+        for result in results:
+            torch.testing.assert_close(result[name][1], leaf.grad)
+    assert [result["cached"][2] for result in results] == [1, 1]

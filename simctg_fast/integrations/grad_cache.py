@@ -21,7 +21,7 @@ Features = dict[str, Any]
 _BY_ROW = ("input_ids", "attention_mask")
 
 
-def mini_batches(features: Features, size: int, tokens: int | None = None) -> list[Features]:
+def mini_batches(features: Features, size: int | None, tokens: int | None = None) -> list[Features]:
     """The rows of a batch of features, `size` at a time; or as many as hold `tokens` real tokens, one at least.
 
     Columns behind the last real token of a mini-batch are left out.
@@ -40,10 +40,10 @@ def mini_batches(features: Features, size: int, tokens: int | None = None) -> li
     mask = features.get("attention_mask")
     if tokens is not None and not _is_batch(mask):
         raise ValueError("mini_batch_num_tokens needs the attention_mask of the features, got none")
-    result, first = [], 0
     lengths = mask.sum(dim=1).tolist() if tokens is not None and mask is not None else None
+    result, first = [], 0
     while first < rows:
-        end = min(rows, first + size)
+        end = min(rows, first + (size or rows))
         if lengths is not None and tokens is not None:
             end, total = first + 1, lengths[first]
             while end < rows and total + lengths[end] <= tokens:

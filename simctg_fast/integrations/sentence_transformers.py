@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -42,7 +43,7 @@ class SimCSELoss(nn.Module):
         hard_negative_weight: see :func:`simctg_fast.simcse_sup_loss`; needs three columns or more.
         mini_batch_size: the sentences that are encoded at a time, with the gradient of the whole batch (GradCache).
             None: all at once. Value and gradient are the same, dropout included.
-        mini_batch_num_tokens: as many sentences as hold so many tokens, instead; needs a `mini_batch_size`.
+        mini_batch_num_tokens: as many sentences at a time as hold so many tokens, at least one, instead.
         show_progress_bar: of the mini-batches.
         symmetric: the directions ``("query_to_doc", "doc_to_query")``, ``"per_direction"``.
         in_view_negatives: for one or two columns: both columns are rows, and each has all others of both columns as
@@ -104,8 +105,6 @@ class SimCSELoss(nn.Module):
         for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
                 raise ValueError(f"{name} is {value!r}, must be None or an integer from 1")
-        if mini_batch_num_tokens is not None and mini_batch_size is None:
-            raise ValueError(f"mini_batch_num_tokens={mini_batch_num_tokens} needs a mini_batch_size")
         self.model = model
         self.scale = scale
         self.gather_across_devices = gather_across_devices
@@ -127,14 +126,15 @@ class SimCSELoss(nn.Module):
         columns = list(sentence_features)
         if len(columns) == 1:
             columns = list(self._two_views(columns[0]))
-        if self.mini_batch_size is None:
+        if not self.uses_gradient_cache:
             return self.compute_loss_from_embeddings(_embedded(self.model, columns), labels)
+        size, tokens = self.mini_batch_size, self.mini_batch_num_tokens
         if wrapper := _wrapper(self.model):
+            name, value = ("mini_batch_size", size) if tokens is None else ("mini_batch_num_tokens", tokens)
             raise ValueError(
-                f"mini_batch_size is {self.mini_batch_size}, must be None inside a loss that replaces model.forward "
+                f"{name} is {value}, must be None inside a loss that replaces model.forward "
                 f"({wrapper}): the model runs again in the backward pass, when that is over"
             )
-        size, tokens = self.mini_batch_size, self.mini_batch_num_tokens
         return cached_loss(
             self.model,
             [mini_batches(column, size, tokens) for column in columns],
@@ -198,7 +198,7 @@ class SimCSELoss(nn.Module):
     @property
     def uses_gradient_cache(self) -> bool:
         """What wrapper losses ask: whether the model runs again in the backward pass."""
-        return self.mini_batch_size is not None
+        return self.mini_batch_size is not None or self.mini_batch_num_tokens is not None
 
     @property
     def temperature(self) -> float:
@@ -265,6 +265,8 @@ def _embedded(model: nn.Module, columns: list[Features]) -> list[Tensor]:
 def _check_similarity(function: Any) -> None:
     if function is None:
         return
+    while isinstance(function, partial) and not function.args and not function.keywords:
+        function = function.func
     name, module = getattr(function, "__name__", ""), str(getattr(function, "__module__", ""))
     if name not in _COSINES or module.partition(".")[0] != "sentence_transformers":
         raise ValueError(
