@@ -18,8 +18,8 @@ import torch
 from . import _backends
 from ._autograd import register
 from ._contrastive_loss_torch import full_precision
-from .crf_common import address, choose, inside
 from .crf_checks import check_paths
+from .crf_common import address, choose, inside
 from .crf_sample import sample_backward, uniforms_of
 from .crf_viterbi import pointer_dtype
 from .viterbi_backtrace import viterbi_backtrace
