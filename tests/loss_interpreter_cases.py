@@ -17,6 +17,7 @@ import torch
 
 from simctg_fast.functional import contrastive_loss, cosine_similarity_matrix, simcse_sup_loss, simcse_unsup_loss
 from simctg_fast.ops.simcse import pair_loss
+from simctg_fast.ranking import ranking_loss
 from simctg_fast.reference import simcse as simcse_reference
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 
@@ -136,6 +137,16 @@ def left_out(rows, width, dtype) -> dict[str, float]:
 
     truth, gradient = gradient_of(lambda v: rows * simcse_reference.simcse_unsup_loss(v), vectors.double())
     loss, got = gradient_of(in_parts, vectors)
+    return {"loss": float((loss - truth).abs() / truth), "gradient": relative(got, gradient)}
+
+
+def ranking(rows, width, dtype, options) -> dict[str, float]:
+    """An anchor, a positive and two hard negatives a row."""
+    stacked = (torch.randn(4, rows, width) + 0.3).to(DTYPES[dtype])
+    truth, gradient = gradient_of(
+        lambda c: simcse_reference.ranking_loss(c[0], list(c[1:]), 20.0, **options), stacked.double()
+    )
+    loss, got = gradient_of(lambda c: ranking_loss(c[0], list(c[1:]), 20.0, impl="triton", **options), stacked)
     return {"loss": float((loss - truth).abs() / truth), "gradient": relative(got, gradient)}
 
 

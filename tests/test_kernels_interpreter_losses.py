@@ -32,6 +32,13 @@ def simcse(rows, width, dtype, supervised, temperature):
     return {"function": "simcse", "arguments": {**arguments, "temperature": temperature}}
 
 
+DIRECTIONS = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+
+
+def ranking(rows, width, dtype, options):
+    return {"function": "ranking", "arguments": {"rows": rows, "width": width, "dtype": dtype, "options": options}}
+
+
 # Two tiles, the second ragged, every reduction and both kinds of operands among them; a width of several slices.
 FAST = [
     contrastive([2, 141, 40], 1.0, "fp32", "pairs", normalizer=3000),
@@ -50,6 +57,8 @@ FAST = [
     },
     {"function": "left_out", "arguments": {"rows": 134, "width": 16, "dtype": "fp32"}},
     {"function": "cosine", "arguments": {"shape": [2, 70, 40], "dtype": "fp32"}},
+    ranking(70, 24, "fp32", {"hardness_mode": "in_batch_negatives", "hardness_strength": 4.0}),
+    ranking(33, 24, "fp16", {"directions": DIRECTIONS, "hard_negative_weight": 1.5}),
 ]
 # Full and empty tiles beside mixed ones, lengths where full tiles are summed apart, widths over the launchers' limits.
 SLOW = [

@@ -14,6 +14,7 @@ from simctg_fast import SimCSELoss, simcse_sup_loss, simcse_unsup_loss
 from simctg_fast.functional import info_nce, simcse_loss_from_embeddings
 from simctg_fast.ops import simcse as ops
 from simctg_fast.ranking import ranking_loss
+from simctg_fast.reference import simcse as reference
 
 from .two_processes import run_two
 
@@ -145,6 +146,7 @@ def test_weight_in_triples():
     expected = by_hand(triples[0::3], [triples[1::3], triples[2::3]], 10.0, weight=1.5)
     loss = simcse_sup_loss(triples, lamda=0.1, hard_negative_weight=1.5)
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, reference.simcse_sup_loss(triples, 0.1, hard_negative_weight=1.5))
     torch.testing.assert_close(torch.autograd.grad(loss, triples), torch.autograd.grad(expected, triples))
     module = SimCSELoss(0.1, supervised=True, hard_negative_weight=1.5)
     assert torch.equal(module(triples), loss)
@@ -157,17 +159,27 @@ def test_weight_in_triples():
     assert float(simcse_sup_loss(one, hard_negative_weight=-math.inf)) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_the_reference_is_the_definition():
+    for columns, directions in itertools.product((2, 4), EVERY_DIRECTION):
+        for hardness in (None, "in_batch_negatives", "hard_negatives", "all_negatives"):
+            mode = "joint" if {"query_to_query", "doc_to_doc"} & set(directions) else "per_direction"
+            rule = (7.0, directions, mode, hardness, 2.0, 0.5)
+            leaves = columns_of(columns, rows=3)
+            agree(
+                value_and_gradients(lambda a, d, r=rule: reference.ranking_loss(a, d, *r), leaves),
+                value_and_gradients(lambda a, d, r=rule: by_hand(a, d, *r), leaves),
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_types(dtype, path):
     """Not worse than a few roundings of logits, over blocks that do not divide the rows."""
     leaves = [column.detach() for column in columns_of(3, rows=700, width=32, dtype=dtype)]
     options = {"directions": DIRECTIONS, "hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
     wide = [column.double() for column in leaves]
-
-    def loss(a, d):
-        return ranking_loss(a, d, 20.0, hard_negative_weight=1.0, **options)
-
-    expected, got = value_and_gradients(loss, wide), value_and_gradients(loss, leaves)
+    options["hard_negative_weight"] = 1.0
+    expected = value_and_gradients(lambda a, d: reference.ranking_loss(a, d, 20.0, **options), wide)
+    got = value_and_gradients(lambda a, d: ranking_loss(a, d, 20.0, **options), leaves)
     assert got[0].dtype == torch.float32
     unit = torch.finfo(dtype).eps
     assert float(got[0]) == pytest.approx(float(expected[0]), rel=50 * unit + 1e-5)
@@ -230,6 +242,7 @@ def test_memory_is_linear():
 GATHERED = """
 from simctg_fast.functional import simcse_loss_from_embeddings
 from simctg_fast.ranking import ranking_loss
+from simctg_fast.reference import simcse as reference
 result = {}
 for name, (options, columns, cut) in argument.items():
     own = [c[:cut] if rank == 0 else c[cut:] for c in columns]
