@@ -422,8 +422,10 @@ class TestMiniBatches:
         )
         assert_same(got, expected)
 
-    def test_autocast_of_the_forward_pass_is_that_of_the_second(self, folder):
+    def test_autocast_of_the_forward_pass_is_that_of_the_second(self, folder, monkeypatch):
         model = load(folder).eval()
+        forward, seen = model.forward, []
+        monkeypatch.setattr(model, "forward", lambda f: seen.append(torch.is_autocast_enabled("cpu")) or forward(f))
 
         def cast(loss):
             def run(features, _):
@@ -436,6 +438,7 @@ class TestMiniBatches:
             value_and_gradients(model, cast(SimCSELoss(model, mini_batch_size=size)), features_of(model, 2))
             for size in (3, None)
         )
+        assert seen == [True] * (2 * 6 + 2)
         torch.testing.assert_close(got[0], expected[0], rtol=0.02, atol=0.02)
         norm = torch.stack([g.norm() for g in expected[1].values()]).norm()
         error = torch.stack([(got[1][name] - g).norm() for name, g in expected[1].items()]).norm()
