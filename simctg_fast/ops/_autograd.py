@@ -46,6 +46,7 @@ def register(
 
     Args:
         library: where it was defined; its arguments are tensors, None and constants, no lists of tensors.
+        name: messages take ``x_backward`` for the gradient of ``x``.
         backward, setup_context: as `torch.library.register_autograd` takes them. `backward` runs under the grad mode of
             the backward pass: enabled where the gradient may be differentiated again. None: it is not differentiable.
         last: the results of `backward` cannot be differentiated; it runs without grad mode.
