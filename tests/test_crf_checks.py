@@ -8,6 +8,7 @@ import torch
 from simctg_fast.ops import crf_checks as checks
 
 LENGTHS = torch.tensor([2, 0, 3])
+PAST = torch.arange(3) >= LENGTHS[:, None]
 NAN, NEVER = float("nan"), float("-inf")
 
 
@@ -38,8 +39,8 @@ CASES = {
     ),
     "tokens": (
         checks.checked_tokens,
-        ("targets", tokens(((0, 2), -7), ((1, 0), 99)), 5, LENGTHS),
-        ("targets", tokens(((2, 1, 1), 5)), 5, LENGTHS),
+        ("targets", tokens(((0, 2), -7), ((1, 0), 99)), 5, PAST),
+        ("targets", tokens(((2, 1, 1), 5)), 5, PAST),
         r"targets\[2, 1, 1\] is 5, must be in 0..4",
     ),
     "tokens of one path": (
@@ -50,8 +51,8 @@ CASES = {
     ),
     "NaN": (
         checks.checked_scores,
-        (scores(*PADDED), LENGTHS),
-        (scores(((0, 1, 1), NAN)), LENGTHS),
+        (scores(*PADDED), PAST),
+        (scores(((0, 1, 1), NAN)), PAST),
         r"emissions\[0, 1\] holds NaN",
     ),
     "inf": (
@@ -62,20 +63,20 @@ CASES = {
     ),
     "banned": (
         checks.checked_scores,
-        (scores(((0, 1, 1), NEVER)), LENGTHS, "tag"),
-        (scores(((2, 2), NEVER)), LENGTHS, "tag"),
+        (scores(((0, 1, 1), NEVER)), PAST, "tag"),
+        (scores(((2, 2), NEVER)), PAST, "tag"),
         r"emissions\[2, 2\] bans every tag \(-inf\)",
     ),
     "slots": (
         checks.checked_slots,
-        (torch.tensor([2, 1]).expand(3, 3, 2), BEAMS, HELD, LENGTHS),
-        (torch.tensor([2, 0]).expand(3, 3, 2), BEAMS, HELD, LENGTHS),
+        (torch.tensor([2, 1]).expand(3, 3, 2), BEAMS, HELD, PAST),
+        (torch.tensor([2, 0]).expand(3, 3, 2), BEAMS, HELD, PAST),
         r"slots\[0, 0, 1\] is 0, which does not hold the token 0 in beam_tokens\[0, 0\]",
     ),
     "slots of": (
         checks.slots_of,
-        (BEAMS, HELD, LENGTHS),
-        (BEAMS, HELD + 1, LENGTHS),
+        (BEAMS, HELD, PAST),
+        (BEAMS, HELD + 1, PAST),
         r"tokens\[0, 0, 0\] is 3, which is not in beam_tokens\[0, 0\]",
     ),
 }  # fmt: skip
@@ -105,18 +106,18 @@ def test_a_check_survives_a_graph_that_needs_little_of_it():
     """Inductor drops what nobody needs: what the checks return is needed."""
 
     def use(values, lengths, targets):
-        values = checks.checked_scores(values, lengths)
-        targets = checks.checked_tokens("targets", targets, 5, lengths)
+        values = checks.checked_scores(values, PAST)
+        targets = checks.checked_tokens("targets", targets, 5, PAST)
         return values[..., 0].sum() + targets[0, 0, 0], checks.checked_lengths(lengths, 3) > 0
 
     compiled = torch.compile(use, fullgraph=True)
-    expected = use(scores(), LENGTHS, tokens())
-    for actual, wanted in zip(compiled(scores(), LENGTHS, tokens()), expected, strict=True):
+    expected = use(scores(), PAST, tokens())
+    for actual, wanted in zip(compiled(scores(), PAST, tokens()), expected, strict=True):
         assert torch.equal(actual, wanted)
     for arguments, message in (
-        ((scores(((2, 0, 1), NAN)), LENGTHS, tokens()), "holds NaN"),
+        ((scores(((2, 0, 1), NAN)), PAST, tokens()), "holds NaN"),
         ((scores(), torch.tensor([0, 0, 4]), tokens()), r"lengths\[2\] is 4"),
-        ((scores(), LENGTHS, tokens(((2, 2, 1), 5))), r"targets\[2, 2, 1\] is 5"),
+        ((scores(), PAST, tokens(((2, 2, 1), 5))), r"targets\[2, 2, 1\] is 5"),
     ):
         with pytest.raises(ValueError, match=message):
             compiled(*arguments)
@@ -126,7 +127,7 @@ def test_derivatives_pass_by():
     values = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
 
     def total(values):
-        return (checks.checked_scores(values, LENGTHS) ** 3).sum()
+        return (checks.checked_scores(values, PAST) ** 3).sum()
 
     assert torch.autograd.gradcheck(total, values)
     assert torch.autograd.gradgradcheck(total, values)
