@@ -111,13 +111,13 @@ def test_a_check_survives_a_graph_that_needs_little_of_it():
         return values[..., 0].sum() + targets[0, 0, 0], checks.checked_lengths(lengths, 3) > 0
 
     compiled = torch.compile(use, fullgraph=True)
-    expected = use(scores(), PAST, tokens())
-    for actual, wanted in zip(compiled(scores(), PAST, tokens()), expected, strict=True):
+    expected = use(scores(), LENGTHS, tokens())
+    for actual, wanted in zip(compiled(scores(), LENGTHS, tokens()), expected, strict=True):
         assert torch.equal(actual, wanted)
     for arguments, message in (
-        ((scores(((2, 0, 1), NAN)), PAST, tokens()), "holds NaN"),
+        ((scores(((2, 0, 1), NAN)), LENGTHS, tokens()), "holds NaN"),
         ((scores(), torch.tensor([0, 0, 4]), tokens()), r"lengths\[2\] is 4"),
-        ((scores(), PAST, tokens(((2, 2, 1), 5))), r"targets\[2, 2, 1\] is 5"),
+        ((scores(), LENGTHS, tokens(((2, 2, 1), 5))), r"targets\[2, 2, 1\] is 5"),
     ):
         with pytest.raises(ValueError, match=message):
             compiled(*arguments)
