@@ -85,7 +85,7 @@ def check_best_paths(impl="torch", *, dtype=torch.float32, tolerance=1e-5, banne
     """Viterbi and the n best, at every length."""
     crf, emissions, lengths = case(impl, dtype=dtype, banned=banned)
     best = crf.viterbi(emissions, lengths)
-    several = crf.kbest(emissions, lengths, 12)
+    several = crf.kbest(emissions, lengths, n=12)
     for b, law in enumerate(enumerated(crf, emissions, lengths)):
         length = int(lengths[b])
         order = law.scores.sort(descending=True, stable=True)
@@ -108,7 +108,7 @@ def check_divergence(impl="torch", *, dtype=torch.float32, tolerance=1e-5, banne
     other, more, _ = case(impl, dtype=dtype, seed=1)
     beam_tokens = crf.beam(emissions, lengths).tokens
     for temperature in TEMPERATURES:
-        actual = crf.kl(other, emissions, more, lengths, temperature=temperature)
+        actual = crf.kl(other, emissions, more, lengths=lengths, temperature=temperature)
         ours = enumerated(crf, emissions, lengths, temperature)
         theirs = enumerated(other, more, lengths, temperature, beam_tokens)
         for b in range(5):

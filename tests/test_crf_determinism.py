@@ -85,9 +85,9 @@ def training_steps(impl: str, device: str = "cpu", shape=(3, 4, 9, 4, 3), names=
         "sample, published law": lambda e, n: sampled(e, n, mode="stochastic_viterbi"),
         "marginals": lambda e, n: (crf.marginals(e, n).probs, crf),
         "entropy": lambda e, n: (crf.entropy(e, n).sum(), crf),
-        "kl": lambda e, n: (crf.kl(other, e, e.flip(0), n).sum(), crf),
+        "kl": lambda e, n: (crf.kl(other, e, e.flip(0), lengths=n).sum(), crf),
         "viterbi": lambda e, n: (crf.viterbi(e, n).position_scores.sin().sum(), crf),
-        "kbest": lambda e, n: (crf.kbest(e, n, 5).position_scores.sin().sum(), crf),
+        "kbest": lambda e, n: (crf.kbest(e, n, n=5).position_scores.sin().sum(), crf),
         "published classes": published,
     }
     tagger = LinearChainCRF(vocabulary, impl="auto" if impl == "triton" else impl).to(device)

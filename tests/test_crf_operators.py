@@ -43,7 +43,7 @@ def test_gradcheck(quantity):
             if quantity == "nll":
                 return crf.nll(emissions, drawn.tokens[:, :, 0], lengths, reduction="none")
             if quantity == "kl":
-                return crf.kl(other, emissions, emissions.flip(0), lengths, beam_tokens=beam_tokens)
+                return crf.kl(other, emissions, emissions.flip(0), lengths=lengths, beam_tokens=beam_tokens)
             if quantity == "viterbi":
                 return crf.viterbi(emissions, lengths, beam_tokens=beam_tokens).position_scores
             return getattr(crf, quantity)(emissions, lengths, beam_tokens=beam_tokens, temperature=0.7)
@@ -137,7 +137,7 @@ def test_cpp_agrees_with_torch(shape):
             for n, t in ((9, 0.8), (3, 0.03), (1, 50.0))
         ]
         exact.append([drawn.beam_tokens, drawn.slots, crf.viterbi(emissions, lengths).slots, *[x.slots for x in noisy]])
-        scores = crf.kbest(emissions, lengths, 7).score.detach().clamp(min=-1e4)
+        scores = crf.kbest(emissions, lengths, n=7).score.detach().clamp(min=-1e4)
         near.append([drawn.log_prob.detach(), own.grad, crf.E1.weight.grad, crf.E2.weight.grad, scores])
     for ours, theirs in zip(*exact, strict=True):
         # Two ways to round may disagree at the edge between two slots, once in a very long while.
@@ -328,7 +328,7 @@ def test_edges(impl):
         lengths = torch.zeros(shape[0], dtype=torch.int64)
         for given in (None, lengths):
             assert crf.viterbi(emissions, given).tokens.shape == shape[:2]
-            assert crf.kbest(emissions, given, 3).score.shape == (shape[0], 3)
+            assert crf.kbest(emissions, given, n=3).score.shape == (shape[0], 3)
             for mode in ("ffbs", "stochastic_viterbi"):
                 drawn = crf.sample(emissions, given, num_samples=2, mode=mode)
                 assert drawn.tokens.shape == (*shape[:2], 2)
@@ -383,7 +383,7 @@ def test_errors_name_what_is_wrong(impl):
     fails(r"outside \[0, 1\)", crf.sample, emissions, num_samples=1, uniforms=torch.ones(3, 4, 1))
     fails("beam_size is 0", crf.viterbi, emissions, beam_size=0)
     fails(r"beam_tokens\[0, 0, 0\] is 9, must be in 0..8", crf.viterbi, emissions, beam_tokens=torch.full((3, 4, 2), 9))
-    fails(r"tokens\[0, 0, 0\] is -1", crf.nll, emissions, targets - 1)
+    fails(r"targets\[0, 0\] is -1", crf.nll, emissions, targets - 1)
     fails("reduction is 'max'", crf.nll, emissions, targets, reduction="max")
     beam = crf.beam(emissions, include=targets).tokens
     outside = torch.tensor([v for v in range(9) if v not in beam[0, 0].tolist()])[0].expand(3, 4)

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from ..ops.crf_checks import checked_lengths
+
 LOWEST_TEMPERATURE = 1e-30  # scores of up to 1e8 over it are finite in fp32
 
 
@@ -32,13 +34,7 @@ def as_lengths(lengths: torch.Tensor | None, emissions: torch.Tensor) -> torch.T
     if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be integers of shape ({batch},)")
     check_device("lengths", lengths, emissions.device)
-    lengths = lengths.to(torch.int64)
-    if lengths.device.type == "cpu" and batch:
-        wrong = (lengths < 0) | (lengths > limit)
-        if bool(wrong.any()):
-            b = int(wrong.to(torch.uint8).argmax())
-            raise ValueError(f"lengths[{b}] is {int(lengths[b])}, must be in 0..{limit}")
-    return lengths
+    return checked_lengths(lengths.to(torch.int64), limit)
 
 
 def as_paths(name: str, paths: torch.Tensor, emissions: torch.Tensor) -> torch.Tensor:

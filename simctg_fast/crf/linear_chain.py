@@ -430,8 +430,8 @@ class LinearChainCRF(nn.Module):
             raise ValueError(f"{name} is {tags.dtype} {tuple(tags.shape)}, must be integers of shape {wanted}")
         if tags.device != emissions.device:
             raise ValueError(f"{name} is on {tags.device}, emissions on {emissions.device}; one device is needed")
-        several = (tags if tags.dim() == 3 else tags.unsqueeze(2)).to(torch.int64)
-        several = p.span.front(checked_tokens(name, self._items_first(several), self.num_tags, p.span.past))
+        checked = checked_tokens(name, self._items_first(tags.to(torch.int64)), self.num_tags, p.span.past)
+        several = p.span.front(checked if tags.dim() == 3 else checked.unsqueeze(2))
         if p.past is not None:
             several = several.masked_fill(p.past[:, :, None], 0)
         result = self._conditionals(p, self._filter(p), several)

@@ -8,13 +8,15 @@ score's exponential over the sum of all paths through the beams. The model is th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
 
 from ..ops._autograd import tracked
 from ..ops.crf_beam import crf_beam_select
-from ..ops.crf_common import take_along
+from ..ops.crf_checks import checked_scores, checked_slots, checked_tokens, slots_of
+from ..ops.crf_common import take_along, transition
 from ..ops.crf_filter import crf_filter, crf_filter_backward
 from ..ops.crf_sample import crf_ffbs
 from ..ops.crf_stochastic import crf_stochastic_viterbi
@@ -25,11 +27,8 @@ from .arguments import (
     beyond,
     check_device,
     check_emissions,
-    check_scores,
     check_temperature,
-    check_tokens,
     draw_seed,
-    first_wrong,
 )
 from .divergence import entropy as _entropy
 from .divergence import kl as _kl
@@ -55,6 +54,10 @@ class Potentials:
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.scores, self.tokens, self.left, self.right, self.lengths
 
+    def step(self, t: int) -> torch.Tensor:
+        """Transitions from position t - 1 to t, `(B, K, K)`."""
+        return transition(self.tokens, t - 1, self.left, self.right, self.scale)
+
 
 @dataclass(frozen=True)
 class Filtered:
@@ -65,6 +68,21 @@ class Filtered:
     alpha: torch.Tensor
     last_alpha: torch.Tensor  # (B, K)
     last_total: torch.Tensor  # (B,): its log-sum-exp
+
+
+def check_count(name: str, value: int) -> int:
+    """Raises a ValueError unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt) or value < 1:
+        raise ValueError(f"{name} is {value!r:.80}, must be an integer of at least 1")
+    return value
+
+
+def _check_no_count(lengths: object, example: str) -> None:
+    """For methods where a number is easily taken for the second argument."""
+    if isinstance(lengths, int):
+        raise TypeError(
+            f"lengths is int, must be a tensor of shape (batch,) or None; numbers are named: {example}={lengths})"
+        )
 
 
 class LowRankCRF(nn.Module):
@@ -85,16 +103,21 @@ class LowRankCRF(nn.Module):
     these tokens instead of choosing the best, so that two models, or one before and after an update, are compared on
     the same paths. `temperature` is the model's: emissions and transitions are divided by it.
 
+    Called as a module it is :meth:`nll` of targets, or :meth:`viterbi` without. Under `torch.autocast` every number is
+    what it is without. A batch may be empty, an item's length 0 (its only path is the empty one: probability 1, score
+    0); emissions have at least one position.
+
     Raises, in every method: TypeError or ValueError for an argument of a wrong type, shape, dtype, device or range,
     naming it, its value and what is allowed; ValueError for a position whose emissions are all -inf, or hold NaN or
-    +inf; RuntimeError where a named `impl` is not installed.
+    +inf, within its beam; RuntimeError where a named `impl` is not installed.
 
-    Checks of values (banned positions, NaN, tokens out of range) raise on the CPU. On a CUDA device they would have to
-    wait for it, so they are left out, and bad values give NaN.
+    Checks of values (banned positions, NaN, tokens out of range) raise on the CPU, inside of a compiled graph too. On a
+    CUDA device they would have to wait for it, so they are left out, and bad values give NaN. `E1` and `E2` must be
+    finite (a transition is a sum of products, and cannot be forbidden); that is not looked at.
 
     What is differentiable is so as often as one likes, also under `torch.func.grad`, `vjp` and `jacrev`; second
     derivatives run the recursion in PyTorch and hold T K² numbers an item. A RuntimeError says what cannot be had:
-    forward mode through the partition function, `torch.func` around `entropy` and `kl`, `vmap` on the CPU.
+    forward mode through the partition function, `torch.func` around `entropy` and `kl`.
     """
 
     def __init__(
@@ -102,8 +125,7 @@ class LowRankCRF(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_embeddings", num_embeddings), ("low_rank", low_rank), ("beam_size", beam_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, must be at least 1")
+            check_count(name, value)
         self.E1 = nn.Embedding(num_embeddings, low_rank)
         self.E2 = nn.Embedding(num_embeddings, low_rank)
         self.num_embeddings, self.low_rank, self.beam_size = num_embeddings, low_rank, beam_size
@@ -111,6 +133,24 @@ class LowRankCRF(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, low_rank={self.low_rank}, beam_size={self.beam_size}"
+
+    def forward(
+        self,
+        emissions: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        beam_size: int | None = None,
+    ) -> torch.Tensor | ViterbiPath:
+        """:meth:`nll` of `targets` where they are given, else :meth:`viterbi`.
+
+        So a CRF can be the last module of an `nn.Sequential`, and `DistributedDataParallel`, which sees only this
+        method, adds up its gradients.
+        """
+        if targets is None:
+            return self.viterbi(emissions, lengths, beam_size=beam_size)
+        return self.nll(emissions, targets, lengths, reduction=reduction, beam_size=beam_size)
 
     # ---- decoding ----------------------------------------------------------------------------------------------------
 
@@ -137,16 +177,19 @@ class LowRankCRF(nn.Module):
         self,
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
-        n: int = 8,
         *,
+        n: int = 8,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
     ) -> KBest:
         """The `n` best paths, best first: `tokens`, `slots`, `position_scores` `(B, T, n)`, `score` `(B, n)`.
 
-        In C++ by A* from the end, guided by the best prefix into every slot; in PyTorch by list Viterbi. Where the
-        beams hold fewer than `n` paths of finite score, slots are -1 and scores -inf.
+        Of paths with equal scores the one with the lower last slot comes first, then the one with the lower slot before
+        it, and so on. Where the beams hold fewer than `n` paths of finite score, slots are -1 and scores -inf. In C++
+        by recursive enumeration, in PyTorch by list Viterbi; whatever the scores, they keep n T K numbers an item.
         """
+        _check_no_count(lengths, "kbest(emissions, n")
+        check_count("n", n)
         p = self._potentials(emissions, lengths, beam_tokens, beam_size)
         slots = crf_kbest(*p.arguments(), n, impl=self.impl)
         tokens, position_scores = self._path(p, slots)
@@ -190,6 +233,8 @@ class LowRankCRF(nn.Module):
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, must be one of {', '.join(map(repr, MODES))}")
+        _check_no_count(lengths, "sample(emissions, num_samples")
+        check_count("num_samples", num_samples)
         temperature = check_temperature(temperature)
         exact = mode == "ffbs"
         p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature if exact else 1.0)
@@ -201,7 +246,7 @@ class LowRankCRF(nn.Module):
             uniforms = uniforms.to(p.scores.dtype)
         seed = 0 if uniforms is not None else draw_seed(generator)
         f = self._filter(p)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(emissions.device.type, enabled=False):
             if exact:
                 slots = crf_ffbs(
                     f.messages, f.norms, *p.arguments(), p.scale, num_samples, seed, uniforms, impl=self.impl
@@ -226,7 +271,8 @@ class LowRankCRF(nn.Module):
         beam_size: int | None = None,
         temperature: float = 1.0,
     ) -> LogProb:
-        """Log-probabilities of given paths, differentiable in `emissions`, `E1` and `E2`.
+        """Log-probabilities of given paths, differentiable in `emissions`, `E1` and `E2`: a `LogProb`, whose field
+        `log_prob` is `(B,)` or `(B, N)` and `token_log_probs` has the shape of `tokens`.
 
         Per token they are log p(y_t | y_{t+1}), the last one log p(y_T): what backward sampling draws from. The
         gradient is one reverse sweep, whatever the number of paths.
@@ -241,24 +287,7 @@ class LowRankCRF(nn.Module):
         Raises:
             ValueError: also where a token is not in `beam_tokens`: a path outside the beams has no probability.
         """
-        check_emissions(emissions, self.num_embeddings)
-        paths = as_paths("tokens", tokens, emissions)
-        forced = paths if beam_tokens is None else None
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature, forced=forced)
-        if slots is None:
-            slots = self._slots(p, paths)
-        else:
-            if beam_tokens is None:
-                raise ValueError("slots is given without beam_tokens; slots number the tokens of a beam")
-            slots = as_paths("slots", slots, emissions)
-            if slots.shape != paths.shape:
-                raise ValueError(f"slots has shape {tuple(slots.shape)}, must be {tuple(paths.shape)} as tokens has")
-            if slots.device.type == "cpu":
-                self._check_slots(p, paths, slots)
-        result = self._conditionals(p, self._filter(p), slots)
-        if tokens.dim() == 2:
-            result = result.squeeze(2)
-        return LogProb(result.sum(1), result)
+        return self._log_prob("tokens", emissions, tokens, lengths, beam_tokens, slots, beam_size, temperature)
 
     def nll(
         self,
@@ -271,15 +300,18 @@ class LowRankCRF(nn.Module):
     ) -> torch.Tensor:
         """Negative log-likelihood of `targets (B, T)`, which are forced into the beams. For training.
 
+        It is inf where a target is banned, and so is the mean or the sum; in a beam of one, whose only token is then
+        banned, that is an error.
+
         Args:
-            reduction: over the sequences: ``"mean"``, ``"sum"``, or ``"none"`` for `(B,)`.
+            reduction: over the sequences: ``"mean"`` (0 for an empty batch), ``"sum"``, or ``"none"`` for `(B,)`.
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
         if isinstance(targets, torch.Tensor) and targets.dim() != 2:
             raise ValueError(f"targets has shape {tuple(targets.shape)}, must be (batch, length)")
-        loss = -self.log_prob(emissions, targets, lengths, beam_size=beam_size).log_prob
-        return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+        loss = -self._log_prob("targets", emissions, targets, lengths, None, None, beam_size, 1.0).log_prob
+        return loss if reduction == "none" else loss.sum() / (max(1, len(loss)) if reduction == "mean" else 1)
 
     def log_partition(
         self,
@@ -336,8 +368,8 @@ class LowRankCRF(nn.Module):
         other: LowRankCRF,
         emissions: torch.Tensor,
         other_emissions: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
         *,
+        lengths: torch.Tensor | None = None,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
         temperature: float = 1.0,
@@ -352,9 +384,10 @@ class LowRankCRF(nn.Module):
         p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
         other_emissions = emissions if other_emissions is None else other_emissions
         if isinstance(other_emissions, torch.Tensor) and other_emissions.shape[:2] != emissions.shape[:2]:
+            hint = "; lengths are named: lengths=" if other_emissions.dim() == 1 else ""
             raise ValueError(
                 f"other_emissions has shape {tuple(other_emissions.shape)}, "
-                f"must begin with {tuple(emissions.shape[:2])}"
+                f"must begin with {tuple(emissions.shape[:2])}{hint}"
             )
         q = other._potentials(other_emissions, lengths, p.tokens, None, temperature)
         return _kl(p, q)
@@ -369,7 +402,8 @@ class LowRankCRF(nn.Module):
     ) -> Beam:
         """The beams of `emissions`, with the tokens of `include` `(B, T)` or `(B, T, N)` forced in."""
         check_emissions(emissions, self.num_embeddings)
-        forced = None if include is None else as_paths("include", include, emissions)
+        _check_no_count(lengths, "beam(emissions, beam_size")
+        forced = None if include is None else ("include", include)
         p = self._potentials(emissions, lengths, None, beam_size, forced=forced)
         return Beam(p.tokens, p.scores)
 
@@ -382,14 +416,14 @@ class LowRankCRF(nn.Module):
         beam_tokens: torch.Tensor | None,
         beam_size: int | None,
         temperature: float = 1.0,
-        forced: torch.Tensor | None = None,
+        forced: tuple[str, torch.Tensor] | None = None,
     ) -> Potentials:
+        """`forced`: a name, and tokens `(B, T)` or `(B, T, N)` that must be in the beams."""
         check_emissions(emissions, self.num_embeddings)
         check_device("emissions", emissions, self.E1.weight.device)
         temperature = check_temperature(temperature)
         lengths = as_lengths(lengths, emissions)
         past = beyond(lengths, emissions.shape[1])
-        on_cpu = emissions.device.type == "cpu"
         dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
         values = None
         if beam_tokens is not None:
@@ -400,29 +434,54 @@ class LowRankCRF(nn.Module):
             if beam_tokens.dim() != 3 or beam_tokens.shape[2] < 1:
                 raise ValueError(f"beam_tokens has shape {tuple(beam_tokens.shape)}, must be (batch, length, beam)")
             tokens = as_paths("beam_tokens", beam_tokens, emissions)
-            if on_cpu:
-                check_tokens("beam_tokens", tokens, self.num_embeddings, None)
+            tokens = checked_tokens("beam_tokens", tokens, self.num_embeddings, None)
         else:
-            width = self.beam_size if beam_size is None else beam_size
-            if width < 1:
-                raise ValueError(f"beam_size is {width}, must be at least 1")
-            if forced is not None:
-                if on_cpu:
-                    check_tokens("tokens", forced, self.num_embeddings, past)
-                forced = forced if past is None else forced.masked_fill(past[:, :, None], -1)
-            tokens, values = crf_beam_select(
-                emissions.detach(), min(width, self.num_embeddings), lengths, forced, impl=self.impl
+            width = min(
+                check_count("beam_size", self.beam_size if beam_size is None else beam_size), self.num_embeddings
             )
+            wanted = None if forced is None else self._forced(*forced, emissions, past, width)
+            tokens, values = crf_beam_select(emissions.detach(), width, lengths, wanted, impl=self.impl)
         if values is None or tracked(emissions):
             values = take_along(emissions, tokens).to(dtype)
             if past is not None:
                 values = values.masked_fill(past[:, :, None], 0)  # padding may hold anything, NaN too
-        if on_cpu:
-            check_scores(values, past)
+        values = checked_scores(values, past)
         scale = 1.0 / temperature
         left, right = self.E1.weight.to(dtype), self.E2.weight.to(dtype)
         scores = values if temperature == 1.0 else values * scale
         return Potentials(scores, tokens, left, right, lengths, past, scale)
+
+    def _forced(self, name, tokens, emissions, past, width):
+        """`(B, T, N)`, -1 at positions that do not exist."""
+        paths = as_paths(name, tokens, emissions)
+        if paths.shape[2] > width:
+            raise ValueError(
+                f"{name} holds {paths.shape[2]} tokens a position, must be at most the {width} of a beam (beam_size)"
+            )
+        # Their places are named as they were handed over, without a dimension that `as_paths` added.
+        checked = checked_tokens(name, paths.squeeze(2) if tokens.dim() == 2 else paths, self.num_embeddings, past)
+        paths = checked.view(paths.shape)
+        return paths if past is None else paths.masked_fill(past[:, :, None], -1)
+
+    def _log_prob(self, name, emissions, tokens, lengths, beam_tokens, slots, beam_size, temperature) -> LogProb:
+        """:meth:`log_prob` of `tokens`, which the caller calls `name`."""
+        check_emissions(emissions, self.num_embeddings)
+        paths = as_paths(name, tokens, emissions)
+        forced = (name, tokens) if beam_tokens is None else None
+        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature, forced=forced)
+        if slots is None:
+            slots = slots_of(p.tokens, paths, p.past)
+        else:
+            if beam_tokens is None:
+                raise ValueError("slots is given without beam_tokens; slots number the tokens of a beam")
+            slots = as_paths("slots", slots, emissions)
+            if slots.shape != paths.shape:
+                raise ValueError(f"slots has shape {tuple(slots.shape)}, must be {tuple(paths.shape)} as tokens has")
+            slots = checked_slots(slots, p.tokens, paths, p.past)
+        result = self._conditionals(p, self._filter(p), slots)
+        if tokens.dim() == 2:
+            result = result.squeeze(2)
+        return LogProb(result.sum(1), result)
 
     def _filter(self, p: Potentials) -> Filtered:
         messages, norms = crf_filter(*p.arguments(), p.scale, impl=self.impl)
@@ -473,32 +532,3 @@ class LowRankCRF(nn.Module):
 
     def _tokens(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
         return p.tokens.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, self.pad_id)
-
-    def _slots(self, p: Potentials, paths: torch.Tensor) -> torch.Tensor:
-        """Where the tokens of the paths are in the beams."""
-        ordered, order = p.tokens.sort(dim=2)
-        place = torch.searchsorted(ordered, paths.contiguous()).clamp(max=ordered.shape[2] - 1)
-        wrong = ordered.gather(2, place) != paths
-        if p.past is not None:
-            wrong &= ~p.past[:, :, None]
-        where = first_wrong(wrong)
-        if where is not None:
-            raise ValueError(
-                f"tokens[{', '.join(map(str, where))}] is {int(paths[tuple(where)])}, which is not in "
-                f"beam_tokens[{where[0]}, {where[1]}]; a path outside the beams has no probability"
-            )
-        return order.gather(2, place)
-
-    def _check_slots(self, p: Potentials, paths: torch.Tensor, slots: torch.Tensor) -> None:
-        size = p.tokens.shape[2]
-        wrong = slots >= size
-        wrong |= p.tokens.gather(2, slots.clamp(0, size - 1)) != paths
-        wrong |= slots < 0
-        if p.past is not None:
-            wrong &= ~p.past[:, :, None]
-        where = first_wrong(wrong)
-        if where is not None:
-            raise ValueError(
-                f"slots[{', '.join(map(str, where))}] is {int(slots[tuple(where)])}, which does not hold the token "
-                f"{int(paths[tuple(where)])} in beam_tokens[{where[0]}, {where[1]}]"
-            )

@@ -10,14 +10,18 @@ from torch import nn
 
 from ..ops._autograd import tracked
 from ..ops.crf_beam import crf_beam_select
+from ..ops.crf_checks import checked_scores
 from ..ops.crf_common import take_along
 from ..ops.crf_stochastic import crf_stochastic_viterbi
-from .arguments import as_lengths, beyond, check_device, check_emissions, check_scores, check_temperature, draw_seed
+from .arguments import as_lengths, beyond, check_device, check_emissions, check_temperature, draw_seed
+from .low_rank import check_count
 
 
 class _Published(nn.Module):
     def __init__(self, num_embedding: int, low_rank: int, beam_size: int, temp: float) -> None:
         super().__init__()
+        for name, value in (("num_embedding", num_embedding), ("low_rank", low_rank), ("beam_size", beam_size)):
+            check_count(name, value)
         self.E1 = nn.Embedding(num_embedding, low_rank)
         self.E2 = nn.Embedding(num_embedding, low_rank)
         self.rank, self.beam, self.temp = low_rank, beam_size, temp
@@ -27,17 +31,17 @@ class _Published(nn.Module):
         check_emissions(emissions, self.E1.num_embeddings)
         check_device("emissions", emissions, self.E1.weight.device)
         temperature = check_temperature(self.temp)
-        width = self.beam if beam is None else beam
-        if not 1 <= width <= self.E1.num_embeddings:
+        width = check_count("beam", self.beam if beam is None else beam)
+        if width > self.E1.num_embeddings:
             raise ValueError(f"beam is {width}, must be in 1..{self.E1.num_embeddings}")
+        check_count("num_samples", samples)
         lengths = None if masks is None else as_lengths(_prefix_lengths(masks, emissions), emissions)
         past = beyond(lengths, emissions.shape[1])
         tokens, scores = crf_beam_select(emissions.detach(), width, lengths, impl=self.impl)
         if tracked(emissions):
             scores = take_along(emissions, tokens).to(scores.dtype)
             scores = scores if past is None else scores.masked_fill(past[:, :, None], 0)
-        if scores.device.type == "cpu":
-            check_scores(scores, past)
+        scores = checked_scores(scores, past)
         left, right = self.E1.weight.to(scores.dtype), self.E2.weight.to(scores.dtype)
         seed = 0 if uniforms is not None else draw_seed(generator)
         slots, prefixes, _ = crf_stochastic_viterbi(

@@ -72,8 +72,6 @@ def _check_tokens(tokens: Tensor, past: Tensor | None, name: str, vocabulary: in
     where = first_wrong((tokens < 0) | (tokens >= vocabulary), past)
     if where is not None:
         value = int(tokens[tuple(where)])
-        if where[2:] == [0] and tokens.shape[2] == 1:
-            where = where[:2]  # one path an item: the caller may have handed over (B, T)
         raise ValueError(f"{name}[{', '.join(map(str, where))}] is {value}, must be in 0..{vocabulary - 1}")
 
 
@@ -140,11 +138,11 @@ def checked_lengths(lengths: Tensor, limit: int) -> Tensor:
 
 
 def checked_tokens(name: str, tokens: Tensor, vocabulary: int, past: Tensor | None) -> Tensor:
-    """`tokens (B, T, N)`, each outside of `past (B, T)` in 0..vocabulary - 1."""
+    """`tokens (B, T)` or `(B, T, N)`, each outside of `past (B, T)` in 0..vocabulary - 1."""
     return _tokens(tokens, past, name, vocabulary)
 
 
-def checked_scores(scores: Tensor, past: Tensor | None, what: str) -> Tensor:
+def checked_scores(scores: Tensor, past: Tensor | None, what: str = "token of the beam") -> Tensor:
     """Emissions `(B, T, K)` without NaN and +inf, one above -inf at every position outside of `past (B, T)`."""
     return _scores(scores, past, what)
 

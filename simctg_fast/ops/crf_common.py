@@ -101,7 +101,36 @@ def check_potentials(
 def transition(tokens: torch.Tensor, t: int, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """Transitions from position t to t + 1: `(B, K, K)`, source slot first."""
     source, target = embedding(tokens[:, t], left), embedding(tokens[:, t + 1], right)
-    return torch.matmul(source * scale, target.transpose(1, 2))
+    return product(source * scale, target.transpose(1, 2))
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.matmul(a, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return product(grad, b.mT), product(a.mT, grad)
+
+    @staticmethod
+    def jvp(ctx, tangent_a, tangent_b):
+        a, b = ctx.saved_tensors
+        return product(tangent_a, b) + product(a, tangent_b)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` for `(B, M, K)` and `(B, K, N)` in their own dtype: autocast rounds neither it nor its gradient."""
+    return _Product.apply(a, b)
 
 
 def inside(lengths: torch.Tensor | None, t: int) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from . import _backends
 from ._accumulate import add_rows_
 from ._autograd import register
-from .crf_common import address, check_potentials, choose, inside, transition
+from .crf_common import address, check_potentials, choose, inside, product, transition
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _library.define(
@@ -168,8 +168,8 @@ def _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths,
         grad_scores[:, t] = into
         if tables:
             source, target = tokens[:, t], tokens[:, t + 1]
-            into_left = torch.matmul(share, right[target]).view(-1, rank) * scale
-            into_right = torch.matmul(share.transpose(1, 2), left[source]).view(-1, rank) * scale
+            into_left = product(share, right[target]).view(-1, rank) * scale
+            into_right = product(share.transpose(1, 2), left[source]).view(-1, rank) * scale
             add_rows_(grad_left, source.reshape(-1), into_left)
             add_rows_(grad_right, target.reshape(-1), into_right)
         flow = grad[:, t] + into

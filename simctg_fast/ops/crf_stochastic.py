@@ -12,7 +12,17 @@ import torch
 from . import _backends
 from ._accumulate import add_rows_
 from ._autograd import register
-from .crf_common import add_along_, address, check_potentials, choose, inside, pick, transition, uniforms_stochastic
+from .crf_common import (
+    add_along_,
+    address,
+    check_potentials,
+    choose,
+    inside,
+    pick,
+    product,
+    transition,
+    uniforms_stochastic,
+)
 from .crf_viterbi import pointer_dtype
 
 SCRATCH = 1 << 19  # candidates (source, target, sample) that the PyTorch path holds at a time; one sample at least
@@ -192,8 +202,8 @@ def _autograd(ctx, grad_slots, grad, grad_backpointers):
         weight = grad.new_zeros((batch, size, size))  # weight[k, j]: what flows over the edge, all samples together
         add_along_(weight, 1, pointer.transpose(1, 2), flow.transpose(1, 2))
         source, target = tokens[:, t - 1], tokens[:, t]
-        add_rows_(grad_left, source.reshape(-1), torch.matmul(weight, right[target]).view(-1, rank))
-        add_rows_(grad_right, target.reshape(-1), torch.matmul(weight.transpose(1, 2), left[source]).view(-1, rank))
+        add_rows_(grad_left, source.reshape(-1), product(weight, right[target]).view(-1, rank))
+        add_rows_(grad_right, target.reshape(-1), product(weight.transpose(1, 2), left[source]).view(-1, rank))
         before = torch.zeros_like(flow, memory_format=torch.contiguous_format)
         add_along_(before, 1, pointer, flow)
         flow = before
