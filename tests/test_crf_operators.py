@@ -376,7 +376,7 @@ def test_errors_name_what_is_wrong(impl):
     fails(r"lengths\[1\] is 5, must be in 0..4", crf.viterbi, emissions, torch.tensor([1, 5, 2]))
     fails(r"lengths is torch.float32", crf.viterbi, emissions, torch.ones(3))
     fails("lengths is list", crf.viterbi, emissions, [1, 2, 3])
-    fails("temperature is 0.0, must be positive", crf.sample, emissions, temperature=0)
+    fails("temperature is 0, must be positive", crf.sample, emissions, temperature=0)
     fails("mode is 'greedy'", crf.sample, emissions, mode="greedy")
     fails("num_samples is 0", crf.sample, emissions, num_samples=0)
     fails("uniforms is torch.float32", crf.sample, emissions, num_samples=2, uniforms=torch.zeros(3, 4, 3))

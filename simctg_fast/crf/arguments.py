@@ -93,7 +93,7 @@ def check_temperature(temperature: float) -> float:
     """Scores are divided by it: that must not make them infinite."""
     value = float(temperature)
     if not LOWEST_TEMPERATURE <= value < math.inf:
-        raise ValueError(f"temperature is {temperature}, must be finite and at least {LOWEST_TEMPERATURE}")
+        raise ValueError(f"temperature is {temperature}, must be positive and finite, at least {LOWEST_TEMPERATURE}")
     return value
 
 

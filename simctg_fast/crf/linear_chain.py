@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.crf_checks import checked_parameter, checked_paths, checked_rows, checked_scores, checked_tokens
+from ..ops.crf_checks import (
+    checked_expectations,
+    checked_parameter,
+    checked_paths,
+    checked_rows,
+    checked_scores,
+    checked_tokens,
+)
 from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
 from ..ops.dense_kbest import dense_kbest
 from .arguments import check_temperature, checked_uniforms, draw_seed
@@ -39,7 +46,7 @@ class Potentials:
         return self.scores, self.transitions, self.span.lengths
 
     def step(self, t: int) -> torch.Tensor:
-        return self.transitions[None]
+        return self.transitions
 
 
 class LinearChainCRF(nn.Module):
@@ -310,7 +317,7 @@ class LinearChainCRF(nn.Module):
         temperature: float = 1.0,
     ) -> torch.Tensor:
         """Entropy of the law of paths, `(B,)`, in nats, differentiable."""
-        return _entropy(self._potentials(emissions, lengths, mask, temperature))
+        return checked_expectations(_entropy(self._potentials(emissions, lengths, mask, temperature)))
 
     def kl(
         self,
@@ -324,14 +331,15 @@ class LinearChainCRF(nn.Module):
     ) -> torch.Tensor:
         """KL(self || other), `(B,)`, in nats, differentiable in both; inf where `other` forbids what `self` allows."""
         if not isinstance(other, LinearChainCRF) or other.num_tags != self.num_tags:
-            raise TypeError(f"other is {other!r:.80}, must be a LinearChainCRF of {self.num_tags} tags")
+            given = f"{type(other).__name__} of {getattr(other, 'num_tags', 'no')} tags"
+            raise TypeError(f"other is a {given}, must be a LinearChainCRF of {self.num_tags}")
         p = self._potentials(emissions, lengths, mask, temperature)
         q = other._potentials(emissions if other_emissions is None else other_emissions, lengths, mask, temperature)
         if q.scores.shape != p.scores.shape:
             raise ValueError(
                 f"other_emissions has shape {tuple(q.scores.shape)}, must be {tuple(p.scores.shape)} as emissions has"
             )
-        return _kl(p, q)
+        return checked_expectations(_kl(p, q))
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def _check_lengths(lengths: Tensor, limit: int) -> None:
         raise ValueError(f"lengths[{where[0]}] is {int(lengths[where[0]])}, must be in 0..{limit}")
 
 
-def _check_tokens(tokens: Tensor, past: Tensor | None, name: str, vocabulary: int) -> None:
+def _check_tokens(tokens: Tensor, vocabulary: int, past: Tensor | None, name: str) -> None:
     where = first_wrong((tokens < 0) | (tokens >= vocabulary), past)
     if where is not None:
         value = int(tokens[tuple(where)])
@@ -115,7 +115,11 @@ def _check_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tenso
 def check_paths(slots: Tensor, lengths: Tensor | None) -> None:
     """Raises for the first item that has a position and no path: -1 at the first place of `slots (B, T, N)`."""
     missing = slots[:, 0, 0] < 0
-    where = first_wrong(missing if lengths is None else missing & (lengths > 0))
+    _require_paths(missing if lengths is None else missing & (lengths > 0))
+
+
+def _require_paths(missing: Tensor) -> None:
+    where = first_wrong(missing)
     if where is not None:
         raise ValueError(
             f"item {where[0]} has no allowed path: -inf in its emissions or in the start, end and other transitions "
@@ -124,10 +128,11 @@ def check_paths(slots: Tensor, lengths: Tensor | None) -> None:
 
 
 _lengths = _operator("crf_checked_lengths(Tensor lengths, int limit)", _check_lengths)
-_tokens = _operator("crf_checked_tokens(Tensor tokens, Tensor? past, str name, int vocabulary)", _check_tokens)
+_tokens = _operator("crf_checked_tokens(Tensor tokens, int vocabulary, Tensor? past, str name)", _check_tokens)
 _scores = _operator("crf_checked_scores(Tensor scores, Tensor? past, str what)", _check_scores)
 _rows = _operator("crf_checked_rows(Tensor allowed, Tensor? past, str name)", _check_rows)
 _parameter = _operator("crf_checked_parameter(Tensor parameter, str name)", _check_parameter)
+_expectations = _operator("crf_checked_expectations(Tensor values)", lambda values: _require_paths(values.isnan()))
 _paths = _operator("crf_checked_paths(Tensor slots, Tensor? lengths)", check_paths)
 _slots = _operator("crf_checked_slots(Tensor slots, Tensor beam_tokens, Tensor tokens, Tensor? past)", _check_slots)
 
@@ -139,7 +144,7 @@ def checked_lengths(lengths: Tensor, limit: int) -> Tensor:
 
 def checked_tokens(name: str, tokens: Tensor, vocabulary: int, past: Tensor | None) -> Tensor:
     """`tokens (B, T)` or `(B, T, N)`, each outside of `past (B, T)` in 0..vocabulary - 1."""
-    return _tokens(tokens, past, name, vocabulary)
+    return _tokens(tokens, vocabulary, past, name)
 
 
 def checked_scores(scores: Tensor, past: Tensor | None, what: str = "token of the beam") -> Tensor:
@@ -160,6 +165,11 @@ def checked_parameter(name: str, parameter: Tensor) -> Tensor:
 def checked_paths(slots: Tensor, lengths: Tensor | None) -> Tensor:
     """`slots (B, T, N)`, -1 at the first position of paths that do not exist, of which every item has one."""
     return _paths(slots, lengths)
+
+
+def checked_expectations(values: Tensor) -> Tensor:
+    """Expectations over the paths of each item, `(B,)`, which are NaN where there is none."""
+    return _expectations(values)
 
 
 def checked_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tensor:
