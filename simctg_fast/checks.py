@@ -6,7 +6,15 @@ import sys
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["check_choice", "check_margin", "is_integer", "is_number"]
+__all__ = [
+    "check_choice",
+    "check_margin",
+    "check_positive",
+    "check_real",
+    "check_weight",
+    "is_integer",
+    "is_number",
+]
 
 _LARGEST = sys.float_info.max
 
@@ -31,3 +39,34 @@ def check_margin(value: Any) -> None:
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r:.80}, must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_positive(name: str, value: Any) -> float:
+    """A temperature or a scale as a float: a number from 1e-30 to 1e30, beyond which floats overflow.
+
+    Raises:
+        TypeError: no real number: a bool, a string, a tensor (which would lose its gradient).
+        ValueError: outside.
+    """
+    check_real(name, value, "a positive number from 1e-30 to 1e30")
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name} is {value}, must be positive, from 1e-30 to 1e30")
+    return float(value)
+
+
+def check_weight(name: str, value: Any) -> float:
+    """A logit that is added, as a float: at most 1e30; -inf is allowed.
+
+    Raises:
+        TypeError: no real number.
+        ValueError: NaN, or above 1e30.
+    """
+    check_real(name, value, "a number up to 1e30 or -inf")
+    if not value <= 1e30:
+        raise ValueError(f"{name} is {value}, must be a number up to 1e30 or -inf")
+    return float(value)
+
+
+def check_real(name: str, value: Any, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r:.80}, must be {allowed}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_margin, is_number
+from .checks import check_choice, check_margin, check_positive, check_weight, is_number
 from .distributed import gather_rows, world_size
 from .ops._contrastive_loss_torch import accumulator_dtype
 from .ops.contrastive_loss import IMPLS, REDUCTIONS, check_mask
@@ -19,7 +19,7 @@ from .ops.simcse import pair_loss as _pair_loss
 from .ops.simcse import self_loss as _self_loss
 from .ops.viterbi_backtrace import IMPLS as _VITERBI_IMPLS
 from .ops.viterbi_backtrace import viterbi_backtrace as _viterbi_backtrace
-from .ranking import check_positive, check_weight, ranking_loss
+from .ranking import ranking_loss
 
 __all__ = [
     "contrastive_loss",

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_choice, check_margin, is_integer
+from .checks import check_choice, check_margin, check_positive, check_weight, is_integer
 from .functional import contrastive_loss, simcse_sup_loss, simcse_unsup_loss
 from .ops.contrastive_loss import IMPLS, REDUCTIONS
-from .ranking import check_positive, check_weight
 
 __all__ = ["ContrastiveLoss", "SimCSELoss", "SimCTGLoss", "padding_mask"]
 

@@ -7,12 +7,12 @@ the rows: a row's own documents, which other weights apply to, are left out of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_real
 from .distributed import gather_rows, world_size
 from .ops.simcse import cosines, pair_loss, pair_lse
 
@@ -21,45 +21,12 @@ __all__ = [
     "HARDNESS_MODES",
     "PARTITION_MODES",
     "check_options",
-    "check_positive",
-    "check_weight",
     "ranking_loss",
 ]
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
-
-
-def check_positive(name: str, value: Any) -> float:
-    """A temperature or a scale as a float: a number from 1e-30 to 1e30, beyond which floats overflow.
-
-    Raises:
-        TypeError: no real number: a bool, a string, a tensor (which would lose its gradient).
-        ValueError: outside.
-    """
-    _check_real(name, value, "a positive number from 1e-30 to 1e30")
-    if not 1e-30 <= value <= 1e30:
-        raise ValueError(f"{name} is {value}, must be positive, from 1e-30 to 1e30")
-    return float(value)
-
-
-def check_weight(name: str, value: Any) -> float:
-    """A logit that is added, as a float: at most 1e30; -inf is allowed.
-
-    Raises:
-        TypeError: no real number.
-        ValueError: NaN, or above 1e30.
-    """
-    _check_real(name, value, "a number up to 1e30 or -inf")
-    if not value <= 1e30:
-        raise ValueError(f"{name} is {value}, must be a number up to 1e30 or -inf")
-    return float(value)
-
-
-def _check_real(name: str, value: Any, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r:.80}, must be {allowed}")
 
 
 def check_options(
@@ -85,7 +52,7 @@ def check_options(
         )
     if hardness_mode not in HARDNESS_MODES:
         raise ValueError(f"hardness_mode is {hardness_mode!r}, must be one of {', '.join(map(repr, HARDNESS_MODES))}")
-    _check_real("hardness_strength", hardness_strength, "a number from 0 to 1e30")
+    check_real("hardness_strength", hardness_strength, "a number from 0 to 1e30")
     if not 0 <= hardness_strength <= 1e30:
         raise ValueError(f"hardness_strength is {hardness_strength}, must be a number from 0 to 1e30")
     return directions, float(hardness_strength)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive, check_weight
 from ..functional import simcse_loss_from_embeddings
-from ..ranking import check_options, check_positive, check_weight, ranking_loss
+from ..ranking import check_options, ranking_loss
 from .grad_cache import Features, cached_loss, layers, mini_batches
 
 __all__ = ["SimCSELoss"]
