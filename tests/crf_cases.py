@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from simctg_fast import LowRankCRF
@@ -129,6 +130,65 @@ def check_frozen_beams(impl="torch", *, tolerance=1e-5):
         for n in range(6):
             same = (law.slots == drawn.slots[b, :length, n]).all(1)
             close(result.log_prob[b, n], law.log_probs[same][0], tolerance)
+
+
+def check_edges(impl="torch"):
+    """What is at the edge of what is allowed, the same on every backend."""
+    crf, emissions, lengths = case(impl)
+    crf.requires_grad_()
+    emissions = emissions.nan_to_num(0.0)
+    with pytest.raises(ValueError, match=r"emissions has shape \(5, 0, 7\), must be \(batch, length >= 1, 7\)"):
+        crf.viterbi(emissions[:, :0])
+
+    # An empty batch, and items of length 0: their one path is the empty one.
+    targets = torch.zeros(5, 4, dtype=torch.int64)
+    for own, n in ((emissions[:0], None), (emissions[:0], lengths[:0]), (emissions[:2], lengths[:2] * 0)):
+        batch = len(own)
+        assert crf.nll(own, targets[:batch], n).item() == 0
+        assert (crf.nll(own, targets[:batch], n, reduction="none") == 0).all()
+        for method in (crf.log_partition, crf.entropy):
+            assert torch.equal(method(own, n), torch.zeros(batch))
+        assert torch.equal(crf.kl(crf, own, lengths=n), torch.zeros(batch))
+        assert torch.equal(crf.marginals(own, n).probs, torch.zeros(batch, 4, 3))
+        best = crf.viterbi(own, n)
+        assert torch.equal(best.score, torch.zeros(batch))
+        assert torch.equal(best.slots, torch.full((batch, 4), -1))
+        for mode in ("ffbs", "stochastic_viterbi"):
+            assert torch.equal(crf.sample(own, n, num_samples=2, mode=mode).log_prob, torch.zeros(batch, 2))
+        if impl != "triton":
+            assert torch.equal(crf.kbest(own, n, n=2).score, torch.tensor([[0.0, NEVER]]).expand(batch, -1))
+
+    # A banned target: no probability, and in a beam of one nothing else is there.
+    banned = emissions.clone()
+    banned[1, 2, 0] = NEVER
+    with pytest.raises(ValueError, match=r"emissions\[1, 2\] bans every token of the beam"):
+        crf.nll(banned, targets, beam_size=1)
+    own = banned.clone().requires_grad_()
+    nll = crf.nll(own, targets, reduction="none")
+    assert torch.isinf(nll).tolist() == [False, True, False, False, False]
+    assert torch.isfinite(torch.autograd.grad(nll[torch.tensor([0, 2, 3, 4])].sum(), own)[0]).all()
+    assert crf.nll(banned, targets).item() == float("inf")
+
+    # A beam wider than the vocabulary is the vocabulary.
+    whole, wide = (crf.beam(emissions, lengths, beam_size=size) for size in (7, 1000))
+    assert torch.equal(whole.tokens, wide.tokens)
+    assert torch.equal(
+        crf.log_partition(emissions, lengths, beam_size=7), crf.log_partition(emissions, lengths, beam_size=1000)
+    )
+
+    # Temperatures are divided by.
+    for temperature in (1e-320, 0.0, -1.0, float("nan"), float("inf")):
+        for method in (crf.log_partition, crf.entropy, crf.marginals, crf.sample):
+            with pytest.raises(ValueError, match=r"temperature is .*, must be positive and finite, at least 1e-20"):
+                method(emissions, lengths, temperature=temperature)
+        with pytest.raises(ValueError, match=r"temperature is .*, must be positive and finite, at least 1e-20"):
+            crf.sample(emissions, lengths, mode="stochastic_viterbi", temperature=temperature)
+    best = crf.viterbi(emissions, lengths).tokens
+    for mode in ("ffbs", "stochastic_viterbi"):
+        cold = crf.sample(emissions, lengths, temperature=1e-20, mode=mode)
+        assert torch.equal(cold.tokens.squeeze(2), best)
+        assert torch.isfinite(cold.log_prob).all()
+    assert torch.equal(crf.entropy(emissions, lengths, temperature=1e-20), torch.zeros(5))
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------------

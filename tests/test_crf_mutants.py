@@ -11,7 +11,8 @@ from simctg_fast.ops import crf_common, crf_filter, crf_sample, crf_stochastic, 
 
 from . import crf_cases as cases
 
-STEPS = (crf_filter, crf_viterbi, crf_stochastic, divergence)
+STEPS = (crf_filter, crf_viterbi, crf_stochastic, low_rank)
+LENGTHS = (crf_filter, crf_viterbi, crf_stochastic, divergence)
 transition, inside, pick = crf_common.transition, crf_common.inside, crf_common.pick
 
 
@@ -52,7 +53,7 @@ def test_tables_swapped(everywhere, check):
 @pytest.mark.parametrize("check", [cases.check_laws, cases.check_best_paths, cases.check_divergence])
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_length_off_by_one(everywhere, check, shift):
-    everywhere("inside", lambda lengths, t: inside(lengths, t + shift))
+    everywhere("inside", lambda lengths, t: inside(lengths, t + shift), LENGTHS)
     noticed(check)
 
 
@@ -108,9 +109,14 @@ def test_signed_pointers(monkeypatch):
 
 
 def test_infinities_subtracted(monkeypatch):
-    monkeypatch.setattr(divergence, "_finite", lambda value, other: value)
-    monkeypatch.setattr(divergence, "_weighted", lambda log_p, value: (log_p.exp() * value).sum(1))
+    monkeypatch.setattr(divergence, "_lowest", lambda like: float("-inf"))
     noticed(cases.check_laws, banned=True)
+
+
+def test_infinity_times_nothing(monkeypatch):
+    monkeypatch.setattr(divergence, "_mean", lambda probability, value: (probability * value).sum(1))
+    monkeypatch.setattr(divergence, "_lowest", lambda like: float("-inf"))
+    noticed(cases.check_divergence, banned=True)
 
 
 def test_beams_ranked_again(monkeypatch):

@@ -149,6 +149,10 @@ def test_interpreted():
     run("[t.check_operators(*shape) for shape in t.SMALL]; t.check_selection()")
 
 
+def test_edges_interpreted():
+    run("import crf_cases; crf_cases.check_edges('triton')")
+
+
 def test_any_range_and_any_group_of_steps_interpreted():
     run("[t.check_ranges(*r) for r in t.RANGES[:2]]")
 

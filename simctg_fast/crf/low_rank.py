@@ -113,7 +113,8 @@ class LowRankCRF(nn.Module):
 
     Checks of values (banned positions, NaN, tokens out of range) raise on the CPU, inside of a compiled graph too. On a
     CUDA device they would have to wait for it, so they are left out, and bad values give NaN. `E1` and `E2` must be
-    finite (a transition is a sum of products, and cannot be forbidden); that is not looked at.
+    finite (a transition is a sum of products, and cannot be forbidden). They are never looked at: where they are not,
+    probabilities are NaN, and paths mean nothing.
 
     What is differentiable is so as often as one likes, also under `torch.func.grad`, `vjp` and `jacrev`; second
     derivatives run the recursion in PyTorch and hold T K² numbers an item. A RuntimeError says what cannot be had:

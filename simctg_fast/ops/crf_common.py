@@ -104,13 +104,17 @@ def transition(tokens: torch.Tensor, t: int, left: torch.Tensor, right: torch.Te
     return product(source * scale, target.transpose(1, 2))
 
 
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.matmul(a, b)
+
+
 class _Product(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(a.device.type, enabled=False):
-            return torch.matmul(a, b)
+        return _matmul(a, b)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -130,6 +134,8 @@ class _Product(torch.autograd.Function):
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` for `(B, M, K)` and `(B, K, N)` in their own dtype: autocast rounds neither it nor its gradient."""
+    if torch.compiler.is_dynamo_compiling():  # it knows no Function with a `jvp`, and takes the gradient here and now
+        return _matmul(a, b)
     return _Product.apply(a, b)
 
 
