@@ -91,7 +91,7 @@ def test_errors_call_things_by_the_callers_names(impl):
         (lambda: crf.log_prob(emissions, targets + 50), r"tokens\[0, 0\] is \d+, must be in 0..49"),
         (lambda: crf.log_prob(emissions, targets[..., None] + 50), r"tokens\[0, 0, 0\] is \d+, must be in 0..49"),
         (lambda: crf.beam(emissions, include=targets + 50), r"include\[0, 0\] is \d+, must be in 0..49"),
-        (lambda: crf(emissions, lengths), r"targets has shape \(3,\), must be \(batch, length\)"),
+        (lambda: crf(emissions, lengths), r"targets is torch.int64 \(3,\), must be integers of shape \(3, 7\)"),
         (
             lambda: crf.log_prob(emissions, targets[..., None].expand(-1, -1, 9)),
             "tokens holds 9 tokens a position, must be at most the 8 of a beam",
@@ -316,3 +316,88 @@ def test_products_are_differentiable_in_every_way():
     a, b = (x.detach() for x in inputs)
     many = torch.func.vmap(torch.func.grad(lambda a: product(a, b).sin().sum()))(a.expand(3, -1, -1, -1))
     torch.testing.assert_close(many[1], torch.func.grad(lambda a: (a @ b).sin().sum())(a))
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masks_with_padding_on_either_side(impl):
+    """Every run of positions of every item gives what the cut-out item gives on its own."""
+    crf = cases.build(9, 3, 4, impl)
+    other = cases.build(9, 3, 4, impl, seed=5)
+    runs = [(start, length) for length in range(5) for start in range(5 - length if length else 1)]
+    emissions = torch.full((len(runs), 4, 9), float("nan"))
+    targets = torch.full((len(runs), 4), -100)
+    mask = torch.zeros(len(runs), 4, dtype=torch.bool)
+    for b, (start, length) in enumerate(runs):
+        own = slice(start, start + length)
+        mask[b, own] = True
+        emissions[b, own] = torch.randn(length, 9)
+        targets[b, own] = torch.randint(9, (length,))
+    uniforms = torch.rand(len(runs), 4, 3)
+    values = emissions.clone().requires_grad_()
+
+    def everything(emissions, targets, uniforms, **span):
+        best, several = crf.viterbi(emissions, **span), crf.kbest(emissions, n=3, **span)
+        drawn = crf.sample(emissions, num_samples=3, uniforms=uniforms, **span)
+        frozen = crf.log_prob(emissions, drawn.tokens, beam_tokens=drawn.beam_tokens, slots=drawn.slots, **span)
+        scored = crf.log_prob(emissions, targets, **span)
+        beam = crf.beam(emissions, include=targets, **span)
+        along = {
+            "tokens": (best.tokens, 0), "slots": (best.slots, -1), "scores": (best.position_scores, 0),
+            "several": (several.tokens, 0), "several slots": (several.slots, -1), "drawn": (drawn.tokens, 0),
+            "drawn slots": (drawn.slots, -1), "drawn log p": (drawn.token_log_probs, 0),
+            "frozen": (frozen.token_log_probs, 0), "scored": (scored.token_log_probs, 0),
+            "marginals": (crf.marginals(emissions, **span).probs, 0), "beam": (beam.emissions, 0),
+        }  # fmt: skip
+        whole = {
+            "nll": crf.nll(emissions, targets, reduction="none", **span), "log Z": crf.log_partition(emissions, **span),
+            "entropy": crf.entropy(emissions, **span), "kl": crf.kl(other, emissions, **span),
+            "score": best.score, "called": crf(emissions, targets, reduction="sum", **span).view(1),
+        }  # fmt: skip
+        return along, whole
+
+    along, whole = everything(values, targets, uniforms, mask=mask)
+    (gradient,) = torch.autograd.grad(whole["nll"].sum() + whole["log Z"].sum(), values)
+    total = 0.0
+    for b, (start, length) in enumerate(runs):
+        assert (gradient[b][~mask[b]] == 0).all()
+        if length == 0:
+            assert all(float(value[b]) == 0 for name, value in whole.items() if name != "called")
+            continue
+        own = slice(start, start + length)
+        alone = emissions[b : b + 1, own].clone().requires_grad_()
+        parts, sums = everything(alone, targets[b : b + 1, own], uniforms[b : b + 1, :length])
+        for name, (value, fill) in along.items():
+            torch.testing.assert_close(value[b, own], parts[name][0][0], rtol=1e-5, atol=1e-5)
+            assert (value[b][~mask[b]] == fill).all(), name
+        for name in whole.keys() - {"called"}:
+            torch.testing.assert_close(whole[name][b], sums[name][0], rtol=1e-5, atol=1e-5)
+        (expected,) = torch.autograd.grad(sums["nll"] + sums["log Z"], alone)
+        torch.testing.assert_close(gradient[b, own], expected[0], rtol=1e-4, atol=1e-5)
+        total += float(sums["called"].detach())
+    assert float(whole["called"].detach()) == pytest.approx(total, rel=1e-5)
+    per_token = crf.nll(emissions, targets, mask=mask, reduction="token_mean")
+    torch.testing.assert_close(per_token, whole["called"][0] / mask.sum())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_errors_name_the_callers_positions(impl):
+    crf = cases.build(9, 3, 4, impl)
+    emissions, mask = torch.randn(2, 4, 9), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    bad = emissions.clone()
+    bad[1, 2] = NEVER
+    with pytest.raises(ValueError, match=r"emissions\[1, 2\] bans every token of the beam"):
+        crf.viterbi(bad, mask=mask)
+    targets = torch.zeros(2, 4, dtype=torch.int64)
+    targets[1, 3] = 9
+    with pytest.raises(ValueError, match=r"targets\[1, 3\] is 9, must be in 0..8"):
+        crf.nll(emissions, targets, mask=mask)
+    beam = crf.beam(emissions, mask=mask).tokens
+    outside = next(v for v in range(9) if v not in beam[1, 3])
+    targets[1, 3] = outside
+    with pytest.raises(ValueError, match=rf"tokens\[.*1, 3, 0\] is {outside}, which is not in beam_tokens\[1, 3\]|tokens\[0, 2"):
+        crf.log_prob(emissions, targets, mask=mask, beam_tokens=beam)
+    with pytest.raises(ValueError, match="lengths and mask are both given"):
+        crf.viterbi(emissions, torch.tensor([2, 3]), mask=mask)

@@ -118,8 +118,8 @@ def test_infinity_times_nothing(monkeypatch, check):
 def test_beams_ranked_again(monkeypatch):
     original = LowRankCRF._potentials
 
-    def again(self, emissions, lengths, beam_tokens, beam_size, temperature=1.0, forced=None):
-        return original(self, emissions, lengths, None, beam_size, temperature, forced)
+    def again(self, emissions, lengths, mask, beam_tokens, beam_size, temperature=1.0, forced=None):
+        return original(self, emissions, lengths, mask, None, beam_size, temperature, forced)
 
     monkeypatch.setattr(low_rank.LowRankCRF, "_potentials", again)
     noticed(cases.check_frozen_beams)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 
-from ..ops.crf_checks import checked_lengths
+from ..checks import check_real
 
 LOWEST_TEMPERATURE = 1e-20  # scores of up to 1e9 over it stay below the 1e30 that stands for infinity in the kernels
 
 
-def check_emissions(emissions: torch.Tensor, vocabulary: int) -> None:
+def check_emissions(emissions: torch.Tensor, vocabulary: int) -> torch.Tensor:
     if not isinstance(emissions, torch.Tensor):
         raise TypeError(f"emissions is {type(emissions).__name__}, must be a tensor")
     if emissions.dim() != 3 or emissions.shape[2] != vocabulary or emissions.shape[1] < 1:
         raise ValueError(f"emissions has shape {tuple(emissions.shape)}, must be (batch, length >= 1, {vocabulary})")
     if not emissions.dtype.is_floating_point:
         raise ValueError(f"emissions has dtype {emissions.dtype}, must be floating point")
+    return emissions
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
@@ -25,72 +27,29 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the CRF's parameters are on {device}; one device is needed")
 
 
-def as_lengths(lengths: torch.Tensor | None, emissions: torch.Tensor) -> torch.Tensor | None:
-    if lengths is None:
-        return None
-    if not isinstance(lengths, torch.Tensor):
-        raise TypeError(f"lengths is {type(lengths).__name__}, must be a tensor or None")
-    batch, limit = emissions.shape[:2]
-    if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be integers of shape ({batch},)")
-    check_device("lengths", lengths, emissions.device)
-    return checked_lengths(lengths.to(torch.int64), limit)
+def check_count(name: str, value: int) -> int:
+    """Raises a ValueError unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt) or value < 1:
+        raise ValueError(f"{name} is {value!r:.80}, must be an integer of at least 1")
+    return value
 
 
-def as_paths(name: str, paths: torch.Tensor, emissions: torch.Tensor) -> torch.Tensor:
-    """`(B, T)` or `(B, T, N)` integers as `(B, T, N)` int64."""
+def as_paths(name: str, paths: torch.Tensor, emissions: torch.Tensor, *, several: bool = True) -> torch.Tensor:
+    """`(B, T)` or, with `several`, `(B, T, N)` integers as `(B, T, N)` int64."""
     if not isinstance(paths, torch.Tensor):
         raise TypeError(f"{name} is {type(paths).__name__}, must be a tensor")
-    if paths.dim() not in (2, 3) or paths.shape[:2] != emissions.shape[:2] or paths.dtype.is_floating_point:
+    number = paths.dtype.is_floating_point or paths.dtype.is_complex or paths.dtype == torch.bool
+    if number or paths.dim() not in ((2, 3) if several else (2,)) or paths.shape[:2] != emissions.shape[:2]:
         batch, length = emissions.shape[:2]
-        raise ValueError(
-            f"{name} is {paths.dtype} {tuple(paths.shape)}, must be integers of shape ({batch}, {length}) or "
-            f"({batch}, {length}, paths)"
-        )
+        wanted = f"({batch}, {length})" + (f" or ({batch}, {length}, paths)" if several else "")
+        raise ValueError(f"{name} is {paths.dtype} {tuple(paths.shape)}, must be integers of shape {wanted}")
     check_device(name, paths, emissions.device)
     return (paths if paths.dim() == 3 else paths.unsqueeze(2)).to(torch.int64)
 
 
-def beyond(lengths: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """`(B, T)`: positions past the end; None: there are none."""
-    return None if lengths is None else torch.arange(length, device=lengths.device) >= lengths[:, None]
-
-
-def first_wrong(wrong: torch.Tensor) -> list[int] | None:
-    """Indices of the first true element, or None; waits for the device."""
-    if wrong.numel() == 0 or not bool(wrong.any()):
-        return None
-    return wrong.nonzero()[0].tolist()
-
-
-def check_tokens(name: str, tokens: torch.Tensor, vocabulary: int, past: torch.Tensor | None) -> None:
-    wrong = (tokens < 0) | (tokens >= vocabulary)
-    if past is not None:
-        wrong &= ~past[:, :, None]
-    where = first_wrong(wrong)
-    if where is not None:
-        place = ", ".join(map(str, where))
-        raise ValueError(f"{name}[{place}] is {int(tokens[tuple(where)])}, must be in 0..{vocabulary - 1}")
-
-
-def check_scores(scores: torch.Tensor, past: torch.Tensor | None, what: str = "token of the beam") -> None:
-    """NaN, +inf and positions where everything is banned. `scores (B, T, K)` are those of the beams, or of all tags."""
-    top = scores.amax(2)  # a NaN carries through
-    wrong = ~torch.isfinite(top)
-    if past is not None:
-        wrong &= ~past
-    where = first_wrong(wrong)
-    if where is None:
-        return
-    value = float(top[tuple(where)])
-    problem = "holds NaN" if math.isnan(value) else "holds +inf" if value > 0 else f"bans every {what} (-inf)"
-    raise ValueError(
-        f"emissions[{where[0]}, {where[1]}] {problem}; a position needs one finite emission and no NaN or +inf"
-    )
-
-
 def check_temperature(temperature: float) -> float:
     """Scores are divided by it: that must not make them infinite."""
+    check_real("temperature", temperature, "a positive number")
     value = float(temperature)
     if not LOWEST_TEMPERATURE <= value < math.inf:
         raise ValueError(f"temperature is {temperature}, must be positive and finite, at least {LOWEST_TEMPERATURE}")

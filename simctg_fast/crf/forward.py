@@ -66,6 +66,14 @@ def conditionals(
     return result if past is None else result.masked_fill(past[:, :, None], 0)
 
 
+def missing_paths(paths: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """`(B, N)`: which of the n best `paths (B, T, N)` do not exist; an item of length 0 has one, the first, empty."""
+    missing = paths[:, 0] < 0
+    if lengths is None:
+        return missing
+    return missing & ((lengths > 0)[:, None] | (torch.arange(paths.shape[2], device=paths.device) > 0))
+
+
 def reduced(loss: torch.Tensor, reduction: str, positions: Callable[[], torch.Tensor | int]) -> torch.Tensor:
     """A loss `(B,)` by one of `REDUCTIONS`; of no items, or no positions, 0."""
     if reduction not in REDUCTIONS:

@@ -21,10 +21,10 @@ from ..ops.crf_checks import (
 )
 from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
 from ..ops.dense_kbest import dense_kbest
-from .arguments import check_temperature, checked_uniforms, draw_seed
+from .arguments import as_paths, check_count, check_temperature, checked_uniforms, draw_seed
 from .divergence import entropy as _entropy
 from .divergence import kl as _kl
-from .forward import Filtered, along, conditionals, filtered, reduced
+from .forward import Filtered, along, conditionals, filtered, missing_paths, reduced
 from .results import LogProb, TagPath, TagPaths, TagSample
 from .spans import Span, as_span
 
@@ -161,8 +161,8 @@ class LinearChainCRF(nn.Module):
             reduction: over the sequences ``"mean"``, ``"sum"``, ``"none"`` for `(B,)`; ``"token_mean"``: the sum over
                 the number of positions.
         """
-        result = self._log_prob("tags", emissions, tags, lengths, mask, 1.0, paths=False)
-        return reduced(-result.sum(1), reduction, lambda: self._positions(emissions, lengths, mask))
+        result, p = self._log_prob(emissions, tags, lengths, mask, 1.0, several=False)
+        return reduced(-result.sum(1), reduction, lambda: p.span.positions(p.scores))
 
     def partial_nll(
         self,
@@ -198,7 +198,7 @@ class LinearChainCRF(nn.Module):
         loss = dense_log_partition(*p.arguments(), impl=self.impl)
         loss = loss - dense_log_partition(restricted, p.transitions, p.lengths, impl=self.impl)
         loss = loss.to(p.scores.dtype)
-        return reduced(loss, reduction, lambda: self._positions(emissions, lengths, mask))
+        return reduced(loss, reduction, lambda: p.span.positions(p.scores))
 
     # ---- decoding ----------------------------------------------------------------------------------------------------
 
@@ -223,14 +223,11 @@ class LinearChainCRF(nn.Module):
 
         Where there are fewer allowed paths than `n`, tags are -1 and scores -inf.
         """
+        check_count("n", n)
         p = self._potentials(emissions, lengths, mask)
         tags = checked_paths(dense_kbest(*p.arguments(), n, impl=self.impl), p.lengths)
         position_scores = self._path_scores(p, tags)
-        # A path that does not exist has -1 at position 0; an item of length 0 has one (empty) path, the first.
-        missing = tags[:, 0] < 0
-        if p.lengths is not None:
-            missing = missing & ((p.lengths > 0)[:, None] | (torch.arange(n, device=tags.device) > 0))
-        score = position_scores.sum(1).masked_fill(missing, float("-inf"))
+        score = position_scores.sum(1).masked_fill(missing_paths(tags, p.lengths), float("-inf"))
         return TagPaths(self._back(p, tags, -1), score, self._back(p, position_scores, 0))
 
     def sample(
@@ -250,8 +247,7 @@ class LinearChainCRF(nn.Module):
         and of (b, t, n), t counted from the item's first position; or `uniforms (B, T, N)` in [0, 1). Differentiable in
         the log-probabilities.
         """
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples!r}, must be an integer of at least 1")
+        check_count("num_samples", num_samples)
         p = self._potentials(emissions, lengths, mask, temperature)
         uniforms = checked_uniforms(uniforms, (*p.scores.shape[:2], num_samples), p.scores)
         seed = 0 if uniforms is not None else draw_seed(generator)
@@ -276,10 +272,8 @@ class LinearChainCRF(nn.Module):
 
         Per token they are log p(y_t | y_{t+1}), the last one log p(y_T). One reverse sweep gives the gradient of all.
         """
-        result = self._log_prob("tags", emissions, tags, lengths, mask, temperature, paths=True)
-        span = self._span(emissions, lengths, mask)
-        per_token = span.back(result, 0)
-        return LogProb(result.sum(1), per_token if self.batch_first else per_token.transpose(0, 1))
+        result, p = self._log_prob(emissions, tags, lengths, mask, temperature, several=True)
+        return LogProb(result.sum(1), self._back(p, result, 0))
 
     def log_partition(
         self,
@@ -372,11 +366,6 @@ class LinearChainCRF(nn.Module):
             mask = self._items_first(mask)
         return as_span(lengths, mask, self._items_first(emissions))
 
-    def _positions(self, emissions, lengths, mask) -> torch.Tensor | int:
-        """How many positions exist in all."""
-        span = self._span(emissions, lengths, mask)
-        return emissions.shape[0] * emissions.shape[1] if span.lengths is None else span.lengths.sum()
-
     def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         parameter = checked_parameter(name, getattr(self, name))
         forbidden = getattr(self, "_forbidden_" + name.removesuffix("_transitions"))
@@ -426,21 +415,16 @@ class LinearChainCRF(nn.Module):
         inside = paths.clamp(min=0)
         return conditionals(f, inside, self._edges(p, inside), p.lengths, p.past)
 
-    def _log_prob(self, name, emissions, tags, lengths, mask, temperature, *, paths: bool) -> torch.Tensor:
+    def _log_prob(
+        self, emissions, tags, lengths, mask, temperature, *, several: bool
+    ) -> tuple[torch.Tensor, Potentials]:
         """`(B, T)`, or `(B, T, N)` for as many paths, from each item's first position on."""
         p = self._potentials(emissions, lengths, mask, temperature)
-        if not isinstance(tags, torch.Tensor):
-            raise TypeError(f"{name} is {type(tags).__name__}, must be a tensor")
-        size = tuple(emissions.shape[:2])
-        dims = (2, 3) if paths else (2,)
-        if tags.dim() not in dims or tags.shape[:2] != size or tags.dtype.is_floating_point or tags.dtype == torch.bool:
-            wanted = f"{size} or ({size[0]}, {size[1]}, paths)" if paths else f"{size}"
-            raise ValueError(f"{name} is {tags.dtype} {tuple(tags.shape)}, must be integers of shape {wanted}")
-        if tags.device != emissions.device:
-            raise ValueError(f"{name} is on {tags.device}, emissions on {emissions.device}; one device is needed")
-        checked = checked_tokens(name, self._items_first(tags.to(torch.int64)), self.num_tags, p.span.past)
-        several = p.span.front(checked if tags.dim() == 3 else checked.unsqueeze(2))
+        paths = self._items_first(as_paths("tags", tags, emissions, several=several))
+        # Their places are named as they were handed over, without a dimension that `as_paths` added.
+        given = paths.squeeze(2) if tags.dim() == 2 else paths
+        paths = p.span.front(checked_tokens("tags", given, self.num_tags, p.span.past).view(paths.shape))
         if p.past is not None:
-            several = several.masked_fill(p.past[:, :, None], 0)
-        result = self._conditionals(p, self._filter(p), several)
-        return result.squeeze(2) if tags.dim() == 2 else result
+            paths = paths.masked_fill(p.past[:, :, None], 0)
+        result = self._conditionals(p, self._filter(p), paths)
+        return result.squeeze(2) if tags.dim() == 2 else result, p

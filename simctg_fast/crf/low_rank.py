@@ -8,7 +8,6 @@ score's exponential over the sum of all paths through the beams. The model is th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import nn
@@ -22,34 +21,44 @@ from ..ops.crf_sample import crf_ffbs
 from ..ops.crf_stochastic import crf_stochastic_viterbi
 from ..ops.crf_viterbi import crf_kbest, crf_viterbi
 from .arguments import (
-    as_lengths,
     as_paths,
-    beyond,
+    check_count,
     check_device,
     check_emissions,
     check_temperature,
+    checked_uniforms,
     draw_seed,
 )
 from .divergence import entropy as _entropy
 from .divergence import kl as _kl
+from .forward import Filtered, along, conditionals, filtered, missing_paths, reduced
 from .results import Beam, KBest, LogProb, Marginals, Sample, ViterbiPath
+from .spans import Span, as_span
 
 MODES = ("ffbs", "stochastic_viterbi")
-REDUCTIONS = ("mean", "sum", "none")
 EDGES = 1 << 18  # numbers gathered at a time where no gradient keeps them
 
 
 @dataclass(frozen=True)
 class Potentials:
-    """The arguments of the operators (see `ops.crf_common`), and which positions do not exist."""
+    """The arguments of the operators (see `ops.crf_common`), every item from position 0 on."""
 
     scores: torch.Tensor
     tokens: torch.Tensor
     left: torch.Tensor
     right: torch.Tensor
-    lengths: torch.Tensor | None
-    past: torch.Tensor | None
+    span: Span
+    past: torch.Tensor | None  # (B, T): positions that do not exist
     scale: float
+
+    @property
+    def lengths(self) -> torch.Tensor | None:
+        return self.span.lengths
+
+    @property
+    def beam_tokens(self) -> torch.Tensor:
+        """`(B, T, K)` at the caller's positions."""
+        return self.span.back(self.tokens, 0)
 
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.scores, self.tokens, self.left, self.right, self.lengths
@@ -57,24 +66,6 @@ class Potentials:
     def step(self, t: int) -> torch.Tensor:
         """Transitions from position t - 1 to t, `(B, K, K)`."""
         return transition(self.tokens, t - 1, self.left, self.right, self.scale)
-
-
-@dataclass(frozen=True)
-class Filtered:
-    """The forward filter's result. `alpha (B, T, K)` is normalised to a largest value of 0 at each position."""
-
-    messages: torch.Tensor
-    norms: torch.Tensor
-    alpha: torch.Tensor
-    last_alpha: torch.Tensor  # (B, K)
-    last_total: torch.Tensor  # (B,): its log-sum-exp
-
-
-def check_count(name: str, value: int) -> int:
-    """Raises a ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt) or value < 1:
-        raise ValueError(f"{name} is {value!r:.80}, must be an integer of at least 1")
-    return value
 
 
 def _check_no_count(lengths: object, example: str) -> None:
@@ -98,7 +89,8 @@ class LowRankCRF(nn.Module):
     Parameters `E1` and `E2` are ``nn.Embedding(V, D)``, initialised as those are.
 
     In every method `emissions` is `(B, T, V)` in fp32, fp16, bf16 (computed in fp32) or fp64; -inf bans a token;
-    `lengths` `(B,)` says how many positions of each item exist (padding is on the right, and is never looked at);
+    `lengths` `(B,)` says how many positions of each item exist, or `mask (B, T)`, non-zero at one run of positions of
+    each item, with padding on either side; padding is never looked at;
     `beam_size` overrides the width for one call. `beam_tokens (B, T, K)` freezes the support: emissions are gathered at
     these tokens instead of choosing the best, so that two models, or one before and after an update, are compared on
     the same paths. `temperature` is the model's: emissions and transitions are divided by it.
@@ -141,6 +133,7 @@ class LowRankCRF(nn.Module):
         targets: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         reduction: str = "mean",
         beam_size: int | None = None,
     ) -> torch.Tensor | ViterbiPath:
@@ -150,8 +143,8 @@ class LowRankCRF(nn.Module):
         method, adds up its gradients.
         """
         if targets is None:
-            return self.viterbi(emissions, lengths, beam_size=beam_size)
-        return self.nll(emissions, targets, lengths, reduction=reduction, beam_size=beam_size)
+            return self.viterbi(emissions, lengths, mask=mask, beam_size=beam_size)
+        return self.nll(emissions, targets, lengths, mask=mask, reduction=reduction, beam_size=beam_size)
 
     # ---- decoding ----------------------------------------------------------------------------------------------------
 
@@ -160,6 +153,7 @@ class LowRankCRF(nn.Module):
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
     ) -> ViterbiPath:
@@ -168,17 +162,17 @@ class LowRankCRF(nn.Module):
         Returns `tokens`, `slots` `(B, T)`, `score` `(B,)`, `position_scores` `(B, T)` and the beams. The scores are
         differentiable, with the path as the subgradient.
         """
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size)
+        p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size)
         slots = crf_viterbi(*p.arguments(), impl=self.impl).unsqueeze(2)
-        tokens, position_scores = self._path(p, slots)
-        position_scores = position_scores.squeeze(2)
-        return ViterbiPath(tokens.squeeze(2), slots.squeeze(2), position_scores.sum(1), position_scores, p.tokens)
+        tokens, slots, position_scores = (x.squeeze(2) for x in self._path(p, slots))
+        return ViterbiPath(tokens, slots, position_scores.sum(1), position_scores, p.beam_tokens)
 
     def kbest(
         self,
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         n: int = 8,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
@@ -191,15 +185,12 @@ class LowRankCRF(nn.Module):
         """
         _check_no_count(lengths, "kbest(emissions, n")
         check_count("n", n)
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size)
+        p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size)
         slots = crf_kbest(*p.arguments(), n, impl=self.impl)
-        tokens, position_scores = self._path(p, slots)
-        # A path that does not exist has -1 at position 0; an item of length 0 has one (empty) path, the first.
-        missing = slots[:, 0] < 0
-        if p.lengths is not None:
-            missing = missing & ((p.lengths > 0)[:, None] | (torch.arange(n, device=slots.device) > 0))
+        missing = missing_paths(slots, p.lengths)
+        tokens, slots, position_scores = self._path(p, slots)
         score = position_scores.sum(1).masked_fill(missing, float("-inf"))
-        return KBest(tokens, slots, score, position_scores, p.tokens)
+        return KBest(tokens, slots, score, position_scores, p.beam_tokens)
 
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
@@ -208,6 +199,7 @@ class LowRankCRF(nn.Module):
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         num_samples: int = 1,
         mode: str = "ffbs",
         temperature: float = 1.0,
@@ -228,7 +220,7 @@ class LowRankCRF(nn.Module):
                 only the softmax that draws the back-pointers.
             generator: gives the seed; None: torch's default generator.
             uniforms: numbers in [0, 1) in place of the seeded ones: `(B, T, N)` for ``"ffbs"``, `(B, T - 1, K, N)` for
-                ``"stochastic_viterbi"``; used by inverse CDF in slot order.
+                ``"stochastic_viterbi"``, t counted from the item's first position; used by inverse CDF in slot order.
 
         The result is differentiable in `log_prob` and `token_log_probs`, not in the choice of paths.
         """
@@ -238,13 +230,10 @@ class LowRankCRF(nn.Module):
         check_count("num_samples", num_samples)
         temperature = check_temperature(temperature)
         exact = mode == "ffbs"
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature if exact else 1.0)
-        if uniforms is not None:
-            if not isinstance(uniforms, torch.Tensor):
-                raise TypeError(f"uniforms is {type(uniforms).__name__}, must be a tensor or None")
-            if uniforms.device.type == "cpu" and bool(((uniforms < 0) | ~(uniforms < 1)).any()):
-                raise ValueError("uniforms holds a value outside [0, 1)")
-            uniforms = uniforms.to(p.scores.dtype)
+        p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size, temperature if exact else 1.0)
+        batch, length, size = p.scores.shape
+        shape = (batch, length, num_samples) if exact else (batch, length - 1, size, num_samples)
+        uniforms = checked_uniforms(uniforms, shape, p.scores)
         seed = 0 if uniforms is not None else draw_seed(generator)
         f = self._filter(p)
         with torch.no_grad(), torch.autocast(emissions.device.type, enabled=False):
@@ -256,8 +245,9 @@ class LowRankCRF(nn.Module):
                 slots = crf_stochastic_viterbi(
                     *p.arguments(), temperature, num_samples, seed, uniforms, impl=self.impl
                 )[0]
-        token_log_probs = self._conditionals(p, f, slots)
-        return Sample(self._tokens(p, slots), slots, token_log_probs.sum(1), token_log_probs, p.tokens)
+        token_log_probs = p.span.back(self._conditionals(p, f, slots), 0)
+        tokens = p.span.back(self._tokens(p, slots), self.pad_id)
+        return Sample(tokens, p.span.back(slots, -1), token_log_probs.sum(1), token_log_probs, p.beam_tokens)
 
     # ---- probabilities -----------------------------------------------------------------------------------------------
 
@@ -267,6 +257,7 @@ class LowRankCRF(nn.Module):
         tokens: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         beam_tokens: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
         beam_size: int | None = None,
@@ -288,7 +279,7 @@ class LowRankCRF(nn.Module):
         Raises:
             ValueError: also where a token is not in `beam_tokens`: a path outside the beams has no probability.
         """
-        return self._log_prob("tokens", emissions, tokens, lengths, beam_tokens, slots, beam_size, temperature)
+        return self._log_prob("tokens", emissions, tokens, lengths, mask, beam_tokens, slots, beam_size, temperature)[0]
 
     def nll(
         self,
@@ -296,6 +287,7 @@ class LowRankCRF(nn.Module):
         targets: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         reduction: str = "mean",
         beam_size: int | None = None,
     ) -> torch.Tensor:
@@ -305,20 +297,19 @@ class LowRankCRF(nn.Module):
         banned, that is an error.
 
         Args:
-            reduction: over the sequences: ``"mean"`` (0 for an empty batch), ``"sum"``, or ``"none"`` for `(B,)`.
+            reduction: over the sequences ``"mean"`` (0 for an empty batch), ``"sum"``, ``"none"`` for `(B,)`;
+                ``"token_mean"``: the sum over the number of positions.
         """
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
-        if isinstance(targets, torch.Tensor) and targets.dim() != 2:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}, must be (batch, length)")
-        loss = -self._log_prob("targets", emissions, targets, lengths, None, None, beam_size, 1.0).log_prob
-        return loss if reduction == "none" else loss.sum() / (max(1, len(loss)) if reduction == "mean" else 1)
+        as_paths("targets", targets, check_emissions(emissions, self.num_embeddings), several=False)
+        result, p = self._log_prob("targets", emissions, targets, lengths, mask, None, None, beam_size, 1.0)
+        return reduced(-result.log_prob, reduction, lambda: p.span.positions(emissions))
 
     def log_partition(
         self,
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
         temperature: float = 1.0,
@@ -327,7 +318,7 @@ class LowRankCRF(nn.Module):
 
         The recursion is renormalised at each position, and what is taken off is summed in fp64.
         """
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+        p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size, temperature)
         f = self._filter(p)
         return (f.last_total.double() + f.norms.double().sum(1)).to(p.scores.dtype)
 
@@ -336,32 +327,34 @@ class LowRankCRF(nn.Module):
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
         temperature: float = 1.0,
     ) -> Marginals:
         """p(y_t = token of slot k) for every position and slot; 0 beyond the lengths. Not differentiable."""
         with torch.no_grad():
-            p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+            p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size, temperature)
             f = self._filter(p)
             # The marginals are the gradient of the log-partition: what the reverse sweep makes of softmax(alpha_T).
             position = torch.arange(p.scores.shape[1], device=p.scores.device)
             ends = position == (position[-1] if p.lengths is None else p.lengths[:, None] - 1)
             seed = torch.where(ends[..., None], torch.softmax(f.last_alpha, 1)[:, None], 0)
             into = crf_filter_backward(seed, f.messages, f.norms, *p.arguments(), p.scale, False, impl=self.impl)[0]
-            return Marginals(into + seed, p.tokens)
+            return Marginals(p.span.back(into + seed, 0), p.beam_tokens)
 
     def entropy(
         self,
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
         temperature: float = 1.0,
     ) -> torch.Tensor:
         """Entropy of the law of paths, `(B,)`, in nats, differentiable."""
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+        p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size, temperature)
         return _entropy(p)
 
     def kl(
@@ -371,6 +364,7 @@ class LowRankCRF(nn.Module):
         other_emissions: torch.Tensor | None = None,
         *,
         lengths: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         beam_tokens: torch.Tensor | None = None,
         beam_size: int | None = None,
         temperature: float = 1.0,
@@ -382,7 +376,7 @@ class LowRankCRF(nn.Module):
         """
         if not isinstance(other, LowRankCRF):
             raise TypeError(f"other is {type(other).__name__}, must be a LowRankCRF")
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature)
+        p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size, temperature)
         other_emissions = emissions if other_emissions is None else other_emissions
         if isinstance(other_emissions, torch.Tensor) and other_emissions.shape[:2] != emissions.shape[:2]:
             hint = "; lengths are named: lengths=" if other_emissions.dim() == 1 else ""
@@ -390,7 +384,7 @@ class LowRankCRF(nn.Module):
                 f"other_emissions has shape {tuple(other_emissions.shape)}, "
                 f"must begin with {tuple(emissions.shape[:2])}{hint}"
             )
-        q = other._potentials(other_emissions, lengths, p.tokens, None, temperature)
+        q = other._potentials(other_emissions, lengths, mask, p.beam_tokens, None, temperature)
         return _kl(p, q)
 
     def beam(
@@ -398,6 +392,7 @@ class LowRankCRF(nn.Module):
         emissions: torch.Tensor,
         lengths: torch.Tensor | None = None,
         *,
+        mask: torch.Tensor | None = None,
         include: torch.Tensor | None = None,
         beam_size: int | None = None,
     ) -> Beam:
@@ -405,8 +400,8 @@ class LowRankCRF(nn.Module):
         check_emissions(emissions, self.num_embeddings)
         _check_no_count(lengths, "beam(emissions, beam_size")
         forced = None if include is None else ("include", include)
-        p = self._potentials(emissions, lengths, None, beam_size, forced=forced)
-        return Beam(p.tokens, p.scores)
+        p = self._potentials(emissions, lengths, mask, None, beam_size, forced=forced)
+        return Beam(p.beam_tokens, p.span.back(p.scores, 0))
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -414,6 +409,7 @@ class LowRankCRF(nn.Module):
         self,
         emissions: torch.Tensor,
         lengths: torch.Tensor | None,
+        mask: torch.Tensor | None,
         beam_tokens: torch.Tensor | None,
         beam_size: int | None,
         temperature: float = 1.0,
@@ -423,8 +419,8 @@ class LowRankCRF(nn.Module):
         check_emissions(emissions, self.num_embeddings)
         check_device("emissions", emissions, self.E1.weight.device)
         temperature = check_temperature(temperature)
-        lengths = as_lengths(lengths, emissions)
-        past = beyond(lengths, emissions.shape[1])
+        span = as_span(lengths, mask, emissions)
+        past = span.past_in_front(emissions.shape[1])
         dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
         values = None
         if beam_tokens is not None:
@@ -435,101 +431,88 @@ class LowRankCRF(nn.Module):
             if beam_tokens.dim() != 3 or beam_tokens.shape[2] < 1:
                 raise ValueError(f"beam_tokens has shape {tuple(beam_tokens.shape)}, must be (batch, length, beam)")
             tokens = as_paths("beam_tokens", beam_tokens, emissions)
-            tokens = checked_tokens("beam_tokens", tokens, self.num_embeddings, None)
+            tokens = span.front(checked_tokens("beam_tokens", tokens, self.num_embeddings, None))
+            emissions = span.front(emissions)
         else:
             width = min(
                 check_count("beam_size", self.beam_size if beam_size is None else beam_size), self.num_embeddings
             )
-            wanted = None if forced is None else self._forced(*forced, emissions, past, width)
-            tokens, values = crf_beam_select(emissions.detach(), width, lengths, wanted, impl=self.impl)
+            wanted = None if forced is None else self._forced(*forced, emissions, span, width)
+            emissions = span.front(emissions)
+            tokens, values = crf_beam_select(emissions.detach(), width, span.lengths, wanted, impl=self.impl)
         if values is None or tracked(emissions):
             values = take_along(emissions, tokens).to(dtype)
             if past is not None:
                 values = values.masked_fill(past[:, :, None], 0)  # padding may hold anything, NaN too
-        values = checked_scores(values, past)
+        values = span.front(checked_scores(span.back(values, 0), span.past))  # errors name the caller's positions
         scale = 1.0 / temperature
         left, right = self.E1.weight.to(dtype), self.E2.weight.to(dtype)
         scores = values if temperature == 1.0 else values * scale
-        return Potentials(scores, tokens, left, right, lengths, past, scale)
+        return Potentials(scores, tokens, left, right, span, past, scale)
 
-    def _forced(self, name, tokens, emissions, past, width):
-        """`(B, T, N)`, -1 at positions that do not exist."""
+    def _forced(self, name, tokens, emissions, span, width):
+        """`(B, T, N)`, every item from position 0 on, -1 at positions that do not exist."""
         paths = as_paths(name, tokens, emissions)
         if paths.shape[2] > width:
             raise ValueError(
                 f"{name} holds {paths.shape[2]} tokens a position, must be at most the {width} of a beam (beam_size)"
             )
         # Their places are named as they were handed over, without a dimension that `as_paths` added.
-        checked = checked_tokens(name, paths.squeeze(2) if tokens.dim() == 2 else paths, self.num_embeddings, past)
-        paths = checked.view(paths.shape)
-        return paths if past is None else paths.masked_fill(past[:, :, None], -1)
+        given = paths.squeeze(2) if tokens.dim() == 2 else paths
+        paths = checked_tokens(name, given, self.num_embeddings, span.past).view(paths.shape)
+        return span.front(paths if span.past is None else paths.masked_fill(span.past[:, :, None], -1))
 
-    def _log_prob(self, name, emissions, tokens, lengths, beam_tokens, slots, beam_size, temperature) -> LogProb:
+    def _log_prob(
+        self, name, emissions, tokens, lengths, mask, beam_tokens, slots, beam_size, temperature
+    ) -> tuple[LogProb, Potentials]:
         """:meth:`log_prob` of `tokens`, which the caller calls `name`."""
         check_emissions(emissions, self.num_embeddings)
         paths = as_paths(name, tokens, emissions)
         forced = (name, tokens) if beam_tokens is None else None
-        p = self._potentials(emissions, lengths, beam_tokens, beam_size, temperature, forced=forced)
+        p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size, temperature, forced=forced)
         if slots is None:
-            slots = slots_of(p.tokens, paths, p.past)
+            slots = slots_of(p.beam_tokens, paths, p.span.past)
         else:
             if beam_tokens is None:
                 raise ValueError("slots is given without beam_tokens; slots number the tokens of a beam")
             slots = as_paths("slots", slots, emissions)
             if slots.shape != paths.shape:
                 raise ValueError(f"slots has shape {tuple(slots.shape)}, must be {tuple(paths.shape)} as tokens has")
-            slots = checked_slots(slots, p.tokens, paths, p.past)
-        result = self._conditionals(p, self._filter(p), slots)
+            slots = checked_slots(slots, p.beam_tokens, paths, p.span.past)
+        result = p.span.back(self._conditionals(p, self._filter(p), p.span.front(slots)), 0)
         if tokens.dim() == 2:
             result = result.squeeze(2)
-        return LogProb(result.sum(1), result)
+        return LogProb(result.sum(1), result), p
 
     def _filter(self, p: Potentials) -> Filtered:
         messages, norms = crf_filter(*p.arguments(), p.scale, impl=self.impl)
-        alpha = messages + p.scores - norms[:, :, None]
-        if p.lengths is None:
-            last = alpha[:, -1]
-        else:
-            last = alpha[torch.arange(alpha.shape[0], device=alpha.device), (p.lengths - 1).clamp(min=0)]
-        total = torch.logsumexp(last, 1)
-        if p.lengths is not None:
-            total = total.masked_fill(p.lengths == 0, 0)
-        return Filtered(messages, norms, alpha, last, total)
+        return filtered(messages, norms, p.scores, p.lengths)
 
     def _conditionals(self, p: Potentials, f: Filtered, slots: torch.Tensor) -> torch.Tensor:
-        """log p(y_t | y_{t+1}), `(B, T, N)`: alpha_t(y_t) + transition - message_{t+1}(y_{t+1})."""
         inside = slots.clamp(min=0)
-        here = take_along(f.alpha, inside)
-        follows = p.scale * self._edges(p, inside) - take_along(f.messages, inside)[:, 1:]
-        follows = torch.cat([follows, (-f.last_total)[:, None, None].expand(-1, 1, slots.shape[2])], 1)
-        if p.lengths is not None:
-            position = torch.arange(slots.shape[1], device=slots.device)
-            ends = (position == (p.lengths - 1)[:, None])[:, :, None]
-            follows = torch.where(ends, -f.last_total[:, None, None], follows)
-        result = here + follows
-        return result if p.past is None else result.masked_fill(p.past[:, :, None], 0)
+        return conditionals(f, inside, p.scale * self._edges(p, inside), p.lengths, p.past)
 
     def _edges(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
         """Transitions along the paths, unscaled: `(B, T - 1, N)`."""
         tokens = p.tokens.gather(2, slots)
 
-        def along(tokens: torch.Tensor) -> torch.Tensor:
+        def products(tokens: torch.Tensor) -> torch.Tensor:
             source = nn.functional.embedding(tokens[:, :-1], p.left)
             target = nn.functional.embedding(tokens[:, 1:], p.right)
             return (source * target).sum(-1)
 
         if torch.is_grad_enabled() and (p.left.requires_grad or p.right.requires_grad):
-            return along(tokens)
+            return products(tokens)
         # The rows of all paths at once would be 2 N T D numbers.
         each = max(1, EDGES // max(1, tokens[:, :, 0].numel() * p.left.shape[1]))
-        return torch.cat([along(part) for part in tokens.split(each, 2)], 2)
+        return torch.cat([products(part) for part in tokens.split(each, 2)], 2)
 
-    def _path(self, p: Potentials, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and per-position scores of paths given by their slots, `(B, T, N)` each."""
+    def _path(self, p: Potentials, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, slots and per-position scores of paths `(B, T, N)` of slots, at the caller's positions."""
         inside = slots.clamp(min=0)
-        scores = take_along(p.scores, inside)
-        scores = scores + nn.functional.pad(self._edges(p, inside), (0, 0, 1, 0))
-        return self._tokens(p, slots), scores.masked_fill(slots < 0, 0)
+        scores = along(p.scores, inside) + nn.functional.pad(self._edges(p, inside), (0, 0, 1, 0))
+        back = p.span.back
+        return back(self._tokens(p, slots), self.pad_id), back(slots, -1), back(scores.masked_fill(slots < 0, 0), 0)
 
     def _tokens(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
         return p.tokens.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, self.pad_id)

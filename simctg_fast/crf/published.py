@@ -13,8 +13,8 @@ from ..ops.crf_beam import crf_beam_select
 from ..ops.crf_checks import checked_scores
 from ..ops.crf_common import take_along
 from ..ops.crf_stochastic import crf_stochastic_viterbi
-from .arguments import as_lengths, beyond, check_device, check_emissions, check_temperature, draw_seed
-from .low_rank import check_count
+from .arguments import check_count, check_device, check_emissions, check_temperature, draw_seed
+from .spans import Span, as_span
 
 
 class _Published(nn.Module):
@@ -35,8 +35,8 @@ class _Published(nn.Module):
         if width > self.E1.num_embeddings:
             raise ValueError(f"beam is {width}, must be in 1..{self.E1.num_embeddings}")
         check_count("num_samples", samples)
-        lengths = None if masks is None else as_lengths(_prefix_lengths(masks, emissions), emissions)
-        past = beyond(lengths, emissions.shape[1])
+        span = Span(None) if masks is None else as_span(_prefix_lengths(masks, emissions), None, emissions)
+        lengths, past = span.lengths, span.past
         tokens, scores = crf_beam_select(emissions.detach(), width, lengths, impl=self.impl)
         if tracked(emissions):
             scores = take_along(emissions, tokens).to(scores.dtype)

@@ -21,6 +21,16 @@ class Span:
     starts: torch.Tensor | None = None
     past: torch.Tensor | None = None  # (B, T): positions that do not exist, before `front`
 
+    def past_in_front(self, length: int) -> torch.Tensor | None:
+        """`past` of what `front` returns."""
+        if self.starts is None or self.lengths is None:
+            return self.past
+        return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
+
+    def positions(self, emissions: torch.Tensor) -> torch.Tensor | int:
+        """How many positions of `emissions (B, T, K)` exist in all."""
+        return emissions.shape[0] * emissions.shape[1] if self.lengths is None else self.lengths.sum()
+
     def front(self, values: torch.Tensor) -> torch.Tensor:
         """`(B, T, …)` with every item moved to position 0; what comes behind an item is anything."""
         if self.starts is None:
