@@ -155,12 +155,16 @@ def test_far_apart():
     assert torch.equal(entropy(whole), expected)
 
 
-def test_second_derivatives():
+def test_derivatives_of_every_kind():
     lengths = torch.tensor([3, 2])
     inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 2), (2, 2)) * 2]
 
     def both(a, b, c, d):
         return torch.cat([entropy(Dense(a, b, lengths)), kl(Dense(a, b, lengths), Dense(c, d, lengths))])
 
-    assert torch.autograd.gradcheck(both, inputs)
+    assert torch.autograd.gradcheck(both, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(both, inputs)
+    expected = torch.autograd.grad(both(*inputs).sum(), inputs)
+    plain = [x.detach() for x in inputs]
+    for actual, wanted in zip(torch.func.grad(lambda *x: both(*x).sum(), (0, 1, 2, 3))(*plain), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)

@@ -39,7 +39,7 @@ def entropy(p: Chain) -> torch.Tensor:
     alpha = _start(p.scores[:, 0])
     value = torch.zeros_like(alpha)
     for t in range(1, p.scores.shape[1]):
-        value, alpha = checkpoint(_entropy_step, p, t, value, alpha, use_reentrant=False, preserve_rng_state=False)
+        value, alpha = _recomputed(_entropy_step, p, t, value, alpha)
     last = _law(alpha)
     return _empty(_mean(last.exp(), value - last), p.lengths)
 
@@ -49,11 +49,16 @@ def kl(p: Chain, q: Chain) -> torch.Tensor:
     alpha, beta = _start(p.scores[:, 0]), _start(q.scores[:, 0])
     value = torch.zeros_like(alpha)
     for t in range(1, p.scores.shape[1]):
-        value, alpha, beta = checkpoint(
-            _kl_step, p, q, t, value, alpha, beta, use_reentrant=False, preserve_rng_state=False
-        )
+        value, alpha, beta = _recomputed(_kl_step, p, q, t, value, alpha, beta)
     last = _law(alpha)
     return _empty(_mean(last.exp(), value + last - _forbidding(_law(beta), beta)), p.lengths)
+
+
+def _recomputed(step, *arguments):
+    """`step` of the arguments, computed again in the backward pass; `torch.func` cannot do that, and keeps it all."""
+    if torch._C._are_functorch_transforms_active():
+        return step(*arguments)
+    return checkpoint(step, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _entropy_step(p, t, value, alpha):
