@@ -387,7 +387,7 @@ def test_errors_name_the_callers_positions(impl):
     crf = cases.build(9, 3, 4, impl)
     emissions, mask = torch.randn(2, 4, 9), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     bad = emissions.clone()
-    bad[1, 2] = NEVER
+    bad[1, 2] = float("-inf")
     with pytest.raises(ValueError, match=r"emissions\[1, 2\] bans every token of the beam"):
         crf.viterbi(bad, mask=mask)
     targets = torch.zeros(2, 4, dtype=torch.int64)
@@ -396,8 +396,9 @@ def test_errors_name_the_callers_positions(impl):
         crf.nll(emissions, targets, mask=mask)
     beam = crf.beam(emissions, mask=mask).tokens
     outside = next(v for v in range(9) if v not in beam[1, 3])
+    targets = beam[..., 0].clone()
     targets[1, 3] = outside
-    with pytest.raises(ValueError, match=rf"tokens\[.*1, 3, 0\] is {outside}, which is not in beam_tokens\[1, 3\]|tokens\[0, 2"):
+    with pytest.raises(ValueError, match=rf"tokens\[1, 3, 0\] is {outside}, which is not in beam_tokens\[1, 3\]"):
         crf.log_prob(emissions, targets, mask=mask, beam_tokens=beam)
     with pytest.raises(ValueError, match="lengths and mask are both given"):
         crf.viterbi(emissions, torch.tensor([2, 3]), mask=mask)
