@@ -36,23 +36,40 @@ struct DenseMatrix {
           stride((crf.tags + 2 * k.lanes - 1) / (2 * k.lanes) * (2 * k.lanes)),
           logs(tags * stride),
           factors(sums ? tags * stride : 0) {
-        float low = -kNever;
         for (int64_t i = 0; i < tags; ++i) {
             float* row = logs.data() + i * stride;
-            for (int64_t j = 0; j < tags; ++j) {
-                row[j] = crf.transitions[i * tags + j];
-                if (row[j] == kNever) {
-                    forbidden = true;
-                } else {
-                    low = std::min(low, row[j]), high = std::max(high, row[j]);
-                }
-            }
+            std::copy_n(crf.transitions + i * tags, tags, row);
             std::fill(row + tags, row + stride, kNever);
         }
+        // Sixteen at a time, which the compiler makes vectors of; -inf counts as +inf in the minima.
+        constexpr int64_t wide = 16;
+        float lows[wide];
+        int wrong[wide] = {};
+        std::fill(lows, lows + wide, -kNever);
+        const int64_t count = tags * tags;
+        for (int64_t i = 0; i < count; i += wide) {
+            const int64_t here = std::min(wide, count - i);
+            for (int64_t l = 0; l < here; ++l) {
+                const float value = crf.transitions[i + l], finite = value == kNever ? -kNever : value;
+                lows[l] = finite < lows[l] ? finite : lows[l];
+                wrong[l] |= !(value < -kNever);
+            }
+        }
+        if (std::count(wrong, wrong + wide, 0) < wide) refuse(crf.transitions);
         if (!sums) return;
+        const float low = *std::min_element(lows, lows + wide);
+        high = k.largest(crf.transitions, count);
+        forbidden = std::count(crf.transitions, crf.transitions + count, kNever) > 0;
         exponential = high - low <= kWidestSpan;  // false where all is forbidden
         guarded = forbidden || high - low > kSafeSpan;
         if (exponential) k.exponentials(logs.data(), -high, tags * stride, factors.data());
+    }
+
+    [[noreturn]] void refuse(const float* transitions) const {
+        int64_t at = 0;
+        while (transitions[at] < -kNever) ++at;
+        throw std::invalid_argument("transitions[" + std::to_string(at / tags) + ", " + std::to_string(at % tags) + "] is " +
+                                    std::to_string(transitions[at]) + ", must be finite or -inf");
     }
 };
 

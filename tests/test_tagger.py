@@ -413,6 +413,11 @@ def test_errors_name_what_is_wrong(impl):
     with torch.no_grad():
         crf.end_transitions[2] = float("nan")
     refuses(r"end_transitions\[2\] is nan, must be finite or -inf")
+    with torch.no_grad():
+        crf.end_transitions[2], crf.transitions[2, 1] = 0.0, float("inf")
+    emissions[:] = 0
+    for method in ("viterbi", "log_partition", "marginals", "entropy", "kbest", "sample"):
+        refuses(r"transitions\[2, 1\] is inf, must be finite or -inf", ValueError, method, emissions)
     with pytest.raises(ValueError, match="num_tags is 0, must be an integer of at least 1"):
         LinearChainCRF(0)
     with pytest.raises(ValueError, match=r"allowed_start is torch.bool \(2,\), must be a bool tensor of shape \(3,\)"):

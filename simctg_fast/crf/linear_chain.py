@@ -6,12 +6,13 @@ score's exponential over the sum of all paths as its probability (Lafferty, McCa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..ops.crf_checks import (
+    checked_ends,
     checked_expectations,
     checked_parameter,
     checked_paths,
@@ -27,6 +28,8 @@ from .divergence import kl as _kl
 from .forward import Filtered, along, conditionals, filtered, missing_paths, reduced
 from .results import LogProb, TagPath, TagPaths, TagSample
 from .spans import Span, as_span
+
+PARAMETERS = ("start_transitions", "end_transitions", "transitions")
 
 
 @dataclass(frozen=True)
@@ -311,7 +314,7 @@ class LinearChainCRF(nn.Module):
         temperature: float = 1.0,
     ) -> torch.Tensor:
         """Entropy of the law of paths, `(B,)`, in nats, differentiable."""
-        return checked_expectations(_entropy(self._potentials(emissions, lengths, mask, temperature)))
+        return checked_expectations(_entropy(self._chain(emissions, lengths, mask, temperature)))
 
     def kl(
         self,
@@ -327,8 +330,8 @@ class LinearChainCRF(nn.Module):
         if not isinstance(other, LinearChainCRF) or other.num_tags != self.num_tags:
             given = f"{type(other).__name__} of {getattr(other, 'num_tags', 'no')} tags"
             raise TypeError(f"other is a {given}, must be a LinearChainCRF of {self.num_tags}")
-        p = self._potentials(emissions, lengths, mask, temperature)
-        q = other._potentials(emissions if other_emissions is None else other_emissions, lengths, mask, temperature)
+        p = self._chain(emissions, lengths, mask, temperature)
+        q = other._chain(emissions if other_emissions is None else other_emissions, lengths, mask, temperature)
         if q.scores.shape != p.scores.shape:
             raise ValueError(
                 f"other_emissions has shape {tuple(q.scores.shape)}, must be {tuple(p.scores.shape)} as emissions has"
@@ -367,7 +370,7 @@ class LinearChainCRF(nn.Module):
         return as_span(lengths, mask, self._items_first(emissions))
 
     def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        parameter = checked_parameter(name, getattr(self, name))
+        parameter = getattr(self, name)
         forbidden = getattr(self, "_forbidden_" + name.removesuffix("_transitions"))
         return (parameter if forbidden is None else parameter.masked_fill(forbidden, float("-inf"))).to(dtype)
 
@@ -379,23 +382,28 @@ class LinearChainCRF(nn.Module):
         emissions = span.front(checked_scores(self._items_first(emissions), span.past, "tag"))
         double = torch.float64 in (emissions.dtype, self.transitions.dtype)
         dtype = torch.float64 if double else torch.float32
-        scores = emissions.to(dtype)
-        past = None
-        length = scores.shape[1]
-        position = torch.arange(length, device=scores.device)
-        last = position == length - 1
-        if span.lengths is not None:
-            past = position >= span.lengths[:, None]
-            last = position == span.lengths[:, None] - 1
-            scores = scores.masked_fill(past[:, :, None], 0)
-        start, end = self._parameter("start_transitions", dtype), self._parameter("end_transitions", dtype)
-        # Not a product with the mask: 0 · -inf is NaN.
-        scores = torch.where(last[..., None], scores + end, scores)
-        scores = torch.cat([scores[:, :1] + start, scores[:, 1:]], 1)
-        transitions = self._parameter("transitions", dtype)
+        start, end, transitions = (self._parameter(name, dtype) for name in PARAMETERS)
+        edges = checked_ends(torch.stack([start, end]))
+        batch, length, tags = emissions.shape
+        past = span.past_in_front(length)
+        if span.lengths is None or past is None:
+            ends = torch.tensor([0, length - 1], device=edges.device)
+            scores = emissions.to(dtype) + edges.new_zeros((length, tags)).index_put((ends,), edges, accumulate=True)
+        else:
+            scores = emissions.to(dtype).masked_fill(past[:, :, None], 0)
+            last = (span.lengths - 1).clamp(min=0)
+            items = torch.arange(batch, device=last.device).repeat(2)
+            values = edges.repeat_interleave(batch, 0)
+            values = values.masked_fill((span.lengths == 0).repeat(2)[:, None], 0)
+            scores = scores.index_put((items, torch.cat([torch.zeros_like(last), last])), values, accumulate=True)
         if temperature != 1.0:
             scores, transitions = scores / temperature, transitions / temperature
         return Potentials(scores, transitions, span, past)
+
+    def _chain(self, emissions, lengths, mask, temperature) -> Potentials:
+        """For the recursions of `divergence`, which no operator with checks of its own runs."""
+        p = self._potentials(emissions, lengths, mask, temperature)
+        return replace(p, transitions=checked_parameter("transitions", p.transitions))
 
     def _filter(self, p: Potentials) -> Filtered:
         _, messages, norms = dense_filter(*p.arguments(), impl=self.impl)

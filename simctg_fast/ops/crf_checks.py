@@ -92,10 +92,10 @@ def _check_rows(allowed: Tensor, past: Tensor | None, name: str) -> None:
         raise ValueError(f"{name}[{where[0]}, {where[1]}] allows nothing; a position needs one tag that is allowed")
 
 
-def _check_parameter(parameter: Tensor, name: str) -> None:
-    wrong = parameter.isnan() | (parameter == math.inf)
-    if bool(wrong.any()):
-        where = wrong.nonzero()[0].tolist()
+def check_parameter(parameter: Tensor, name: str) -> None:
+    """Raises for NaN and +inf."""
+    if not bool(parameter.amax() < math.inf):  # a NaN carries through
+        where = (parameter.isnan() | (parameter == math.inf)).nonzero()[0].tolist()
         raise ValueError(
             f"{name}[{', '.join(map(str, where))}] is {float(parameter[tuple(where)])}, must be finite or -inf"
         )
@@ -115,10 +115,11 @@ def _check_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tenso
 def check_paths(slots: Tensor, lengths: Tensor | None) -> None:
     """Raises for the first item that has a position and no path: -1 at the first place of `slots (B, T, N)`."""
     missing = slots[:, 0, 0] < 0
-    _require_paths(missing if lengths is None else missing & (lengths > 0))
+    require_paths(missing if lengths is None else missing & (lengths > 0))
 
 
-def _require_paths(missing: Tensor) -> None:
+def require_paths(missing: Tensor) -> None:
+    """Raises for the first item of `missing (B,)`."""
     where = first_wrong(missing)
     if where is not None:
         raise ValueError(
@@ -127,12 +128,19 @@ def _require_paths(missing: Tensor) -> None:
         )
 
 
+def _check_ends(ends: Tensor) -> None:
+    if not bool(ends.amax() < math.inf):
+        for parameter, name in zip(ends, ("start_transitions", "end_transitions"), strict=True):
+            check_parameter(parameter, name)
+
+
 _lengths = _operator("crf_checked_lengths(Tensor lengths, int limit)", _check_lengths)
 _tokens = _operator("crf_checked_tokens(Tensor tokens, int vocabulary, Tensor? past, str name)", _check_tokens)
 _scores = _operator("crf_checked_scores(Tensor scores, Tensor? past, str what)", _check_scores)
 _rows = _operator("crf_checked_rows(Tensor allowed, Tensor? past, str name)", _check_rows)
-_parameter = _operator("crf_checked_parameter(Tensor parameter, str name)", _check_parameter)
-_expectations = _operator("crf_checked_expectations(Tensor values)", lambda values: _require_paths(values.isnan()))
+_ends = _operator("crf_checked_ends(Tensor ends)", _check_ends)
+_parameter = _operator("crf_checked_parameter(Tensor parameter, str name)", check_parameter)
+_expectations = _operator("crf_checked_expectations(Tensor values)", lambda values: require_paths(values.isnan()))
 _paths = _operator("crf_checked_paths(Tensor slots, Tensor? lengths)", check_paths)
 _slots = _operator("crf_checked_slots(Tensor slots, Tensor beam_tokens, Tensor tokens, Tensor? past)", _check_slots)
 
@@ -155,6 +163,11 @@ def checked_scores(scores: Tensor, past: Tensor | None, what: str = "token of th
 def checked_rows(name: str, allowed: Tensor, past: Tensor | None) -> Tensor:
     """`allowed (B, T, K)` bool, with one true value at every position outside of `past (B, T)`."""
     return _rows(allowed, past, name)
+
+
+def checked_ends(ends: Tensor) -> Tensor:
+    """Start and end transitions `(2, K)` that are finite or -inf."""
+    return _ends(ends)
 
 
 def checked_parameter(name: str, parameter: Tensor) -> Tensor:

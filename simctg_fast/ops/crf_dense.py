@@ -18,7 +18,7 @@ import torch
 from . import _backends
 from ._autograd import register
 from ._contrastive_loss_torch import full_precision
-from .crf_checks import check_paths
+from .crf_checks import check_parameter, check_paths, require_paths
 from .crf_common import address, choose, inside
 from .crf_sample import sample_backward, uniforms_of
 from .crf_viterbi import pointer_dtype
@@ -113,6 +113,12 @@ def check_dense(emissions: torch.Tensor, transitions: torch.Tensor, lengths: tor
             raise ValueError(f"{name} is on {other.device}, emissions on {emissions.device}; one device is needed")
 
 
+def check_on_host(transitions: torch.Tensor) -> None:
+    """What the C++ code does itself."""
+    if transitions.device.type == "cpu":
+        check_parameter(transitions, "transitions")
+
+
 def _sizes_and_addresses(emissions, transitions, lengths):
     return tuple(emissions.shape), emissions.data_ptr(), transitions.data_ptr(), address(lengths)
 
@@ -142,12 +148,13 @@ def _forward(emissions, transitions, lengths=None, keep=True, *, impl="auto"):
             torch.get_num_threads(),
         )
     else:
+        check_on_host(transitions)
         with full_precision(emissions.device):
             total, messages, norms = _torch_filter(emissions, transitions, lengths)
         if not keep:
             messages, norms = messages.new_empty((0, 0, messages.shape[2])), norms.new_empty((0, 0))
     if total.device.type == "cpu":
-        check_paths(torch.where(total > NEVER, 0, -1)[:, None, None], lengths)
+        require_paths(total == NEVER)
     return total, messages, norms
 
 
@@ -304,6 +311,7 @@ def _viterbi(emissions, transitions, lengths=None, *, impl="auto"):
             *_sizes_and_addresses(emissions, transitions, lengths), path.data_ptr(), torch.get_num_threads()
         )
     else:
+        check_on_host(transitions)
         path = _torch_viterbi(emissions, transitions, lengths)
     if path.device.type == "cpu":
         check_paths(path[:, :, None], lengths)

@@ -6,7 +6,7 @@ import torch
 
 from . import _backends
 from .crf_common import address, choose
-from .crf_dense import check_dense
+from .crf_dense import check_dense, check_on_host
 from .crf_viterbi import list_viterbi
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
@@ -46,6 +46,7 @@ def _fake(emissions, transitions, lengths, paths, *, impl="auto"):
 def _kbest(emissions, transitions, lengths, paths, *, impl="auto"):
     result = _fake(emissions, transitions, lengths, paths)
     if choose(impl, emissions, triton=False) == "torch":
+        check_on_host(transitions)
         return list_viterbi(emissions, lambda t: transitions, lengths, paths)
     emissions, transitions = emissions.contiguous(), transitions.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
