@@ -384,11 +384,13 @@ class LinearChainCRF(nn.Module):
         dtype = torch.float64 if double else torch.float32
         start, end, transitions = (self._parameter(name, dtype) for name in PARAMETERS)
         edges = checked_ends(torch.stack([start, end]))
-        batch, length, tags = emissions.shape
+        batch, length, _ = emissions.shape
         past = span.past_in_front(length)
         if span.lengths is None or past is None:
-            ends = torch.tensor([0, length - 1], device=edges.device)
-            scores = emissions.to(dtype) + edges.new_zeros((length, tags)).index_put((ends,), edges, accumulate=True)
+            pad = nn.functional.pad  # an index of the ends would have to be copied to a device
+            scores = emissions.to(dtype) + (
+                pad(edges[:1], (0, 0, 0, length - 1)) + pad(edges[1:], (0, 0, length - 1, 0))
+            )
         else:
             scores = emissions.to(dtype).masked_fill(past[:, :, None], 0)
             last = (span.lengths - 1).clamp(min=0)
