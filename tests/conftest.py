@@ -28,7 +28,6 @@ CSRC = {
     "test_block_layers.py": "",
     "test_candidate_select.py": "",
     "test_cpu_attention.py": "",
-    "test_crf_kbest.py": "",
     "test_crf_operators.py": "",
     "test_gelu.py": "",
     "test_linear.py": "",

@@ -146,9 +146,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+LARGE = (256, 97, 64)
+
+
 @pytest.mark.parametrize("kind", ["equal", "near"])
-@pytest.mark.parametrize("size", [(64, 9, 8), (256, 97, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("impl", "size"),
+    [
+        ("torch", (64, 9, 8)),
+        pytest.param("cpu", (64, 9, 8), marks=needs_extension),
+        pytest.param("cpu", LARGE, marks=needs_extension),
+        pytest.param("torch", LARGE, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 def test_memory(impl, kind, size):
     """Megabytes that the process has grown by: 16 bytes for each of the n T K entries, and what torch works in."""
     command = [sys.executable, "-c", MEMORY, impl, kind, *size]

@@ -21,10 +21,10 @@ from .two_processes import run_two
 
 NEVER = float("-inf")
 needs_extension = pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
-IMPLS = ("torch", pytest.param("cpu", marks=[needs_extension, pytest.mark.csrc]))
+IMPLS = ("torch", pytest.param("cpu", marks=needs_extension))
 BACKENDS = [
     pytest.param("torch", torch.float32, 2e-5, id="torch"),
-    pytest.param("cpu", torch.float32, 2e-5, id="cpu", marks=[needs_extension, pytest.mark.csrc]),
+    pytest.param("cpu", torch.float32, 2e-5, id="cpu", marks=needs_extension),
     pytest.param("torch", torch.float64, 1e-12, id="float64"),
 ]
 
@@ -186,8 +186,17 @@ def test_many_tags(impl, span, tags):
     assert (crf.nll(emissions, best.tags, lengths, reduction="none") >= -1e-4).all()
 
 
+def test_every_instruction_set(isa):
+    for banned, scale in ((False, 1.0), (True, 15.0)):
+        test_against_every_path("cpu", torch.float32, 2e-5, banned, scale)
+    test_gradients_of_every_path("cpu", torch.float32, 2e-5)
+    for gap in (20.0, 95.0):
+        test_only_an_unlikely_state_may_go_on("cpu", gap)
+    for tags, span in ((5, 45.0), (40, 1.0), (40, 200.0)):
+        test_many_tags("cpu", span, tags)
+
+
 @needs_extension
-@pytest.mark.csrc
 def test_threads_and_batch_mates_change_nothing():
     crf, generator = tagger(1, "cpu", tags=20)
     emissions = torch.randn(11, 7, 20, generator=generator)
@@ -493,8 +502,15 @@ def test_data_parallel_training(tmp_path):
         torch.testing.assert_close(a, whole)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "dynamic"),
+    [
+        pytest.param("cpu", True, marks=needs_extension),
+        ("torch", False),
+        pytest.param("cpu", False, marks=[needs_extension, pytest.mark.full]),
+        pytest.param("torch", True, marks=pytest.mark.full),
+    ],
+)
 def test_compiles_without_a_break(impl, dynamic):
     crf = LinearChainCRF(4, impl=impl, **bio(["O", "B-x", "I-x", "B-y"]))
     torch._dynamo.reset()
