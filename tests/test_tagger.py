@@ -506,7 +506,7 @@ def test_data_parallel_training(tmp_path):
     ("impl", "dynamic"),
     [
         pytest.param("cpu", True, marks=needs_extension),
-        ("torch", False),
+        pytest.param("torch", False, marks=pytest.mark.full),
         pytest.param("cpu", False, marks=[needs_extension, pytest.mark.full]),
         pytest.param("torch", True, marks=pytest.mark.full),
     ],
