@@ -265,6 +265,43 @@ def test_divergence():
         assert gradient.isfinite().all()
 
 
+def test_divergence_has_a_gradient_where_only_impossible_prefixes_are_forbidden():
+    """What q forbids and p allows, but behind or before what p forbids itself, adds nothing."""
+    rules = bio(["O", "B-X", "I-X"])
+    p, q = LinearChainCRF(3, impl="torch").double(), LinearChainCRF(3, impl="torch", **rules).double()
+    emissions = torch.randn(2, 4, 3, dtype=torch.float64)
+    emissions[0, :, 2] = NEVER
+    emissions[1, 2:, 2] = NEVER
+    with torch.no_grad():
+        p.transitions[1, 2], p.start_transitions[2] = NEVER, NEVER
+        p.transitions[0, 2] = NEVER
+    values = emissions.clone().requires_grad_()
+    ours = p.kl(q, values)
+    gradients = torch.autograd.grad(ours.sum(), [values, *p.parameters(), *q.parameters()])
+    exact = emissions.clone().requires_grad_()
+    truth = []
+    for item in exact:
+        one, two = cases.law(p, item), cases.law(q, item)
+        rows = [two.paths.tolist().index(path) for path in one.paths.tolist()]
+        truth.append((one.log_probs.exp() * (one.log_probs - two.log_probs[rows])).sum())
+    close(ours, torch.stack(truth), 1e-12)
+    expected = torch.autograd.grad(sum(truth), [exact, *p.parameters(), *q.parameters()], allow_unused=True)
+    for got, want in zip(gradients, expected, strict=True):
+        assert got.isfinite().all()
+        close(got, want.nan_to_num(0.0), 1e-10)
+
+
+def test_divergence_between_layouts():
+    p, q = LinearChainCRF(3), CRF(3)
+    emissions, lengths = torch.randn(4, 4, 3), torch.tensor([4, 2, 3, 1])
+    same = LinearChainCRF(3)
+    same.load_state_dict(q.state_dict())
+    others = torch.randn(4, 4, 3)
+    torch.testing.assert_close(
+        p.kl(q, emissions, others, lengths=lengths), p.kl(same, emissions, others, lengths=lengths)
+    )
+
+
 # ---- partial labels --------------------------------------------------------------------------------------------------
 
 
@@ -388,8 +425,8 @@ def test_errors_name_what_is_wrong(impl):
     refuses(r"lengths\[1\] is 5, must be in 0..4", lengths=torch.tensor([4, 5]))
     refuses(r"lengths is torch.bool \(2, 4\).*mask= takes a mask", lengths=torch.ones(2, 4, dtype=torch.bool))
     refuses(r"lengths and mask are both given", lengths=torch.tensor([4, 4]), mask=torch.ones(2, 4))
-    refuses(r"mask\[1\] has a hole at 1", mask=torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]))
-    refuses(r"mask is torch.float32 \(2, 3\), must be of shape \(2, 4\)", mask=torch.ones(2, 3))
+    refuses(r"mask has a hole in item 1, at position 1", mask=torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]))
+    refuses(r"mask has shape \(2, 3\), must be \(2, 4\)", mask=torch.ones(2, 3))
     refuses(r"mask is list", TypeError, mask=[[1]])
     refuses(r"reduction is 'avg', must be one of 'mean', 'sum', 'none', 'token_mean'", reduction="avg")
     refuses(r"emissions has shape \(2, 3\), must be \(batch, length, 3\)", ValueError, "viterbi", emissions[0, :2])
@@ -437,6 +474,43 @@ def test_errors_name_what_is_wrong(impl):
         crf.kl(LowRankCRF(3, 1, 2), emissions)
 
 
+def test_errors_of_sequences_first_name_places_as_they_were_handed_over():
+    crf = CRF(3)
+    emissions, tags = torch.zeros(5, 2, 3), torch.zeros(5, 2, dtype=torch.int64)
+    emissions[4, 1, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"emissions\[4, 1\] holds NaN"):
+        crf.decode(emissions)
+    emissions[4, 1, 0], tags[4, 1] = 0.0, 7
+    with pytest.raises(ValueError, match=r"tags\[4, 1\] is 7"):
+        crf(emissions, tags)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 5\), must be \(5, 2\)"):
+        crf.decode(emissions, torch.ones(2, 5))
+    allowed = torch.ones(5, 2, 3, dtype=torch.bool)
+    allowed[3, 1] = False
+    with pytest.raises(ValueError, match=r"allowed_tags\[3, 1\] allows nothing"):
+        crf.partial_nll(emissions, allowed)
+
+
+def test_numbers_and_lengths_are_named():
+    crf, emissions = LinearChainCRF(3), torch.zeros(2, 4, 3)
+    with pytest.raises(TypeError, match=r"numbers are named: kbest\(emissions, n=3\)"):
+        crf.kbest(emissions, 3)
+    with pytest.raises(TypeError, match=r"numbers are named: sample\(emissions, num_samples=3\)"):
+        crf.sample(emissions, 3)
+    with pytest.raises(TypeError, match="generator is int"):
+        crf.sample(emissions, generator=1)
+    with pytest.raises(ValueError, match=r"n is 9223372036854775808, must be"):
+        crf.kbest(emissions, n=2**63)
+    for wrong, pattern in (
+        (emissions[:1], r"other_emissions has shape \(1, 4, 3\), must be \(2, 4, 3\) as emissions has"),
+        (torch.tensor([4, 2]), r"other_emissions has shape \(2,\).*lengths are named: lengths="),
+    ):
+        with pytest.raises(ValueError, match=pattern):
+            crf.kl(LinearChainCRF(3), emissions, wrong)
+    with pytest.raises(ValueError, match="allowed_tags is on meta"):
+        crf.partial_nll(emissions, torch.ones(2, 4, 3, dtype=torch.bool, device="meta"))
+
+
 def test_empty_batches():
     crf = LinearChainCRF(3)
     none, tags = torch.zeros(0, 4, 3, requires_grad=True), torch.zeros(0, 4, dtype=torch.int64)
@@ -459,7 +533,7 @@ def test_half_precision_and_autocast(low):
         "entropy": lambda e: crf.entropy(e, lengths),
         "marginals": lambda e: crf.marginals(e, lengths),
         "viterbi": lambda e: crf.viterbi(e, lengths).score,
-        "kl": lambda e: crf.kl(crf, e, e.flip(0), lengths),
+        "kl": lambda e: crf.kl(crf, e, e.flip(0), lengths=lengths),
     }
     for impl in ("auto", "torch"):
         crf.impl = impl
@@ -536,7 +610,7 @@ def test_compiles_without_a_break(impl, dynamic):
         compiled(emissions, tags, lengths, mask)
     lengths[1] = length
     mask[1, 3] = False
-    with pytest.raises(ValueError, match=r"mask\[1\] has a hole at 3"):
+    with pytest.raises(ValueError, match="mask has a hole in item 1, at position 3"):
         compiled(emissions, tags, lengths, mask)
 
 

@@ -29,9 +29,17 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
 
 def check_count(name: str, value: int) -> int:
     """Raises a ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt) or not 1 <= value < 2**31:
         raise ValueError(f"{name} is {value!r:.80}, must be an integer of at least 1")
     return value
+
+
+def check_no_count(lengths: object, example: str) -> None:
+    """For methods where a number is easily taken for the second argument."""
+    if isinstance(lengths, int):
+        raise TypeError(
+            f"lengths is int, must be a tensor of shape (batch,) or None; numbers are named: {example}={lengths})"
+        )
 
 
 def as_paths(name: str, paths: torch.Tensor, emissions: torch.Tensor, *, several: bool = True) -> torch.Tensor:
@@ -74,5 +82,7 @@ def checked_uniforms(
 
 def draw_seed(generator: torch.Generator | None) -> int:
     """63 random bits of `generator`, or of torch's default one."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {type(generator).__name__}, must be a torch.Generator or None")
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(0, 2**63 - 1, (), generator=generator, device=device))

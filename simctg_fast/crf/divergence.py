@@ -47,11 +47,16 @@ def entropy(p: Chain) -> torch.Tensor:
 def kl(p: Chain, q: Chain) -> torch.Tensor:
     """`(B,)`: KL(p || q) for potentials of the same slots; inf where q forbids what p allows; else as `entropy`."""
     alpha, beta = _start(p.scores[:, 0]), _start(q.scores[:, 0])
-    value = torch.zeros_like(alpha)
+    low = _lowest(alpha)
+    # Values are of the moves that q allows, so that they and their gradients are finite; which prefixes hold another
+    # move is carried beside them.
+    value, infinite = torch.zeros_like(alpha), torch.zeros_like(alpha, dtype=torch.bool)
     for t in range(1, p.scores.shape[1]):
-        value, alpha, beta = _recomputed(_kl_step, p, q, t, value, alpha, beta)
-    last = _law(alpha)
-    return _empty(_mean(last.exp(), value + last - _forbidding(_law(beta), beta)), p.lengths)
+        value, infinite, alpha, beta = _recomputed(_kl_step, p, q, t, value, infinite, alpha, beta)
+    last, forbidden = _law(alpha), beta <= low
+    result = _mean(last.exp(), value + last - _law(beta).masked_fill(forbidden, 0))
+    infinite = ((alpha > low) & (infinite | forbidden)).any(1)
+    return _empty(result.masked_fill(infinite, float("inf")), p.lengths)
 
 
 def _recomputed(step, *arguments):
@@ -68,12 +73,16 @@ def _entropy_step(p, t, value, alpha):
     return (result if here is None else torch.where(here, result, value)), following
 
 
-def _kl_step(p, q, t, value, alpha, beta):
-    here = inside(p.lengths, t)
-    log_p, next_alpha = _backward_law(p, t, alpha, here)[1:]
-    total, log_q, next_beta = _backward_law(q, t, beta, here)
-    result = _mean(log_p.exp(), value[:, :, None] + log_p - _forbidding(log_q, total))
-    return (result if here is None else torch.where(here, result, value)), next_alpha, next_beta
+def _kl_step(p, q, t, value, infinite, alpha, beta):
+    here, low = inside(p.lengths, t), _lowest(alpha)
+    total_p, log_p, next_alpha = _backward_law(p, t, alpha, here)
+    total_q, log_q, next_beta = _backward_law(q, t, beta, here)
+    forbidden = total_q <= low
+    result = _mean(log_p.exp(), value[:, :, None] + log_p - log_q.masked_fill(forbidden, 0))
+    held = ((total_p > low) & (forbidden | infinite[:, :, None])).any(1)
+    if here is not None:
+        result, held = torch.where(here, result, value), torch.where(here, held, infinite)
+    return result, held, next_alpha, next_beta
 
 
 def _backward_law(chain, t, alpha, here):
@@ -99,10 +108,6 @@ def _start(score: torch.Tensor) -> torch.Tensor:
 
 def _law(alpha: torch.Tensor) -> torch.Tensor:
     return alpha - torch.logsumexp(alpha, 1, keepdim=True)
-
-
-def _forbidding(log_q: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    return log_q.masked_fill(total <= _lowest(total), float("-inf"))
 
 
 def _mean(probability: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,15 @@ from ..ops.crf_checks import (
 )
 from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
 from ..ops.dense_kbest import dense_kbest
-from .arguments import as_paths, check_count, check_temperature, checked_uniforms, draw_seed
+from .arguments import (
+    as_paths,
+    check_count,
+    check_device,
+    check_no_count,
+    check_temperature,
+    checked_uniforms,
+    draw_seed,
+)
 from .divergence import entropy as _entropy
 from .divergence import kl as _kl
 from .forward import Filtered, along, conditionals, filtered, missing_paths, reduced
@@ -196,7 +204,8 @@ class LinearChainCRF(nn.Module):
                 f"allowed_tags is {allowed_tags.dtype} {tuple(allowed_tags.shape)}, must be a bool tensor of shape "
                 f"{tuple(emissions.shape)}"
             )
-        allowed = p.span.front(checked_rows("allowed_tags", self._items_first(allowed_tags), p.span.past))
+        check_device("allowed_tags", allowed_tags, emissions.device)
+        allowed = p.span.front(self._items_first(checked_rows("allowed_tags", allowed_tags, self._past(p.span))))
         restricted = p.scores.masked_fill(~allowed, float("-inf"))
         loss = dense_log_partition(*p.arguments(), impl=self.impl)
         loss = loss - dense_log_partition(restricted, p.transitions, p.lengths, impl=self.impl)
@@ -226,6 +235,7 @@ class LinearChainCRF(nn.Module):
 
         Where there are fewer allowed paths than `n`, tags are -1 and scores -inf.
         """
+        check_no_count(lengths, "kbest(emissions, n")
         check_count("n", n)
         p = self._potentials(emissions, lengths, mask)
         tags = checked_paths(dense_kbest(*p.arguments(), n, impl=self.impl), p.lengths)
@@ -250,6 +260,7 @@ class LinearChainCRF(nn.Module):
         and of (b, t, n), t counted from the item's first position; or `uniforms (B, T, N)` in [0, 1). Differentiable in
         the log-probabilities.
         """
+        check_no_count(lengths, "sample(emissions, num_samples")
         check_count("num_samples", num_samples)
         p = self._potentials(emissions, lengths, mask, temperature)
         uniforms = checked_uniforms(uniforms, (*p.scores.shape[:2], num_samples), p.scores)
@@ -321,8 +332,8 @@ class LinearChainCRF(nn.Module):
         other: LinearChainCRF,
         emissions: torch.Tensor,
         other_emissions: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
         *,
+        lengths: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         temperature: float = 1.0,
     ) -> torch.Tensor:
@@ -331,11 +342,19 @@ class LinearChainCRF(nn.Module):
             given = f"{type(other).__name__} of {getattr(other, 'num_tags', 'no')} tags"
             raise TypeError(f"other is a {given}, must be a LinearChainCRF of {self.num_tags}")
         p = self._chain(emissions, lengths, mask, temperature)
-        q = other._chain(emissions if other_emissions is None else other_emissions, lengths, mask, temperature)
-        if q.scores.shape != p.scores.shape:
+        if other_emissions is None:
+            other_emissions = emissions
+        if not isinstance(other_emissions, torch.Tensor):
+            raise TypeError(f"other_emissions is {type(other_emissions).__name__}, must be a tensor or None")
+        if other_emissions.shape != emissions.shape:
+            hint = "; lengths are named: lengths=" if other_emissions.dim() == 1 else ""
             raise ValueError(
-                f"other_emissions has shape {tuple(q.scores.shape)}, must be {tuple(p.scores.shape)} as emissions has"
+                f"other_emissions has shape {tuple(other_emissions.shape)}, must be {tuple(emissions.shape)} as "
+                f"emissions has{hint}"
             )
+        if other.batch_first != self.batch_first:
+            other_emissions, mask = (None if x is None else x.transpose(0, 1) for x in (other_emissions, mask))
+        q = other._chain(other_emissions, lengths, mask, temperature)
         return checked_expectations(_kl(p, q))
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -365,9 +384,15 @@ class LinearChainCRF(nn.Module):
             )
 
     def _span(self, emissions, lengths, mask) -> Span:
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if isinstance(mask, torch.Tensor):
+            if mask.shape != emissions.shape[:2]:
+                raise ValueError(f"mask has shape {tuple(mask.shape)}, must be {tuple(emissions.shape[:2])}")
             mask = self._items_first(mask)
         return as_span(lengths, mask, self._items_first(emissions))
+
+    def _past(self, span: Span) -> torch.Tensor | None:
+        """Positions that do not exist, in the caller's layout: errors name places as they were handed over."""
+        return None if span.past is None else self._items_first(span.past)
 
     def _parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         parameter = getattr(self, name)
@@ -379,7 +404,7 @@ class LinearChainCRF(nn.Module):
         self._check_emissions(emissions)
         temperature = check_temperature(temperature)
         span = self._span(emissions, lengths, mask)
-        emissions = span.front(checked_scores(self._items_first(emissions), span.past, "tag"))
+        emissions = span.front(self._items_first(checked_scores(emissions, self._past(span), "tag")))
         double = torch.float64 in (emissions.dtype, self.transitions.dtype)
         dtype = torch.float64 if double else torch.float32
         start, end, transitions = (self._parameter(name, dtype) for name in PARAMETERS)
@@ -430,10 +455,11 @@ class LinearChainCRF(nn.Module):
     ) -> tuple[torch.Tensor, Potentials]:
         """`(B, T)`, or `(B, T, N)` for as many paths, from each item's first position on."""
         p = self._potentials(emissions, lengths, mask, temperature)
-        paths = self._items_first(as_paths("tags", tags, emissions, several=several))
+        paths = as_paths("tags", tags, emissions, several=several)
         # Their places are named as they were handed over, without a dimension that `as_paths` added.
         given = paths.squeeze(2) if tags.dim() == 2 else paths
-        paths = p.span.front(checked_tokens("tags", given, self.num_tags, p.span.past).view(paths.shape))
+        checked = checked_tokens("tags", given, self.num_tags, self._past(p.span)).view(paths.shape)
+        paths = p.span.front(self._items_first(checked))
         if p.past is not None:
             paths = paths.masked_fill(p.past[:, :, None], 0)
         result = self._conditionals(p, self._filter(p), paths)

@@ -25,6 +25,7 @@ from .arguments import (
     check_count,
     check_device,
     check_emissions,
+    check_no_count,
     check_temperature,
     checked_uniforms,
     draw_seed,
@@ -66,14 +67,6 @@ class Potentials:
     def step(self, t: int) -> torch.Tensor:
         """Transitions from position t - 1 to t, `(B, K, K)`."""
         return transition(self.tokens, t - 1, self.left, self.right, self.scale)
-
-
-def _check_no_count(lengths: object, example: str) -> None:
-    """For methods where a number is easily taken for the second argument."""
-    if isinstance(lengths, int):
-        raise TypeError(
-            f"lengths is int, must be a tensor of shape (batch,) or None; numbers are named: {example}={lengths})"
-        )
 
 
 class LowRankCRF(nn.Module):
@@ -183,7 +176,7 @@ class LowRankCRF(nn.Module):
         it, and so on. Where the beams hold fewer than `n` paths of finite score, slots are -1 and scores -inf. In C++
         by recursive enumeration, in PyTorch by list Viterbi; whatever the scores, they keep n T K numbers an item.
         """
-        _check_no_count(lengths, "kbest(emissions, n")
+        check_no_count(lengths, "kbest(emissions, n")
         check_count("n", n)
         p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size)
         slots = crf_kbest(*p.arguments(), n, impl=self.impl)
@@ -226,7 +219,7 @@ class LowRankCRF(nn.Module):
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, must be one of {', '.join(map(repr, MODES))}")
-        _check_no_count(lengths, "sample(emissions, num_samples")
+        check_no_count(lengths, "sample(emissions, num_samples")
         check_count("num_samples", num_samples)
         temperature = check_temperature(temperature)
         exact = mode == "ffbs"
@@ -398,7 +391,7 @@ class LowRankCRF(nn.Module):
     ) -> Beam:
         """The beams of `emissions`, with the tokens of `include` `(B, T)` or `(B, T, N)` forced in."""
         check_emissions(emissions, self.num_embeddings)
-        _check_no_count(lengths, "beam(emissions, beam_size")
+        check_no_count(lengths, "beam(emissions, beam_size")
         forced = None if include is None else ("include", include)
         p = self._potentials(emissions, lengths, mask, None, beam_size, forced=forced)
         return Beam(p.beam_tokens, p.span.back(p.scores, 0))

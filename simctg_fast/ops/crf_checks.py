@@ -251,8 +251,8 @@ def _span_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
         where = first_wrong(run & ~on)
         if where is not None:
             raise ValueError(
-                f"mask[{where[0]}] has a hole at {where[1]}; it must be non-zero at one run of positions, and zero "
-                "before and behind it"
+                f"mask has a hole in item {where[0]}, at position {where[1]}; it must be non-zero at one run of "
+                "positions of an item, and zero before and behind it"
             )
     return lengths, starts
 
