@@ -74,26 +74,26 @@ def test_against_every_path(impl, dtype, tolerance, banned, scale):
         for temperature in (1.0, 0.5, 3.0):
             law = cases.law(crf, emissions[0], temperature)
             close(crf.log_partition(emissions, temperature=temperature)[0], law.log_partition, tolerance)
-            close(crf.marginals(emissions, temperature=temperature)[0], law.marginals(3), tolerance)
+            close(crf.marginals(emissions, temperature=temperature)[0], law.unary_marginals(3), tolerance)
             close(crf.entropy(emissions, temperature=temperature)[0], law.entropy(), tolerance)
-            scored = crf.log_prob(emissions, law.paths.T[None], temperature=temperature)
+            scored = crf.log_prob(emissions, law.slots.T[None], temperature=temperature)
             close(scored.log_prob[0], law.log_probs, tolerance)
-            for n in range(0, len(law.paths), 5):
-                path = law.paths[n].tolist()
+            for n in range(0, len(law.slots), 5):
+                path = law.slots[n].tolist()
                 expected = torch.stack([law.given_next(path, t) for t in range(length)])
                 close(scored.token_log_probs[0, :, n], expected, tolerance)
         law = cases.law(crf, emissions[0])
         best = crf.viterbi(emissions)
         close(best.score[0], law.scores[0], tolerance)
         close(best.position_scores.sum(), law.scores[0], tolerance)
-        assert best.tags[0].tolist() == law.paths[0].tolist()
+        assert best.tags[0].tolist() == law.slots[0].tolist()
         several = crf.kbest(emissions, n=7)
-        live = min(7, len(law.paths))
+        live = min(7, len(law.slots))
         close(several.score[0, :live], law.scores[:live], tolerance)
-        assert several.tags[0, :, :live].T.tolist() == law.paths[:live].tolist()
+        assert several.tags[0, :, :live].T.tolist() == law.slots[:live].tolist()
         assert (several.score[0, live:] == NEVER).all()
         assert (several.tags[0, :, live:] == -1).all()
-        close(crf.nll(emissions, law.paths[-1:]), -law.log_probs[-1], tolerance)
+        close(crf.nll(emissions, law.slots[-1:]), -law.log_probs[-1], tolerance)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -118,9 +118,9 @@ def test_gradients_of_every_path(impl, dtype, tolerance):
         values, exact = emissions.clone().requires_grad_(), emissions.double().requires_grad_()
         inputs = list(crf.parameters())
         law = cases.law(crf, exact[0])
-        path = law.paths[len(law.paths) // 2]
+        path = law.slots[len(law.slots) // 2]
         ours = crf.nll(values, path[None]) + 0.3 * crf.log_partition(values).sum() + crf.viterbi(values).score.sum()
-        truth = -law.log_probs[len(law.paths) // 2] + 0.3 * law.log_partition + law.scores[0]
+        truth = -law.log_probs[len(law.slots) // 2] + 0.3 * law.log_partition + law.scores[0]
         close(ours, truth, 20 * tolerance)
         expected = torch.autograd.grad(truth, [exact, *inputs], allow_unused=True)
         for leaf, got, want in zip(
@@ -236,7 +236,7 @@ def test_samples_follow_the_law(impl):
         weights = 3 ** torch.arange(3, -1, -1)
         codes = (drawn.tags[0] * weights[:, None]).sum(0)
         probabilities = torch.zeros(81, dtype=torch.float64)
-        probabilities[(law.paths * weights).sum(1)] = law.log_probs.exp()
+        probabilities[(law.slots * weights).sum(1)] = law.log_probs.exp()
         assert p_value(torch.bincount(codes, minlength=81), probabilities) > 1e-6
         close(drawn.log_prob[0].exp(), probabilities[codes], 1e-5)
     uniforms = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(1))
@@ -254,7 +254,7 @@ def test_divergence():
     other, _ = tagger(9, "torch", torch.float64, banned=False)
     others = torch.randn(1, 4, 3, dtype=torch.float64)
     ours, theirs = cases.law(crf, emissions[0]), cases.law(other, others[0])
-    rows = [theirs.paths.tolist().index(path) for path in ours.paths.tolist()]
+    rows = [theirs.slots.tolist().index(path) for path in ours.slots.tolist()]
     expected = (ours.log_probs.exp() * (ours.log_probs - theirs.log_probs[rows])).sum()
     close(crf.kl(other, emissions, others)[0], expected, 1e-12)
     assert float(crf.kl(crf, emissions)) == pytest.approx(0, abs=1e-12)
@@ -282,7 +282,7 @@ def test_divergence_has_a_gradient_where_only_impossible_prefixes_are_forbidden(
     truth = []
     for item in exact:
         one, two = cases.law(p, item), cases.law(q, item)
-        rows = [two.paths.tolist().index(path) for path in one.paths.tolist()]
+        rows = [two.slots.tolist().index(path) for path in one.slots.tolist()]
         truth.append((one.log_probs.exp() * (one.log_probs - two.log_probs[rows])).sum())
     close(ours, torch.stack(truth), 1e-12)
     expected = torch.autograd.grad(sum(truth), [exact, *p.parameters(), *q.parameters()], allow_unused=True)
@@ -312,8 +312,8 @@ def test_partial_labels(impl, dtype, tolerance):
         exact = emissions.double().requires_grad_()
         law = cases.law(crf, exact[0])
         allowed = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(seed)) < 0.5
-        allowed[0, torch.arange(4), law.paths[0]] = True
-        inside = allowed[0, torch.arange(4), law.paths].all(1)
+        allowed[0, torch.arange(4), law.slots[0]] = True
+        inside = allowed[0, torch.arange(4), law.slots].all(1)
         truth = law.log_partition - torch.logsumexp(law.scores[inside], 0)
         values = emissions.clone().requires_grad_()
         ours = crf.partial_nll(values, allowed)
@@ -322,8 +322,8 @@ def test_partial_labels(impl, dtype, tolerance):
         expected = torch.autograd.grad(truth, [exact, *inputs[1:]], allow_unused=True)
         for got, want in zip(torch.autograd.grad(ours, inputs), expected, strict=True):
             close(got, torch.zeros_like(got) if want is None else want.nan_to_num(0.0), 20 * tolerance)
-        path = torch.nn.functional.one_hot(law.paths[:1], 3).bool()
-        close(crf.partial_nll(emissions, path), crf.nll(emissions, law.paths[:1]), 5 * tolerance)
+        path = torch.nn.functional.one_hot(law.slots[:1], 3).bool()
+        close(crf.partial_nll(emissions, path), crf.nll(emissions, law.slots[:1]), 5 * tolerance)
         everything = torch.ones(1, 4, 3, dtype=torch.bool)
         assert float(crf.partial_nll(emissions, everything)) == pytest.approx(0, abs=tolerance)
 
@@ -644,7 +644,7 @@ def test_the_class_of_pytorch_crf(batch_first):
     lengths = (4, 2)
     laws = [cases.law(crf, emissions[b, :n].detach()) for b, n in enumerate(lengths)]
     likelihoods = torch.stack([
-        x.log_probs[x.paths.tolist().index(tags[b, :n].tolist())]
+        x.log_probs[x.slots.tolist().index(tags[b, :n].tolist())]
         for b, (n, x) in enumerate(zip(lengths, laws, strict=True))
     ])  # fmt: skip
     given = [x if batch_first else x.transpose(0, 1) for x in (emissions, tags, mask)]
@@ -654,7 +654,7 @@ def test_the_class_of_pytorch_crf(batch_first):
     for reduction, expected in sums.items():
         close(crf(*given, reduction=reduction), expected, 1e-5)
     close(crf(*given), sums["sum"], 1e-5)
-    assert crf.decode(given[0], given[2]) == [x.paths[0].tolist() for x in laws]
+    assert crf.decode(given[0], given[2]) == [x.slots[0].tolist() for x in laws]
     assert [len(path) for path in crf.decode(given[0])] == [4, 4]
 
 
