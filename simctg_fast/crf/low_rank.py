@@ -102,8 +102,8 @@ class LowRankCRF(nn.Module):
     probabilities are NaN, and paths mean nothing.
 
     What is differentiable is so as often as one likes, also under `torch.func.grad`, `vjp` and `jacrev`; second
-    derivatives run the recursion in PyTorch and hold T K² numbers an item. A RuntimeError says what cannot be had:
-    forward mode through the partition function, `torch.func` around `entropy` and `kl`.
+    derivatives run the recursion in PyTorch and hold T K² numbers an item. Forward mode through the partition function
+    raises a RuntimeError.
     """
 
     def __init__(
