@@ -33,7 +33,8 @@ def is_number(value: Any, low: float = -_LARGEST, high: float = _LARGEST, *, abo
 
 def check_margin(value: Any) -> None:
     if not is_number(value, -1, 1):
-        raise ValueError(f"margin is {value!r:.80}, must lie in [-1, 1]")
+        what = "must lie in" if is_number(value) else "must be a number of Python or numpy in"
+        raise ValueError(f"margin is {value!r:.80}, {what} [-1, 1]")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .checks import is_integer
 from .decoding import ContrastiveSearch
 from .functional import cosine_similarity_matrix
 from .loading import load_model
@@ -48,8 +49,10 @@ class T5SimCTGGenerate:
         num_beams: int = 3,
         simctg_alpha: float = 0.5,
     ):
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        if not is_integer(max_length, 1):
+            raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
+        if not is_integer(gpu_id):
+            raise ValueError(f"gpu_id must be an integer, negative for the CPU, got {gpu_id!r:.80}")
         self.strategy = ContrastiveSearch(penalty_alpha=simctg_alpha, top_k=num_beams)
         self.max_length = max_length
         if gpu_id >= 0 and not torch.cuda.is_available():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_margin, check_positive, check_weight, is_number
+from .checks import check_choice, check_margin, check_positive, check_weight, is_integer, is_number
 from .distributed import gather_rows, world_size
 from .ops._contrastive_loss_torch import accumulator_dtype
 from .ops.contrastive_loss import IMPLS, REDUCTIONS, check_mask
@@ -250,9 +249,9 @@ def _targets(targets: Any, queries: Tensor, keys: Tensor) -> Tensor:
         if targets.device != queries.device:
             raise ValueError(f"targets is on {targets.device}, must be on {queries.device} as queries is")
         return targets.to(torch.int64)
-    if isinstance(targets, bool) or not hasattr(targets, "__index__"):
+    if not is_integer(targets):
         raise TypeError(f"targets is {targets!r:.80}, must be an int or a tensor of {rows} indices")
-    first = operator.index(targets)
+    first = int(targets)
     if not 0 <= first <= columns - rows:
         several = "" if columns >= rows else "; where queries share keys, a tensor of indices"
         raise ValueError(f"targets is {first}, must be in 0..{columns - rows}: {rows} queries, {columns} keys{several}")

@@ -80,7 +80,7 @@ class SimCTGLoss(nn.Module):
         self,
         last_hidden_states: Tensor,
         logits: Tensor,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         labels: Tensor,
         *,
         attention_mask: Tensor | None = None,
@@ -90,8 +90,8 @@ class SimCTGLoss(nn.Module):
         Args:
             last_hidden_states: `(batch, length, width)`; the decoder's, for an encoder-decoder.
             logits: `(batch, length, vocab_size)`.
-            input_ids: `(batch, length)`, where padding is looked for. An encoder-decoder may pass its encoder's, of any
-                length: padding is then looked for in the labels.
+            input_ids: `(batch, length)`, where padding is looked for; not read beside an `attention_mask`. An
+                encoder-decoder may pass its encoder's, of any length: padding is then looked for in the labels.
             labels: `(batch, length)`, -100 where the likelihood ignores a position.
             attention_mask: `(batch, length)`, non-zero at real tokens, instead of looking for padding.
 
@@ -103,7 +103,7 @@ class SimCTGLoss(nn.Module):
                 no integers, and on the CPU a label that is neither -100 nor in ``0..vocab_size - 1``.
         """
         floats = (("logits", logits), ("last_hidden_states", last_hidden_states))
-        for name, value in (*floats, ("input_ids", input_ids)):
+        for name, value in floats:
             _require_tensor(name, value)
         for name, value in floats:
             if value.dim() != 3 or not value.dtype.is_floating_point or value.layout != torch.strided:
@@ -133,6 +133,8 @@ class SimCTGLoss(nn.Module):
             raise ValueError(f"labels must be in 0..{vocab_size - 1}, or -100 where ignored: {error}") from error
         mle_loss = mle_loss.masked_fill((targets == -100).all(), 0.0)  # no NaN for the mean over no label
         if attention_mask is None:
+            _require_tensor("input_ids", input_ids)
+            assert input_ids is not None
             tokens = input_ids if input_ids.shape == labels.shape else labels
             _check_tokens("input_ids", tokens)
             attention_mask = padding_mask(tokens, self.pad_token_id)

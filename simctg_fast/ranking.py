@@ -37,7 +37,11 @@ def check_options(
     Raises:
         TypeError, ValueError: as :func:`ranking_loss` documents.
     """
-    if isinstance(directions, str) or not directions or any(each not in DIRECTIONS for each in directions):
+    if (
+        not isinstance(directions, (tuple, list))
+        or not directions
+        or any(each not in DIRECTIONS for each in directions)
+    ):
         raise ValueError(f"directions is {directions!r}, must be a tuple of {', '.join(map(repr, DIRECTIONS))}")
     directions = tuple(dict.fromkeys(directions))
     if "query_to_doc" not in directions:

@@ -173,3 +173,15 @@ def test_an_error_of_preprocess_names_the_text(t5_folder):
     generate.preprocess = lambda text: {}[text] if text == "b" else text
     with pytest.raises(ValueError, match=r"texts\[1\] cannot be preprocessed \(KeyError: 'b'\), got 'b'"):
         generate(["a", "b"])
+
+
+@pytest.mark.parametrize("wrong", [2.5, 0, True, float("nan"), "5"])
+def test_a_length_that_is_none_is_refused_before_the_model_is_read(wrong):
+    with pytest.raises(ValueError, match="max_length must be an integer of at least 1, got"):
+        T5SimCTGGenerate("nowhere", gpu_id=-1, max_length=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["cpu", None, True, 0.0])
+def test_a_device_that_is_no_number_is_refused(wrong):
+    with pytest.raises(ValueError, match="gpu_id must be an integer, negative for the CPU, got"):
+        T5SimCTGGenerate("nowhere", gpu_id=wrong)

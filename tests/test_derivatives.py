@@ -652,3 +652,43 @@ def test_operators_that_only_decode_raise():
             torch.autograd.grad(function(states).sum() + states.sum(), states)
         with pytest.raises(RuntimeError, match=f"simctg_fast::{name} has no forward-mode derivative"):
             torch.func.jvp(function, (states.detach(),), (states.detach(),))
+
+
+@pytest.mark.parametrize("product", [torch.autograd.functional.hvp, torch.autograd.functional.vhp])
+@pytest.mark.parametrize("name", ["contrastive", "unsupervised", "info_nce"])
+def test_products_with_the_hessian(product, name):
+    """torch's `hvp` differentiates a second derivative with respect to its direction, of which it is linear."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def cosines(left, right):
+        left, right = (torch.nn.functional.normalize(x, dim=-1) for x in (left, right))
+        return left @ right.transpose(-1, -2)
+
+    def contrastive(states):
+        hinges = torch.relu(0.9 - 1 + cosines(states, states)) * (1 - torch.eye(7, dtype=torch.float64))
+        return hinges.sum() / (2 * 7 * 6)
+
+    def unsupervised(rows):
+        logits = (cosines(rows, rows) / 0.05).masked_fill(torch.eye(6, dtype=torch.bool), -torch.inf)
+        return torch.nn.functional.cross_entropy(logits, torch.arange(6) ^ 1)
+
+    def nce(queries, keys):
+        return torch.nn.functional.cross_entropy(cosines(queries, keys) / 0.05, torch.arange(4))
+
+    ours, naive, inputs = {
+        "contrastive": (lambda x: simctg_fast.contrastive_loss(x, 0.9), contrastive, (random(2, 7, 5),)),
+        "unsupervised": (simctg_fast.simcse_unsup_loss, unsupervised, (random(6, 5),)),
+        "info_nce": (simctg_fast.functional.info_nce, nce, (random(4, 5), random(6, 5))),
+    }[name]
+    directions = tuple(random(*x.shape) for x in inputs)
+    for got, want in zip(product(ours, inputs, directions)[1], product(naive, inputs, directions)[1], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    point, direction = inputs[0].clone().requires_grad_(), directions[0].clone().requires_grad_()
+    (first,) = torch.autograd.grad(ours(point, *inputs[1:]), point, create_graph=True)
+    (second,) = torch.autograd.grad((first * direction).sum(), point, create_graph=True)
+    torch.autograd.grad(second.sum(), direction, retain_graph=True)
+    with pytest.raises(RuntimeError, match="is differentiable twice"):
+        torch.autograd.grad(second.sum(), point)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import random
@@ -317,6 +318,13 @@ class TestWrappers:
         loss = SimCSELoss(model, in_view_negatives=in_view_negatives)
         expected = value_and_gradients(model, wrap(model, loss), features_of(model, 1) + features_of(model, 1))
         assert_same(got, expected)
+        copy.deepcopy(loss)  # nothing of the batch is left in it
+
+    def test_what_would_land_in_another_argument_is_refused(self, model):
+        with pytest.raises(ValueError, match=r"gather_across_devices is 32, must be True or False.*mini_batch_size"):
+            SimCSELoss(model, 20.0, None, 32)
+        with pytest.raises(ValueError, match="impl is 'xx', must be one of"):
+            SimCSELoss(model, impl="xx")
 
     def test_sparse_encoders_wrappers(self, folder):
         """SPLADE's losses take the main loss from embeddings."""

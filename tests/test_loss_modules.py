@@ -164,3 +164,15 @@ def test_the_tutorials_two_calls_train():
         t5_cosine_similarity(SimpleNamespace(decoder_hidden_states=None))
     with pytest.raises(ValueError, match=r"score_matrix has shape \(3, 20\)"):
         compute_contrastive_loss(torch.zeros(3, 20), 0.5)
+
+
+def test_input_ids_are_not_read_beside_a_mask():
+    states, logits, labels = torch.randn(2, 5, 4), torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    loss = SimCTGLoss(0.5, 7, 0)
+    torch.testing.assert_close(
+        loss(states, logits, None, labels, attention_mask=mask),
+        loss(states, logits, labels, labels, attention_mask=mask),
+    )
+    with pytest.raises(TypeError, match="input_ids is None, must be a tensor"):
+        loss(states, logits, None, labels)

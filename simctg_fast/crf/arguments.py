@@ -57,6 +57,8 @@ def as_paths(name: str, paths: torch.Tensor, emissions: torch.Tensor, *, several
 
 def check_temperature(temperature: float) -> float:
     """Scores are divided by it: that must not make them infinite."""
+    if type(temperature) is float and temperature == 1.0:  # what nearly every call has
+        return temperature
     check_real("temperature", temperature, "a positive number")
     value = float(temperature)
     if not LOWEST_TEMPERATURE <= value < math.inf:

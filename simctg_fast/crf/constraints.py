@@ -65,6 +65,8 @@ def bmes(tags: Sequence[str] | Mapping[int, str], *, outside: str | Iterable[str
 
 def _constraints(scheme: _Scheme, tags, outside: str | Iterable[str]) -> dict[str, torch.Tensor]:
     names = _names(tags)
+    if not isinstance(outside, Iterable):
+        raise TypeError(f"outside is {outside!r:.80}, must be a tag or several")
     free = {outside} if isinstance(outside, str) else set(outside)
     parsed = [("", "") if name in free else _parse(scheme, name) for name in names]
     _check_spans(scheme, parsed)
@@ -81,7 +83,7 @@ def _names(tags) -> list[str]:
         if sorted(tags) != list(range(len(tags))):
             raise ValueError(f"tags has the keys {sorted(tags)!r:.80}, must be the indices 0..{len(tags) - 1}")
         tags = [tags[i] for i in range(len(tags))]
-    if isinstance(tags, str):
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
         raise TypeError(f"tags is {tags!r:.80}, must be a sequence of names, or a dictionary of them by index")
     names = list(tags)
     if not names:

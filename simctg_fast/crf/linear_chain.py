@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..checks import check_choice
 from ..ops.crf_checks import (
     checked_ends,
     checked_expectations,
@@ -20,6 +21,7 @@ from ..ops.crf_checks import (
     checked_scores,
     checked_tokens,
 )
+from ..ops.crf_common import IMPLS
 from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
 from ..ops.dense_kbest import dense_kbest
 from .arguments import (
@@ -98,9 +100,11 @@ class LinearChainCRF(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(num_tags, bool) or not isinstance(num_tags, int) or num_tags < 1:
-            raise ValueError(f"num_tags is {num_tags!r}, must be an integer of at least 1")
-        self.num_tags, self.batch_first, self.impl = num_tags, batch_first, impl
+        check_count("num_tags", num_tags)
+        check_choice("impl", impl, IMPLS)
+        if not isinstance(batch_first, bool):
+            raise ValueError(f"batch_first is {batch_first!r:.80}, must be True or False")
+        self.num_tags, self.batch_first, self.impl = int(num_tags), batch_first, impl
         self.start_transitions = nn.Parameter(torch.empty(num_tags))
         self.end_transitions = nn.Parameter(torch.empty(num_tags))
         self.transitions = nn.Parameter(torch.empty(num_tags, num_tags))
@@ -208,7 +212,10 @@ class LinearChainCRF(nn.Module):
         allowed = p.span.front(self._items_first(checked_rows("allowed_tags", allowed_tags, self._past(p.span))))
         restricted = p.scores.masked_fill(~allowed, float("-inf"))
         loss = dense_log_partition(*p.arguments(), impl=self.impl)
-        loss = loss - dense_log_partition(restricted, p.transitions, p.lengths, impl=self.impl)
+        try:
+            loss = loss - dense_log_partition(restricted, p.transitions, p.lengths, impl=self.impl)
+        except ValueError as error:
+            raise ValueError(f"{error}, those of allowed_tags among what forbids") from error
         loss = loss.to(p.scores.dtype)
         return reduced(loss, reduction, lambda: p.span.positions(p.scores))
 
@@ -408,15 +415,14 @@ class LinearChainCRF(nn.Module):
         double = torch.float64 in (emissions.dtype, self.transitions.dtype)
         dtype = torch.float64 if double else torch.float32
         start, end, transitions = (self._parameter(name, dtype) for name in PARAMETERS)
-        edges = checked_ends(torch.stack([start, end]))
-        batch, length, _ = emissions.shape
+        batch, length, tags = emissions.shape
         past = span.past_in_front(length)
         if span.lengths is None or past is None:
-            pad = nn.functional.pad  # an index of the ends would have to be copied to a device
-            scores = emissions.to(dtype) + (
-                pad(edges[:1], (0, 0, 0, length - 1)) + pad(edges[1:], (0, 0, length - 1, 0))
-            )
+            between = start.new_zeros((max(0, length - 2), tags))
+            edges = checked_ends(torch.cat([start[None], between, end[None]]))
+            scores = emissions.to(dtype) + (edges if length > 1 else edges.sum(0))
         else:
+            edges = checked_ends(torch.stack([start, end]))
             scores = emissions.to(dtype).masked_fill(past[:, :, None], 0)
             last = (span.lengths - 1).clamp(min=0)
             items = torch.arange(batch, device=last.device).repeat(2)

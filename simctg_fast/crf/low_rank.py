@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..checks import check_choice
 from ..ops._autograd import tracked
 from ..ops.crf_beam import crf_beam_select
 from ..ops.crf_checks import checked_scores, checked_slots, checked_tokens, slots_of
-from ..ops.crf_common import take_along, transition
+from ..ops.crf_common import IMPLS, take_along, transition
 from ..ops.crf_filter import crf_filter, crf_filter_backward
 from ..ops.crf_sample import crf_ffbs
 from ..ops.crf_stochastic import crf_stochastic_viterbi
@@ -112,6 +113,7 @@ class LowRankCRF(nn.Module):
         super().__init__()
         for name, value in (("num_embeddings", num_embeddings), ("low_rank", low_rank), ("beam_size", beam_size)):
             check_count(name, value)
+        check_choice("impl", impl, IMPLS)
         self.E1 = nn.Embedding(num_embeddings, low_rank)
         self.E2 = nn.Embedding(num_embeddings, low_rank)
         self.num_embeddings, self.low_rank, self.beam_size = num_embeddings, low_rank, beam_size

@@ -100,7 +100,7 @@ class ContrastiveSearch:
         check_streamer(streamer)
         strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
         if strings is not None and (
-            not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) and each for each in strings)
+            not isinstance(strings, (list, tuple, set)) or not all(isinstance(each, str) and each for each in strings)
         ):
             raise ValueError(
                 f"stop_strings must be a string or a list of strings, none of them empty, got {stop_strings!r:.80}"

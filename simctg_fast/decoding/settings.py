@@ -41,6 +41,8 @@ def _is_token(value: Any) -> bool:
 def _are_tokens(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dtype in (torch.int64, torch.int32)
+    if hasattr(value, "tolist"):  # an array of numpy
+        value = value.tolist()
     return all(map(_is_token, value)) if isinstance(value, (list, tuple)) else _is_token(value)
 
 
@@ -61,7 +63,7 @@ _READ = {
     "repetition_penalty": _number(0, None, "a finite number above 0", above=True),
     "encoder_repetition_penalty": _number(0, None, "a finite number above 0", above=True),
     "max_time": (_is_duration, "a number of seconds of at least 0"),
-    "do_sample": (lambda value: isinstance(value, (bool, int)) and value in (0, 1), "True or False"),
+    "do_sample": (lambda value: type(value).__name__ in ("bool", "bool_", "int") and value in (0, 1), "True or False"),
     "eos_token_id": (_are_tokens, "a token id or a list of them"),
     "pad_token_id": (_is_token, "a token id"),
 }

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_positive, check_weight
+from ..checks import check_choice, check_positive, check_weight
 from ..functional import simcse_loss_from_embeddings
+from ..ops.contrastive_loss import IMPLS
 from ..ranking import check_options, ranking_loss
 from .grad_cache import Features, cached_loss, layers, mini_batches
 
 __all__ = ["SimCSELoss"]
 
+_SECOND_VIEW = "simctg_fast.second_view"
 _COSINES = ("cos_sim", "pytorch_cos_sim")
 
 
@@ -106,8 +108,21 @@ class SimCSELoss(nn.Module):
         for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
                 raise ValueError(f"{name} is {value!r}, must be None or an integer from 1")
+        for name, flag in (
+            ("gather_across_devices", gather_across_devices),
+            ("show_progress_bar", show_progress_bar),
+            ("symmetric", symmetric),
+            ("in_view_negatives", in_view_negatives),
+        ):
+            if not isinstance(flag, bool):
+                raise ValueError(
+                    f"{name} is {flag!r:.80}, must be True or False; what comes behind hardness_strength, as "
+                    "mini_batch_size, is named"
+                )
+        check_choice("impl", impl, IMPLS)
         self.model = model
         self.scale = scale
+        self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
         self.directions = directions
         self.partition_mode = partition_mode
@@ -120,7 +135,6 @@ class SimCSELoss(nn.Module):
         self.symmetric = symmetric
         self.in_view_negatives = in_view_negatives
         self.impl = impl
-        self._views: tuple[Features, Features] | None = None
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """A scalar; ``labels`` are not read."""
@@ -211,11 +225,10 @@ class SimCSELoss(nn.Module):
         `AdaptiveLayerLoss` calls again with the same features and reads what the model wrote there the first time.
         """
         if not _wrapper(self.model):
-            self._views = None
             return features, dict(features)
-        if self._views is None or self._views[0] is not features:
-            self._views = (features, dict(features))
-        return self._views
+        if _SECOND_VIEW not in features:  # kept with the features, and gone with them
+            features[_SECOND_VIEW] = dict(features)
+        return features, features[_SECOND_VIEW]
 
     def _progress(self, batches: Sequence[Features]) -> Iterator[Features]:
         if not self.show_progress_bar:

@@ -11,7 +11,9 @@ a word; the transforms of `torch.func` are refused. :func:`register` takes its p
   they can.
 * A formula that calls another operator of the library can be differentiated as that one can.
 * ``last=True``: the formula holds constant what is none, or cannot be differentiated; its results carry a node that
-  raises when it is.
+  raises when it is. Second derivatives are linear in their directions all the same, and can be differentiated with
+  respect to those, as `torch.autograd.functional.hvp` does: the operator's tensors then come before its constants, are
+  all saved in their order, and the first of them is the gradient that comes in.
 * Without a formula the operator's results carry such a node: an operator whose ``_backward`` has none is
   differentiable once.
 * Forward mode raises. `torch.func.grad`, `vjp`, `jacrev` and `vmap`, nested as one likes, go through the same formulas.
@@ -71,6 +73,7 @@ def register(
                 inputs += [argument.default_value for argument in positional[len(inputs) :]]
                 extra = {"keyword_only_inputs": keywords | given} if keywords else {}
                 setup_context(ctx, tuple(inputs), output=output, **extra)
+            ctx.constants = [value for value in inputs if not isinstance(value, Tensor)]
             return output
 
         @staticmethod
@@ -84,7 +87,10 @@ def register(
                     results = backward(ctx, *grads)
             results = results if isinstance(results, tuple) else (results,)
             if last and torch.is_grad_enabled():
-                results = _refuse(again, results, (*grads, *ctx.saved_tensors))
+                if forward_name == name or torch._C._are_functorch_transforms_active():
+                    results = _refuse(again, results, (*grads, *ctx.saved_tensors))
+                else:
+                    results = _linear(again, results, grads, _Frozen(ctx), operator, backward)
             # None for arguments left out and the two behind them.
             return *results, *[None] * (len(ctx.needs_input_grad) - len(results))
 
@@ -160,3 +166,54 @@ def _refuse(message: str, results: tuple, sources: tuple) -> tuple:
     differentiable = [source for source in sources if source is not None and source.is_floating_point()]
     refused = iter(_Refused.apply(message, len(made), *made, *differentiable))
     return tuple(None if result is None else next(refused) for result in results)
+
+
+class _Frozen:
+    """A context whose saved tensors outlive the graph they were saved for."""
+
+    def __init__(self, ctx: Any):
+        self.saved_tensors = ctx.saved_tensors
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+class _Linear(torch.autograd.Function):
+    """Its first tensors, as linear functions of the next ones, the directions, and as functions of the rest that have
+    no derivative: their gradient here is 0, and raises further up."""
+
+    @staticmethod
+    def forward(ctx: Any, transposed: Callable, message: str, made: int, directions: int, *tensors: Tensor) -> Any:
+        ctx.transposed, ctx.message, ctx.made, ctx.directions = transposed, message, made, directions
+        ctx.rest = [(tensor.new_zeros(()), tensor.shape) for tensor in tensors[made + directions :]]
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:made])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            results = ctx.transposed(grads)
+        if torch.is_grad_enabled():
+            results = _refuse(ctx.message, results, grads)
+        rest = [zero.expand(shape) for zero, shape in ctx.rest]
+        return None, None, None, None, *[None] * ctx.made, *results, *rest
+
+
+def _linear(message: str, results: tuple, directions: tuple, ctx: _Frozen, operator: Any, formula: Callable) -> tuple:
+    """`results` of `formula`, the derivative of a gradient F(g, x) along `directions`, for derivatives by these: the
+    transposed map is F's own derivative, F(dg, x) + H dx, and H is symmetric."""
+    places = [i for i, result in enumerate(results) if result is not None]
+    made = [results[i] for i in places]
+
+    def transposed(grads: tuple) -> tuple:
+        by = dict(zip(places, grads, strict=True))
+        tensors = ctx.saved_tensors[1:]
+        first = operator(by[0], *tensors, *ctx.constants)
+        second = formula(ctx, *[by.get(i + 1, torch.zeros_like(each)) for i, each in enumerate(directions)])[1:]
+        first = first if isinstance(first, tuple) else (first,)
+        return tuple(a + b for a, b in zip(first, second, strict=False))
+
+    sources = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.is_floating_point()]
+    guarded = _Refused.apply(message, len(sources), *sources)
+    linear = iter(_Linear.apply(transposed, message, len(made), len(directions), *made, *directions, *guarded))
+    return tuple(None if result is None else next(linear) for result in results)

@@ -130,8 +130,8 @@ def require_paths(missing: Tensor) -> None:
 
 def _check_ends(ends: Tensor) -> None:
     if not bool(ends.amax() < math.inf):
-        for parameter, name in zip(ends, ("start_transitions", "end_transitions"), strict=True):
-            check_parameter(parameter, name)
+        check_parameter(ends[0], "start_transitions")
+        check_parameter(ends[-1], "end_transitions")
 
 
 _lengths = _operator("crf_checked_lengths(Tensor lengths, int limit)", _check_lengths)
@@ -166,7 +166,7 @@ def checked_rows(name: str, allowed: Tensor, past: Tensor | None) -> Tensor:
 
 
 def checked_ends(ends: Tensor) -> Tensor:
-    """Start and end transitions `(2, K)` that are finite or -inf."""
+    """`(N, K)`, start transitions first and end transitions last, that are finite or -inf."""
     return _ends(ends)
 
 

@@ -128,6 +128,10 @@ def _sizes_and_addresses(emissions, transitions, lengths):
 
 def _fake(emissions, transitions, lengths=None, keep=True, *, impl="auto"):
     check_dense(emissions, transitions, lengths)
+    return _results(emissions, keep)
+
+
+def _results(emissions, keep):
     batch, length, tags = emissions.shape
     kept = (batch, length) if keep else (0, 0)
     total = emissions.new_empty((batch,), dtype=torch.float64)
@@ -139,7 +143,7 @@ def _forward(emissions, transitions, lengths=None, keep=True, *, impl="auto"):
     if choose(impl, emissions, triton=False) == "cpu":
         emissions, transitions = emissions.contiguous(), transitions.contiguous()
         lengths = None if lengths is None else lengths.contiguous()
-        total, messages, norms = _fake(emissions, transitions, lengths, keep)
+        total, messages, norms = _results(emissions, keep)
         _backends.require_extension().dense_filter(
             *_sizes_and_addresses(emissions, transitions, lengths),
             messages.data_ptr() if keep else 0,
