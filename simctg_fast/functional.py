@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_margin, check_positive, check_weight, is_integer, is_number
-from .distributed import gather_rows, world_size
+from .distributed import gather_rows, sum_over_processes, world_size
 from .ops._contrastive_loss_torch import accumulator_dtype
 from .ops.contrastive_loss import IMPLS, REDUCTIONS, check_mask
 from .ops.contrastive_loss import contrastive_loss as _contrastive_loss
@@ -382,6 +382,11 @@ def simcse_loss_from_embeddings(
         raise ValueError(f"positives has shape {tuple(positives.shape)}, must be {tuple(anchors.shape)} as anchors has")
     if negatives is not None:
         _check_embeddings("negatives", negatives)
+        if negatives.shape[1] != anchors.shape[1] or negatives.dtype != anchors.dtype:
+            raise ValueError(
+                f"negatives is {negatives.dtype} of width {negatives.shape[1]}, must be {anchors.dtype} of width "
+                f"{anchors.shape[1]} as anchors are"
+            )
     if in_view_negatives:
         if negatives is not None or hard_negative_weight != 0.0:
             raise ValueError("in_view_negatives=True takes no negatives and no hard_negative_weight")
@@ -395,9 +400,14 @@ def simcse_loss_from_embeddings(
                 f"negatives is {found}, must have a multiple of {rows} as anchors has rows for "
                 f"hard_negative_weight={hard_negative_weight}"
             )
+        columns = negatives.split(rows) if rows else [negatives]
+        if gather_across_devices and world_size() > 1:
+            # A process without rows learns from the others how many columns there are to gather.
+            total, of = sum_over_processes(torch.tensor([negatives.shape[0], rows], device=anchors.device)).tolist()
+            columns = columns if rows else [negatives] * (total // max(1, of))
         return ranking_loss(
             anchors,
-            [positives, *(negatives.split(rows) if rows else [negatives])],
+            [positives, *columns],
             1.0 / temperature,
             directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
             partition_mode="per_direction",

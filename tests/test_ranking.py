@@ -247,7 +247,7 @@ result = {}
 for name, (options, columns, cut) in argument.items():
     own = [c[:cut] if rank == 0 else c[cut:] for c in columns]
     own = [c.clone().requires_grad_() for c in own]
-    if name == "weighted":
+    if name.startswith("weighted"):
         loss = simcse_loss_from_embeddings(own[0], own[1], torch.cat(own[2:]), gather_across_devices=True, **options)
     else:
         loss = ranking_loss(own[0], own[1:], 20.0, gather_across_devices=True, **options)
@@ -266,11 +266,13 @@ def test_gather_across_devices(tmp_path):
         "weighted": ({"hard_negative_weight": 1.0, "symmetric": True}, 4),
     }
     argument = {
-        name: (options, [c.detach() for c in columns_of(count, rows=7)], 3) for name, (options, count) in cases.items()
+        f"{name}, {cut} rows in the first": (options, [c.detach() for c in columns_of(count, rows=7)], cut)
+        for name, (options, count) in cases.items()
+        for cut in (3, 0)
     }
     results = run_two(tmp_path, GATHERED, argument)
     for name, (options, columns, _) in argument.items():
-        if name == "weighted":
+        if name.startswith("weighted"):
             expected = value_and_gradients(
                 lambda a, d, o=options: simcse_loss_from_embeddings(a, d[0], torch.cat(d[1:]), **o), columns
             )
@@ -457,3 +459,13 @@ def test_compile():
             value_and_gradients(lambda a, d, f=f, t=temperature: f(a, *d, t), columns) for f in (compiled, loss)
         )
         agree(got, expected)
+
+
+def test_negatives_are_like_anchors():
+    anchors = torch.randn(3, 4)
+    for weight in (0.0, 1.0):
+        for negatives in (torch.randn(3, 7), torch.randn(3, 4, dtype=torch.float64)):
+            with pytest.raises(
+                ValueError, match=r"negatives is torch.float\d\d of width \d, must be torch.float32 of width 4"
+            ):
+                simcse_loss_from_embeddings(anchors, anchors, negatives, hard_negative_weight=weight)

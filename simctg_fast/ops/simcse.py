@@ -66,7 +66,9 @@ def pair_lse(queries: Tensor, keys: Tensor, scale: float, impl: str, itself: int
     -inf, with gradient 0, where no key is left. float32, or float64 for float64.
     """
     count, columns = queries.shape[0], keys.shape[0]
-    if count == 0 or columns == 0:
+    if count == 0:
+        return cosines(queries, keys[:0])  # nothing, but of both: a gather behind the keys waits for its gradient
+    if columns == 0:
         return queries.new_full((count,), -torch.inf, dtype=accumulator_dtype(queries.dtype))
     if _delegates(impl, queries, columns):
         logits = _dense_logits(queries, keys, scale, itself)
