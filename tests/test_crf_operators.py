@@ -392,7 +392,7 @@ def test_errors_name_what_is_wrong(impl):
     fails("n is 0", crf.kbest, emissions, n=0)
     fails("other is int", crf.kl, 3, emissions)
     fails("num_embeddings is 0", LowRankCRF, 0)
-    fails("impl is 'gpu'", LowRankCRF(9, 3, 4, impl="gpu").viterbi, emissions)
+    fails("impl is .gpu., must be one of", LowRankCRF, 9, 3, 4, impl="gpu")
 
 
 @needs_extension

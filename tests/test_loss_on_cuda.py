@@ -208,7 +208,7 @@ def test_the_rest(cuda, launches, impl, monkeypatch):
         for normalizer in (7, 7.5, cuda(1)):
             functional.contrastive_loss(states, 0.5, mask, normalizer=normalizer, impl=impl)
         functional.info_nce(states[0], states[1], targets=0)
-    assert [args[2].dtype for args in seen] == [torch.int64, torch.float32, torch.float32]
+    assert all(args[2].dtype == torch.float32 for args in seen)
     assert all(args[2].shape == () and args[2].device == states.device for args in seen)
 
 
