@@ -195,8 +195,15 @@ METHODS = {
 REST = ("kbest", "frozen", "entropy")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("impl", "dynamic"),
+    [
+        pytest.param("torch", False, id="torch-static"),
+        pytest.param("cpu", True, id="cpu-dynamic", marks=needs_extension),
+        pytest.param("torch", True, id="torch-dynamic", marks=pytest.mark.full),
+        pytest.param("cpu", False, id="cpu-static", marks=[needs_extension, pytest.mark.full]),
+    ],
+)
 @pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.full if m in REST else ()) for m in METHODS])
 def test_compiled_whole(impl, method, dynamic):
     """The same numbers and gradients from one graph; what is wrong with a value is said when it runs."""
