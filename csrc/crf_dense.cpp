@@ -1,4 +1,5 @@
-// One matrix of transitions for all steps: filter, its reverse sweep, the best path and the n best. Scores of -inf are forbidden moves.
+// One matrix of transitions for all steps: filter, its reverse sweep, the best path and the n best. Scores of -inf are
+// forbidden moves.
 //
 // With shared transitions a step is a product of matrices in the space of exponentials, for several items at once: the
 // exponentials of the matrix are taken once. What underflows is lost there, 1e-38 beside states whose largest was

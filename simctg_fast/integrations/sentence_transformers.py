@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_positive, check_weight
+from ..checks import check_choice, check_positive, check_weight, is_integer
 from ..functional import simcse_loss_from_embeddings
 from ..ops.contrastive_loss import IMPLS
 from ..ranking import check_options, ranking_loss
@@ -106,7 +105,7 @@ class SimCSELoss(nn.Module):
                 raise ValueError(f"symmetric=True is directions of its own; leave them out, or it, got {directions!r}")
             directions, partition_mode = ("query_to_doc", "doc_to_query"), "per_direction"
         for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            if value is not None and not is_integer(value, 1):
                 raise ValueError(f"{name} is {value!r}, must be None or an integer from 1")
         for name, flag in (
             ("gather_across_devices", gather_across_devices),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from . import _backends
-from ._autograd import register
+from ._autograd import register, tracked
 from ._contrastive_loss_torch import full_precision
 from .crf_checks import check_parameter, check_paths, require_paths
 from .crf_common import address, choose, inside
@@ -60,7 +60,7 @@ def dense_filter(
 
 def dense_log_partition(emissions, transitions, lengths=None, *, impl: str = "auto") -> torch.Tensor:
     """The first of `dense_filter`'s results; the others are kept only where there is a gradient to be taken."""
-    keep = torch.is_grad_enabled() and (emissions.requires_grad or transitions.requires_grad)
+    keep = tracked(emissions) or tracked(transitions)
     return torch.ops.simctg_fast.dense_filter(emissions, transitions, lengths, keep, impl=impl)[0]
 
 
