@@ -38,7 +38,7 @@ def loop(options: argparse.Namespace) -> list[Row]:
     from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
     from simctg_fast import generate
-    from simctg_fast.decoding.prefix_cache import CACHE_NAME
+    from simctg_fast.decoding.caches import CACHE_NAME
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def trial(options: argparse.Namespace) -> list[Row]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from simctg_fast import ContrastiveSearch
-    from simctg_fast.decoding.support import _known
+    from simctg_fast.decoding.report import _known
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .decoding.contrastive_search import contrastive_search as contrastive_search
     from .decoding.patch import patch_transformers as patch_transformers
     from .decoding.patch import unpatch_transformers as unpatch_transformers
-    from .decoding.support import SupportReport as SupportReport
+    from .decoding.report import SupportReport as SupportReport
     from .decoding.support import support as support
     from .engine.engine import Engine as Engine
     from .features import extract_features as extract_features

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from simctg_fast.decoding import compiled_decoder, decode_step
-from simctg_fast.decoding.contrastive_search import ContrastiveSearch, _Run
+from simctg_fast.decoding import compiled_decoder, slots
+from simctg_fast.decoding.attention import Attention
+from simctg_fast.decoding.contrastive_search import ContrastiveSearch
 from simctg_fast.decoding.decode_step import DecodeStep
-from simctg_fast.decoding.support import recall
+from simctg_fast.decoding.generate_loop import Run
+from simctg_fast.decoding.report import recall
 from simctg_fast.engine.scheduler import SlotScheduler
 from simctg_fast.engine.strategies import Contrastive
 
@@ -113,17 +115,16 @@ def test_sizes_share_code():
 
 
 def test_buffers_that_grow_run_the_same_code(monkeypatch, steps):
-    for module in ("prefix_cache", "decode_step", "hidden_states"):
-        monkeypatch.setattr(f"simctg_fast.decoding.{module}.next_capacity", lambda needed, _: needed + 3)
+    monkeypatch.setattr(slots, "next_capacity", lambda needed, _: needed + 3)
     model, inputs = build("llama"), plain(2)
     buffers = []
-    longer = decode_step._longer
+    longer = slots.longer
 
-    def keep(buffer, *args):
+    def keep(buffer, *args, **kwargs):
         buffers.append(weakref.ref(buffer))
-        return longer(buffer, *args)
+        return longer(buffer, *args, **kwargs)
 
-    monkeypatch.setattr(decode_step, "_longer", keep)
+    monkeypatch.setattr(slots, "longer", keep)
     ours = generate(model, inputs, max_new_tokens=40)
     assert graphs() == 1
     same_tokens(ours, generate(model, inputs, False, max_new_tokens=40), model, inputs)
@@ -156,7 +157,7 @@ def test_what_cannot_be_compiled_says_why(monkeypatch):
         generate(model, inputs)
     assert "forward" not in vars(model.model)
     # where it is not insisted on, the steps run eagerly
-    monkeypatch.setattr(_Run, "_check_compiled", lambda *_: None)
+    monkeypatch.setattr(Run, "_check_compiled", lambda *_: None)
     kept, begin = [], DecodeStep.begin
     monkeypatch.setattr(DecodeStep, "begin", lambda self, *args: (kept.append(self), begin(self, *args)))
     same_tokens(generate(model, inputs), expected, model, inputs)
@@ -179,12 +180,12 @@ def test_failing_later_is_noticed_as_well(monkeypatch):
 
 
 def test_compiled_code_that_differs_is_not_used(monkeypatch):
-    attend = decode_step._StaticStep.attend
+    attend = Attention.attend
 
     def wrong(self, module, query, *args, **kwargs):
         return attend(self, module, 1.5 * query if torch.compiler.is_compiling() else query, *args, **kwargs)
 
-    monkeypatch.setattr(decode_step._StaticStep, "attend", wrong)
+    monkeypatch.setattr(Attention, "attend", wrong)
     with pytest.raises(ValueError, match="decode_step='compiled', but its step differs when it is compiled"):
         generate(build("llama"), plain())
 

@@ -13,11 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding import prefix_cache
-from simctg_fast.decoding.contrastive_search import top_k_probs
-from simctg_fast.decoding.hidden_states import HiddenStatesHistory
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
-from simctg_fast.decoding.support import recall
+from simctg_fast.decoding import slots
+from simctg_fast.decoding.caches import CACHE_NAME
+from simctg_fast.decoding.report import recall
+from simctg_fast.ops.top_k import top_k_probs
 from simctg_fast.reference.contrastive_search import contrastive_search as by_definition
 
 from .decoding_models import VOCABULARY, build, decode, greedy, inputs_for, left_padded, prompt, shared
@@ -173,10 +172,9 @@ def test_buffers_that_grow_change_nothing(monkeypatch):
     model, inputs = shared("llama"), left_padded(9, 6)
     truth = decode(model, inputs, path="uncached", new_tokens=40)
     grown = []
-    original = prefix_cache.next_capacity
-    for module in (prefix_cache, __import__("simctg_fast.decoding.hidden_states", fromlist=["next_capacity"])):
-        monkeypatch.setattr(module, "next_capacity", lambda *given: grown.append(given) or original(*given))
-    monkeypatch.setattr(prefix_cache, "GROWTH", 3)
+    original = slots.next_capacity
+    monkeypatch.setattr(slots, "next_capacity", lambda *given: grown.append(given) or original(*given))
+    monkeypatch.setattr(slots, "GROWTH", 3)
     same_tokens(decode(model, inputs, path="shared_prefix", new_tokens=40), truth, model, inputs)
     assert len({needed for needed, _ in grown}) > 10
 
@@ -184,15 +182,16 @@ def test_buffers_that_grow_change_nothing(monkeypatch):
 def test_more_tokens_than_a_block():
     """520 tokens by one copy of the prefix; the last eight again by recomputing everything."""
     model, inputs = shared("llama"), {"input_ids": prompt(1)}
-    assert prefix_cache.GROWTH < 520
+    assert slots.GROWTH < 520
     long = decode(model, inputs, new_tokens=520)
     start = {"input_ids": long[:, :-8], "attention_mask": torch.ones_like(long[:, :-8])}
     same_tokens(decode(model, start, path="uncached", new_tokens=8), long, model, start)
 
 
 def test_unbounded_generation_reserves_a_block_at_a_time():
-    history = HiddenStatesHistory(torch.randn(2, 7, 4), None, max_length=10**9)
-    assert history.states.shape[1] == 7 + prefix_cache.GROWTH
+    history = slots.History(slots.Extent(2, 2, max_length=10**9))
+    history.write(slice(0, 2), 0, torch.randn(2, 7, 4))
+    assert history.states.shape[1] == 7 + slots.GROWTH
 
     class Stop(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -204,9 +203,10 @@ def test_unbounded_generation_reserves_a_block_at_a_time():
 
 
 def test_history_is_normalised_once_and_grows_with_its_mask(monkeypatch):
-    monkeypatch.setattr(prefix_cache, "GROWTH", 2)
+    monkeypatch.setattr(slots, "GROWTH", 2)
     states, mask = torch.randn(2, 3, 8), torch.tensor([[1, 1, 1], [0, 0, 1]])
-    history = HiddenStatesHistory(states, mask, None)
+    history = slots.History(slots.Extent(2, 2))
+    history.write(slice(0, 2), 0, states, mask)
     added = torch.randn(2, 5, 8)
     for step in range(5):
         history.append(added[:, step])

@@ -61,7 +61,8 @@ def outliving(step: DecodeStep) -> dict[str, torch.Tensor]:
     plan, counters = step.kept
     found = {"table": plan.table, "counters": counters}
     found |= {name: x for name, x in vars(step).items() if isinstance(x, torch.Tensor)}
-    for number, layer in enumerate(step.cache.layers):
+    found["lengths"] = step.slots.lengths
+    for number, layer in enumerate(step.slots.layers):
         found |= {f"keys {number}": layer.keys, f"values {number}": layer.values}
     found |= {f"history's {name}": x for name, x in vars(step.history).items() if isinstance(x, torch.Tensor)}
     return found
@@ -136,9 +137,7 @@ def test_short_calls_are_not_captured(driver, steps):
 
 
 def test_buffers_that_grow_are_captured_again(driver, steps, monkeypatch):
-    for module in ("prefix_cache", "decode_step"):
-        monkeypatch.setattr(f"simctg_fast.decoding.{module}.next_capacity", lambda needed, _: needed + 10)
-    monkeypatch.setattr("simctg_fast.decoding.hidden_states.next_capacity", lambda needed, _: needed + 2)
+    monkeypatch.setattr("simctg_fast.decoding.slots.next_capacity", lambda needed, _: needed + 10)
     model, inputs = build("llama"), prompts(2)
     ours = search(model, inputs, new_tokens=60)
     assert driver.recorded >= 3
@@ -204,7 +203,7 @@ def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkey
         if driver.recording is not None and broken[0]:
             if how == "it raises":
                 raise RuntimeError("it broke")
-            self.lengths.sum().item()
+            self.slots.lengths.sum().item()
 
     monkeypatch.setattr(DecodeStep, "_run", fails)
     model, inputs = build("llama"), prompts(2)
@@ -274,9 +273,7 @@ def test_what_refuses_one_kind_of_call_says_nothing_of_others(driver, steps, mon
 
 def test_each_size_has_its_own_rehearsals(driver, steps, monkeypatch):
     """A wait in the first of the second size is no more a reason than one in the first of all."""
-    for module in ("prefix_cache", "decode_step"):
-        monkeypatch.setattr(f"simctg_fast.decoding.{module}.next_capacity", lambda needed, _: needed + 20)
-    monkeypatch.setattr("simctg_fast.decoding.hidden_states.next_capacity", lambda needed, _: needed + 2)
+    monkeypatch.setattr("simctg_fast.decoding.slots.next_capacity", lambda needed, _: needed + 20)
     rehearse, waits = decode_step.rehearse, ["somewhere.py:1", None, "somewhere.py:2", None]
     monkeypatch.setattr(
         decode_step, "rehearse", lambda run, device: (rehearse(run, device), waits.pop(0) if waits else None)[1]

@@ -11,7 +11,7 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from simctg_fast import Engine
-from simctg_fast.decoding import decode_step
+from simctg_fast.decoding import attention, decode_step
 from simctg_fast.decoding.contrastive_search import ContrastiveSearch
 from simctg_fast.decoding.decode_step import DecodeStep
 from simctg_fast.decoding.padding_warning import no_padding_warning
@@ -77,7 +77,7 @@ def test_other_settings(top_k, penalty_alpha, calls):
 @pytest.mark.parametrize("interval", [1, 8])
 def test_rows_that_end(interval, calls, monkeypatch):
     """Ends come at any step; looking for them late cuts what was written meanwhile."""
-    module = importlib.import_module("simctg_fast.decoding.contrastive_search")
+    module = importlib.import_module("simctg_fast.decoding.generate_loop")
     monkeypatch.setattr(module, "stop_check_interval", lambda device: interval)
     model = model_of("llama")
     free = both(model, prompts(3))[1]
@@ -88,9 +88,7 @@ def test_rows_that_end(interval, calls, monkeypatch):
 
 
 def test_buffers_grow(calls, monkeypatch):
-    for module in ("prefix_cache", "decode_step"):
-        monkeypatch.setattr(f"simctg_fast.decoding.{module}.next_capacity", lambda needed, _: needed + 3, raising=True)
-    monkeypatch.setattr("simctg_fast.decoding.hidden_states.next_capacity", lambda needed, _: needed + 2)
+    monkeypatch.setattr("simctg_fast.decoding.slots.next_capacity", lambda needed, _: needed + 3)
     for name in ("llama", "mistral"):
         ours, plain = both(model_of(name), prompts(2, pads=(2, 0)), max_new_tokens=40)
         same_tokens(ours, plain, model_of(name), prompts(2, pads=(2, 0)))
@@ -174,12 +172,13 @@ def test_padded_greedy_search_on_other_paths_goes_on_as_it_was():
 
 def test_a_step_that_differs_is_not_used(calls, monkeypatch):
     """A model that takes positions from its cache is served by the plain loop."""
-    original = decode_step._StaticStep.attend
+    original = attention.Attention.attend
 
     def wrong(self, module, query, key, value, *args, **kwargs):
-        return original(self, module, 1.5 * query, key, value, *args, **kwargs)
+        static = self.slots.extent.static
+        return original(self, module, 1.5 * query if static else query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(decode_step._StaticStep, "attend", wrong)
+    monkeypatch.setattr(attention.Attention, "attend", wrong)
     with pytest.raises(ValueError, match="differs"):
         both(build("llama"), prompts(2))
     assert not calls["steps"]
@@ -276,14 +275,14 @@ def test_windows_are_told_from_chunks():
     def causal(function):
         return lambda b, h, q, kv: (kv <= q) & function(b, h, q, kv)
 
-    assert decode_step._is_window(causal(window), 4, cpu)
-    assert not decode_step._is_window(causal(window), 5, cpu)
-    assert not decode_step._is_window(causal(chunk), 4, cpu)
+    assert attention.is_window(causal(window), 4, cpu)
+    assert not attention.is_window(causal(window), 5, cpu)
+    assert not attention.is_window(causal(chunk), 4, cpu)
 
 
 def test_masks_that_are_no_window(calls, monkeypatch):
     """Where a mask is not known to be a window, the model's own function makes it from the lengths on the device."""
-    monkeypatch.setattr(decode_step, "_is_window", lambda *_: False)
+    monkeypatch.setattr(attention, "is_window", lambda *_: False)
     ours, plain = both(model_of("mistral"), prompts(3, pads=(3, 0, 5)))
     same_tokens(ours, plain, model_of("mistral"), prompts(3, pads=(3, 0, 5)))
     assert calls["steps"]

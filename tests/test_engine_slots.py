@@ -12,10 +12,12 @@ import transformers
 
 import simctg_fast.engine.scheduler as scheduler_module
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding.slots import SlotDecoder, SlotsUnsupportedError, slot_trial
+from simctg_fast.decoding.unsupported import UnsupportedError
 from simctg_fast.engine import Engine
 from simctg_fast.engine.memory import free_bytes
 from simctg_fast.engine.scheduler import SlotScheduler
+from simctg_fast.engine.slot_decoder import SlotDecoder
+from simctg_fast.engine.slot_trial import slot_trial, verify
 
 from .decoding_models import build, prompt, shared, tokenizer
 from .near_ties import same_tokens
@@ -378,8 +380,8 @@ def test_the_trial_is_needed():
     plain = rotary.forward
     rotary.forward = lambda x, position_ids: plain(x, position_ids=position_ids.amax().expand_as(position_ids))
     made = SlotDecoder(model, 3, 2, True)
-    with made, pytest.raises(SlotsUnsupportedError, match="differ from those of transformers' own step"):
-        made.verify(truth)
+    with made, pytest.raises(UnsupportedError, match="differ from those of transformers' own step"):
+        verify(made, truth)
 
 
 def test_too_long_requests_and_foreign_keys():
@@ -423,7 +425,7 @@ def test_out_of_memory_halves_the_slots_and_goes_on(where, strategy, monkeypatch
 
     def fails(self, *args):
         calls.append(1)
-        if self.slots > 2 and len(calls) > 3:
+        if self.count > 2 and len(calls) > 3:
             raise torch.OutOfMemoryError("injected")
         return original(self, *args)
 
@@ -563,11 +565,11 @@ def test_what_is_reckoned_is_what_a_decoder_holds():
     scheduler = engine.backend
     with scheduler._running():
         decoder = scheduler._decoder
-        decoder.cache.reserve(5)
+        decoder.slots.reserve(256, exactly=True)
         decoder.prefill(0, [5, 6, 7], 0, last=True)
-        held = sum(b.nbytes for layer in decoder.cache.layers for b in (layer.keys, layer.values))
-        held += decoder.history.states.nbytes + decoder.logits.nbytes
-    reckoned = 8 * (scheduler.bytes_per_position * decoder.cache.capacity + scheduler.bytes_per_slot)
+        held = sum(b.nbytes for layer in decoder.slots.layers for b in (layer.keys, layer.values))
+        held += decoder.slots.history.states.nbytes + decoder.logits.nbytes
+    reckoned = 8 * (scheduler.bytes_per_position * decoder.slots.extent.capacity + scheduler.bytes_per_slot)
     assert held <= reckoned <= 1.5 * held
 
 

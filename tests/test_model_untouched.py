@@ -14,8 +14,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from simctg_fast import ContrastiveSearch, patch_transformers, support
-from simctg_fast.decoding import shared_prefix
-from simctg_fast.decoding.prefix_cache import PrefixCache
+from simctg_fast.decoding import attention as our_attention
+from simctg_fast.decoding.slots import Slots
 
 from .decoding_models import build, decode, inputs_for, prompt, shared
 
@@ -68,8 +68,8 @@ def assert_untouched(model, before):
     for name, (*facts, values) in tensors_before.items():
         assert tensors_after[name][:-1] == tuple(facts), name
         assert torch.equal(tensors_after[name][-1], values), name
-    assert not shared_prefix._switched
-    assert getattr(shared_prefix._step, "value", None) is None
+    assert not our_attention._switched
+    assert getattr(our_attention._step, "value", None) is None
 
 
 ROUTES = [
@@ -269,7 +269,7 @@ def test_forward_in_another_thread_in_the_middle_of_a_step(name, padded):
     layer = model.decoder.block[0] if name == "t5" else model.model.layers[0]
     layer.register_forward_hook(meanwhile, with_kwargs=True)
     exactly(model, prompt(1), new_tokens=4)
-    assert shared_prefix.NAME in names
+    assert our_attention.NAME in names
     assert len(seen) >= 5
     assert all(torch.equal(logits, expected) for logits in seen)
     decode(model, {"input_ids": prompt(1)}, new_tokens=4)
@@ -284,11 +284,11 @@ def test_function_that_outlives_its_step(name):
     with torch.no_grad():
         expected = model(ids).logits
     own = model.config._attn_implementation
-    with shared_prefix.AttentionSwitch(model)(shared_prefix.SharedPrefixStep(PrefixCache(), None, 2)):
+    with our_attention.AttentionSwitch(model)(our_attention.Attention(Slots(2, 0, ids.device), 2)):
         switched = model.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(switched, None)
         mask = AttentionMaskInterface._global_mapping[switched]
-    assert switched == shared_prefix.NAME
+    assert switched == our_attention.NAME
     assert model.config._attn_implementation == own
     places = [(AttentionInterface._global_mapping, attention), (AttentionMaskInterface._global_mapping, mask)]
     kept = [(mapping, mapping.get(own)) for mapping, _ in places]

@@ -10,8 +10,8 @@ from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, Stat
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
-from simctg_fast.decoding.support import recall
+from simctg_fast.decoding.caches import CACHE_NAME
+from simctg_fast.decoding.report import recall
 
 from .decoding_models import build, decode, greedy, inputs_for, left_padded, prompt, shared
 from .near_ties import same_tokens

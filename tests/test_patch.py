@@ -12,7 +12,7 @@ from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, p
 from transformers.generation.utils import GenerationMixin
 
 from simctg_fast import ContrastiveSearch, contrastive_search, patch_transformers, unpatch_transformers
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
+from simctg_fast.decoding.caches import CACHE_NAME
 
 from .decoding_models import build, decode, greedy, inputs_for, left_padded, prompt, shared, tokenizer
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from simctg_fast import generate
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
+from simctg_fast.decoding.caches import CACHE_NAME
 from simctg_fast.plain.protocols import detect_protocol
 from simctg_fast.reference.contrastive_search import contrastive_search as by_definition
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simctg_fast.crf import results
-from simctg_fast.decoding.support import Check, SupportReport
+from simctg_fast.decoding.report import Check, SupportReport
 
 RESULTS = [each for each in vars(results).values() if dataclasses.is_dataclass(each)]
 

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding import decode_step, linear_swap, prefix_cache, shared_prefix
+from simctg_fast.decoding import attention, decode_step, linear_swap
+from simctg_fast.decoding.slots import SlotLayer
 from simctg_fast.ops import _backends
 
 from .decoding_models import build, decode, inputs_for, left_padded, prompt, shared
@@ -73,13 +74,13 @@ def test_keys_and_values_exist_once_a_sequence(name, monkeypatch):
     inputs = inputs_for(model, 2)
     decode(model, inputs)
     seen = set()
-    original = shared_prefix.shared_prefix_attention
+    original = attention.shared_prefix_attention
 
-    def attention(query, key, value, *args, **kwargs):
+    def attend(query, key, value, *args, **kwargs):
         seen.add((query.shape[0], key.shape[0], value.shape[0]))
         return original(query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", attention)
+    monkeypatch.setattr(attention, "shared_prefix_attention", attend)
     decode(model, inputs, new_tokens=NEW, top_k=TOP_K)
     assert seen == {(2 * TOP_K, 2, 2)}
 
@@ -88,15 +89,16 @@ def test_cache_is_allocated_once_a_block(monkeypatch):
     model, inputs = shared("llama"), {"input_ids": prompt(1)}
     decode(model, inputs)
     reserved = []
-    original = prefix_cache.PrefixCacheLayer._reserve
+    original = SlotLayer.update
 
-    def reserve(self, needed):
-        before = self.keys.data_ptr()
-        original(self, needed)
+    def update(self, *args, **kwargs):
+        before = self.keys.data_ptr() if self.is_initialized else None
+        out = original(self, *args, **kwargs)
         if self.keys.data_ptr() != before:
             reserved.append(tuple(self.keys.shape))
+        return out
 
-    monkeypatch.setattr(prefix_cache.PrefixCacheLayer, "_reserve", reserve)
+    monkeypatch.setattr(SlotLayer, "update", update)
     decode(model, inputs, new_tokens=30)
     assert reserved == [(1, 2, 39, 8)] * 2  # two layers, prompt and new tokens
 
@@ -147,7 +149,7 @@ def test_launches_a_layer_on_a_gpu(name, a_layer, monkeypatch):
     def counted(self):
         with monkeypatch.context() as patch, Launches() as launches:
             for module, function in (
-                (shared_prefix, "shared_prefix_attention"), (decode_step, "prefix_commit"),
+                (attention, "shared_prefix_attention"), (decode_step, "prefix_commit"),
                 (decode_step, "top_k_probs"), (decode_step, "candidate_select"),
                 (torch.nn.functional, "rms_norm"),  # one kernel of torch's on CUDA
             ):  # fmt: skip

@@ -12,13 +12,13 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
+from simctg_fast.decoding.caches import CACHE_NAME
 
 from .decoding_models import build, decode, left_padded, prompt, shared
 from .test_outputs import assert_same_cache, assert_same_structure, check_going_on
 from .test_streaming import Recorder
 
-module = importlib.import_module("simctg_fast.decoding.contrastive_search")
+module = importlib.import_module("simctg_fast.decoding.generate_loop")
 
 ROUTES = [
     ("llama", "shared_prefix"),

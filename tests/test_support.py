@@ -15,9 +15,9 @@ sys.path.append(str(repository("benchmarks")))
 import parity_zoo as zoo
 
 from simctg_fast import SupportReport, support
-from simctg_fast.decoding import shared_prefix
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
-from simctg_fast.decoding.support import recall
+from simctg_fast.decoding import attention
+from simctg_fast.decoding.caches import CACHE_NAME
+from simctg_fast.decoding.report import recall
 
 from .decoding_models import build, decode, inputs_for, left_padded, prompt, shared
 from .near_ties import same_tokens
@@ -192,15 +192,15 @@ def test_a_path_that_was_asked_for_teaches_nothing():
 
 def without(monkeypatch, name):
     """Have our attention ignore one of its arguments."""
-    original = shared_prefix.shared_prefix_attention
+    original = attention.shared_prefix_attention
     neutral = 0 if name == "window_start" else None
 
     @functools.wraps(original)
-    def attention(*args, **kwargs):
+    def attend(*args, **kwargs):
         assert name in kwargs
         return original(*args, **kwargs | {name: neutral})
 
-    monkeypatch.setattr(shared_prefix, "shared_prefix_attention", attention)
+    monkeypatch.setattr(attention, "shared_prefix_attention", attend)
 
 
 @pytest.mark.parametrize(

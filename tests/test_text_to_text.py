@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 from simctg_fast import ContrastiveGenerator, ContrastiveSearch, bundled_model_path
 from simctg_fast.compat import T5SimCTGGenerate
 from simctg_fast.decoding import linear_swap
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
+from simctg_fast.decoding.caches import CACHE_NAME
 from simctg_fast.loading import load_tokenizer
 from simctg_fast.ops import _backends
 from simctg_fast.reference.t5_tutorial import TutorialT5Generate

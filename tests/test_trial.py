@@ -12,10 +12,10 @@ import torch
 import transformers
 
 from simctg_fast import ContrastiveSearch, support
-from simctg_fast.decoding import prefix_cache, trial
-from simctg_fast.decoding.prefix_cache import PrefixCacheLayer
-from simctg_fast.decoding.slot_cache import SlotCacheLayer
-from simctg_fast.decoding.support import recall
+from simctg_fast.decoding import slots, trial
+from simctg_fast.decoding.caches import CACHE_NAME
+from simctg_fast.decoding.report import recall
+from simctg_fast.decoding.slots import SlotLayer
 from simctg_fast.engine import Engine
 from simctg_fast.reference.contrastive_search import contrastive_search, true_float64
 
@@ -200,7 +200,7 @@ def test_doge_reads_its_values_outside_of_attention(inputs):
     assert recall(model).path != "shared_prefix"
     assert torch.equal(decode(model, inputs), out)
     assert torch.equal(decode(model, inputs, penalty_alpha=0.0), greedy(model, inputs))
-    if prefix_cache.CACHE_NAME == "cache":  # before transformers 5.24 its own cached step was another one
+    if CACHE_NAME == "cache":  # before transformers 5.24 its own cached step was another one
         same_tokens(out, truth(model, inputs), model, inputs)
 
 
@@ -210,11 +210,11 @@ def test_a_reader_beyond_the_end_is_found_out(monkeypatch):
 
     class Peeping(modeling_llama.LlamaAttention):
         def forward(self, hidden_states, **kwargs):
-            cache = kwargs.get(prefix_cache.CACHE_NAME)
+            cache = kwargs.get(CACHE_NAME)
             layer = cache.layers[self.layer_idx] if cache is not None else None
             peeped = 0.0
-            if isinstance(layer, PrefixCacheLayer) and layer.is_initialized and layer.candidates:
-                peeped = 1e-9 * layer.values[:, :, layer.length :].float().mean()  # far below any tolerance
+            if isinstance(layer, SlotLayer) and layer.extent.filling is None:
+                peeped = 1e-9 * layer.values[:, :, layer.extent.length :].float().mean()  # far below any tolerance
             out, weights = super().forward(hidden_states, **kwargs)
             return out + peeped, weights
 
@@ -222,7 +222,7 @@ def test_a_reader_beyond_the_end_is_found_out(monkeypatch):
     expected = decode(build("llama"), inputs)
     model.model.layers[0].self_attn.__class__ = Peeping
     monkeypatch.setattr(trial, "FILLINGS", (3e3, -7e6))
-    monkeypatch.setattr(prefix_cache, "fill_alternating", lambda buffer, value: buffer.fill_(value))
+    monkeypatch.setattr(slots, "fill_alternating", lambda buffer, value: buffer.fill_(value))
     assert torch.equal(decode(model, inputs), expected)
     assert recall(model).path == "reorder"
     assert "it reads keys or values beyond the end of its text" in recall(model).reason
@@ -231,36 +231,36 @@ def test_a_reader_beyond_the_end_is_found_out(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_every_candidate_of_every_row_is_compared(monkeypatch, rows):
     """A path that is wrong for one candidate of the last row alone is not taken."""
-    from simctg_fast.decoding.paths import SharedPrefixPath
+    from simctg_fast.decoding.step import Step
 
-    original = SharedPrefixPath._forward
+    original = Step.run
 
-    def wrong(self, inputs, candidates, choose):
+    def wrong(self, inputs, candidates, choose, **known):
         def bent(states):
             if states.shape[:2] == (rows, 4):
                 states = states.clone()
                 states[-1, 2] *= 1.1
             return choose(states)
 
-        return original(self, inputs, candidates, bent)
+        return original(self, inputs, candidates, bent, **known)
 
     model, inputs = build("llama"), {"input_ids": prompt(rows)}
     expected = decode(build("llama"), inputs)
-    monkeypatch.setattr(SharedPrefixPath, "_forward", wrong)
+    monkeypatch.setattr(Step, "run", wrong)
     assert torch.equal(decode(model, inputs), expected)
     assert recall(model).path == "reorder"
 
 
 def test_the_prompts_logits_are_compared(monkeypatch):
-    original = PrefixCacheLayer.update
+    original = SlotLayer.update
 
     def update(self, keys, values, *args, **kwargs):
         out = original(self, keys, values, *args, **kwargs)
-        return out if self.candidates else (out[0], 1.01 * out[1])
+        return out if self.extent.filling is None else (out[0], 1.01 * out[1])
 
     model, inputs = build("llama"), {"input_ids": prompt(1)}
     expected = decode(build("llama"), inputs)
-    monkeypatch.setattr(PrefixCacheLayer, "update", update)
+    monkeypatch.setattr(SlotLayer, "update", update)
     assert torch.equal(decode(model, inputs), expected)
     assert "logits of the prompt differ" in recall(model).reason
 
@@ -382,7 +382,7 @@ def test_an_embedding_that_serves_as_head_is_told_from_one_at_the_input():
     assert recall(model).path == "reorder"
     # Given ids, its whole forward has the mask that it lacks beside encoder_outputs. (Before 5.24 its cached step was
     # another one.)
-    if prefix_cache.CACHE_NAME == "cache":
+    if CACHE_NAME == "cache":
         same_tokens(out, truth(model, inputs, new_tokens=6), model, inputs)
     assert torch.equal(decode(model, inputs, penalty_alpha=0.0, new_tokens=6), greedy(model, inputs, new_tokens=6))
     assert torch.equal(decode(model, inputs, new_tokens=6), out)
@@ -501,7 +501,7 @@ def test_forwards_beside_an_engine(name):
 def layers_made(monkeypatch):
     """Weak references to all cache layers that were made, with the cycle collector off."""
     made = []
-    for kind in (PrefixCacheLayer, SlotCacheLayer, transformers.cache_utils.DynamicLayer):
+    for kind in (SlotLayer, transformers.cache_utils.DynamicLayer):
         original = kind.__init__
 
         def init(self, *args, original=original, **kwargs):

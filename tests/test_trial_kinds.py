@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from simctg_fast import support
+from simctg_fast.decoding.caches import CACHE_NAME
 from simctg_fast.decoding.own_step import moved_by_noise
-from simctg_fast.decoding.prefix_cache import CACHE_NAME
-from simctg_fast.decoding.support import recall
+from simctg_fast.decoding.report import recall
 from simctg_fast.engine import Engine
 from simctg_fast.engine.padding import change_by_padding
 from simctg_fast.reference.contrastive_search import degeneration_penalty, true_float64
@@ -194,15 +194,15 @@ def test_noise_is_for_this_thread_alone():
 @pytest.mark.parametrize("quantised", [False, True])
 def test_what_is_allowed_to_noise_is_not_allowed_to_an_error(monkeypatch, quantised):
     """An error of 2 % on a model that is not sensitive, whatever it calls itself."""
-    from simctg_fast.decoding.shared_prefix import SharedPrefixStep
+    from simctg_fast.decoding.attention import Attention
 
-    own = SharedPrefixStep.attend
+    own = Attention.attend
 
     def bent(self, *args, **kwargs):
         out = own(self, *args, **kwargs)
         return (1.02 * out[0], *out[1:])
 
-    monkeypatch.setattr(SharedPrefixStep, "attend", bent)
+    monkeypatch.setattr(Attention, "attend", bent)
     model, inputs = build("llama"), inputs_for(build("llama"), 2)
     model.hf_quantizer = object() if quantised else None
     report = support(model, inputs)

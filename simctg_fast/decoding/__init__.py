@@ -2,7 +2,8 @@
 
 from .contrastive_search import ContrastiveSearch, contrastive_search
 from .patch import patch_transformers, unpatch_transformers
-from .support import Check, SupportReport, support
+from .report import Check, SupportReport
+from .support import support
 
 __all__ = [
     "Check",

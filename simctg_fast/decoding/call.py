@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 
-from .paths import FAILURES, copy_outputs, grow_kwargs, repeat_rows, without_caches
-from .prefix_cache import CACHE_NAME
+from .caches import new_cache, without_caches
+from .inputs import copy_outputs, grow_kwargs, has_rows, repeat_rows, take_rows
+from .unsupported import FAILURES
 
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")  # what PEFT learns as keys and values
 
@@ -47,7 +47,7 @@ class Call:
 
     def new_cache(self) -> Any:
         """A cache as ``generate`` makes it for this model; None where it makes none."""
-        return own_cache(self.model, self.generation_config, len(self.input_ids), self.max_length)
+        return new_cache(self.model, self.generation_config, len(self.input_ids), self.max_length)
 
     def kind(self) -> tuple:
         """What a verdict on this call holds for: which arguments are given, and what of them models look at."""
@@ -94,46 +94,10 @@ def learned_prompt(model: Any) -> Any:
     return wrapper
 
 
-def own_cache(model: Any, config: GenerationConfig, batch: int, max_length: int | None) -> Any:
-    """The cache that ``generate`` makes for ``model``; None where it leaves that to the model, or has none."""
-    made: dict[str, Any] = {}
-    config = copy.copy(config)
-    config.use_cache, config.cache_implementation = True, None
-    model._prepare_cache_for_generation(config, made, GenerationMode.GREEDY_SEARCH, batch, max_length or 1)
-    return made.get(CACHE_NAME)
-
-
 @dataclass(frozen=True)
 class Rows:
     ids: torch.Tensor  # (rows, n)
     kwargs: dict[str, Any]  # without caches
-
-
-def _batch_dim(name: str, value: torch.Tensor) -> int:
-    return 1 if "position_ids" in name and value.ndim == 3 else 0
-
-
-def _take(value: Any, rows: list[int], name: str = "") -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.index_select(_batch_dim(name, value), torch.tensor(rows, device=value.device))
-    if isinstance(value, ModelOutput):
-        taken = copy_outputs(value)
-        for key in list(taken):
-            taken[key] = _take(taken[key], rows, key)
-        return taken
-    if isinstance(value, (tuple, list)):
-        return type(value)(_take(item, rows, name) for item in value)
-    return value
-
-
-def _has_rows(name: str, value: Any, batch: int) -> bool:
-    """Whether an argument has a row a sequence (features of images, for one, come in any number)."""
-    if isinstance(value, torch.Tensor):
-        return value.ndim > _batch_dim(name, value) and value.shape[_batch_dim(name, value)] == batch
-    if name == "encoder_outputs" or isinstance(value, tuple):
-        items = value.items() if isinstance(value, ModelOutput) else ((name, item) for item in value)
-        return all(_has_rows(key, item, batch) for key, item in items)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _softer(name: str, value: Any, rows: int) -> Any:
@@ -161,7 +125,7 @@ def copy_of(call: Call) -> Rows:
     """The row of a call of one; two different ones of a larger call, or the whole where it cannot be taken apart."""
     ids, kwargs = call.input_ids, without_caches(call.model_kwargs)
     batch = len(ids)
-    if batch == 1 or not all(_has_rows(name, value, batch) for name, value in kwargs.items()):
+    if batch == 1 or not all(has_rows(name, value, batch) for name, value in kwargs.items()):
         return Rows(ids, kwargs)
     given = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
     masks = [mask for mask in given if isinstance(mask, torch.Tensor) and mask.ndim == 2]
@@ -176,7 +140,7 @@ def copy_of(call: Call) -> Rows:
 
 
 def _rows(ids: torch.Tensor, kwargs: dict[str, Any], rows: list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
-    return _take(ids, rows), {name: _take(value, rows, name) for name, value in kwargs.items()}
+    return take_rows(ids, rows), {name: take_rows(value, rows, name) for name, value in kwargs.items()}
 
 
 def _two_of(call: Call, ids: torch.Tensor, kwargs: dict[str, Any]) -> Rows:

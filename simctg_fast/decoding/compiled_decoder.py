@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .shared_prefix import SharedPrefixStep, traced
+from .attention import Attention, traced
 
 BACKEND = "inductor"
 
@@ -30,7 +30,7 @@ _compiled: weakref.WeakKeyDictionary[torch.nn.Module, Callable[..., Any]] = weak
 _numbers = itertools.count()
 
 
-def _decoder_body(decoder: torch.nn.Module, step: SharedPrefixStep, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _decoder_body(decoder: torch.nn.Module, step: Attention, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What is traced."""
     traced.step = step
     try:
@@ -99,7 +99,7 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def compiled_decoder(decoder: torch.nn.Module, step: SharedPrefixStep) -> Iterator[None]:
+def compiled_decoder(decoder: torch.nn.Module, step: Attention) -> Iterator[None]:
     """This thread's forwards of ``decoder`` run compiled, over ``step``; other threads' as ever."""
     with _lock:
         entry = _routed.setdefault(id(decoder), _Routed(decoder))

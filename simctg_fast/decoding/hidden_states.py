@@ -1,4 +1,4 @@
-"""The last layer's hidden states: how they are read off a model, and how they are kept."""
+"""The last layer's hidden states: how they are read off a model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-
-from ..ops.candidate_select import candidate_scan
-from .prefix_cache import next_capacity
 
 
 @dataclass
@@ -124,56 +121,3 @@ def decoder_of(model: torch.nn.Module) -> torch.nn.Module | None:
 
 def last_position(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states[:, -1:]
-
-
-class HiddenStatesHistory:
-    """Unit-length hidden states of every position so far, ``(B, capacity, D)``, normalised once, when they come in.
-
-    Args:
-        hidden_states: ``(B, L, D)`` states of the prompt.
-        mask: ``(B, L)``, nonzero for real positions, or None when all are.
-        max_length: positions the sequences can reach, if that is known; the buffer grows in blocks.
-    """
-
-    def __init__(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, max_length: int | None):
-        batch, self.length, dim = hidden_states.shape
-        self.max_length = max_length
-        # Half precision is kept only where it saves bandwidth; a CPU multiplies float32 faster.
-        dtype = hidden_states.dtype if hidden_states.is_cuda else _at_least_float32(hidden_states)
-        self.mask: torch.Tensor | None = None
-        if mask is not None and not bool(mask.all()):
-            self.mask = torch.ones(batch, 0, dtype=torch.bool, device=hidden_states.device)
-        self.states = torch.empty(batch, 0, dim, dtype=dtype, device=hidden_states.device)
-        self._reserve(self.length)
-        for row in range(batch):  # a row at a time: the float32 copy of a whole half-precision prompt may be large
-            self.states[row, : self.length] = _normalize(hidden_states[row])
-        if self.mask is not None:
-            self.mask[:, : self.length] = mask.bool()
-
-    def _reserve(self, needed: int) -> None:
-        used, capacity = self.states.shape[1], next_capacity(needed, self.max_length)
-        if used >= needed:
-            return
-        grown = self.states.new_empty(self.states.shape[0], capacity, self.states.shape[2])
-        grown[:, :used] = self.states
-        self.states = grown
-        if self.mask is not None:  # everything after the prompt is real
-            self.mask = torch.nn.functional.pad(self.mask, (0, capacity - used), value=True)
-
-    def penalty(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Largest cosine of candidates ``(B, k, D)`` with the history and its position, both ``(B, k)``."""
-        return candidate_scan(hidden_states, self.states, self.length, self.mask)
-
-    def append(self, hidden_states: torch.Tensor) -> None:
-        """Add the winners' states ``(B, D)``."""
-        self._reserve(self.length + 1)
-        self.states[:, self.length] = _normalize(hidden_states)
-        self.length += 1
-
-
-def _normalize(hidden_states: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(hidden_states.to(_at_least_float32(hidden_states)), dim=-1)
-
-
-def _at_least_float32(hidden_states: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(hidden_states.dtype, torch.float32)

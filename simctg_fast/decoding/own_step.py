@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from .caches import CACHE_NAME, without_caches
 from .call import Call, Rows
 from .hidden_states import HiddenStatesTap
+from .inputs import grow_kwargs, with_own_states
 from .padding_warning import no_padding_warning
-from .paths import grow_kwargs, with_own_states, without_caches
-from .prefix_cache import CACHE_NAME
 
 # Of ``generate``, where a checkpoint's configuration may say otherwise: the loop alone, no tokenizer wanted.
 PLAIN: dict[str, Any] = {

@@ -1,537 +1,422 @@
-"""Decoding with slots: every row has its own length, and can be replaced while the others go on.
+"""Keys, values and hidden states of sequences that stand at lengths of their own: the buffers of a decoding step.
 
-One forward serves ``rows × k`` candidates at as many different positions. Attention reads each slot's own prefix
-(:mod:`.slot_cache`); masks are made from the model's own mask functions, position by position; position ids go in by
-the model's argument for them, or at its position embedding; T5's relative bias, which the model makes for the longest
-row, is shifted for the others. None of this is believed: :meth:`SlotDecoder.verify` compares rows of different lengths
-with transformers' own steps for each of them alone before anything is decoded.
+A slot holds one sequence, once, however many candidates a step tries. ``generate`` fills all slots with one prompt
+batch; the engine fills, copies and frees them one by one.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.masking_utils import causal_mask_function
-from transformers.modeling_outputs import BaseModelOutput
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .call import own_cache
-from .hidden_states import HiddenStatesTap, last_position
-from .linear_swap import give_forward_back, take_forward
-from .own_step import (
-    MOST_NOISE,
-    OwnText,
-    allowed_for_noise,
-    draw_tokens,
-    error_of,
-    moved_by_noise,
-    own_text,
-    wrong_head,
-)
-from .padding_warning import no_padding_warning
-from .paths import FAILURES, KEY_VALUE_LAYERS
-from .prefix_cache import CACHE_NAME
-from .shared_prefix import AttentionSwitch, SharedPrefixStep, SharedPrefixUnsupportedError
-from .slot_cache import CrossSlots, SlotCache, SlotHistory
-from .trial import FILLINGS
-from .truth import RELATIVE_ERROR, known_tokens
+from ..ops.candidate_select import candidate_scan
+from ..ops.prefix_commit import prefix_commit
 
-Choose = Callable[[torch.Tensor], torch.Tensor]  # candidates' states (rows, k, D) -> index of the winner (rows,)
-
-_TRIAL_LENGTHS = (3, 17, 60)
+GROWTH = 512  # positions added when a buffer is full: a copy every 512 tokens, and at most 512 positions unused
 
 
-class SlotsUnsupportedError(Exception):
-    """Rows of different lengths do not work on this model; the message says why."""
+def next_capacity(needed: int, max_length: int | None) -> int:
+    """Positions to reserve when ``needed`` are in use: up to the known end, and never more than a block ahead."""
+    ahead = needed + GROWTH
+    return max(needed, ahead if max_length is None else min(ahead, max_length))
 
 
-class _SlotsDifferError(SlotsUnsupportedError):
-    def __init__(self, what: str, error: float, allowed: float):
-        super().__init__(
-            f"{what} of rows of different lengths differ from those of transformers' own step by {error:.2g} (allowed "
-            f"{allowed:.2g})"
-        )
-        self.error = error
+@dataclass
+class Extent:
+    """What of the buffers counts at the moment, known to all of them.
 
-
-class SlotStep(SharedPrefixStep):
-    """What the attention function must know during one forward over slots of different lengths."""
-
-    def __init__(self, cache: SlotCache, cross: DynamicCache | None, cross_lengths: torch.Tensor | None, k: int):
-        super().__init__(cache, cross, k)
-        self.lengths = cache.lengths[: cache.rows]
-        self.width = cache.length
-        self.cross_lengths = cross_lengths
-        self.masks: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # id(mask) -> itself, first positions
-        self.biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id(model's bias) -> itself, each row's own
-
-    def make_mask(self, *args, **kwargs) -> torch.Tensor | None:
-        """None where a row sees all of its own positions; else ``(rows, 1, 1, width + 1)``, the last for the new."""
-        padding = kwargs.get("attention_mask")  # BART and its kin make one of ones
-        if padding is not None and not bool(padding.all()):
-            raise SharedPrefixUnsupportedError("it makes an attention mask of its own")
-        function = kwargs.get("mask_function", causal_mask_function)
-        if function is causal_mask_function or kwargs.get("q_length") != 1:
-            return None
-        if kwargs.get("allow_is_bidirectional_skip") or self.width == 0:
-            return None
-        device = self.lengths.device
-        own = self.lengths[:, None, None, None]
-        positions = torch.arange(self.width + 1, device=device)[None, None, None]
-        # The last column is the candidate's own key, which stands at its row's length.
-        places = torch.where(positions == self.width, own, positions.clamp(max=max(0, self.width - 1)))
-        rows = torch.arange(len(self.lengths), device=device)[:, None, None, None]
-        mask = function(rows, torch.zeros_like(rows), own, places)
-        mask = mask.expand(len(self.lengths), 1, 1, self.width + 1) & ((positions < own) | (positions == self.width))
-        seen = mask[:, 0, 0, :-1]
-        starts = torch.where(seen.any(dim=-1), seen.int().argmax(dim=-1), self.lengths)
-        # One stretch up to the row's end, and the candidate itself: a first position says it all.
-        is_window = bool(((self.lengths - starts) == seen.sum(dim=-1)).all() & mask[..., -1].all())
-        self.masks[id(mask)] = (mask, starts if is_window else None)
-        return mask
-
-    def _read(
-        self,
-        module: torch.nn.Module,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_bias: torch.Tensor | None,
-        has_own: bool,
-    ) -> dict[str, Any]:
-        shared = key.shape[2] - has_own
-        starts = None
-        if attention_mask is not None and (known := self.masks.get(id(attention_mask))) is not None:
-            starts = known[1]
-            attention_mask = attention_mask if starts is None else None
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            raise SharedPrefixUnsupportedError("it adds a mask of its own to the scores")
-        bias = self._shifted(position_bias) if position_bias is not None and has_own else position_bias
-        lengths = self.lengths if has_own else self.cross_lengths
-        prefix = {"key": key[:, :, :shared], "value": value[:, :, :shared], "length": shared}
-        rows = {"lengths": self._on(key.device, lengths), "starts": self._on(key.device, starts)}
-        return prefix | rows | {"mask": attention_mask, "bias": bias}
-
-    @staticmethod
-    def _on(device: torch.device, lengths: torch.Tensor | None) -> torch.Tensor | None:
-        return lengths if lengths is None or lengths.device == device else lengths.to(device)
-
-    def _shifted(self, bias: torch.Tensor) -> torch.Tensor:
-        """The model's bias ``(1, H, 1, width + 1)`` is that of a query at ``width``. A query at its row's length sees a
-        position at the same distance as that one sees the position further back by the difference."""
-        known = self.biases.get(id(bias))
-        if known is not None:
-            return known[1]
-        if bias.ndim != 4 or bias.shape[0] != 1 or bias.shape[2] != 1 or bias.shape[3] != self.width + 1:
-            raise SharedPrefixUnsupportedError(f"position bias of shape {tuple(bias.shape)}")
-        positions = torch.arange(self.width + 1, device=bias.device)
-        lengths = self.lengths.to(bias.device)
-        index = (positions + (self.width - lengths[:, None])).clamp_(max=self.width)
-        shifted = bias[0, :, 0][:, index].transpose(0, 1)[:, :, None].contiguous()  # (rows, H, 1, width + 1)
-        self.biases[id(bias)] = (bias, shifted)
-        return shifted
-
-
-class SlotDecoder:
-    """Slots over one model. A slot is filled by ``prefill``, and grows by one with each ``step``.
-
-    Args:
-        model: in evaluation mode.
-        slots: rows; candidates: tokens tried a step.
-        history: keep hidden states for the degeneration penalty.
-
-    Attributes:
-        logits: ``(slots, V)`` float32, for the next token of each slot.
-
-    Raises:
-        SlotsUnsupportedError: this model cannot; also from every method.
+    ``slots``: rows there are; ``rows``: those, from the first on, that a step runs; ``length``: positions of the
+    longest of them; ``capacity``: positions there is room for; ``max_length``: that they can reach, if it is known;
+    ``filling``: rows whose prompt is being run, None in a step; ``static``: a step sees whole buffers, whatever their
+    rows' lengths.
     """
 
-    def __init__(self, model: Any, slots: int, candidates: int, history: bool):
-        self.model, self.slots, self.candidates = model, slots, candidates
-        self.device: torch.device = model.device
-        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        text_config = model.config.get_text_config(decoder=True)
-        layers = DynamicCache(config=text_config).layers
-        odd = sorted({type(layer).__name__ for layer in layers} - KEY_VALUE_LAYERS)
-        if odd or not layers:
-            raise SlotsUnsupportedError(f"its cache has layers that are not plain keys and values: {', '.join(odd)}")
-        self.cache = SlotCache(slots, len(layers), self.device)
-        self.cross = CrossSlots(slots, len(layers), self.device) if self.is_encoder_decoder else None
-        self.history = SlotHistory(self.cache) if history else None
-        self.switch = AttentionSwitch(model)
-        self.tap = HiddenStatesTap(model)
-        if not self.tap.has_head:
-            raise SlotsUnsupportedError("it has no output embedding whose input could be read")
-        parameters = inspect.signature(model.forward).parameters
-        self.position_argument = next((n for n in ("decoder_position_ids", "position_ids") if n in parameters), None)
-        self.position_modules = [] if self.position_argument else _position_modules(model)
-        self.logits: torch.Tensor | None = None
-        self.last_step: SlotStep | None = None
+    slots: int
+    rows: int
+    length: int = 0
+    capacity: int = 0
+    max_length: int | None = None
+    filling: slice | None = None
+    static: bool = False
 
-    def __enter__(self) -> SlotDecoder:
-        self.tap.__enter__()
-        return self
+    def reserve(self, positions: int) -> None:
+        if positions > self.capacity:
+            self.capacity = next_capacity(positions, self.max_length)
 
-    def __exit__(self, *exc: object) -> None:
-        self.tap.__exit__(*exc)
-        self.cache.layers.clear()  # they know their cache: buffers must not wait for the cycle collector
 
-    # ---- one slot -------------------------------------------------------------------------------------------------
+class SlotLayer(CacheLayerMixin):
+    """One layer: ``(slots, H_kv, capacity, D)`` buffers of keys and values, finite beyond the rows' ends.
 
-    @no_padding_warning()
-    @torch.inference_mode()
-    def prefill(self, slot: int, ids: list[int], start: int, last: bool) -> None:
-        """Run ``ids``, which follow the ``start`` positions the slot holds already. ``last``: the prompt ends here, and
-        the slot's logits are wanted."""
-        self.cache.set_length(slot, start)
-        self.cache.reserve(start + len(ids) + 1)
-        tokens = torch.tensor([ids], device=self.device)
-        inputs: dict[str, Any] = {CACHE_NAME: self._slot_cache(), "use_cache": True, "return_dict": True}
-        if self.is_encoder_decoder:
-            inputs |= {"decoder_input_ids": tokens, "encoder_outputs": self.encoded}
+    While prompts are run, ``update`` writes the new positions and returns all of those rows', as any cache does. In a
+    step it sets the ``rows · k`` new keys and values aside, and returns a view as long as the longest row, and one
+    position more: models derive positions from it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, extent: Extent):
+        super().__init__()
+        self.extent = extent
+        self.filled = 0  # positions of the rows whose prompt is being run
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.was_read = False  # in this step, by our attention
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for name, states in (("keys", key_states), ("values", value_states)):
+            shape = (self.extent.slots, states.shape[1], self.extent.capacity, states.shape[3])
+            setattr(self, name, states.new_zeros(shape))
+        self.is_initialized = True
+
+    def grow(self) -> None:
+        self.keys = longer(self.keys, self.extent.capacity, dim=2)
+        self.values = longer(self.values, self.extent.capacity, dim=2)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        extent = self.extent
+        if extent.filling is not None:
+            extent.reserve(self.filled + key_states.shape[2])
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if extent.filling is None:
+            self.pending = (key_states, value_states)
+            if extent.static:
+                return self.keys, self.values
+            rows, end = slice(0, extent.rows), extent.length + 1
         else:
-            inputs["input_ids"] = tokens
-        if self.position_argument is not None:
-            inputs[self.position_argument] = torch.arange(start, start + len(ids), device=self.device)[None]
-        self.cache.slot = slot
-        self.tap.listen(last_position, all_positions=True)
-        try:
-            outputs = self.model(**inputs)
-        except SharedPrefixUnsupportedError as error:
-            raise SlotsUnsupportedError(str(error)) from error
-        finally:
-            heard = self.tap.mute().head
-            self.cache.slot = None
-        if len(heard) != 1 or heard[0].shape[:2] != tokens.shape:
-            shapes = [tuple(states.shape) for states in heard]
-            raise SlotsUnsupportedError(f"of {len(ids)} tokens, {shapes or 'nothing'} reaches the output embedding")
-        if self.cross is not None and start == 0:
-            self.cross.fill(slot, inputs[CACHE_NAME].cross_attention_cache)
-        if self.history is not None:
-            self.history.write(slot, start, heard[0][0])
-        self.cache.set_length(slot, start + len(ids))
-        if last:
-            self._set_logits(slot, outputs.logits[0, -1])
+            rows, end = extent.filling, self.filled + key_states.shape[2]
+            self.grow()
+            self.keys[rows, :, self.filled : end] = key_states
+            self.values[rows, :, self.filled : end] = value_states
+            self.filled = end
+        return self.keys[rows, :, :end], self.values[rows, :, :end]
 
-    def _slot_cache(self) -> Any:
-        if self.cross is None:
-            return self.cache
-        made = own_cache(self.model, self.model.generation_config, 1, None)
-        if not isinstance(made, EncoderDecoderCache):
-            raise SlotsUnsupportedError(f"it does not take a cache for encoder-decoders as {CACHE_NAME}")
-        return EncoderDecoderCache(self.cache, made.cross_attention_cache)
+    def get_seq_length(self) -> int:
+        if self.extent.filling is not None:
+            return self.filled
+        return self.keys.shape[2] - 1 if self.extent.static else self.extent.length
 
-    @torch.inference_mode()
-    def encode(self, ids: list[int]) -> None:
-        """Run the encoder for the slot that is prefilled next."""
-        source = torch.tensor([ids], device=self.device)
-        encoder = self.model.get_encoder()
-        self.encoded = encoder(input_ids=source, attention_mask=torch.ones_like(source), return_dict=True)
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
 
-    @torch.inference_mode()
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # the name before transformers 5.18
+        return -1
+
+
+class History:
+    """Unit-length hidden states of every position of every slot, ``(slots, capacity, D)``, normalised once, when they
+    come in. ``mask (slots, capacity)``: which of them are real, None if all are; ``length``: positions written to all
+    rows alike."""
+
+    def __init__(self, extent: Extent):
+        self.extent = extent
+        self.states: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.length = 0
+
+    def grow(self) -> None:
+        if self.states is not None:
+            self.states = longer(self.states, self.extent.capacity, dim=1)
+        if self.mask is not None:  # everything after the prompt is real
+            missing = self.extent.capacity - self.mask.shape[1]
+            self.mask = torch.nn.functional.pad(self.mask, (0, missing), value=True) if missing > 0 else self.mask
+
+    def write(self, rows: slice, start: int, hidden_states: Tensor, mask: Tensor | None = None) -> None:
+        """States ``(n, T, D)`` of positions from ``start`` on; ``mask (n, T)``: zero at padding."""
+        end = start + hidden_states.shape[1]
+        self.extent.reserve(end)
+        if self.states is None:
+            # Half precision is kept only where it saves bandwidth; a CPU multiplies float32 faster.
+            dtype = hidden_states.dtype if hidden_states.is_cuda else _at_least_float32(hidden_states)
+            shape = (self.extent.slots, self.extent.capacity, hidden_states.shape[2])
+            self.states = torch.zeros(shape, dtype=dtype, device=hidden_states.device)
+        if mask is not None and not bool(mask.all()):
+            self.mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
+            self.mask[rows, start:end] = mask.bool()
+        self.grow()
+        for row, states in zip(range(self.extent.slots)[rows], hidden_states, strict=True):
+            self.states[row, start:end] = unit(states)  # one at a time: in float32 a whole prompt may be large
+        self.length = end
+
+    def append(self, hidden_states: Tensor, positions: Tensor | None = None) -> None:
+        """States ``(n, D)`` of the first rows, each at its own position ``(n,)``; None: behind those of all rows."""
+        assert self.states is not None
+        states, rows = unit(hidden_states), len(hidden_states)
+        if positions is None:
+            self.extent.reserve(self.length + 1)
+            self.grow()
+            self.states[:rows, self.length] = states
+            self.length += 1
+        else:
+            index = torch.arange(rows, device=self.states.device)
+            self.states[index, on(self.states.device, positions)] = states.to(self.states.dtype)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make row ``target`` hold what ``source`` holds in its first ``length`` positions."""
+        if self.states is not None:
+            self.states[target, :length] = self.states[source, :length]
+        if self.mask is not None:
+            self.mask[target] = self.mask[source]
+
+    def penalty(self, hidden_states: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Largest cosine of candidates ``(n, k, D)`` of the first rows with their history, and its position, both
+        ``(n, k)``; ``lengths (n,)``: positions in use, None: all that were written."""
+        assert self.states is not None
+        rows = len(hidden_states)
+        mask = None if self.mask is None else self.mask[:rows]
+        if lengths is None:
+            return candidate_scan(hidden_states, self.states[:rows], self.length, mask)
+        lengths = on(self.states.device, lengths)
+        return candidate_scan(hidden_states, self.states[:rows], self.extent.length, mask, lengths=lengths)
+
+
+class CrossSlots:
+    """Cross-attention keys and values of slots, each of its own source length."""
+
+    def __init__(self, slots: int, device: torch.device):
+        self.slots, self.capacity = slots, 0
+        self.host_lengths = [0] * slots
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.buffers: list[list[Tensor]] = []  # keys and values of every layer
+
+    def fill(self, slot: int, cache: DynamicCache) -> None:
+        """Take over what running the first decoder position of one row left in ``cache``."""
+        length = int(cache.layers[0].keys.shape[2])
+        self.capacity = max(self.capacity, round_up(length))
+        states = [[layer.keys, layer.values] for layer in cache.layers]
+        if not self.buffers:
+            self.buffers = [
+                [x.new_zeros(self.slots, x.shape[1], self.capacity, x.shape[3]) for x in layer] for layer in states
+            ]
+        for buffers, new in zip(self.buffers, states, strict=True):
+            buffers[:] = [longer(buffer, self.capacity, dim=2) for buffer in buffers]
+            for buffer, x in zip(buffers, new, strict=True):
+                buffer[slot, :, :length] = x[0]
+        self.host_lengths[slot] = self.lengths[slot] = length
+
     def copy(self, source: int, target: int) -> None:
-        """Make slot ``target`` hold what ``source`` holds: its prefix, its history and its logits."""
-        self.cache.copy(source, target)
+        for buffer in itertools.chain(*self.buffers):
+            buffer[target] = buffer[source]
+        self.host_lengths[target] = self.host_lengths[source]
+        self.lengths[target] = self.lengths[source]
+
+    def fill_unused(self, value: float) -> None:
+        """Overwrite what lies beyond the sources' ends with ``value`` in alternating signs."""
+        for buffer in itertools.chain(*self.buffers):
+            for slot, length in enumerate(self.host_lengths):
+                fill_alternating(buffer[slot, :, length:], value)
+
+    def as_cache(self, rows: int) -> DynamicCache:
+        """A cross-attention cache over the first ``rows`` slots, as wide as the longest source among them."""
+        width = max(1, *self.host_lengths[:rows])
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.buffers):
+            cache.update(keys[:0, :, :0], values[:0, :, :0], index)
+            cache.layers[index].keys, cache.layers[index].values = keys[:rows, :, :width], values[:rows, :, :width]
+        return cache
+
+
+class Slots:
+    """Every buffer of the decoding of ``count`` sequences.
+
+    Args:
+        num_layers: of the model's cache; 0 if it adds them as it goes.
+        device: of the lengths; buffers are where the model makes their contents.
+        max_length: positions the sequences can reach, if that is known; buffers grow in blocks.
+
+    Attributes:
+        cache: what the model gets; its layers are `SlotLayer`.
+        lengths: ``(count,)`` int64, positions in use; ``host_lengths`` the same on the host.
+        history: hidden states. logits: ``(count, V)`` float32 for the next token of each, once there are any.
+    """
+
+    def __init__(self, count: int, num_layers: int, device: torch.device, max_length: int | None = None):
+        self.extent = Extent(count, count, max_length=max_length, filling=slice(0, count))
+        layer = partial(SlotLayer, self.extent)
+        self.cache = Cache(layers=[layer() for _ in range(num_layers)]) if num_layers else Cache(None, layer)
+        self.host_lengths = [0] * count
+        self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+        self.history = History(self.extent)
+        self.cross: CrossSlots | None = None
+        self.logits: Tensor | None = None
+
+    @property
+    def layers(self) -> list[SlotLayer]:
+        return self.cache.layers
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row that a step runs."""
+        return self.extent.length
+
+    def reserve(self, positions: int, exactly: bool = False) -> None:
+        """Make room for ``positions`` in every slot, and for some more unless ``exactly``."""
+        if positions <= self.extent.capacity:
+            return
+        if exactly:
+            self.extent.capacity = positions
+        else:
+            self.extent.reserve(positions)
+        self.grow()
+
+    def grow(self) -> None:
+        """All buffers have the same room."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.grow()
+        self.history.grow()
+
+    # ---- prompts --------------------------------------------------------------------------------------------------
+
+    def begin_prompt(self, rows: slice, start: int = 0) -> None:
+        """Forwards run the prompts of ``rows`` from now on, behind the ``start`` positions that these hold already."""
+        self.extent.filling = rows
+        for layer in self.layers:
+            layer.filled = start
+
+    def end_prompt(self, length: int | None = None) -> None:
+        """The rows hold ``length`` positions; None: what was run."""
+        rows, self.extent.filling = self.extent.filling, None
+        assert rows is not None
+        length = max((layer.filled for layer in self.layers), default=0) if length is None else length
+        for slot in range(self.extent.slots)[rows]:
+            self.host_lengths[slot] = length
+        self.lengths[rows] = length
+        self.set_rows(self.extent.rows)
+
+    def set_length(self, slot: int, length: int) -> None:
+        self.host_lengths[slot] = length
+        self.lengths[slot] = length
+        self.set_rows(self.extent.rows)
+
+    def set_rows(self, rows: int) -> None:
+        """A step runs the first ``rows`` slots."""
+        self.extent.rows = rows
+        self.extent.length = max(self.host_lengths[:rows])
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot ``target`` hold what ``source`` holds."""
+        length = self.host_lengths[source]
+        buffers = [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
+        for buffer in buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
+        self.history.copy(source, target, length)
+        if self.logits is not None:
+            self.logits[target] = self.logits[source]
         if self.cross is not None:
             self.cross.copy(source, target)
-        if self.history is not None:
-            self.history.copy(source, target)
-        assert self.logits is not None
-        self.logits[target] = self.logits[source]
+        self.set_length(target, length)
 
-    def clear(self, slot: int) -> None:
-        """The slot is free: rows of length 0 cost the least."""
-        self.cache.set_length(slot, 0)
+    # ---- a step ---------------------------------------------------------------------------------------------------
 
-    def _set_logits(self, slot: int, logits: torch.Tensor) -> None:
-        if self.logits is None:
-            if known_tokens(self.model, logits) is not None:
-                raise SlotsUnsupportedError("its output embedding writes tokens that it cannot read")
-            self.logits = torch.zeros(self.slots, logits.shape[-1], dtype=torch.float32, device=self.device)
-        self.logits[slot] = logits.to(self.logits)
+    def commit(
+        self,
+        winners: Tensor,
+        positions: int | Tensor | None = None,
+        run: Callable[[Sequence[tuple[Tensor, Tensor]], int | Tensor, Tensor], None] = prefix_commit,
+    ) -> None:
+        """Keep the keys and values of candidate rows ``winners (rows,)`` at ``positions (rows,)``; None: the length of
+        all rows. The lengths stay."""
+        layers = [layer for layer in self.layers if layer.pending is not None]
+        rows = slice(0, self.extent.rows)
+        run(
+            [
+                (buffer[rows], new)
+                for layer in layers
+                for buffer, new in zip((layer.keys, layer.values), layer.pending or (), strict=True)
+            ],
+            self.length if positions is None else positions,
+            winners,
+        )
 
-    # ---- all slots ------------------------------------------------------------------------------------------------
+    def drop_pending(self) -> None:
+        for layer in self.layers:
+            layer.pending, layer.was_read = None, False
 
-    @no_padding_warning()
-    @torch.inference_mode()
-    def step(self, tokens: torch.Tensor, choose: Choose, advance: list[bool]) -> None:
-        """Try candidates ``tokens (rows, k)`` and keep each row's winner, as ``choose`` picks them.
+    def advance(self, grows: Sequence[bool] | None = None) -> None:
+        """The rows of a step are longer by the position that was committed; of ``grows``, where that is given."""
+        self.lengths[: self.extent.rows] += 1 if grows is None else torch.tensor(grows, device=self.lengths.device)
+        self.advance_host(grows)
 
-        Args:
-            tokens: for the first ``rows`` slots; those behind must be free.
-            choose: called once, before the output embedding runs on the winners alone.
-            advance: which of the rows grow; the others' tokens are there for the shape only.
-        """
-        rows, k = tokens.shape
-        cache = self.cache
-        cache.rows = rows
-        cache.reserve(cache.length + 1)
-        lengths = cache.lengths[:rows]
-        positions = lengths.clone()
-        grows = torch.tensor(advance, device=self.device)
-        cross = cross_lengths = None
-        past: Any = cache
-        inputs: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if self.cross is not None:
-            cross, cross_lengths = self.cross.as_cache(rows), self.cross.lengths[:rows]
-            past = EncoderDecoderCache(cache, cross)
-            past.is_updated = dict.fromkeys(range(len(cache.layers)), True)
-            width = cross.layers[0].keys.shape[2]
-            states = self.encoded.last_hidden_state
-            inputs["encoder_outputs"] = BaseModelOutput(
-                last_hidden_state=states.new_zeros(()).expand(rows * k, width, states.shape[-1])
-            )
-            inputs["decoder_input_ids"] = tokens.reshape(-1, 1)
-        else:
-            inputs["input_ids"] = tokens.reshape(-1, 1)
-        inputs[CACHE_NAME] = past
-        each = positions.repeat_interleave(k)
-        if self.position_argument is not None:
-            inputs[self.position_argument] = each[:, None]
-        step = self.last_step = SlotStep(cache, cross, cross_lengths, k)
-        first_rows = torch.arange(rows, device=self.device) * k
-        chosen: dict[str, torch.Tensor] = {}
+    def advance_host(self, grows: Sequence[bool] | None = None) -> None:
+        """The same for what the host knows, where the device has done it."""
+        rows = self.extent.rows
+        grows = [True] * rows if grows is None else grows
+        self.host_lengths[:rows] = [n + g for n, g in zip(self.host_lengths, grows, strict=False)]
+        self.set_rows(rows)
 
-        def select(hidden_states: torch.Tensor) -> torch.Tensor:
-            if k == 1:
-                chosen["rows"], chosen["states"] = first_rows, hidden_states[:, -1]
-                choose(hidden_states[:, -1:])
-                return hidden_states
-            last = hidden_states[:, -1]
-            selected = choose(last.view(rows, k, -1))
-            chosen["rows"] = first_rows + selected.to(first_rows.device)
-            chosen["states"] = last.index_select(0, chosen["rows"].to(last.device))
-            return chosen["states"][:, None]
+    # ---- for trials and results -----------------------------------------------------------------------------------
 
-        self.tap.listen(select)
-        try:
-            with self.switch(step), self._positions(each):
-                outputs = self.model(**inputs)
-            heard = self.tap.mute()
-            if len(heard.head) != 1:
-                raise SlotsUnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward")
-            step.check_all_called()
-            cache.commit(chosen["rows"], grows, advance)
-        except SharedPrefixUnsupportedError as error:
-            raise SlotsUnsupportedError(str(error)) from error
-        finally:
-            self.tap.mute()
-            cache.drop_pending()
-        if self.history is not None:
-            self.history.append(chosen["states"], positions)
-        logits = outputs.logits[:, -1]
-        assert self.logits is not None
-        # A new tensor: what was there before is still asked for by those who record the step.
-        new = logits.to(self.logits)
-        self.logits = new if rows == self.slots else torch.cat([new, self.logits[rows:]])
-        cache.rows = self.slots
-
-    @contextmanager
-    def _positions(self, positions: torch.Tensor) -> Iterator[None]:
-        """Models that make positions of their cache's one length get each row's at their position embedding."""
-        if not self.position_modules:
-            yield
-            return
-        outer, _positions.value = getattr(_positions, "value", None), positions
-        entries: list[_Positioned] = []
-        try:
-            with _positions_lock:
-                for module in self.position_modules:
-                    entry = take_forward(_positioned, module, _positioned_entry)
-                    if entry is None:
-                        raise SlotsUnsupportedError(f"the forward of its {type(module).__name__} was replaced")
-                    entries.append(entry)
-            yield
-        finally:
-            _positions.value = outer
-            with _positions_lock:
-                for entry in entries:
-                    give_forward_back(_positioned, entry)
-
-    # ---- trial ----------------------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def verify(self, trial: SlotTrial) -> None:
-        """Fill slots to different lengths, take two steps, and compare candidates' hidden states and the winners'
-        logits with transformers' own steps for each text alone. Leaves all slots free.
-
-        Raises:
-            SlotsUnsupportedError: they differ, or the model cannot be run so at all.
-        """
-        try:
-            try:
-                self._verify(trial, RELATIVE_ERROR.get(self.model.dtype, 1e-1))
-            except _SlotsDifferError as error:
-                if error.error > MOST_NOISE:
-                    raise
-                text = trial.texts[-1]
-                moved = moved_by_noise(self.model, lambda: text.again(self.model).logits, text.logits)
-                if not error.error < (allowed := allowed_for_noise(moved)):
-                    raise
-                self._verify(trial, allowed)
-        except FAILURES as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            if self.last_step is not None and not self.last_step.calls:
-                raise SlotsUnsupportedError("it does not use the attention interface") from error
-            raise SlotsUnsupportedError(f"a trial step fails ({type(error).__name__}: {error})") from error
-        finally:
-            for slot in range(self.slots):
-                self.clear(slot)
-
-    def _verify(self, trial: SlotTrial, allowed: float) -> None:
-        def compare(ours: torch.Tensor, expected: torch.Tensor | None, what: str) -> None:
-            assert expected is not None
-            if not (error := error_of(ours, expected.view(ours.shape))) <= allowed:
-                raise _SlotsDifferError(what, error, allowed)
-
-        for slot, (source, text) in enumerate(zip(trial.sources, trial.texts, strict=True)):
-            if source is not None:
-                self.encode(source)
-            prompt = text.ids[0].tolist()
-            half = len(prompt) // 2  # in two chunks, as a long prompt is
-            self.prefill(slot, prompt[:half] or prompt[:1], 0, last=False)
-            if len(prompt) > 1:
-                self.prefill(slot, prompt[half or 1 :], half or 1, last=True)
-        for number, filling in enumerate(FILLINGS):  # beyond the rows' ends: who reads it is far off
-            self._fill_unused(filling)
-            tokens = trial.tokens[number].to(self.device)
-            seen: list[torch.Tensor] = []
-
-            def choose(states: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
-                seen.append(states.clone())
-                return torch.full((len(states),), states.shape[1] - 1, device=states.device)
-
-            self.step(tokens, choose, [slot < len(trial.texts) for slot in range(self.slots)])
-            assert self.logits is not None
-            for slot, text in enumerate(trial.texts):
-                for column, (states, _) in zip(trial.columns, text.rounds[number], strict=True):
-                    compare(seen[0][slot, column], states[True], "hidden states")
-                compare(self.logits[slot], text.rounds[number][-1][1], "logits")
-        self._fill_unused(0.0)
-
-    def _fill_unused(self, value: float) -> None:
-        self.cache.fill_unused(value)
+    def fill_unused(self, value: float) -> None:
+        """Overwrite what lies beyond the rows' ends, two positions at least, with ``value`` in alternating signs."""
+        self.reserve(self.length + 2)
+        for layer in self.layers:
+            if layer.is_initialized:
+                for slot, length in enumerate(self.host_lengths):
+                    fill_alternating(layer.keys[slot, :, length:], value)
+                    fill_alternating(layer.values[slot, :, length:], value)
         if self.cross is not None:
             self.cross.fill_unused(value)
 
-    @torch.inference_mode()
-    def rows_are_independent(self) -> bool:
-        """Whether a row's bits stay the same when fewer rows are computed with it, as far as a trial can tell."""
-        tokens = draw_tokens(self.model)(self.slots, self.candidates)
-        seen: list[torch.Tensor] = []
-
-        def choose(states: torch.Tensor) -> torch.Tensor:
-            seen.append(states.clone())
-            return torch.zeros(len(states), dtype=torch.long)
-
-        logits = []
-        for rows in (self.slots, max(1, self.slots // 2), 1):
-            for slot in range(self.slots):  # what earlier trials have left there, or zeros
-                self.cache.set_length(slot, 2 + slot % 2)
-            self.step(tokens[:rows], choose, [True] * rows)
-            assert self.logits is not None
-            logits.append(self.logits[0].clone())
-        for slot in range(self.slots):
-            self.clear(slot)
-        return all(torch.equal(states[0], seen[0][0]) for states in seen) and all(
-            torch.equal(row, logits[0]) for row in logits
-        )
+    def to_dynamic(self, config: Any, length: int) -> DynamicCache:
+        """The first ``length`` positions as the cache plain ``generate`` makes; these slots are emptied on the way."""
+        dynamic = DynamicCache(config=config)
+        if len(dynamic.layers) < len(self.layers):  # some models run a layer of theirs more than once
+            dynamic = DynamicCache()
+        for index, layer in enumerate(self.layers):
+            if layer.is_initialized:
+                dynamic.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+            del layer.keys, layer.values
+            layer.is_initialized = False
+        return dynamic
 
 
-@dataclass(frozen=True)
-class SlotTrial:
-    """Texts of different lengths, the tokens that are tried after them, and what transformers' own steps make of it.
-
-    Attributes:
-        tokens: of two rounds, ``(slots, k)`` each; the last of a row is kept.
-        columns: those of them that transformers' own steps tried, too.
-    """
-
-    sources: list[list[int] | None]
-    texts: list[OwnText]
-    tokens: list[torch.Tensor]
-    columns: list[int]
+def longer(buffer: Tensor, capacity: int, dim: int) -> Tensor:
+    """``buffer`` with room for ``capacity`` in dimension ``dim``, zero in what is new."""
+    used = buffer.shape[dim]
+    if used >= capacity:
+        return buffer
+    shape = list(buffer.shape)
+    shape[dim] = capacity
+    grown = buffer.new_zeros(shape)
+    grown.narrow(dim, 0, used).copy_(buffer)
+    return grown
 
 
-@torch.inference_mode()
-def slot_trial(model: Any, slots: int, candidates: int, limit: int | None) -> SlotTrial:
-    """The truth for :meth:`SlotDecoder.verify`, to be made while nothing of ours is in place.
-
-    Args:
-        limit: positions that the model has, None for any number.
-
-    Raises:
-        SlotsUnsupportedError: the model cannot be run so, or its hidden states cannot be read.
-    """
-    longest = max(4, (limit or 1024) - 4)
-    lengths = [min(length, longest) for length in _TRIAL_LENGTHS[-slots:]]
-    draw = draw_tokens(model)
-    tokens = [draw(slots, candidates) for _ in FILLINGS]
-    columns = sorted({0, candidates - 1})
-    sources: list[list[int] | None] = []
-    texts: list[OwnText] = []
-    for slot, length in enumerate(lengths):
-        rounds = [tried[slot : slot + 1, columns].to(model.device) for tried in tokens]
-        prompt = draw(1, length).to(model.device)
-        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-        sources.append(None)
-        if model.config.is_encoder_decoder:
-            source = draw(1, lengths[-1 - slot]).to(model.device)
-            inputs = {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": prompt}
-            sources[-1] = source[0].tolist()
-        try:
-            texts.append(own_text(model, inputs, rounds))
-        except FAILURES as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise SlotsUnsupportedError(f"its own step fails ({type(error).__name__}: {error})") from error
-        for states, _ in itertools.chain(*texts[-1].rounds):
-            if (reason := wrong_head(states)) is not None:
-                raise SlotsUnsupportedError(reason)
-    return SlotTrial(sources, texts, tokens, columns)
+BLOCK = 256  # positions that the engine's slots grow by
 
 
-def _position_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Position embeddings of the decoder that can be told positions."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else model
-    return [
-        module
-        for name, module in decoder.named_modules()
-        if "position" in name.rpartition(".")[2] and "position_ids" in inspect.signature(module.forward).parameters
-    ]
+def round_up(positions: int) -> int:
+    """To whole blocks."""
+    return -(-positions // BLOCK) * BLOCK
 
 
-class _Positioned:
-    """A position embedding that has our forward, and how many steps want it to."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.module, self.forward, self.users = module, _positioned_forward, 0
+def fill_alternating(buffer: Tensor, value: float) -> None:
+    """``value`` everywhere, with signs that alternate by channel."""
+    buffer.copy_(value * (1 - 2 * (torch.arange(buffer.shape[-1], device=buffer.device) % 2)))
 
 
-def _positioned_entry(module: torch.nn.Module) -> _Positioned | None:
-    return None if "forward" in module.__dict__ else _Positioned(module)
+def on(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)
 
 
-def _positioned_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-    positions = getattr(_positions, "value", None)
-    if positions is None:  # another thread's forward of the same model
-        return type(self).forward(self, *args, **kwargs)
-    out = type(self).forward(self, *args, **(kwargs | {"position_ids": positions}))
-    return out.reshape(len(positions), 1, out.shape[-1])
+def unit(hidden_states: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(hidden_states.to(_at_least_float32(hidden_states)), dim=-1)
 
 
-_positioned_forward.__name__ = "forward"
-_positions = threading.local()  # the positions of the step that is under way in a thread
-_positions_lock = threading.RLock()
-_positioned: dict[int, _Positioned] = {}  # by id(module)
+def _at_least_float32(hidden_states: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden_states.dtype, torch.float32)

@@ -26,9 +26,10 @@ from transformers.models.t5 import modeling_t5 as t5
 
 from ..ops import _backends
 from ..ops.block_layers import Norm, feed_forward, linear_residual, norm_linears
+from .attention import Attention, current_step
+from .caches import CACHE_NAME
 from .linear_swap import NativeLinear, give_forward_back, has_own_forward, is_plain_eager, take_forward
-from .prefix_cache import CACHE_NAME, next_capacity
-from .shared_prefix import SharedPrefixStep, current_step
+from .slots import next_capacity
 
 _BLOCKS = (t5.T5Block, mt5.MT5Block)
 # What a block may be made of, each with the forward that it has now.
@@ -209,7 +210,7 @@ _block_forward.__name__ = "forward"  # so that a pickled block names its class's
 
 
 def _attend(
-    step: SharedPrefixStep,
+    step: Attention,
     attention: Any,
     query: Tensor,
     key: Tensor,

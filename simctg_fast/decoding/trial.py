@@ -20,16 +20,21 @@ from typing import Any
 
 import torch
 
+from .caches import CACHE_NAME
 from .call import Call, copy_of, cut, learned_prompt, width_of
+from .decoder import Decoder
 from .hidden_states import HiddenStatesTap
 from .own_step import MOST_NOISE, allowed_for_noise, error_of
-from .paths import FAILURES, PATHS, HeadUnsupportedError, Path, PathUnsupportedError, SharedPrefixPath
-from .prefix_cache import CACHE_NAME
-from .support import Check, SupportReport
+from .reorder import ReorderDecoder, UncachedDecoder
+from .report import Check, SupportReport
+from .slots_decoder import SlotsDecoder
 from .truth import RELATIVE_ERROR, Truth, sensitivity
+from .unsupported import FAILURES, UnsupportedError
 
 logger = logging.getLogger("simctg_fast")
 
+# From the fastest to the most general.
+DECODERS: dict[str, type[Decoder]] = {kind.name: kind for kind in (SlotsDecoder, ReorderDecoder, UncachedDecoder)}
 FILLINGS = (3e3, -7e3)
 
 _PROMPT = 24  # positions of the prompt that are tried, where nothing asks for more
@@ -40,17 +45,17 @@ _MOST_CANDIDATES = 8
 _SECONDS, _SHARE, _STEP, _POSITIONS = 1.0, 0.1, 12, 400
 
 
-class _DiffersError(PathUnsupportedError):
-    def __init__(self, what: str, error: float, allowed: float):
-        super().__init__(f"{what} differ from those of transformers' own step by {error:.2g} (allowed {allowed:.2g})")
-        self.error = error
+def differs(what: str, error: float, allowed: float) -> UnsupportedError:
+    return UnsupportedError(
+        f"{what} differ from those of transformers' own step by {error:.2g} (allowed {allowed:.2g})", error=error
+    )
 
 
 def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
-    """Run the truth's two steps on path ``name``.
+    """Run the truth's two steps by the decoder ``name``.
 
     Raises:
-        PathUnsupportedError, HeadUnsupportedError: it cannot, or the outcome differs; the message says how.
+        UnsupportedError: it cannot, or the outcome differs; the message says how.
     """
     call, ids, kwargs = truth.call, truth.ids, dict(truth.own.rows.kwargs)
     if kwargs.get("use_cache", True) and (cache := call.new_cache()) is not None:
@@ -59,34 +64,34 @@ def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
     if config.prefill_chunk_size is not None:
         config.prefill_chunk_size = max(1, min(config.prefill_chunk_size, ids.shape[1] // 2))
     width = max(ids.shape[1], width_of(call, kwargs))
-    path = PATHS[name](
+    decoder = DECODERS[name](
         call.model, tap, head=head, generation_config=config, model_kwargs=kwargs, max_length=width + 4, record={}
     )
     if head and truth.head is not None:
-        raise HeadUnsupportedError(truth.head)
+        raise UnsupportedError(truth.head, head=True)
 
     def compare(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
         error = error_of(ours, expected)
         if not error <= truth.allowed:
-            raise _DiffersError(what, error, truth.allowed)
+            raise differs(what, error, truth.allowed)
 
     try:
-        _two_steps(path, truth, head, compare)
+        _two_steps(decoder, truth, head, compare)
     except FAILURES as error:
-        step = getattr(path, "last_step", None)
-        if step is None or step.calls or isinstance(error, torch.OutOfMemoryError):
+        stepped = isinstance(decoder, SlotsDecoder) and decoder.stepped and not decoder.was_used
+        if not stepped or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise PathUnsupportedError("it does not use the attention interface") from error
+        raise UnsupportedError("it does not use the attention interface") from error
 
 
-def _two_steps(path: Path, truth: Truth, head: bool, compare: Callable[..., None]) -> None:
+def _two_steps(decoder: Decoder, truth: Truth, head: bool, compare: Callable[..., None]) -> None:
     ids = truth.ids
-    logits, _, _ = path.prefill(ids)
+    logits, _, _ = decoder.prefill(ids)
     compare(logits, truth.prefill_logits, "logits of the prompt")
     for step in truth.rounds:
         candidates, winners = step.candidates, step.winners
         if head not in step.states:
-            raise HeadUnsupportedError("hidden states cannot be read")
+            raise UnsupportedError("hidden states cannot be read", head=True)
         seen: list[torch.Tensor] = []
 
         def choose(states: torch.Tensor, winners=winners, seen=seen) -> torch.Tensor:
@@ -94,13 +99,13 @@ def _two_steps(path: Path, truth: Truth, head: bool, compare: Callable[..., None
             return winners.to(states.device)
 
         filled = None
-        if isinstance(path, SharedPrefixPath) and step is truth.rounds[0]:
-            with path.undone(FILLINGS[0]):
-                filled = path.step(ids, candidates, choose)
-            path.cache.fill_unused(FILLINGS[1])
-        result = path.step(ids, candidates, choose)
+        if isinstance(decoder, SlotsDecoder) and step is truth.rounds[0]:
+            with decoder.undone(FILLINGS[0]):
+                filled = decoder.step(ids, candidates, choose)
+            decoder.slots.fill_unused(FILLINGS[1])
+        result = decoder.step(ids, candidates, choose)
         if filled is not None and not (_same_bits(seen[0], seen[1]) and _same_bits(filled.logits, result.logits)):
-            raise PathUnsupportedError("it reads keys or values beyond the end of its text")
+            raise UnsupportedError("it reads keys or values beyond the end of its text")
         rows = torch.arange(len(ids), device=ids.device)[:, None]
         compare(seen[-1][rows, step.columns], step.states[head], "hidden states")
         compare(result.logits, step.logits, "logits")
@@ -269,12 +274,11 @@ def _first_that_serves(
                 return outcome
             except torch.OutOfMemoryError:
                 raise
-            except HeadUnsupportedError as error:
+            except UnsupportedError as error:
                 reason = str(error)
-                continue
-            except PathUnsupportedError as error:
-                reason = str(error)
-                outcome.nearest = min(outcome.nearest, getattr(error, "error", math.inf))
+                if error.head:
+                    continue
+                outcome.nearest = min(outcome.nearest, error.error)
             except FAILURES as error:
                 reason = f"its trial fails ({type(error).__name__}: {error})"
             break
@@ -301,7 +305,7 @@ def _beyond_window(
             _try(tap, truth, *route)
     except torch.OutOfMemoryError as error:
         return Check(name, False, f"not tried: out of memory ({error})")
-    except (PathUnsupportedError, HeadUnsupportedError, *FAILURES) as error:
+    except (UnsupportedError, *FAILURES) as error:
         return Check(name, False, f"differs: {error}")
     return Check(name, True)
 

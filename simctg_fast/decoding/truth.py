@@ -10,9 +10,10 @@ import torch
 
 from .call import PREFIXES, Call, Rows
 from .hidden_states import HiddenStatesTap
+from .inputs import grow_kwargs
 from .own_step import OwnStep, error_of, input_embedding, moved_by_noise, wrong_head
-from .paths import FAILURES, grow_kwargs
-from .support import Check, autocast_dtype
+from .report import Check, autocast_dtype
+from .unsupported import FAILURES
 
 RELATIVE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..decoding.choice import Choice
 from .sequence import Sequence
 from .strategies import Proposal
 
@@ -17,24 +18,21 @@ class StepRecord:
     def __init__(
         self,
         proposal: Proposal,
-        selected: torch.Tensor | None = None,
-        scores: torch.Tensor | None = None,
-        penalty: torch.Tensor | None = None,
-        position: torch.Tensor | None = None,
+        choice: Choice | None = None,
         *,
         details: bool,
     ):
-        """``details``: whether any row wants a trace."""
-        if selected is None:
+        """``choice``: None if there was none; ``details``: whether any row wants a trace."""
+        if choice is None:
             self.tokens = proposal.tokens[:, 0].tolist()
         else:
-            chosen = selected.to(proposal.tokens.device)
-            self.tokens = proposal.tokens.gather(1, chosen[:, None]).squeeze(1).tolist()
+            selected = choice.selected.to(proposal.tokens.device)
+            self.tokens = proposal.tokens.gather(1, selected[:, None]).squeeze(1).tolist()
         self.candidates: list[list[int]] = proposal.tokens.tolist() if details else []
         self.probs: list[list[float]] = proposal.probs.tolist() if details else []
-        self.scores = scores.tolist() if details and scores is not None else None
-        self.penalty = penalty.tolist() if details and penalty is not None else None
-        self.position = position.tolist() if details and position is not None else None
+        self.scores = choice.scores.tolist() if details and choice is not None else None
+        self.penalty = choice.penalty.tolist() if details and choice is not None else None
+        self.position = choice.position.tolist() if details and choice is not None else None
 
     def write(self, row: int, sequence: Sequence, logits: torch.Tensor, padding: int = 0) -> None:
         """Give ``sequence`` the token of ``row``. ``logits (1, V)``: what it was chosen by; ``padding``: positions of

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from ..decoding.call import own_cache, reached_windows
-from ..decoding.contrastive_search import position_table
+from ..decoding.caches import new_cache, other_layers
+from ..decoding.call import reached_windows
+from ..decoding.generate_arguments import position_table
 from ..decoding.own_step import MOST_NOISE, allowed_for_noise, draw_tokens, error_of, moved_by_noise, own_text
-from ..decoding.paths import FAILURES, KEY_VALUE_LAYERS
+from ..decoding.unsupported import FAILURES
 
 _SHORT, _BEYOND = 4, 3  # tokens of the short row; of texts that are to be longer than a window
 _LONGEST = 64  # windows up to which texts are tried
@@ -39,8 +40,7 @@ def change_by_padding(model: Any, pad: int) -> str | None:
     if model.training:  # of dropout nothing can be told
         return None
     windows, table = reached_windows(model.config), position_table(model)
-    layers = getattr(own_cache(model, model.generation_config, 1, None), "layers", [])
-    odd = sorted({type(layer).__name__ for layer in layers} - KEY_VALUE_LAYERS)
+    odd = other_layers(new_cache(model, model.generation_config, 1, None))
     if odd and windows and windows[-1] > _LONGEST:
         return f"its windows are too long for a trial, and its cache has layers of its own ({', '.join(odd)})"
     longest = max([_SHORT, *(size for size in windows if size <= _LONGEST)]) + _BEYOND

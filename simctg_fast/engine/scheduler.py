@@ -14,14 +14,17 @@ import torch
 
 from ..decoding.compiled_decoder import as_written
 from ..decoding.linear_swap import fast_linears
-from ..decoding.slot_cache import BLOCK
-from ..decoding.slots import SlotDecoder, SlotsUnsupportedError, slot_trial
+from ..decoding.slots import round_up
+from ..decoding.step import the_first
 from ..decoding.t5_blocks import fast_t5_blocks
+from ..decoding.unsupported import UnsupportedError
 from ..loading import context_length
 from .memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from .observe import StepRecord
 from .prepare import apply_processors
 from .sequence import IDLE, Sequence
+from .slot_decoder import SlotDecoder
+from .slot_trial import rows_are_independent, slot_trial, verify
 from .strategies import Proposal, Strategy
 
 logger = logging.getLogger("simctg_fast")
@@ -70,7 +73,7 @@ class SlotScheduler:
     def open(
         cls, model: Any, strategy: Strategy, slots: int | None, memory: float | None, max_new_tokens: int
     ) -> SlotScheduler | str:
-        """A scheduler for ``model``, or why it cannot have one. The model is tried: see `SlotDecoder.verify`."""
+        """A scheduler for ``model``, or why it cannot have one. The model is tried: see `slot_trial`."""
         if model.training:
             return "the model is in training mode"
         budget = None
@@ -86,20 +89,20 @@ class SlotScheduler:
                 slots = max(1, min(MAX_SLOTS, budget // max(1, measured.bytes_per_position * positions)))
             made = cls(model, strategy, slots or DEFAULT_SLOTS, budget)
             made._try()
-        except SlotsUnsupportedError as error:
+        except UnsupportedError as error:
             return str(error)
         return made
 
     def _try(self) -> None:
-        """Raise SlotsUnsupportedError where slots do not do what the model does; measure them."""
+        """Raise UnsupportedError where slots do not do what the model does; measure them."""
         k, self.slots = self.strategy.candidates, min(self.most_slots, TRIAL_SLOTS)
         with as_written(self.model):
             trial = slot_trial(self.model, self.slots, k, context_length(self.model))
         with self._running() as decoder:
-            decoder.verify(trial)
+            verify(decoder, trial)
             self._measure(decoder)
             on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
-            if on_cpu and self.slots > 1 and decoder.rows_are_independent():
+            if on_cpu and self.slots > 1 and rows_are_independent(decoder):
                 # As far as one kernel goes: with more rows another takes over.
                 self.independent_slots = max(self.slots, KERNEL_ROWS // k)
         self.slots = self.most_slots
@@ -195,7 +198,10 @@ class SlotScheduler:
                     sequence.fail("out_of_memory", reason)
                 self.ended += siblings
                 continue
-            if needed > self._decoder.cache.capacity and (reason := self._lacks_memory(self.slots, needed)) is not None:
+            if (
+                needed > self._decoder.slots.extent.capacity
+                and (reason := self._lacks_memory(self.slots, needed)) is not None
+            ):
                 raise MemoryError(reason)
             heapq.heappop(self.waiting)
             free = [slot for slot in range(self.slots) if slot not in self.taken]
@@ -222,7 +228,7 @@ class SlotScheduler:
                 budget -= len(first.source_ids)
             ids = first.prompt_ids[start : start + CHUNK]
             last = start + len(ids) == len(first.prompt_ids)
-            decoder.cache.reserve(first.total_length + 1)
+            decoder.slots.reserve(round_up(first.total_length + 1), exactly=True)
             decoder.prefill(slot, ids, start, last)
             self.model_seconds += time.perf_counter() - began
             budget -= len(ids)
@@ -244,7 +250,6 @@ class SlotScheduler:
             return
         count = self._compact()
         logits = decoder.logits
-        assert logits is not None
         for slot, sequence in enumerate(self.rows):
             if sequence is not None and sequence.processors:
                 with torch.inference_mode():
@@ -271,7 +276,7 @@ class SlotScheduler:
         else:
             self._write(StepRecord(proposal, details=self.details), logits)
             if any(row is not None for row in self.rows):
-                self._forward(proposal.tokens[:count], lambda states: None, count)
+                self._forward(proposal.tokens[:count], the_first, count)
 
     @torch.inference_mode()
     def _propose(self, logits: torch.Tensor) -> Proposal:
@@ -284,21 +289,15 @@ class SlotScheduler:
 
     def _look_ahead(self, proposal: Proposal, logits: torch.Tensor, count: int) -> StepRecord:
         """Run all candidates, and let the strategy pick by what they lead to."""
-        history = self._decoder.history
-        assert history is not None
-        decided: dict[str, torch.Tensor] = {}
-        part = Proposal(
-            proposal.tokens[:count], proposal.probs[:count], None if proposal.noise is None else proposal.noise[:count]
-        )
+        slots, part, choices = self._decoder.slots, proposal.first(count), []
 
         def choose(states: torch.Tensor) -> torch.Tensor:
-            penalty, position = history.penalty(states)
-            selected, scores = self.strategy.choose(part, penalty)
-            decided.update(selected=selected, scores=scores, penalty=penalty, position=position)
-            return selected
+            similarity = slots.history.penalty(states, slots.lengths[:count])
+            choices.append(self.strategy.choose(part, similarity))
+            return choices[-1].selected
 
         self._forward(part.tokens, choose, count)
-        return StepRecord(part, **decided, details=self.details)
+        return StepRecord(part, choices[-1], details=self.details)
 
     def _write(self, record: StepRecord, logits: torch.Tensor) -> None:
         for slot, sequence in enumerate(self.rows):
@@ -341,30 +340,29 @@ class SlotScheduler:
         what a step makes of them, and of candidates' states, for a slot."""
         size = sum(
             buffer.shape[1] * buffer.shape[3] * buffer.element_size()
-            for layer in decoder.cache.layers
+            for layer in decoder.slots.layers
             if layer.is_initialized
             for buffer in (layer.keys, layer.values)
         )
-        size *= 2 if decoder.cross is not None else 1
-        width = 0
-        if decoder.history is not None and decoder.history.states is not None:
-            width = decoder.history.states.shape[2]
-            size += width * decoder.history.states.element_size()
-        assert decoder.logits is not None
+        size *= 2 if decoder.is_encoder_decoder else 1
+        width, states = 0, decoder.slots.history.states
+        if states is not None:
+            width = states.shape[2]
+            size += width * states.element_size()
         self.bytes_per_position = size
         self.bytes_per_slot = 4 * (4 * decoder.logits.shape[1] + 16 * width * self.strategy.candidates)
 
     def _lacks_memory(self, slots: int, positions: int) -> str | None:
         """Why so many slots, each of so many positions, cannot be had; None if they can. (A CPU's memory is handed out
         on trust, and the system kills whom it then cannot serve.)"""
-        positions = -(-positions // BLOCK) * BLOCK
+        positions = round_up(positions)
         wanted = slots * (self.bytes_per_position * positions + self.bytes_per_slot)
         if self.budget is not None and wanted > self.budget and slots > 1:
             return f"{slots} slots of {positions} positions are more than the memory they may take"
-        if positions <= self._decoder.cache.capacity and slots <= self.slots:
+        if positions <= self._decoder.slots.extent.capacity and slots <= self.slots:
             return None
         free = free_bytes(self.model.device)
-        held = self.bytes_per_position * self.slots * self._decoder.cache.capacity
+        held = self.bytes_per_position * self.slots * self._decoder.slots.extent.capacity
         if free is not None and wanted > held + SPARE_MEMORY * free:
             return f"{slots} slots of {positions} positions do not fit into the free memory ({free / 2**30:.1f} GiB)"
         return None

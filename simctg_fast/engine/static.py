@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
-from ..decoding.contrastive_search import ContrastiveSearch, _Run, position_table
+from ..decoding.choice import Choice
+from ..decoding.contrastive_search import ContrastiveSearch
+from ..decoding.generate_arguments import position_table
+from ..decoding.generate_loop import Run, places_kept
 from ..decoding.own_step import PLAIN
+from ..decoding.step import Choose
 from ..decoding.truth import unknown_token
-from ..ops.candidate_select import candidate_scan
 from .memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from .observe import StepRecord
 from .padding import change_by_padding, padded_rows
@@ -133,9 +136,9 @@ class StaticBatches:
             inputs["decoder_input_ids"] = torch.tensor([s.prompt_ids for s in batch], device=self.model.device)
 
         def run(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            return _BatchRun(
-                self, batch, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-            )()
+            arguments = (logits_processor, stopping_criteria, generation_config, model_kwargs)
+            _BatchRun(self, batch, model, input_ids, *arguments)()
+            return input_ids
 
         self.model.generate(
             **inputs,
@@ -150,32 +153,37 @@ def _prompt(sequence: Sequence) -> list[int]:
     return sequence.prompt_ids if sequence.source_ids is None else sequence.source_ids
 
 
-class _BatchRun(_Run):
+class _BatchRun(Run):
     """The loop of contrastive search with the engine's strategies and sequences in the place of ``generate``'s."""
 
     def __init__(self, owner: StaticBatches, batch: list[Sequence], model, input_ids, *rest):
         search = ContrastiveSearch(penalty_alpha=0.5, top_k=owner.strategy.candidates)
         super().__init__(search, model, input_ids, *rest)
         self.owner, self.batch, self.chooser = owner, batch, owner.strategy
+        self.choice: Choice | None = None
 
-    def _loop(self, logits: torch.Tensor, k: int) -> None:
-        batch, input_ids, chooser = self.batch, self.input_ids, self.chooser
+    def _loop(self, logits: torch.Tensor) -> None:
+        batch, input_ids, chooser, owner = self.batch, self.input_ids, self.chooser, self.owner
         self.prefill_outputs = None
         padding = [input_ids.shape[1] - len(s.prompt_ids) for s in batch]
         details = any(s.trace is not None for s in batch)
         bound: list[Sequence | None] = []
         while True:
-            rows = [None if s.finished else s for s in batch]
-            for index, sequence in enumerate(rows):
-                if sequence is not None and sequence.processors:
-                    logits[index] = apply_processors(sequence, logits[index : index + 1])[0]
-            rows = [None if s.finished else s for s in batch]
+            for index, one in enumerate(batch):
+                if one.processors and not one.finished:
+                    logits[index] = apply_processors(one, logits[index : index + 1])[0]
+            rows: list[Sequence | None] = [None if s.finished else s for s in batch]
             if not any(row is not None for row in rows):
                 break
+            places = places_kept([row is not None for row in rows])
+            if len(places) < len(batch) and self.decoder.keep(places):  # who has ended costs nothing from here on
+                input_ids, logits = input_ids[places], logits[places]
+                batch, padding = [batch[p] for p in places], [padding[p] for p in places]
+                rows = list(batch)
             if rows != bound:
                 chooser.bind(rows, logits.device)
                 bound = rows
-            proposal = chooser.propose(logits)
+            proposal = self.proposal = chooser.propose(logits)
             bad = proposal.probs.isnan().any(dim=-1).tolist()
             for index, sequence in enumerate(rows):
                 if sequence is not None and bad[index]:
@@ -185,43 +193,38 @@ class _BatchRun(_Run):
                     if (sequence := rows[index]) is not None and token >= self.known_tokens:
                         sequence.fail("unknown_token", unknown_token(self.model, token, self.known_tokens))
                 proposal.tokens.clamp_(max=self.known_tokens - 1)
-            self.decision: tuple = ()
-            self.proposal = proposal
-            result = self._step(input_ids, proposal.tokens, proposal.probs)
-            record = StepRecord(proposal, *self.decision, details=details)
+            self.choice = None
+            result = self._step(input_ids, proposal.tokens, proposal.probs, None)
+            record = StepRecord(proposal, self.choice, details=details)
             for index, sequence in enumerate(rows):
                 if sequence is not None and not sequence.finished:
                     record.write(index, sequence, logits[index : index + 1], padding[index])
-            self.owner.steps += 1
-            self.owner.generated += sum(row is not None for row in rows)
-            self.owner.row_steps += len(batch)
-            self.owner.busy_row_steps += sum(row is not None for row in rows)
-            self.owner.active = sum(not s.finished for s in batch)
+            written = sum(row is not None for row in rows)
+            owner.steps += 1
+            owner.generated += written
+            owner.row_steps += len(batch)
+            owner.busy_row_steps += written
+            owner.active = sum(not s.finished for s in self.batch)
             tokens = torch.tensor(record.tokens, device=input_ids.device)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             logits = result.logits.to(input_ids.device, copy=True)
-            if self.owner.on_step is not None:
-                self.owner.on_step()
+            if owner.on_step is not None:
+                owner.on_step()
         self.surplus = 0
 
-    def _begin_again(self, verdict, error):
-        super()._begin_again(verdict, error)
+    def _begin_again(self) -> None:
         for sequence in self.batch:
             sequence.restart()
 
-    def _choose(self, probs: torch.Tensor):
-        if not self.chooser.needs_history or probs.shape[1] == 1:
-            return super()._choose(probs)
+    def _choose(self, probs: torch.Tensor, rows: list[int] | None) -> Choose:
+        if not self.chooser.needs_history or self.k == 1:
+            return super()._choose(probs, rows)
 
         def choose(hidden_states: torch.Tensor) -> torch.Tensor:
-            history = self.history
-            assert history is not None
-            penalty, position = candidate_scan(hidden_states, history.states, history.length, history.mask)
-            selected, scores = self.chooser.choose(self.proposal, penalty)
-            self.decision = (selected, scores, penalty, position)
-            return selected
+            choice = self.choice = self.chooser.choose(self.proposal, self.decoder.history.penalty(hidden_states))
+            return choice.selected
 
         return choose
 
-    def _result(self):
-        return self.input_ids
+    def _result(self) -> None:
+        """The sequences have it."""

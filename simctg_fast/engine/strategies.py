@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import logits_process
 
-from ..decoding.contrastive_search import top_k_probs
-from ..ops.candidate_select import contrastive_scores
+from ..decoding.choice import Choice, choose_candidate, gumbel
+from ..ops.top_k import top_k_probs
 from .parameters import Parameters
 from .sequence import Sequence
 
@@ -30,6 +30,10 @@ class Proposal:
     tokens: torch.Tensor
     probs: torch.Tensor
     noise: torch.Tensor | None = None  # (rows, k), drawn once a step, however often ``choose`` has to be asked
+
+    def first(self, rows: int) -> Proposal:
+        """Those of the first ``rows``."""
+        return Proposal(self.tokens[:rows], self.probs[:rows], None if self.noise is None else self.noise[:rows])
 
 
 class Strategy:
@@ -48,9 +52,9 @@ class Strategy:
     def propose(self, logits: torch.Tensor) -> Proposal:
         raise NotImplementedError
 
-    def choose(self, proposal: Proposal, penalty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index of the winner ``(rows,)`` and the scores ``(rows, k)``, given the ``penalty (rows, k)``; of the first
-        ``rows`` of those that are bound."""
+    def choose(self, proposal: Proposal, similarity: tuple[torch.Tensor, torch.Tensor]) -> Choice:
+        """Each row's winner, given the largest cosine of its candidates with the history, and its position, both
+        ``(rows, k)``: of the first ``rows`` of those that are bound."""
         raise NotImplementedError
 
     def _count_near_ties(self, scores: torch.Tensor) -> None:
@@ -102,16 +106,13 @@ class Contrastive(Strategy):
             probs = probs.masked_fill(self.beyond, 0.0)
         return Proposal(tokens, probs, self._noise(probs) if self.random else None)
 
-    def choose(self, proposal: Proposal, penalty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = contrastive_scores(proposal.probs.to(penalty.device), penalty, self.alpha[: len(penalty)])
-        # NaN (a hidden state that overflowed) loses; of equal scores the more probable, which comes first, wins.
-        scores = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
-        ranked = scores
-        if proposal.noise is not None:
-            ranked = scores / self.temperature[: len(scores)] + proposal.noise.to(scores.device)
+    def choose(self, proposal: Proposal, similarity: tuple[torch.Tensor, torch.Tensor]) -> Choice:
+        rows = slice(0, len(proposal.probs))
+        temperature = self.temperature[rows] if self.random else None
+        choice = choose_candidate(proposal.probs, similarity, self.alpha[rows], temperature, proposal.noise)
         if self.candidates > 1:
-            self._count_near_ties(ranked)
-        return ranked.argmax(dim=-1), scores
+            self._count_near_ties(choice.ranked)
+        return choice
 
     def _noise(self, probs: torch.Tensor) -> torch.Tensor:
         """Gumbel noise, each row's from its own generator, one draw a candidate whatever the row's ``top_k``; none at
@@ -120,7 +121,7 @@ class Contrastive(Strategy):
         for index, row in enumerate(self.rows):
             if row is not None and not _is_cold(row.parameters):
                 noise[index].exponential_(generator=row.generator)
-        return noise.log_().neg_()
+        return gumbel(noise)
 
 
 class Sample(Strategy):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from ..checks import check_choice
-from ..decoding.prefix_cache import CACHE_NAME
+from ..decoding.caches import CACHE_NAME
 from ..distributed import sum_over_processes, world_size
 from ..functional import contrastive_loss, contrastive_loss_items
 from ..ops.contrastive_loss import IMPLS

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..decoding.contrastive_search import DEFAULT_TOP_K, stop_check_interval, top_k_probs
-from ..decoding.hidden_states import HiddenStatesHistory
+from ..decoding.choice import choose_candidate
+from ..decoding.generate_arguments import DEFAULT_TOP_K
+from ..decoding.generate_loop import check_probabilities, stop_check_interval
 from ..decoding.settings import check_penalty_alpha, check_streamer, check_top_k
-from ..ops.candidate_select import contrastive_scores
+from ..decoding.slots import Extent, History
+from ..ops.top_k import top_k_probs
 from .protocols import PROTOCOLS, Select, StepOutput, Stepper, detect_protocol
 from .settings import make_config, make_criteria, make_processors
 
@@ -142,13 +144,15 @@ class _Run:
     def __init__(self, stepper: Stepper, config, prompt: Tensor, mask: Tensor | None, generator, streamer):
         self.stepper, self.config, self.generator, self.streamer = stepper, config, generator, streamer
         self.ids, self.mask = prompt, mask
-        self.history: HiddenStatesHistory | None = None
+        self.history: History | None = None
 
     def first(self) -> StepOutput:
         output = self.stepper(self.ids, self.mask, first=True)
         if self.config.penalty_alpha:
             hidden = self._hidden(output, *self.ids.shape)
-            self.history = HiddenStatesHistory(hidden, self.mask, self.config.max_length)
+            rows = len(self.ids)
+            self.history = History(Extent(rows, rows, max_length=self.config.max_length))
+            self.history.write(slice(0, rows), 0, hidden, self.mask)
         return output
 
     def __call__(self, output: StepOutput, processors, criteria, interval: int) -> Tensor:
@@ -169,7 +173,7 @@ class _Run:
                 tokens, wrong = self._draw(scores) if self.config.do_sample else _best(scores)
             bad |= wrong & unfinished.bool()
             if interval == 1:
-                _check_bad(bad, done)
+                check_probabilities(bad, done)
             if has_eos and pad is not None:
                 tokens = tokens * unfinished + pad * (1 - unfinished)
             self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
@@ -181,7 +185,7 @@ class _Run:
             unfinished = unfinished & ~criteria(self.ids, None)
             done += 1
             if done % interval == 0 or self.ids.shape[1] == self.config.max_length:
-                _check_bad(bad, done - 1)
+                check_probabilities(bad, done - 1)
                 finished = not bool(unfinished.max())
             if finished:
                 return self.ids[:, : self.ids.shape[1] - (done - int(needed))]
@@ -193,7 +197,7 @@ class _Run:
         if probs.is_cuda:
             probs.nan_to_num_(1.0)  # torch.multinomial would end the process's use of the device
         else:
-            _check_bad(bad, self.ids.shape[1])
+            check_probabilities(bad, self.ids.shape[1])
         return torch.multinomial(probs, num_samples=1, generator=self.generator).squeeze(1), bad
 
     def _contrastive(self, scores: Tensor) -> tuple[Tensor, StepOutput, Tensor]:
@@ -212,10 +216,8 @@ class _Run:
             mask = torch.cat([self.mask[repeated], self.mask.new_ones(rows * k, 1)], dim=-1)
         output = self.stepper(ids, mask)
         hidden = self._hidden(output, rows * k, 1).unflatten(0, (rows, k)).squeeze(2)
-        penalty, _ = self.history.penalty(hidden)
-        ranked = contrastive_scores(probs.to(penalty.device), penalty, self.config.penalty_alpha)
-        choice = ranked.nan_to_num_(nan=float("-inf"), neginf=float("-inf")).argmax(dim=-1)
-        winners = (every * k).to(choice.device) + choice
+        selected = choose_candidate(probs, self.history.penalty(hidden), self.config.penalty_alpha).selected
+        winners = (every * k).to(selected.device) + selected
         self.stepper.branch(winners)
         self.history.append(hidden.reshape(rows * k, -1)[winners])
         tokens = candidates.reshape(-1)[winners.to(candidates.device)]
@@ -241,14 +243,6 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     tokens = scores.argmax(dim=-1)  # NaN counts as the largest
     best = scores.gather(1, tokens[:, None]).squeeze(1)
     return tokens, ~(best > float("-inf"))
-
-
-def _check_bad(bad: Tensor, step: int) -> None:
-    if bool(bad.any()):
-        raise ValueError(
-            f"the logits of row {int(bad.nonzero()[0])} left no probabilities at new token {step} or before (NaN, or "
-            "every token banned); allowed: finite numbers, and −inf for banned tokens while one token is left"
-        )
 
 
 def _checked_prompt(input_ids: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""What decodes one call of ``generate``: opened by ``prefill``, then driven by ``step``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationConfig
+
+from .caches import without_caches
+from .hidden_states import HiddenStatesTap, last_position
+from .inputs import has_rows, take_rows, with_own_states
+from .slots import Extent, History
+from .step import Choose, StepResult, try_candidates
+from .unsupported import UnsupportedError
+
+
+class Decoder:
+    """One call on one model.
+
+    Args:
+        head: whether winners are chosen before the output embedding.
+        max_length: positions the sequences can reach, if that is known.
+        record: ``output_hidden_states`` and ``output_attentions``, as wanted.
+
+    Attributes:
+        history: of hidden states, to be filled by whoever needs it once the prompt has run.
+    """
+
+    name = ""
+
+    def __init__(
+        self,
+        model: Any,
+        tap: HiddenStatesTap,
+        *,
+        head: bool,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        max_length: int | None,
+        record: dict[str, bool],
+    ):
+        self.model, self.tap, self.head = model, tap, head
+        self.generation_config = generation_config
+        self.kwargs = dict(model_kwargs)
+        self.expanded: dict[str, Any] = {}  # the same for candidates' rows, once there are any
+        self.shape: tuple[int, ...] = (0, 0)  # of the last step's candidates
+        self.max_length = max_length
+        self.record = {name: True for name, wanted in record.items() if wanted}
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+
+    def prefill(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Run the prompt. Returns the next token's logits ``(B, V)`` float32, the states of all positions
+        ``(B, L, D)``, and the model's output.
+
+        Raises:
+            UnsupportedError: it cannot be run so.
+        """
+        self.history = self._new_history(len(input_ids))
+        kwargs = with_own_states(self.kwargs) | self.record | self.tap.arguments
+        if self.tap.arguments:
+            self.generation_config.prefill_chunk_size = None  # the output of a chunk holds that chunk's states only
+        self.tap.listen(last_position if self.head else None, all_positions=self.head)
+        try:
+            outputs = self.model._prefill(input_ids, self.generation_config, kwargs)
+        finally:
+            heard = self.tap.mute()
+        parts = heard.head if self.head else self.tap.last_layer(outputs, heard)
+        shapes = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
+        positions = sum(shape[1] for shape in shapes if len(shape) == 3)
+        chunked = self.generation_config.prefill_chunk_size is not None
+        if positions < max(1, input_ids.shape[1]) or (len(parts) > 1 and not chunked):
+            if self.head:
+                raise UnsupportedError(f"of the prompt, {shapes or 'nothing'} reaches the output embedding", head=True)
+            raise UnsupportedError(f"{type(self.model).__name__} has no hidden state for every position")
+        states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        self._after_prefill(outputs)
+        return logits, states, outputs
+
+    def _new_history(self, rows: int) -> History:
+        return History(Extent(rows, rows, max_length=self.max_length))
+
+    def _after_prefill(self, outputs: Any) -> None:
+        raise NotImplementedError
+
+    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose) -> StepResult:
+        """Try ``candidates (B, k)`` after ``input_ids (B, L)``, and keep the winners."""
+        raise NotImplementedError
+
+    def keep(self, rows: list[int]) -> bool:
+        """Go on with these rows alone, in this order. False where the model's arguments cannot be taken apart."""
+        batch, k = self.shape
+        arguments = without_caches(self.expanded)
+        if not all(has_rows(name, value, batch * k) for name, value in arguments.items()):
+            return False
+        each = [row * k + candidate for row in rows for candidate in range(k)]
+        self.expanded |= {name: take_rows(value, each, name) for name, value in arguments.items()}
+        self._keep(rows)
+        return True
+
+    def _keep(self, rows: list[int]) -> None:
+        for target, source in enumerate(rows):
+            if source != target:
+                self.history.copy(source, target, self.history.length)
+
+    def result_cache(self, input_ids: Tensor, surplus: int) -> Cache | None:
+        """A cache of all but the last token of ``input_ids``, as plain ``generate`` returns one; ``surplus`` steps were
+        run beyond them."""
+        return None
+
+    def _advance(self, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return self.model._update_model_kwargs_for_generation(
+            outputs, kwargs, is_encoder_decoder=self.is_encoder_decoder
+        )
+
+    def _next_inputs(self, candidates: Tensor) -> dict[str, Any]:
+        """Of a forward over ``candidates (B, k)`` behind what the cache holds, as the model makes them."""
+        inputs = self.model.prepare_inputs_for_generation(
+            candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
+        )
+        return inputs | self.record
+
+    def _try(self, inputs: dict[str, Any], candidates: Tensor, choose: Choose) -> StepResult:
+        return try_candidates(self.model, self.tap, inputs, candidates, choose, self.head)

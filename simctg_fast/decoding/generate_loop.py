@@ -1,0 +1,363 @@
+"""One ``generate`` call: the prompt, then a token a row at a time until all rows have ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from ..ops import _backends
+from ..ops.top_k import top_k_probs
+from .caches import fill_cache
+from .call import Call, learned_prompt
+from .choice import choose_candidate, gumbel
+from .compiled_decoder import as_written
+from .decode_step import DecodeStep, open_decode_step
+from .decoder import Decoder
+from .generate_arguments import Arguments, checked_settings, position_table
+from .hidden_states import HiddenStatesTap
+from .linear_swap import fast_linears
+from .outputs import Record
+from .padding_warning import no_padding_warning
+from .processors import without_sampling_warpers
+from .routes import Routes
+from .settings import TINY
+from .step import Choose, StepResult, the_first
+from .t5_blocks import fast_t5_blocks
+from .trial import DECODERS, Verdict
+from .truth import known_tokens, unknown_token
+from .unsupported import UnsupportedError
+
+logger = logging.getLogger("simctg_fast")
+
+
+class Run:
+    """A call with the settings of ``strategy``, a :class:`~.contrastive_search.ContrastiveSearch`.
+
+    Attributes:
+        streamer, synced_gpus: of the call, to be set before it runs.
+    """
+
+    def __init__(
+        self,
+        strategy: Any,
+        model: Any,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        self.strategy, self.model, self.config = strategy, model, config
+        self.streamer, self.synced_gpus = None, False
+        self.penalty_alpha, self.top_k = checked_settings(strategy, config, model)
+        is_random = strategy.temperature is not None
+        self.k = 1 if self.penalty_alpha == 0 and not is_random else self.top_k
+        self.processors = without_sampling_warpers(processors, config, model.generation_config, is_random, self.top_k)
+        self.criteria = criteria
+        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.input_ids = input_ids
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.arguments = Arguments(model, input_ids, config, criteria.max_length, model_kwargs)
+        self.positions = position_table(model)
+        wrapper = learned_prompt(model)
+        self.virtual = 0 if wrapper is None else wrapper.active_peft_config.num_virtual_tokens
+        self.longest_prompt = self.virtual + self.arguments.longest_prompt
+        self.known_tokens: int | None = None  # those that the model can read, where it can write more
+        if config.do_sample and not is_random and (config.num_return_sequences or 1) > 1:
+            logger.warning(
+                "num_return_sequences=%d gives equal texts: contrastive search is deterministic unless "
+                "ContrastiveSearch(temperature=...) is given.",
+                config.num_return_sequences,
+            )
+        self.record = Record(config, self.is_encoder_decoder)
+        self.step_scores: Tensor | None = None  # (rows, k) of the last step; None for one candidate
+        self.streamed = 0  # steps whose tokens the streamer has
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions the sequences can reach, where that is bounded."""
+        bound = self.arguments.max_length
+        return bound if bound is None else bound + self.virtual
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    @no_padding_warning()
+    def __call__(self) -> Any:
+        _backends.extension()  # an instruction set that is not there is said as such, not as a path's failure
+        with ExitStack() as stack:
+            if self.strategy.decode_step != "compiled":
+                stack.enter_context(as_written(self.model))
+            self.tap = stack.enter_context(HiddenStatesTap(self.model))
+            self.routes = self._routes()
+            while True:
+                verdict = self.routes.verdict(self._ours)
+                try:
+                    with self._ours():
+                        self._run(verdict)
+                    break
+                except UnsupportedError as error:  # another one takes the call from its start
+                    self.routes.refuse(verdict, error)
+                    self.arguments.renew_cache()
+                    self.record.clear()
+                    self._begin_again()
+        return self._result()
+
+    def _routes(self) -> Routes:
+        call = Call(
+            model=self.model,
+            input_ids=self.input_ids,
+            model_kwargs=self.arguments.kwargs,
+            generation_config=self.config,
+            top_k=self.k,
+            max_length=self.max_length,
+            table=self.positions,
+        )
+        return Routes(call, self.tap, self.strategy.path, self.record.of_model["output_attentions"])
+
+    def _begin_again(self) -> None:
+        """What is left of a decoder that gave up is forgotten."""
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """What stands in for the model's modules while a decoder runs."""
+        with ExitStack() as stack:
+            if self.strategy.fast_linear:
+                rows = self.input_ids.shape[0] * self.k
+                stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))
+                stack.enter_context(fast_t5_blocks(self.model))
+            yield
+
+    def _run(self, verdict: Verdict) -> None:
+        logits = self._open(verdict)
+        with getattr(self.model, "_optimize_model_for_decode", nullcontext)():
+            self._loop(logits)
+
+    def _open(self, verdict: Verdict) -> Tensor:
+        """Run the prompt by the decoder that was found to serve. Returns its logits."""
+        name, head = verdict.route
+        self.whole_steps = verdict.whole_steps
+        self.decoder: Decoder = DECODERS[name](
+            self.model,
+            self.tap,
+            head=head,
+            generation_config=self.config,
+            model_kwargs=self.arguments.kwargs,
+            max_length=self.max_length,
+            record=self.record.of_model,
+        )
+        logits, states, self.prefill_outputs = self.decoder.prefill(self.input_ids)
+        self.known_tokens = known_tokens(self.model, logits)
+        if self.k > 1:
+            mask = self.arguments.mask_of(states, self.virtual)
+            self.decoder.history.write(slice(0, len(states)), 0, states, mask)
+        return logits.to(self.input_ids.device)
+
+    def _loop(self, logits: Tensor) -> None:
+        input_ids, device = self.input_ids, self.input_ids.device
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=device)
+        steps_needed = torch.zeros((), dtype=torch.long, device=device)
+        pad_token = self.config._pad_token_tensor
+        interval = 1 if self.streamer is not None else stop_check_interval(device)
+        # Surplus steps must not leave a model's table of positions: from here on every step looks for the end.
+        text_config = self.model.config.get_text_config(decoder=True)
+        limit = self.positions or getattr(text_config, "max_position_embeddings", None) or math.inf
+        closely = limit - interval - self.longest_prompt
+        outputs, step, finished = self.prefill_outputs, 0, False
+        self.prefill_outputs = None
+        bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
+        asked = self.strategy.decode_step
+        static = device.type == "cuda" if asked == "auto" else bool(asked)
+        running = None if self._needs_all_rows() else list(range(len(input_ids)))  # those that the decoder still has
+        while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
+            self._check_room(step)
+            processed = self.processors(input_ids, logits)
+            self.record.add(outputs, logits, processed, self.whole_steps)
+            if self.k > processed.shape[-1]:
+                raise ValueError(f"top_k must be at most the {processed.shape[-1]} logits of the model, got {self.k}")
+            probs, candidates = top_k_probs(processed, self.k)
+            if self.known_tokens is not None:
+                beyond = candidates.masked_fill(unfinished[:, None] == 0, 0)
+                if int(beyond.max()) >= self.known_tokens:
+                    raise ValueError(unknown_token(self.model, int(beyond.max()), self.known_tokens))
+                candidates = candidates.clamp(max=self.known_tokens - 1)
+            bad |= probs.isnan().any(dim=-1) & unfinished.bool()
+            if interval == 1:
+                check_probabilities(bad, step)
+            rows = None if running is None or len(running) == len(input_ids) else running
+            outputs = self._step(input_ids, candidates, probs, rows)
+            winners = candidates if rows is None else candidates[rows]
+            tokens = winners.gather(1, outputs.selected.to(device)[:, None]).squeeze(1)
+            if rows is None:
+                logits = outputs.logits.to(device)
+            else:
+                index = torch.tensor(rows, device=device)
+                tokens = unfinished.new_zeros(len(input_ids)).index_copy_(0, index, tokens)
+                logits = logits.index_copy(0, index, outputs.logits.to(device))
+            if self.synced_gpus and finished:
+                continue
+            decode = None
+            if static and not bool(bad.any()):
+                static = False
+                decode = self._decode_step(probs, candidates, outputs)
+            if self.has_eos:
+                tokens = tokens * unfinished + pad_token.to(device) * (1 - unfinished)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            self._stream(tokens, step)
+            steps_needed += unfinished.max()
+            scores = None if self.record.scores is None else tuple(self.record.scores)
+            unfinished = unfinished & ~self.criteria(input_ids, scores)
+            step += 1
+            if step % interval == 0 or step >= closely or input_ids.shape[1] == self.criteria.max_length:
+                if interval > 1:
+                    check_probabilities(bad, step - 1)
+                left = unfinished.tolist()
+                finished = not any(left)
+                if running is not None and decode is None and not finished:
+                    running = self._leave(running, left)
+            if decode is not None and not finished:
+                return self._loop_static(decode, input_ids, unfinished, int(steps_needed), step, interval, closely)
+        kept = int(steps_needed)
+        self.input_ids = input_ids[:, : input_ids.shape[1] - (step - kept)]
+        self.surplus = step - kept
+        self.record.cut(kept)
+
+    def _step(self, input_ids: Tensor, candidates: Tensor, probs: Tensor, rows: list[int] | None) -> StepResult:
+        """Try candidates of all rows, or of those that the decoder still has."""
+        choose = self._choose(probs, rows)
+        if rows is not None:
+            input_ids, candidates = input_ids[rows], candidates[rows]
+        result = self.decoder.step(input_ids, candidates, choose)
+        if self.k > 1:
+            self.decoder.history.append(result.hidden_states)
+        return result
+
+    def _choose(self, probs: Tensor, rows: list[int] | None) -> Choose:
+        self.step_scores = noise = None
+        if self.k == 1:
+            return the_first
+        temperature = self.strategy.temperature
+        if temperature is not None:  # drawn once a step and for all rows, however many decoders have to be tried
+            temperature = max(temperature, TINY)
+            noise = gumbel(torch.empty_like(probs).exponential_(generator=self.strategy.generator))
+        if rows is not None:
+            probs, noise = probs[rows], None if noise is None else noise[rows]
+
+        def choose(hidden_states: Tensor) -> Tensor:
+            similarity = self.decoder.history.penalty(hidden_states)
+            choice = choose_candidate(probs, similarity, self.penalty_alpha, temperature, noise)
+            self.step_scores = choice.ranked
+            return choice.selected
+
+        return choose
+
+    # ---- rows that have ended -------------------------------------------------------------------------------------
+
+    def _needs_all_rows(self) -> bool:
+        """Whether rows that have ended are written on (as transformers does without an end-of-text token), wanted in
+        what is returned, or run for others' sake."""
+        return not self.has_eos or self.record.wanted or self.arguments.callers_cache is not None or self.synced_gpus
+
+    def _leave(self, running: list[int], unfinished: list[int]) -> list[int] | None:
+        """Rows that have ended cost nothing from here on, where the decoder can go on without them. Returns those that
+        it still has, in its order."""
+        places = places_kept([bool(unfinished[row]) for row in running])
+        if len(places) == len(running):
+            return running
+        return [running[place] for place in places] if self.decoder.keep(places) else None
+
+    # ---- steps over static buffers --------------------------------------------------------------------------------
+
+    def _decode_step(self, probs: Tensor, candidates: Tensor, result: StepResult) -> DecodeStep | None:
+        """What takes over from the step that has just been made; None where it cannot, unless it was insisted on."""
+        asked = self.strategy.decode_step
+        try:
+            if self.known_tokens is not None:
+                raise UnsupportedError("its output embedding writes tokens that it cannot read")
+            decode = open_decode_step(self, probs, candidates, result)
+        except UnsupportedError as error:
+            if asked != "auto":
+                raise ValueError(f"decode_step={asked!r}, but {error}; allowed: False or 'auto'") from error
+            logger.info("%s is decoded without static buffers: %s", type(self.model).__name__, error)
+            return None
+        self._check_compiled(decode)
+        return decode
+
+    def _check_compiled(self, decode: DecodeStep) -> None:
+        if self.strategy.decode_step == "compiled" and decode.not_compiled is not None:
+            raise ValueError(f"decode_step='compiled', but {decode.not_compiled}; allowed: True, False or 'auto'")
+
+    def _loop_static(self, decode: DecodeStep, input_ids, unfinished, needed, step, interval, closely) -> None:
+        """The rest of the loop, with the host looking at the device every ``interval`` steps only."""
+        decode.begin(input_ids, unfinished.bool())
+        first, bound, finished = step, self.criteria.max_length, False
+        while not finished:
+            self._check_room(step)
+            decode()
+            self._check_compiled(decode)
+            self._stream(decode.input_ids[:, -1], step)
+            step += 1
+            at_end = decode.input_ids.shape[1] == bound
+            if step % interval == 0 or step >= closely or at_end:
+                check_probabilities(decode.bad, step - 1)
+                finished = at_end or not bool(decode.unfinished.any())
+        kept = needed + int(decode.steps_needed)
+        self.input_ids = decode.input_ids[:, : decode.input_ids.shape[1] - (step - kept)].clone()
+        self.surplus = step - kept
+        self.not_captured, self.static_steps = decode.not_captured, step - first
+
+    # ---- small parts ----------------------------------------------------------------------------------------------
+
+    def _stream(self, tokens: Tensor, step: int) -> None:
+        if self.streamer is not None and step >= self.streamed:  # a call that began again says nothing twice
+            self.streamer.put(tokens.cpu())
+            self.streamed = step + 1
+
+    def _check_room(self, step: int) -> None:
+        """The candidates of the last token are run as well, so a table of positions ends one token earlier than for
+        greedy search."""
+        if self.positions is not None and self.longest_prompt + step >= self.positions:
+            raise ValueError(
+                f"max_new_tokens is too large: with a prompt of {self.longest_prompt} tokens this model's table of "
+                f"{self.positions} positions ends after {self.positions - self.longest_prompt} new ones"
+            )
+
+    def _result(self) -> Any:
+        cache, callers = None, self.arguments.callers_cache
+        if self.record.wanted or callers is not None:
+            cache = self.decoder.result_cache(self.input_ids, self.surplus)
+        if cache is not None and callers is not None:
+            cache = fill_cache(callers, cache)
+        if not self.record.wanted:
+            return self.input_ids
+        return self.record.result(self.input_ids, cache, lambda: self.arguments.kwargs["encoder_outputs"])
+
+
+def check_probabilities(bad: Tensor, step: int) -> None:
+    """Raise ValueError where a row of ``bad (B,)`` is true."""
+    if bool(bad.any()):
+        raise ValueError(
+            f"the logits of row {int(bad.nonzero()[0])} left no probabilities at new token {step} or before (NaN, or "
+            "every token banned); allowed: finite numbers, and −inf for banned tokens while one token is left"
+        )
+
+
+def places_kept(kept: list[bool]) -> list[int]:
+    """For each of the first places, the one whose row it gets when those that are not ``kept`` leave: its own, or for a
+    place that is free one from the end."""
+    count = sum(kept)
+    moved = [place for place in range(count, len(kept)) if kept[place]]
+    return [place if kept[place] else moved.pop() for place in range(count)]
+
+
+def stop_check_interval(device: torch.device) -> int:
+    """Steps between two looks at the end-of-text flags: on a GPU each look makes the host wait for the device."""
+    return 8 if device.type == "cuda" else 1

@@ -1,0 +1,112 @@
+"""One decoding step over slots: candidates are tried in one forward, winners chosen inside it, their keys committed.
+
+``generate`` (:mod:`.slots_decoder`), its steps over static buffers (:mod:`.decode_step`) and the engine run this same
+step; they differ in how the model is called, in what the host knows of the rows' lengths, and in who chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Attention, AttentionSwitch
+from .hidden_states import HiddenStatesTap
+from .slots import Slots
+from .unsupported import UnsupportedError
+
+Choose = Callable[[Tensor], Tensor]  # candidates' states (rows, k, D) -> index of the winner (rows,)
+
+
+def the_first(states: Tensor) -> Tensor:
+    """Of each row's candidates: where there is one, nothing is chosen."""
+    return torch.zeros(len(states), dtype=torch.long, device=states.device)
+
+
+@dataclass
+class StepResult:
+    """Of the winners, one row a sequence."""
+
+    selected: Tensor  # (rows,) index among the candidates
+    hidden_states: Tensor  # (rows, D) last layer
+    logits: Tensor  # (rows, V) float32, for the token after
+    outputs: Any  # the model's output; per-layer tensors still have a row a candidate
+    rows: Tensor  # (rows,) of the winners in ``outputs``
+
+
+def try_candidates(
+    model: Any, tap: HiddenStatesTap, inputs: dict[str, Any], candidates: Tensor, choose: Choose, head: bool = True
+) -> StepResult:
+    """One forward of ``inputs``, which hold ``candidates (rows, k)``, in which ``choose`` picks each row's winner:
+    before the output embedding, if ``head``, so that logits are those of the winners alone.
+
+    Raises:
+        UnsupportedError: the output embedding did not run once.
+    """
+    rows, k = candidates.shape
+    chosen: dict[str, Tensor] = {}
+
+    def select(hidden_states: Tensor) -> Tensor:
+        last = hidden_states[:, -1]
+        chosen["selected"] = choose(last.view(rows, k, -1))
+        chosen["rows"] = torch.arange(rows, device=last.device) * k + chosen["selected"].to(last.device)
+        chosen["hidden_states"] = last.index_select(0, chosen["rows"])
+        return chosen["hidden_states"][:, None]
+
+    tap.listen(select if head else None)
+    try:
+        outputs = model(**inputs if head else inputs | tap.arguments, return_dict=True)
+    finally:
+        heard = tap.mute()
+    logits = outputs.logits[:, -1].float()
+    if not head:
+        select(tap.last_layer(outputs, heard)[-1])
+        logits = logits.index_select(0, chosen["rows"].to(logits.device))
+    elif len(heard.head) != 1:
+        raise UnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward", head=True)
+    return StepResult(chosen["selected"], chosen["hidden_states"], logits, outputs, chosen["rows"])
+
+
+class Step:
+    """A model's forwards over the candidates of the first rows of ``slots``."""
+
+    def __init__(self, model: Any, tap: HiddenStatesTap, slots: Slots, head: bool = True):
+        self.model, self.tap, self.slots, self.head = model, tap, slots, head
+        self.switch = AttentionSwitch(model)
+        self.was_used = False  # whether the last forward has read anything through our attention
+
+    def run(
+        self,
+        inputs: dict[str, Any],
+        candidates: Tensor,
+        choose: Choose,
+        *,
+        commit: Callable[[Tensor], None] | None = None,
+        around: Callable[[Attention], AbstractContextManager[Any]] = nullcontext,
+        **known: Any,
+    ) -> StepResult:
+        """Try ``candidates (rows, k)`` and keep the winners' keys and values; lengths and history stay as they are.
+
+        Args:
+            inputs: of the model, candidates included.
+            commit: of the winners' rows; `Slots.commit` at the length of all rows if None.
+            around: makes a context for the forward.
+            known: what `Attention` is to know.
+
+        Raises:
+            UnsupportedError: the model did something that a step cannot honour.
+        """
+        attention = Attention(self.slots, candidates.shape[1], **known)
+        try:
+            with self.switch(attention), around(attention):
+                result = try_candidates(self.model, self.tap, inputs, candidates, choose, self.head)
+            attention.check_all_called()
+            (commit or self.slots.commit)(result.rows)
+        finally:
+            self.was_used = attention.was_used
+            self.slots.drop_pending()
+        return result
