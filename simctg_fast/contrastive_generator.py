@@ -12,10 +12,10 @@ import torch
 
 from .checks import is_integer
 from .continuation import continuation_text
+from .cpu.modules import fast_linears, packing_pays
 from .decoding import ContrastiveSearch
 from .decoding.generate_arguments import position_table
 from .decoding.hidden_states import decoder_of
-from .decoding.linear_swap import fast_linears, packing_pays
 from .decoding.settings import check_penalty_alpha, check_top_k
 from .loading import fitting_threads, load_model
 from .texts import text_list, tokenized

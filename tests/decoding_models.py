@@ -54,6 +54,7 @@ _MODELS = {
     "bloom": ("BloomForCausalLM", "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "bart": ("BartForConditionalGeneration", "BartConfig", _BART),
+    "mbart": ("MBartForConditionalGeneration", "MBartConfig", _BART),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
 }
 

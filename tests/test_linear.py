@@ -12,8 +12,9 @@ from torch.nn.functional import linear as torch_linear
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from simctg_fast.decoding import linear_swap
-from simctg_fast.decoding.linear_swap import fast_linears
+from simctg_fast.cpu import modules
+from simctg_fast.cpu.forwards import _held
+from simctg_fast.cpu.modules import fast_linears
 from simctg_fast.ops import _backends
 from simctg_fast.ops.linear import MAX_ROWS, linear_small_m, pack, run_kernel
 
@@ -293,7 +294,7 @@ def kernel_calls(monkeypatch):
         calls.append((x.numel() // x.shape[-1], packed is not None))
         return run_kernel(x, weight, bias, transposed, packed)
 
-    monkeypatch.setattr(linear_swap, "run_kernel", spy)
+    monkeypatch.setattr(modules, "run_kernel", spy)
     return calls
 
 
@@ -324,7 +325,7 @@ def test_a_model_computes_the_same(make, pack, kernel_calls):
     assert inside(model) == before
     assert list(model.state_dict()) == list(weights)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert not linear_swap._patched
+    assert not _held
 
 
 @needs_extension
@@ -341,7 +342,7 @@ def test_left_as_found_after_an_exception_and_when_nested(kernel_calls):
         model(IDS)
         assert len(kernel_calls) == 2 * LAYERS[gpt2]
     assert inside(model) == before
-    assert not linear_swap._patched
+    assert not _held
 
 
 @needs_extension
@@ -505,7 +506,7 @@ def test_another_thread_gets_right_results_throughout():
 def test_packing_stops_at_a_quarter_of_the_free_memory(monkeypatch, caplog, kernel_calls):
     layer = torch.nn.Linear(64, 64, bias=False)
     for free, packed in [(4 * 64 * 64 * 4, True), (4 * 64 * 64 * 4 - 1, False), (None, False)]:
-        monkeypatch.setattr(linear_swap, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(modules, "_free_memory", lambda free=free: free)
         caplog.clear()
         with torch.no_grad(), fast_linears(layer, 1, pack=True):
             layer(torch.randn(1, 64))
@@ -513,7 +514,7 @@ def test_packing_stops_at_a_quarter_of_the_free_memory(monkeypatch, caplog, kern
         assert bool(caplog.records) is not packed
     assert "more than 25% of the free memory (unknown)" in caplog.text
     monkeypatch.undo()
-    assert 0 < linear_swap._free_memory() < 1 << 50
+    assert 0 < modules._free_memory() < 1 << 50
 
 
 @needs_extension
@@ -534,11 +535,11 @@ def test_packed_layers_for_many_rows(isa, kernel_calls):
 @needs_extension
 def test_where_packing_pays(isa, monkeypatch):
     layer = torch.nn.Linear(64, 64)
-    assert linear_swap.packing_pays(layer, 48) == (isa == "avx2")
-    assert not linear_swap.packing_pays(layer, 2)
+    assert modules.packing_pays(layer, 48) == (isa == "avx2")
+    assert not modules.packing_pays(layer, 2)
     for free in (4 * 4 * 64 * 64 - 1, None):
-        monkeypatch.setattr(linear_swap, "_free_memory", lambda free=free: free)
-        assert not linear_swap.packing_pays(layer, 48)
+        monkeypatch.setattr(modules, "_free_memory", lambda free=free: free)
+        assert not modules.packing_pays(layer, 48)
 
 
 @needs_extension
@@ -566,7 +567,7 @@ def test_arguments():
 
 
 def test_without_the_extension_nothing_changes(monkeypatch):
-    monkeypatch.setattr(linear_swap._backends, "extension", lambda: None)
+    monkeypatch.setattr(modules._backends, "extension", lambda: None)
     layer = torch.nn.Linear(2, 2)
     with fast_linears(layer, 1) as routed:
         assert routed == 0

@@ -173,7 +173,7 @@ class TestWarning:
         """Greedy search has no operator of ours but these; in bfloat16 they are torch's with the extension as well."""
         record(site, self.REASON)
         code = f"""
-            from simctg_fast.decoding.linear_swap import fast_linears
+            from simctg_fast.cpu.modules import fast_linears
             with fast_linears(torch.nn.Linear(4, 4).to(torch.{dtype}), rows_hint=1) as count:
                 print(count)
         """

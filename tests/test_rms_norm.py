@@ -8,8 +8,8 @@ from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from simctg_fast.decoding import linear_swap
-from simctg_fast.decoding.linear_swap import fast_linears
+from simctg_fast.cpu import modules
+from simctg_fast.cpu.modules import fast_linears
 from simctg_fast.ops import _backends
 from simctg_fast.ops.rms_norm import rms_norm
 
@@ -70,7 +70,7 @@ def test_modules_are_routed_through_it(kind, monkeypatch):
         norm = model.model.norm
     torch.nn.init.normal_(norm.weight)
     x, calls = torch.randn(3, 1, 16), []
-    monkeypatch.setattr(linear_swap, "run_rms_norm", lambda *args: calls.append(1) or rms_norm(*args))
+    monkeypatch.setattr(modules, "run_rms_norm", lambda *args: calls.append(1) or rms_norm(*args))
     with torch.no_grad():
         expected = norm(x)
         with fast_linears(model):
@@ -107,8 +107,8 @@ def test_on_cuda_modules_become_one_operation(kind, dtype, monkeypatch):
     with fast_linears(module), torch.no_grad():
         assert torch.equal(module(x), own)
     assert not called
-    monkeypatch.setattr(linear_swap, "_is_on_cuda", lambda model: True)
-    monkeypatch.setattr(linear_swap, "_on_cuda", lambda x: x.dtype in linear_swap._CUDA_DTYPES)
+    monkeypatch.setattr(modules, "_is_on_cuda", lambda model: True)
+    monkeypatch.setattr(modules, "_on_cuda", lambda x: x.dtype in modules._CUDA_DTYPES)
     with fast_linears(module), torch.no_grad():
         ours = module(x)
         assert called == [1]
@@ -122,11 +122,11 @@ def test_what_is_on_cuda(monkeypatch):
     torch._C._ensureCUDADeviceGuardSet()
     with FakeTensorMode():
         x = torch.empty(2, 3, device="cuda", dtype=torch.bfloat16)
-        assert linear_swap._on_cuda(x)
-        assert not linear_swap._on_cuda(x.double())
-        assert not linear_swap._on_cuda(torch.empty(2))
+        assert modules._on_cuda(x)
+        assert not modules._on_cuda(x.double())
+        assert not modules._on_cuda(torch.empty(2))
         with monkeypatch.context() as patch:
             patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-            assert not linear_swap._on_cuda(x)
-        assert linear_swap._is_on_cuda(torch.nn.ParameterList([torch.nn.Parameter(x)]))
-    assert not linear_swap._is_on_cuda(torch.nn.Linear(2, 3))
+            assert not modules._on_cuda(x)
+        assert modules._is_on_cuda(torch.nn.ParameterList([torch.nn.Parameter(x)]))
+    assert not modules._is_on_cuda(torch.nn.Linear(2, 3))

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding import attention, decode_step, linear_swap
+from simctg_fast.cpu import modules
+from simctg_fast.decoding import attention, decode_step
 from simctg_fast.decoding.slots import SlotLayer
 from simctg_fast.ops import _backends
 
@@ -158,8 +159,8 @@ def test_launches_a_layer_on_a_gpu(name, a_layer, monkeypatch):
         counts.append(launches.count)
 
     monkeypatch.setattr(decode_step.DecodeStep, "_run", counted)
-    monkeypatch.setattr(linear_swap, "_on_cuda", lambda x: True)
-    monkeypatch.setattr(linear_swap, "_is_on_cuda", lambda model: True)
+    monkeypatch.setattr(modules, "_on_cuda", lambda x: True)
+    monkeypatch.setattr(modules, "_is_on_cuda", lambda model: True)
     monkeypatch.setattr(_backends, "extension", lambda: None)
     per_step = []
     for layers in (2, 4):

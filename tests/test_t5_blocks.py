@@ -13,9 +13,12 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from transformers.models.t5 import modeling_t5
 
 from simctg_fast import ContrastiveSearch
-from simctg_fast.decoding import linear_swap, t5_blocks, trial
-from simctg_fast.decoding.linear_swap import fast_linears
-from simctg_fast.decoding.t5_blocks import fast_t5_blocks
+from simctg_fast.cpu import t5_blocks
+from simctg_fast.cpu.forwards import _held, here
+from simctg_fast.cpu.modules import fast_linears
+from simctg_fast.cpu.t5_blocks import fast_t5_blocks
+from simctg_fast.decoding import trial
+from simctg_fast.decoding.attention import current_step
 from simctg_fast.ops import _backends
 
 from .near_ties import same_tokens
@@ -100,8 +103,8 @@ def test_the_bias_of_a_distance_is_kept_until_its_weight_changes(taken, monkeypa
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(modeling_t5.T5Attention, "compute_bias", compute_bias)
-    with fast_t5_blocks(model):
-        plan = t5_blocks._plans[id(model.decoder.block[0])]
+    with fast_t5_blocks(model, current_step):
+        plan = here(model.decoder.block[0]).value
         attention = plan.own
         for seen in (0, 3, 40, 700, 2):
             expected = original(attention, 1, seen + 1, past_seen_tokens=seen)
@@ -204,8 +207,8 @@ def test_what_is_recorded(output, taken):
 @contextmanager
 def stepping(model):
     """A step in which blocks may be called one by one, and what to call them with."""
-    with torch.no_grad(), fast_linears(model), fast_t5_blocks(model):
-        yield lambda: t5_blocks._plans[id(model.decoder.block[0])].begin(torch.randn(4, 1, 24), {})
+    with torch.no_grad(), fast_linears(model), fast_t5_blocks(model, current_step):
+        yield lambda: here(model.decoder.block[0]).value.begin(torch.randn(4, 1, 24), {})
 
 
 def a_transposed_view(attention):
@@ -251,11 +254,11 @@ def test_hooks_of_all_modules_run():
 def test_a_packed_copy_that_goes_outlives_the_call_that_reads_it():
     model = make()
     linear, x = model.decoder.block[0].layer[0].SelfAttention.q, torch.randn(4, 1, 24)
-    with torch.no_grad(), fast_t5_blocks(model):
-        plan = t5_blocks._plans[id(model.decoder.block[0])]
+    with torch.no_grad(), fast_t5_blocks(model, current_step):
+        plan = here(model.decoder.block[0]).value
         with fast_linears(model.decoder, pack=True):
             call = plan.begin(x, {})
-            copy_of_q = weakref.ref(linear_swap._patched[id(linear)].packed.data)
+            copy_of_q = weakref.ref(here(linear).value.packed.data)
         assert copy_of_q() is not None, "the call holds it"
         assert plan.begin(x, {}).layers[0] is not call.layers[0], "the weight in place again"
         del call
@@ -313,22 +316,22 @@ def test_more_rows_than_the_kernels_are_for(taken):
 def test_everything_is_as_it_was_found():
     model = make()
     blocks = model.decoder.block
-    with fast_t5_blocks(model) as routed:
+    with fast_t5_blocks(model, current_step) as routed:
         assert routed == LAYERS
-        with fast_t5_blocks(model.decoder) as again:
+        with fast_t5_blocks(model.decoder, current_step) as again:
             assert again == LAYERS
         assert "forward" in blocks[0].__dict__
         twin = copy.deepcopy(model)
         thawed = pickle.loads(pickle.dumps(model))
     for each in (model, model.encoder):
         assert not any("forward" in module.__dict__ for module in each.modules())
-    assert not t5_blocks._plans
+    assert not _held
     assert torch.equal(write(thawed)[0], write(model)[0])
     assert torch.equal(write(twin)[0], write(model)[0])
-    with pytest.raises(KeyboardInterrupt), fast_t5_blocks(model):
+    with pytest.raises(KeyboardInterrupt), fast_t5_blocks(model, current_step):
         raise KeyboardInterrupt
-    assert not t5_blocks._plans
-    with fast_t5_blocks(make("mt5").encoder) as routed:
+    assert not _held
+    with fast_t5_blocks(make("mt5").encoder, current_step) as routed:
         assert routed == 0
 
 
@@ -379,4 +382,4 @@ def test_threads_share_a_model():
     for user in users:
         user.join()
     assert not wrong
-    assert not t5_blocks._plans
+    assert not _held

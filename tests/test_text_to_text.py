@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 from simctg_fast import ContrastiveGenerator, ContrastiveSearch, bundled_model_path
 from simctg_fast.compat import T5SimCTGGenerate
-from simctg_fast.decoding import linear_swap
+from simctg_fast.cpu import modules
+from simctg_fast.cpu.forwards import _held
 from simctg_fast.decoding.caches import CACHE_NAME
 from simctg_fast.loading import load_tokenizer
 from simctg_fast.ops import _backends
@@ -60,23 +61,23 @@ def test_the_order_and_the_batch_size_do_not_matter(trained_t5, reverse):
 @pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
 def test_the_decoder_is_packed_once_for_all_batches(trained_t5, monkeypatch):
     """Where that pays, by the size of a full batch: not the encoder, nor the output embedding, and gone afterwards."""
-    packed, original = [], linear_swap.pack_weight
-    monkeypatch.setattr(linear_swap, "pack_weight", lambda *args: packed.append(args[0]) or original(*args))
+    packed, original = [], modules.pack_weight
+    monkeypatch.setattr(modules, "pack_weight", lambda *args: packed.append(args[0]) or original(*args))
     texts = toy_t5.held_out(7)
     small = ContrastiveGenerator.from_pretrained(trained_t5, device="cpu", batch_size=3)
     answers = small(texts)
     assert not packed, "9 rows are too few"
     large = ContrastiveGenerator.from_pretrained(trained_t5, device="cpu", batch_size=4)
     assert large(texts) == answers
-    if not linear_swap.packing_pays(large.model, 12):
+    if not modules.packing_pays(large.model, 12):
         assert not packed
         return
     names = {id(parameter): name for name, parameter in large.model.named_parameters()}
     found = [names[id(weight)] for weight in packed]
     linears = [name for name, module in large.model.decoder.named_modules() if type(module) is torch.nn.Linear]
     assert found == [f"decoder.{name}.weight" for name in linears]
-    assert not linear_swap._patched
-    monkeypatch.setattr(linear_swap, "_free_memory", lambda: 0)
+    assert not _held
+    monkeypatch.setattr(modules, "_free_memory", lambda: 0)
     assert large(texts) == answers
     assert len(packed) == len(linears)
 

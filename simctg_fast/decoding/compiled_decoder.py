@@ -9,23 +9,19 @@ graph, where there is one, is recorded around it by its caller.
 from __future__ import annotations
 
 import itertools
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..cpu.forwards import Forwards, has_own_forward, here
 from .attention import Attention, traced
 
 BACKEND = "inductor"
 
-_lock = threading.Lock()
-_local = threading.local()
-_routed: dict[int, _Routed] = {}  # by id(decoder)
 _compiled: weakref.WeakKeyDictionary[torch.nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
 
@@ -50,38 +46,24 @@ def _body_of(decoder: torch.nn.Module) -> Callable[..., Any]:
     return body
 
 
-@dataclass
-class _Routed:
-    """A decoder whose ``forward`` is ours at the moment, and how many blocks need that."""
-
-    decoder: torch.nn.Module  # kept alive, so that its id stays its own
-    users: int = 0
-
-
 def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    step = getattr(_local, "step", None)
-    if step is None or torch.compiler.is_dynamo_compiling():  # somebody else's forward
+    use = here(self)
+    if use is None:
         return type(self).forward(self, *args, **kwargs)
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     try:
-        return _body_of(self)(self, step, args, kwargs)
+        return _body_of(self)(self, use.value, args, kwargs)
     except FailOnRecompileLimitHit:  # too many kinds of calls over time: start afresh
         _compiled.pop(self, None)
-        return _body_of(self)(self, step, args, kwargs)
-
-
-_forward.__name__ = "forward"
+        return _body_of(self)(self, use.value, args, kwargs)
 
 
 def obstacle(decoder: torch.nn.Module | None) -> str | None:
     """Why a decoder cannot be compiled apart, None if nothing is known to be in the way."""
     if decoder is None:
         return "it has no decoder apart from the output embedding"
-    with _lock:
-        if "forward" in vars(decoder) and id(decoder) not in _routed:
-            return f"the forward of its {type(decoder).__name__} was replaced"
-    return None
+    return None if has_own_forward(decoder) else f"the forward of its {type(decoder).__name__} was replaced"
 
 
 def as_written(model: torch.nn.Module) -> AbstractContextManager[None]:
@@ -100,19 +82,9 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def compiled_decoder(decoder: torch.nn.Module, step: Attention) -> Iterator[None]:
-    """This thread's forwards of ``decoder`` run compiled, over ``step``; other threads' as ever."""
-    with _lock:
-        entry = _routed.setdefault(id(decoder), _Routed(decoder))
-        if not entry.users:
-            decoder.__dict__["forward"] = types.MethodType(_forward, decoder)
-        entry.users += 1
-    outer, _local.step = getattr(_local, "step", None), step
-    try:
+    """This thread's forwards of ``decoder`` run compiled, over ``step``; other threads' as ever. Raises RuntimeError
+    where its forward was replaced since :func:`obstacle` was asked."""
+    with Forwards() as forwards:
+        if forwards.put(decoder, _forward, step) is None:
+            raise RuntimeError(obstacle(decoder))
         yield
-    finally:
-        _local.step = outer
-        with _lock:
-            entry.users -= 1
-            if not entry.users:
-                decoder.__dict__.pop("forward", None)
-                del _routed[id(decoder)]

@@ -14,8 +14,11 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from ..cpu.modules import fast_linears
+from ..cpu.t5_blocks import fast_t5_blocks
 from ..ops import _backends
 from ..ops.top_k import top_k_probs
+from .attention import current_step
 from .caches import fill_cache
 from .call import Call, learned_prompt
 from .choice import choose_candidate, gumbel
@@ -24,14 +27,12 @@ from .decode_step import DecodeStep, open_decode_step
 from .decoder import Decoder
 from .generate_arguments import Arguments, checked_settings, position_table
 from .hidden_states import HiddenStatesTap
-from .linear_swap import fast_linears
 from .outputs import Record
 from .padding_warning import no_padding_warning
 from .processors import without_sampling_warpers
 from .routes import Routes
 from .settings import TINY
 from .step import Choose, StepResult, the_first
-from .t5_blocks import fast_t5_blocks
 from .trial import DECODERS, Verdict
 from .truth import known_tokens, unknown_token
 from .unsupported import UnsupportedError
@@ -133,7 +134,7 @@ class Run:
             if self.strategy.fast_linear:
                 rows = self.input_ids.shape[0] * self.k
                 stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))
-                stack.enter_context(fast_t5_blocks(self.model))
+                stack.enter_context(fast_t5_blocks(self.model, current_step))
             yield
 
     def _run(self, verdict: Verdict) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
+from ..cpu.forwards import Forwards, here
 from .caches import CACHE_NAME
-from .linear_swap import give_forward_back, take_forward
 from .unsupported import UnsupportedError
 
 _PREFILL_ONLY = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ())) | {
@@ -157,21 +156,11 @@ class DirectInputs:
         if not self.position_modules:
             yield
             return
-        outer, _positions.value = getattr(_positions, "value", None), positions
-        entries: list[_Positioned] = []
-        try:
-            with _positions_lock:
-                for module in self.position_modules:
-                    entry = take_forward(_positioned, module, _positioned_entry)
-                    if entry is None:
-                        raise UnsupportedError(f"the forward of its {type(module).__name__} was replaced")
-                    entries.append(entry)
+        with Forwards() as forwards:
+            for module in self.position_modules:
+                if forwards.put(module, _positioned_forward, positions) is None:
+                    raise UnsupportedError(f"the forward of its {type(module).__name__} was replaced")
             yield
-        finally:
-            _positions.value = outer
-            with _positions_lock:
-                for entry in entries:
-                    give_forward_back(_positioned, entry)
 
 
 def stand_in_states(states: Tensor, rows: int, width: int) -> BaseModelOutput:
@@ -186,30 +175,14 @@ def _position_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [
         module
         for name, module in decoder.named_modules()
-        if "position" in name.rpartition(".")[2] and "position_ids" in inspect.signature(module.forward).parameters
+        if "position" in name.rpartition(".")[2]
+        and "position_ids" in inspect.signature(type(module).forward).parameters  # the instance's may be another step's
     ]
 
 
-class _Positioned:
-    """A position embedding that has our forward, and how many steps want it to."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.module, self.forward, self.users = module, _positioned_forward, 0
-
-
-def _positioned_entry(module: torch.nn.Module) -> _Positioned | None:
-    return None if "forward" in module.__dict__ else _Positioned(module)
-
-
-def _positioned_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    positions = getattr(_positions, "value", None)
-    if positions is None:  # another thread's forward of the same model
+def _positioned_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    use = here(self)
+    if use is None:
         return type(self).forward(self, *args, **kwargs)
-    out = type(self).forward(self, *args, **(kwargs | {"position_ids": positions}))
-    return out.reshape(len(positions), 1, out.shape[-1])
-
-
-_positioned_forward.__name__ = "forward"
-_positions = threading.local()  # the positions of the step that is under way in a thread
-_positions_lock = threading.RLock()
-_positioned: dict[int, _Positioned] = {}  # by id(module)
+    out = type(self).forward(self, *args, **(kwargs | {"position_ids": use.value}))
+    return out.reshape(len(use.value), 1, out.shape[-1])

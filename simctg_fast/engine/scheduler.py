@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from ..cpu.modules import fast_linears
+from ..cpu.t5_blocks import fast_t5_blocks
+from ..decoding.attention import current_step
 from ..decoding.compiled_decoder import as_written
-from ..decoding.linear_swap import fast_linears
 from ..decoding.slots import round_up
 from ..decoding.step import the_first
-from ..decoding.t5_blocks import fast_t5_blocks
 from ..decoding.unsupported import UnsupportedError
 from ..loading import context_length
 from .memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
@@ -110,7 +111,11 @@ class SlotScheduler:
     @contextmanager
     def _running(self) -> Iterator[SlotDecoder]:
         """The model's hooks and fast layers, for the length of a ``with`` block."""
-        with as_written(self.model), fast_linears(self.model, max_rows=KERNEL_ROWS), fast_t5_blocks(self.model):
+        with (
+            as_written(self.model),
+            fast_linears(self.model, max_rows=KERNEL_ROWS),
+            fast_t5_blocks(self.model, current_step),
+        ):
             try:
                 self._reopen()
                 yield self._decoder

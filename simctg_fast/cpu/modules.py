@@ -4,10 +4,10 @@ A decoding step multiplies ``batch · top_k`` rows with every weight of the mode
 that at the price of one row. :func:`fast_linears` gives the model's `torch.nn.Linear` and `Conv1D` modules a
 ``forward`` of their own that uses it. Each call decides for itself: whatever the kernel does not take (many rows,
 gradients, autocast, another dtype, tracing) runs the module's own forward. Weights are looked up at each call, so an
-update, a LoRA merge or a replaced parameter counts at once. Only ``forward`` is put in place, not ``__call__``: hooks
-run as always. GPT-2's `NewGELUActivation` (eight tensor operations) and the norms of T5 and Llama (six) become one pass
-each, `Dropout` outside of training nothing at all. On CUDA, where launches count, these become one operation of
-PyTorch's each: it computes in float32 and rounds half precision once, where the modules round after each operation.
+update, a LoRA merge or a replaced parameter counts at once. GPT-2's `NewGELUActivation` (eight tensor operations) and
+the norms of T5 and Llama (six) become one pass each, `Dropout` outside of training nothing at all. On CUDA, where
+launches count, these become one operation of PyTorch's each: it computes in float32 and rounds half precision once,
+where the modules round after each operation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import functools
 import logging
 import os
 import threading
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Dropout, Linear, Module, Parameter
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +34,7 @@ from ..ops.gelu import run_kernel as run_gelu
 from ..ops.linear import MAX_ROWS, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
 from ..ops.rms_norm import run_kernel as run_rms_norm
+from .forwards import Forwards, Use, has_own_forward, here
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +50,7 @@ _CONV1D_FORWARD = Conv1D.forward
 _NEW_GELU_FORWARD = NewGELUActivation.forward
 _DROPOUT_FORWARD = Dropout.forward
 
-_lock = threading.RLock()
-_patched: dict[int, _Patched] = {}  # by id(module)
-
-
-class _Rows(threading.local):
-    limit = MAX_ROWS  # rows up to which this thread's products go to the kernel
-
-
-_rows = _Rows()
+_packing = threading.Lock()
 
 
 class _Packed:
@@ -78,6 +72,27 @@ class _Packed:
         )
 
 
+class _Layer:
+    """What a block does with a module: the rows up to which products go to the kernel, and a packed weight if it asked
+    for one. (Its sums are in another order: who asks for none must not meet another thread's.)"""
+
+    __slots__ = ("most_rows", "packed")
+
+    def __init__(self, most_rows: int, outer: _Layer | None):
+        self.most_rows: int = most_rows if outer is None else max(most_rows, outer.most_rows)
+        self.packed: _Packed | None = None if outer is None else outer.packed
+
+    def current(self, weight: Tensor) -> tuple[Tensor | None, int]:
+        """The packed weight if there is one, and the rows up to which the kernel is for products with it."""
+        packed = self.packed
+        if packed is None:
+            return None, self.most_rows
+        if packed.is_current(weight):
+            return packed.data, max(self.most_rows, packed.most_rows)
+        self.packed = None  # the weight has changed since
+        return None, self.most_rows
+
+
 def _packed_wins() -> bool:
     """Whether packed weights are faster than those in place, by a product of a dozen rows and more: measured with AVX2
     (1.15 to 1.45 times), not with AVX-512 (`benchmarks/linear.py`)."""
@@ -85,63 +100,15 @@ def _packed_wins() -> bool:
     return extension is not None and extension.active_isa() == "avx2"
 
 
-class _Patched:
-    """A module that has our forward: how many ``with`` blocks want it, and its packed copy if there is one."""
-
-    __slots__ = ("forward", "module", "packed", "users")
-
-    def __init__(self, module: Module):
-        self.module, self.forward, self.users = module, _FORWARDS[type(module)][1], 0
-        self.packed: _Packed | None = None
-
-
 def is_plain_eager() -> bool:
-    """Nothing follows the computation: no autocast, no compiler or tracer, no dispatch mode, no function transform."""
+    """Nothing follows the computation: no autocast, no tracer, no dispatch mode, no function transform. (What is being
+    compiled has no forward of ours, see `here`.)"""
     return not (
         torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_dynamo_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack()
+        or peek_interpreter_stack() is not None
     )
-
-
-def _takes(x: Any, weight: Any, bias: Any, in_features: int, out_features: int, packed: _Packed | None) -> bool:
-    if type(x) is not Tensor or not is_plain_eager():
-        return False
-    if x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1] != in_features:
-        return False
-    if weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
-        return False
-    if x.numel() == 0 or out_features == 0:
-        return False
-    if x.numel() > _most_rows(packed) * in_features:
-        return False
-    if bias is not None and not (
-        type(bias) is Parameter
-        and bias.dtype is torch.float32
-        and bias.is_cpu
-        and bias.numel() == out_features
-        and bias.is_contiguous()
-    ):
-        return False
-    return not (
-        torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-    )
-
-
-def _current_packed(module: Module, weight: Tensor) -> _Packed | None:
-    entry = _patched.get(id(module))
-    packed = None if entry is None else entry.packed
-    if entry is None or packed is None or packed.is_current(weight):
-        return packed
-    entry.packed = None  # the weight has changed since
-    return None
-
-
-def _most_rows(packed: _Packed | None) -> int:
-    return _rows.limit if packed is None else max(_rows.limit, packed.most_rows)
 
 
 class NativeLinear:
@@ -162,55 +129,70 @@ class NativeLinear:
             return None
         if weight.dtype is not torch.float32 or not weight.is_contiguous():
             return None
-        packed = _current_packed(self.module, weight)
-        if rows > _most_rows(packed):
+        use = here(self.module)
+        packed, most_rows = (None, MAX_ROWS) if use is None else use.value.current(weight)
+        if rows > most_rows:
             return None
-        data: Tensor = weight if packed is None else packed.data
+        data: Tensor = weight if packed is None else packed
         state = self.state
         if state is None or state[0] is not weight or state[1] is not data or state[2] != data.data_ptr():
             if not weight.is_cpu or weight.shape != self.shape:
                 return None
-            layer = native_layer(weight, None, False, None if packed is None else data)
+            layer = native_layer(weight, None, False, packed)
             self.state = state = (weight, data, data.data_ptr(), layer)
         return state
 
 
-# They are bound methods of the modules, under the name of what they replace: copying a module copies the binding, and
-# pickling one stores "the method `forward` of this module", which is the class's own when it is loaded.
+def _product(self: Module, x: Tensor, transposed: bool) -> Tensor | None:
+    """None if the kernel is not for it."""
+    use, parameters = here(self), self._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if use is None or type(weight) is not Parameter or type(x) is not Tensor or not is_plain_eager():
+        return None
+    out_features, in_features = weight.shape
+    if transposed:
+        out_features, in_features = in_features, out_features
+    packed, most_rows = use.value.current(weight)
+    takes = (
+        x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and x.shape[-1] == in_features
+        and 0 < x.numel() <= most_rows * in_features
+        and out_features > 0
+        and (
+            bias is None
+            or (
+                type(bias) is Parameter
+                and bias.dtype is torch.float32
+                and bias.is_cpu
+                and bias.numel() == out_features
+                and bias.is_contiguous()
+            )
+        )
+        and not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+        )
+    )
+    return run_kernel(x, weight, bias, transposed, packed) if takes else None
 
 
 def _linear_forward(self: Linear, input: Tensor) -> Tensor:
-    parameters = self._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) is Parameter:
-        out_features, in_features = weight.shape
-        packed = _current_packed(self, weight)
-        if _takes(input, weight, bias, in_features, out_features, packed):
-            return run_kernel(input, weight, bias, False, None if packed is None else packed.data)
-    return _LINEAR_FORWARD(self, input)
+    y = _product(self, input, False)
+    return _LINEAR_FORWARD(self, input) if y is None else y
 
 
 def _conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
-    parameters = self._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) is Parameter:
-        in_features, out_features = weight.shape
-        packed = _current_packed(self, weight)
-        if _takes(x, weight, bias, in_features, out_features, packed):
-            return run_kernel(x, weight, bias, True, None if packed is None else packed.data)
-    return _CONV1D_FORWARD(self, x)
+    y = _product(self, x, True)
+    return _CONV1D_FORWARD(self, x) if y is None else y
 
 
 def _on_cuda(x: Any) -> bool:
     """Whether one operation of PyTorch's may stand for a module's own on ``x``. What follows an operation follows these
     as well; what is compiled is fused by the compiler."""
-    return (
-        isinstance(x, Tensor)
-        and x.is_cuda
-        and x.dtype in _CUDA_DTYPES
-        and not torch.is_autocast_enabled("cuda")
-        and not torch.compiler.is_dynamo_compiling()
-    )
+    return isinstance(x, Tensor) and x.is_cuda and x.dtype in _CUDA_DTYPES and not torch.is_autocast_enabled("cuda")
 
 
 def _is_on_cuda(model: Module) -> bool:
@@ -218,8 +200,8 @@ def _is_on_cuda(model: Module) -> bool:
 
 
 def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
-    if _on_cuda(input):
-        return torch.nn.functional.gelu(input, approximate="tanh")
+    if here(self) is None:
+        return _NEW_GELU_FORWARD(self, input)
     if (
         type(input) is Tensor
         and input.dtype is torch.float32
@@ -230,6 +212,8 @@ def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
         and _backends.extension() is not None
     ):
         return run_gelu(input)
+    if _on_cuda(input):
+        return torch.nn.functional.gelu(input, approximate="tanh")
     return _NEW_GELU_FORWARD(self, input)
 
 
@@ -238,15 +222,9 @@ def _dropout_forward(self: Dropout, input: Tensor) -> Tensor:
 
 
 def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
+    if here(self) is None:
+        return type(self).forward(self, hidden_states)
     weight, epsilon = self._parameters.get("weight"), self.__dict__["variance_epsilon"]
-    if (
-        _on_cuda(hidden_states)
-        and isinstance(weight, Tensor)
-        and weight.device == hidden_states.device
-        and weight.dtype is hidden_states.dtype
-        and weight.shape == hidden_states.shape[-1:]
-    ):
-        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
     if (
         type(hidden_states) is Tensor
         and type(weight) is Parameter
@@ -261,11 +239,17 @@ def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
         and _backends.extension() is not None
     ):
         return run_rms_norm(hidden_states, weight, epsilon)
+    if (
+        _on_cuda(hidden_states)
+        and isinstance(weight, Tensor)
+        and weight.device == hidden_states.device
+        and weight.dtype is hidden_states.dtype
+        and weight.shape == hidden_states.shape[-1:]
+    ):
+        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
     return type(self).forward(self, hidden_states)
 
 
-for _forward in (_linear_forward, _conv1d_forward, _new_gelu_forward, _dropout_forward, _rms_norm_forward):
-    _forward.__name__ = "forward"
 # The class's forward, ours, and for linear layers whether the weight is [in, out].
 _FORWARDS: dict[type[Module], tuple[Any, Any, bool | None]] = {
     Linear: (_LINEAR_FORWARD, _linear_forward, False),
@@ -299,25 +283,18 @@ def _is_rms_norm(kind: type[Module]) -> bool:
     return True
 
 
-def has_own_forward(module: Module) -> bool:
-    """Whether a call runs the forward of the module's class, or the one that is ours for the time being."""
-    forward, known = module.__dict__.get("forward"), _FORWARDS.get(type(module))
-    ours = known is not None and getattr(forward, "__func__", None) is known[1]
-    return (forward is None or ours) and "_hf_hook" not in module.__dict__
-
-
-def _is_eligible(module: Module) -> bool:
+def _stand_in(module: Module) -> Any | None:
+    """Our forward for a module of its kind, None if there is none or the module is not what it is for."""
     kind = type(module)
     if kind not in _FORWARDS and not _is_rms_norm(kind):
-        return False
-    if kind.forward is not _FORWARDS[kind][0]:
-        return False
-    if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:  # accelerate's, or somebody else's
-        return False
-    if _FORWARDS[type(module)][2] is None:
-        return True
+        return None
+    own, ours, transposed = _FORWARDS[kind]
+    if kind.forward is not own:
+        return None
+    if transposed is None:
+        return ours
     weight = module._parameters.get("weight")
-    return (
+    takes = (
         type(weight) is Parameter
         and weight.dim() == 2
         and weight.dtype is torch.float32
@@ -325,46 +302,7 @@ def _is_eligible(module: Module) -> bool:
         and weight.is_contiguous()
         and _backends.extension() is not None
     )
-
-
-class Swapped(Protocol):
-    """A module whose forward is ours, and how many ``with`` blocks want it to be."""
-
-    module: Module
-    forward: Any
-    users: int
-
-
-S = TypeVar("S", bound=Swapped)
-
-
-def take_forward(swapped: dict[int, S], module: Module, make: Callable[[Module], S | None]) -> S | None:
-    """One more user of our forward in ``module``; None if ``make``, which decides for a new one, says so."""
-    entry = swapped.get(id(module))
-    if entry is None:
-        entry = make(module)
-        if entry is None:
-            return None
-        swapped[id(module)] = entry
-        # Module.__setattr__ would only put it where this does, after looking for parameters and buffers of that name.
-        module.__dict__["forward"] = types.MethodType(entry.forward, module)
-    entry.users += 1
-    return entry
-
-
-def give_forward_back(swapped: dict[int, S], entry: S) -> None:
-    """One user less; the last one restores the module, unless somebody has put another forward over ours."""
-    entry.users -= 1
-    if entry.users:
-        return
-    del swapped[id(entry.module)]
-    ours = entry.module.__dict__.get("forward")
-    if isinstance(ours, types.MethodType) and ours.__func__ is entry.forward:
-        del entry.module.__dict__["forward"]
-
-
-def _patch(module: Module) -> _Patched | None:
-    return _Patched(module) if _is_eligible(module) else None
+    return ours if takes else None
 
 
 def _free_memory() -> int | None:
@@ -385,17 +323,23 @@ def _room_for(weights: Iterable[tuple[Tensor, bool]]) -> tuple[bool, int, int | 
     return free is not None and needed <= _MEMORY_SHARE * free, needed, free
 
 
-def _weights(modules: Iterable[Module]) -> Iterator[tuple[Module, Tensor, bool]]:
-    """The linear layers among modules that are ours or could be, their weights, and whether these lie transposed."""
-    for module in modules:
-        transposed, weight = _FORWARDS[type(module)][2], module._parameters.get("weight")
-        if transposed is not None and weight is not None:
-            yield module, weight, transposed
+def _weight_of(module: Module) -> tuple[Tensor, bool] | None:
+    """The weight of a linear layer that is ours or could be, and whether it lies transposed."""
+    transposed, weight = _FORWARDS[type(module)][2], module._parameters.get("weight")
+    return None if transposed is None or weight is None else (weight, transposed)
 
 
-def _pack_all(entries: list[_Patched]) -> None:
-    unpacked = [entry.module for entry in entries if entry.packed is None]
-    todo = [layer for layer in _weights(unpacked) if not layer[1].is_inference()]
+def _pack_all(uses: list[Use]) -> None:
+    """Copies for those linear layers that have none yet, in whatever block or thread."""
+    todo: list[tuple[_Layer, Tensor, bool]] = []
+    for use in uses:
+        if (found := _weight_of(use.held.module)) is None:
+            continue
+        weight, transposed = found
+        copies = (other.value.packed for other in list(use.held.uses))
+        use.value.packed = next((copy for copy in copies if copy is not None and copy.is_current(weight)), None)
+        if use.value.packed is None and not weight.is_inference():
+            todo.append((use.value, weight, transposed))
     fits, needed, free = _room_for((weight, transposed) for _, weight, transposed in todo)
     if not fits:
         known = "unknown" if free is None else f"{free / 2**20:.0f} MiB"
@@ -406,8 +350,8 @@ def _pack_all(entries: list[_Patched]) -> None:
             known,
         )
         return
-    for module, weight, transposed in todo:
-        _patched[id(module)].packed = _Packed(weight, transposed)
+    for layer, weight, transposed in todo:
+        layer.packed = _Packed(weight, transposed)
 
 
 def packing_pays(model: Module, rows: int) -> bool:
@@ -415,8 +359,9 @@ def packing_pays(model: Module, rows: int) -> bool:
     rows, and its copies fit in memory."""
     if rows < _PACKED_ROWS or not _packed_wins():
         return False
-    layers = list(_weights(module for module in model.modules() if _is_eligible(module)))
-    return bool(layers) and _room_for((weight, transposed) for _, weight, transposed in layers)[0]
+    routable = (module for module in model.modules() if _stand_in(module) is not None and has_own_forward(module))
+    weights = [weight for module in routable if (weight := _weight_of(module)) is not None]
+    return bool(weights) and _room_for(weights)[0]
 
 
 @contextmanager
@@ -427,8 +372,8 @@ def fast_linears(
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
     contiguous float32 weight on the CPU, and `NewGELUActivation`, `Dropout` and root mean square norms (of these also
-    what computes on CUDA). Blocks may be nested, and other threads may use the model meanwhile. On the way out, also by
-    an exception, every module is as it was found.
+    what computes on CUDA). It holds for the thread that enters the block: in another one the model computes what it
+    always does. Blocks may be nested. On the way out, also by an exception, every module is as it was found.
 
     Args:
         model: any module.
@@ -441,8 +386,7 @@ def fast_linears(
             and time at the beginning; see :func:`packing_pays`.
 
         max_rows: products of more rows than this are left to the modules. A caller to whom it matters that a row's
-            result does not depend on the other rows may go above `MAX_ROWS`, where the kernel is no longer faster. It
-            holds for the calling thread.
+            result does not depend on the other rows may go above `MAX_ROWS`, where the kernel is no longer faster.
 
     Yields:
         The number of modules that were routed: 0 without the C++ extension, unless part of the model is on CUDA.
@@ -454,24 +398,19 @@ def fast_linears(
         raise ValueError(f"pack is {pack!r}, must be one of {', '.join(map(repr, PACK))}")
     if rows_hint < 1:
         raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
-    entries: list[_Patched] = []
-    before = _rows.limit
-    _rows.limit = max(before, max_rows)
-    try:
+    uses: list[Use] = []
+    with Forwards() as forwards:
         wanted = rows_hint <= max_rows or (pack is True and _packed_wins())
         if (wanted and _backends.extension() is not None) or _is_on_cuda(model):
-            with _lock:
-                for module in model.modules():
-                    entry = take_forward(_patched, module, _patch)
-                    if entry is not None:
-                        entries.append(entry)
-                if pack is True:
-                    _pack_all(entries)
+            for module in model.modules():
+                function, outer = _stand_in(module), here(module)
+                if function is not None:
+                    use = forwards.put(module, function, _Layer(max_rows, None if outer is None else outer.value))
+                    if use is not None:
+                        uses.append(use)
+            if pack is True:
+                with _packing:
+                    _pack_all(uses)
         elif wanted and any(parameter.is_cpu and parameter.dtype is torch.float32 for parameter in model.parameters()):
             _backends.wanted_extension()  # says that it is missing
-        yield len(entries)
-    finally:
-        _rows.limit = before
-        with _lock:
-            for entry in entries:
-                give_forward_back(_patched, entry)
+        yield len(uses)

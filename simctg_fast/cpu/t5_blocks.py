@@ -9,11 +9,11 @@ anything else than plain float32 layers on the CPU, the block's own forward runs
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ from transformers.models.t5 import modeling_t5 as t5
 
 from ..ops import _backends
 from ..ops.block_layers import Norm, feed_forward, linear_residual, norm_linears
-from .attention import Attention, current_step
-from .caches import CACHE_NAME
-from .linear_swap import NativeLinear, give_forward_back, has_own_forward, is_plain_eager, take_forward
-from .slots import next_capacity
+from .forwards import Forwards, has_own_forward, here
+from .modules import NativeLinear, is_plain_eager
 
 _BLOCKS = (t5.T5Block, mt5.MT5Block)
 # What a block may be made of, each with the forward that it has now.
@@ -46,10 +44,25 @@ _PARTS = {
 }
 _ACTS = {ReLU: "relu", NewGELUActivation: "gelu_tanh"}
 # Arguments under which a block does what it always does.
-_HARMLESS = frozenset({CACHE_NAME, "use_cache", "return_dict"})
+_CACHE_NAME = next(n for n in ("past_key_values", "cache") if n in inspect.signature(t5.T5Block.forward).parameters)
+_HARMLESS = frozenset({_CACHE_NAME, "use_cache", "return_dict"})
+_AHEAD = 512  # positions for which a bias is made beyond those that are there
 
-_lock = threading.RLock()
-_plans: dict[int, _Plan] = {}  # by id(block)
+
+class Step(Protocol):
+    """A forward over shared prefixes that is under way, see `simctg_fast.decoding.attention.Attention`."""
+
+    def attend(
+        self,
+        module: Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        *,
+        position_bias: Tensor,
+    ) -> tuple[Tensor, None]: ...
 
 
 @dataclass(slots=True)
@@ -62,10 +75,10 @@ class _Call:
 
 
 class _Plan:
-    """A block's parts, found once for a ``with`` block."""
+    """A block's parts, found once for a ``with`` block, and how to ask for the step that is under way."""
 
-    def __init__(self, block: Module):
-        self.module, self.forward, self.users = block, _block_forward, 0
+    def __init__(self, block: Module, current_step: Callable[[], Any]):
+        self.current_step: Callable[[], Step | None] = current_step
         layers: Any = block.layer
         own, cross, last = layers
         self.own, self.cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
@@ -110,7 +123,7 @@ class _Plan:
         # It depends on the distance alone: the last `width` of a longer one, while the few weights are what they were.
         known = self.bias
         if known is None or known[1].shape[-1] < width or not torch.equal(known[0], weight):
-            longest = next_capacity(width, None)
+            longest = width + _AHEAD
             made = attention.compute_bias(1, longest, device=weight.device, past_seen_tokens=longest - 1)
             self.bias = known = (weight.detach().clone(), made.contiguous())
         return known[1][..., -width:]
@@ -137,7 +150,7 @@ def _is_plain(weight: Any, width: int) -> bool:
 
 def _is_eligible(block: Any) -> bool:
     """Whether the block is made of what transformers makes it of, nothing of it replaced or wrapped."""
-    if not block.is_decoder or "forward" in block.__dict__:
+    if not block.is_decoder:
         return False
     if any(_PARTS.get(type(part)) is not type(part).forward or not has_own_forward(part) for part in block.modules()):
         return False
@@ -165,11 +178,13 @@ def _block_forward(
     encoder_decoder_position_bias: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    plan, step, cache = _plans.get(id(self)), current_step(), arguments.get(CACHE_NAME)
-    call = None
-    if plan is not None and step is not None and encoder_hidden_states is not None and _is_filled(cache, plan.cross):
-        call = plan.begin(hidden_states, arguments)
-    if plan is None or step is None or cache is None or call is None:
+    use, cache, step, call = here(self), arguments.get(_CACHE_NAME), None, None
+    if use is not None:
+        plan: _Plan = use.value
+        step = plan.current_step()
+        if step is not None and encoder_hidden_states is not None and _is_filled(cache, plan.cross):
+            call = plan.begin(hidden_states, arguments)
+    if step is None or cache is None or call is None:
         return type(self).forward(
             self,
             hidden_states,
@@ -206,11 +221,8 @@ def _block_forward(
     return hidden_states, position_bias, cross_bias
 
 
-_block_forward.__name__ = "forward"  # so that a pickled block names its class's own
-
-
 def _attend(
-    step: Attention,
+    step: Step,
     attention: Any,
     query: Tensor,
     key: Tensor,
@@ -226,27 +238,23 @@ def _attend(
 
 
 @contextmanager
-def fast_t5_blocks(model: Module) -> Iterator[int]:
+def fast_t5_blocks(model: Module, current_step: Callable[[], Any]) -> Iterator[int]:
     """Routes the decoder blocks of T5 and mT5 in ``model`` around their modules within the block.
 
-    Blocks may be nested, and other threads may use the model meanwhile. On the way out every module is as it was found.
+    It holds for the thread that enters the block, and blocks may be nested. On the way out every module is as it was
+    found.
+
+    Args:
+        current_step: the :class:`Step` that is under way in the calling thread, None where there is none.
 
     Yields:
         The number of blocks that were routed: 0 without the C++ extension, and for other models.
     """
-    plans: list[_Plan] = []
-    try:
+    blocks = [module for module in model.modules() if isinstance(module, _BLOCKS)]
+    with Forwards() as forwards:
+        routed = 0
         if _backends.extension() is not None:
-            with _lock:
-                blocks = (module for module in model.modules() if isinstance(module, _BLOCKS))
-                found = (take_forward(_plans, block, _plan) for block in blocks)
-                plans.extend(plan for plan in found if plan is not None)
-        yield len(plans)
-    finally:
-        with _lock:
-            for plan in plans:
-                give_forward_back(_plans, plan)
-
-
-def _plan(block: Module) -> _Plan | None:
-    return _Plan(block) if _is_eligible(block) else None
+            for block in blocks:
+                if _is_eligible(block) and forwards.put(block, _block_forward, _Plan(block, current_step)) is not None:
+                    routed += 1
+        yield routed
