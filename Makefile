@@ -9,7 +9,7 @@ OLDEST_PINS = transformers==5.17.0 triton==3.6.0 'numpy<2.4'
 TRITONS = 3.6.0 3.8.0 3.9.0
 AOT = .venv-aot-$(TRITON)
 AOT_PY = $(if $(TRITON),$(AOT),$(VENV))/bin/python
-AOT_TESTS = -m pytest -q -n $(WORKERS) tests/test_aot_*.py -m "full or not full"
+AOT_TESTS = -m pytest -q -n $(WORKERS) tests/*/test_aot_*.py -m "full or not full"
 TESTS ?= tests
 WORKERS ?= 2
 
@@ -93,7 +93,7 @@ aot: $(if $(TRITON),$(AOT)/.stamp-$(TORCH),$(DEV)) ## Every Triton kernel compil
 
 clean: ## Remove builds and caches (environments stay: rm -r .venv*)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks simctg_fast/_C.*
-	@find kernels simctg_fast benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find kernels simctg_fast benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What the library itself needs. torch goes first: the version is the caller's choice, and pip must not weigh it again.
 $(BASE): pyproject.toml

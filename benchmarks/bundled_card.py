@@ -36,7 +36,7 @@ def held_out_isotropy(model: Any, held_out: Tensor, length: int = 256) -> float:
 
 def decoding_figures(model: Any, tokenizer: Any, held_out: Tensor, prompts: int) -> list[tuple[str, float, float]]:
     """``(method, mean rep-4, mean diversity)`` of 128 new tokens after 32 held-out ones, over `prompts` windows."""
-    from simctg_fast.demo import METHODS, compare
+    from simctg_fast.text.demo import METHODS, compare
 
     stride = max(32, len(held_out) // prompts)
     texts = [tokenizer.decode(held_out[i * stride : i * stride + 32], skip_special_tokens=True) for i in range(prompts)]

@@ -1,7 +1,7 @@
 """What works together: each setup of a model is tried with decoding, the loss and features; the table is what happened.
 
     python benchmarks/compatibility.py                     # prints the table
-    python benchmarks/compatibility.py --write             # and writes it to benchmarks/compatibility.md
+    python benchmarks/compatibility.py --write             # and writes it to docs/compatibility.md
     python benchmarks/compatibility.py --only "LoRA (PEFT)"
 
 "Decodes": the tokens of the definition, recomputed without any cache on the same model. "Trains": after a step with
@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-PAGE = Path(__file__).resolve().parent / "compatibility.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 VOCABULARY = 96
 GROUP = 32  # inputs of a layer that share a scale where weights have four bits
 TIE = 0.02  # scores nearer than this are one to half precision
@@ -476,8 +476,8 @@ def run_table(setups: list[str]) -> dict[str, dict[str, str]]:
 
 HEAD = """# What works together
 
-Made by `python benchmarks/compatibility.py --write`, which runs every cell; `tests/test_compatibility.py` runs them
-again and compares. Decoding is compared token by token with the definition, recomputed without a cache on the same
+Made by `python benchmarks/compatibility.py --write`, which runs every cell; `tests/project/test_compatibility.py` runs
+them again and compares. Decoding is compared token by token with the definition, recomputed without a cache on the same
 model; in brackets the path that `support(model)` names. Training is one step with likelihood and contrastive loss.
 `torch.compile` is tried with `backend="aot_eager"`: the same tracing, without Inductor's compiler behind it.
 
@@ -520,7 +520,7 @@ def merge(found: dict[str, str], before: dict[str, str]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/compatibility.md")
+    parser.add_argument("--write", action="store_true", help="write docs/compatibility.md")
     parser.add_argument("--only", action="append", choices=list(SETUPS), help="this setup; may be repeated")
     options = parser.parse_args()
     import transformers

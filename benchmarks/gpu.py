@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [CALL | PART ...] [--budget SECONDS] [--device cuda]
     python benchmarks/gpu.py --plan              # the calls as command lines, with their expected seconds
-    python benchmarks/gpu.py --page              # benchmarks/gpu.md from the results in benchmarks/results
+    python benchmarks/gpu.py --page              # docs/gpu.md from the results in benchmarks/results
 
 A call is a number (all three by default), or parts of them by name. It writes two files into benchmarks/results, or
 into $OUT where that is set: ``<card>-<date>-call1.json``, anew after every case, so that a call that is ended at any
@@ -115,7 +115,7 @@ def build(where: Where) -> Iterator[Case]:
 
 def tests(where: Where) -> Iterator[Case]:
     """The tests marked `gpu`. Options of plugins that need not be there are left out, and files without such tests."""
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
     options += ["--collect-only"] * where.tiny
     command = [sys.executable, "-m", "pytest", *options, *files]
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--anyway", action="store_true", help="take times although correctness has failed")
     parser.add_argument("--look", action="store_true", help="only say whether the device is there")
     parser.add_argument("--plan", action="store_true", help="print the calls, and the seconds they are to take")
-    parser.add_argument("--page", nargs="*", metavar="JSON", help="write benchmarks/gpu.md from results")
+    parser.add_argument("--page", nargs="*", metavar="JSON", help="write docs/gpu.md from results")
     parser.add_argument("--pipe", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.md`, generated from the results of `gpu.py`."""
+"""`docs/gpu.md`, generated from the results of `gpu.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from common import RESULTS
 from gpu_case import missed
 
-PAGE = Path(__file__).resolve().parent / "gpu.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 INTRO = """# On a GPU
 
 `make gpu CALL=1` (then 2 and 3) checks and measures everything that needs a CUDA device, with the system's own python3

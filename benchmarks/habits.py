@@ -166,7 +166,7 @@ def make_folder(folder: Path, size: str) -> None:
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sys.path.insert(0, str(ROOT / "benchmarks" / "examples"))
+    sys.path.insert(0, str(ROOT / "examples"))
     from example_data import prose
 
     lines = prose()

@@ -1,6 +1,6 @@
 """Throughput of offline generation: our slots against static batches of transformers, in generated tokens per second.
 
-    python benchmarks/throughput.py                    # the table of benchmarks/engine.md, GPT-2-small shape
+    python benchmarks/throughput.py                    # the table of docs/engine.md, GPT-2-small shape
     python benchmarks/throughput.py --quick            # the same in little: a tiny model, seconds
     python benchmarks/throughput.py --device cuda --dtype bfloat16 --slots 64 --greedy-sizes 32,64,128
     python benchmarks/throughput.py --sweep 1,4,16,64  # throughput against slots
@@ -516,7 +516,7 @@ def scale(options: argparse.Namespace, counts: list[int]) -> None:
 
     sys.path.insert(0, str(ROOT))
     from simctg_fast import bundled_model_path
-    from simctg_fast.engine.job import make_options
+    from simctg_fast.engine.job.job import make_options
     from simctg_fast.integrations.ray import run_on_ray
 
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
     python benchmarks/zoo.py --jobs 2                # everything; results/zoo_<version>.jsonl, where it goes on from
     python benchmarks/zoo.py --only 'Gemma|T5'       # these classes
     python benchmarks/zoo.py --ci                    # some forty that cover every kind; exit status 1 on a fault
-    python benchmarks/zoo.py --write                 # the table, benchmarks/zoo.md, from the results
+    python benchmarks/zoo.py --write                 # the table, docs/zoo.md, from the results
 
 The judge (`zoo_sweep/judge.py`) is transformers' own step in float64. "agrees": each of our tokens is the best by it,
 or as good up to rounding, on every path that opens. "refused": we raise ValueError and say why. "not reached": our
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="do not go on from earlier results")
     parser.add_argument("--output", type=Path, help="results, a JSON line a class")
     parser.add_argument("--write", action="store_true", help="write the page from the results")
-    parser.add_argument("--page", type=Path, help="the page, instead of benchmarks/zoo.md; may be of some classes")
+    parser.add_argument("--page", type=Path, help="the page, instead of docs/zoo.md; may be of some classes")
     options = parser.parse_args(arguments)
     if options.ci and options.write:
         parser.error("--ci keeps no results to write a page from")
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{len(missing)} classes have no result yet, {min(missing)} for one: sweep them first")
         output.write_text("".join(json.dumps(known[name]) + "\n" for name in sorted(known)))
         page = table([known[name] for name in sorted(known)], transformers.__version__)
-        (options.page or HERE / "zoo.md").write_text(page)
+        (options.page or HERE.parent / "docs" / "zoo.md").write_text(page)
     return 1 if faulty else 0
 
 

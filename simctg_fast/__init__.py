@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .compat import compute_contrastive_loss as compute_contrastive_loss
     from .compat import t5_cosine_similarity as t5_cosine_similarity
     from .compat import t5_cosine_simirality as t5_cosine_simirality
-    from .contrastive_generator import ContrastiveGenerator as ContrastiveGenerator
     from .crf import LinearChainCRF as LinearChainCRF
     from .crf import LowRankCRF as LowRankCRF
     from .crf import StochasticViterbiSample as StochasticViterbiSample
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from .decoding.report import SupportReport as SupportReport
     from .decoding.support import support as support
     from .engine.engine import Engine as Engine
-    from .features import extract_features as extract_features
     from .functional import contrastive_loss as contrastive_loss
     from .functional import cosine_similarity_matrix as cosine_similarity_matrix
     from .functional import simcse_sup_loss as simcse_sup_loss
@@ -38,12 +36,14 @@ if TYPE_CHECKING:
     from .losses import SimCTGLoss as SimCTGLoss
     from .ops import backend_info as backend_info
     from .plain import generate as generate
+    from .text.contrastive_generator import ContrastiveGenerator as ContrastiveGenerator
+    from .text.features import extract_features as extract_features
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _EXPORTS = {
-    "ContrastiveGenerator": "simctg_fast.contrastive_generator",
+    "ContrastiveGenerator": "simctg_fast.text.contrastive_generator",
     "ContrastiveSearch": "simctg_fast.decoding",
     "Engine": "simctg_fast.engine",
     "LinearChainCRF": "simctg_fast.crf",
@@ -60,7 +60,7 @@ _EXPORTS = {
     "contrastive_loss": "simctg_fast.functional",
     "contrastive_search": "simctg_fast.decoding",
     "cosine_similarity_matrix": "simctg_fast.functional",
-    "extract_features": "simctg_fast.features",
+    "extract_features": "simctg_fast.text.features",
     "generate": "simctg_fast.plain",
     "patch_transformers": "simctg_fast.decoding",
     "simcse_sup_loss": "simctg_fast.functional",

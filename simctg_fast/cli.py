@@ -164,7 +164,7 @@ def generate(
     texts, failed = _read_prompts(given)
 
     with _progress("loading the model"):
-        from .text_generation import TextGenerator
+        from .engine.text_generation import TextGenerator
 
         _quiet_transformers()
         generator = TextGenerator(
@@ -219,8 +219,8 @@ def demo(
     _check(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     name = _the_model(model, model_option, default="bundled")
     with _progress("loading the model"):
-        from .demo import METHODS, PROMPTS, compare, legend, next_steps, render, verdict
         from .loading import load_model
+        from .text.demo import METHODS, PROMPTS, compare, legend, next_steps, render, verdict
 
         _quiet_transformers()
         loaded, tokenizer = load_model(name, device, trust_remote_code=trust_remote_code)
@@ -277,8 +277,8 @@ def train(
     """Fine-tune a model with likelihood and contrastive loss. A run that was killed goes on when started again."""
     name = _the_model(model, model_option)
     with _progress("loading"):  # torch, transformers and accelerate: seconds
-        from .training import TrainingOptions, last_checkpoint
-        from .training import train as run
+        from .training.run import TrainingOptions, last_checkpoint
+        from .training.run import train as run
 
         options = TrainingOptions(
             margin=margin,
@@ -430,9 +430,9 @@ def run(
     }
     _check(workers >= 1, "--workers", workers, "at least 1")
     with _progress("starting"):
-        from .engine.job import Job, make_options, read_config
-        from .engine.journal import JournalError
-        from .engine.manifest import ManifestError
+        from .engine.job.job import Job, make_options, read_config
+        from .engine.job.journal import JournalError
+        from .engine.job.manifest import ManifestError
 
         _quiet_transformers()
         options = make_options(
@@ -466,8 +466,8 @@ def merge(
     order: Annotated[str | None, typer.Option(help="The input file, whose order to take; else sorted by id.")] = None,
 ) -> None:
     """Join the outputs of a run's shards into one file."""
-    from .engine.merge import merge as join
-    from .text_files import user_path
+    from .engine.job.merge import merge as join
+    from .text.files import user_path
 
     target = user_path(into)
     try:
@@ -499,8 +499,8 @@ def features(
     with _progress("loading the model"):
         import torch
 
-        from .feature_file import free_target
-        from .features import extract_features, load_backbone, read_texts
+        from .text.feature_file import free_target
+        from .text.features import extract_features, load_backbone, read_texts
 
         lines = read_texts(source)
         free_target(out)
@@ -607,7 +607,7 @@ def _read_prompts(prompts: list[str]) -> tuple[list[str], int]:
     elif sys.stdin is None or sys.stdin.isatty():
         raise typer.BadParameter("no prompt: give at least one behind MODEL, or pipe prompts in, one a line")
     else:
-        from .text_files import STDIN, TextLines, is_utf8
+        from .text.files import STDIN, TextLines, is_utf8
 
         texts, failed = [], 0
         for number, line in TextLines(STDIN):

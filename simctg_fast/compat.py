@@ -13,7 +13,7 @@ from .checks import is_integer
 from .decoding import ContrastiveSearch
 from .functional import cosine_similarity_matrix
 from .loading import load_model
-from .texts import short, text_list
+from .text.texts import short, text_list
 
 logger = logging.getLogger("simctg_fast")
 

@@ -37,7 +37,7 @@ from simctg_fast.decoding.decode_step import DecodeStep  # noqa: E402
 
 from .decoding_models import PAD, build, inputs_for, tokenizer  # noqa: E402
 from .emulated_cuda import CudaTensor, emulated_device, to_cuda  # noqa: E402
-from .test_engine_slots import lines  # noqa: E402
+from .engine.test_engine_slots import lines  # noqa: E402
 
 STEPS: list[DecodeStep] = []
 

@@ -112,7 +112,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import simctg_fast.engine.job
+    import simctg_fast.engine.job.job
     from simctg_fast.cli import app
 
     # Everything that is imported on first use is, so that no job has to.

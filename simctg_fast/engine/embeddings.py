@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..features import embed_tokens
+from ..text.features import embed_tokens
 from .prepare import Preparer
 from .requests import Request
 from .results import Result, error_result, from_embeddings

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..checks import is_integer, is_number
-from ..texts import short
+from ..text.texts import short
 
 STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive")
 CONTRASTIVE = ("contrastive", "stochastic-contrastive")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from ..text_files import is_utf8
-from ..texts import short
+from ..text.files import is_utf8
+from ..text.texts import short
 from .parameters import NAMES, Parameters
 
 CONTENT = ("prompt", "messages", "source")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..continuation import continuation_pieces, continuation_text
+from ..text.continuation import continuation_pieces, continuation_text
 from .requests import Request
 from .results import Choice
 

@@ -37,11 +37,11 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.job import Answers, Job, JobOptions, engine_options
+from ..engine.job.job import Answers, Job, JobOptions, engine_options
+from ..engine.job.summary import Summary
 from ..engine.requests import Request
 from ..engine.results import Record
 from ..engine.sequence import IDLE
-from ..engine.summary import Summary
 
 __all__ = ["BatchGenerator", "run_on_ray"]
 

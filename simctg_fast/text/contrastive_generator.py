@@ -1,0 +1,239 @@
+"""Lists of texts in, lists of texts out, by contrastive search, from a model folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checks import is_integer
+from ..cpu.modules import fast_linears, packing_pays
+from ..decoding import ContrastiveSearch
+from ..decoding.generate_arguments import position_table
+from ..decoding.hidden_states import decoder_of
+from ..decoding.settings import check_penalty_alpha, check_top_k
+from ..loading import fitting_threads, load_model
+from .continuation import continuation_text
+from .texts import text_list, tokenized
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ContrastiveGenerator"]
+
+logger = logging.getLogger("simctg_fast")
+
+
+class ContrastiveGenerator:
+    """Text to text by contrastive search: T5, mT5, BART, Pegasus, GPT-2 and every other model with ``generate``.
+
+    >>> generator = ContrastiveGenerator.from_pretrained("t5-small", device=0)
+    >>> generator(["translate English to German: The house is wonderful."], max_length=128)
+
+    Texts are sorted by length, run in batches, and answered in the order they came in. An encoder runs once a batch;
+    a row stops at its end-of-sequence token and a batch when all its rows have; nothing but the model is kept between
+    calls. On a processor with AVX2 and no AVX-512, a call with batches of a dozen rows (texts times ``top_k``) reads a
+    packed copy of the decoder's weights, where that takes no more than a quarter of the free memory.
+
+    Args:
+        model, tokenizer: of transformers. ``from_pretrained`` loads both.
+        batch_size: texts that run together, at least 1.
+
+    Attributes:
+        truncated: indices of the texts that the last call cut to ``max_length`` tokens; a warning names them as well.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 16):
+        if not is_integer(batch_size, 1):
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r:.80}")
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.truncated: list[int] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: int | str | None = None,
+        dtype: str | torch.dtype = "auto",
+        batch_size: int = 16,
+        trust_remote_code: bool = False,
+    ) -> ContrastiveGenerator:
+        """Loads model and tokenizer.
+
+        Args:
+            name: ``"bundled"``, a local folder or a hub name; the tokenizer may be sentencepiece or ``tokenizer.json``.
+            device: -1 is the CPU and another number that GPU, as in ``transformers.pipeline``; or a torch device; None
+                is the first GPU if there is one, else the CPU.
+            dtype: a torch dtype, its name, or ``"auto"`` for the one in the config.
+            trust_remote_code: run Python code that the model's folder brings along.
+
+        Raises:
+            FileNotFoundError, ValueError, OSError: as :func:`simctg_fast.loading.load_model`.
+        """
+        if isinstance(device, int):
+            device = "cpu" if device < 0 else f"cuda:{device}"
+        return cls(*load_model(name, device, dtype, trust_remote_code=trust_remote_code), batch_size=batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def __call__(
+        self,
+        texts: str | Iterable[str],
+        max_length: int = 512,
+        top_k: int = 3,
+        penalty_alpha: float = 0.5,
+        *,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """One text a text: an encoder-decoder's answer to it, or a decoder's continuation without the prompt.
+
+        A continuation begins with the space that stands between it and the prompt: ``text + answer`` is the whole.
+
+        Args:
+            texts: strings, in a list or anything else that holds them in order; may be none. A string is one text.
+            max_length: the most input tokens (longer texts are cut, an encoder-decoder's at their end, a prompt at its
+                beginning) and the most new tokens. A prompt and its continuation may be shorter where the model's table
+                of positions ends first.
+            top_k, penalty_alpha: candidates a step, and the weight of their penalty, as in `ContrastiveSearch`.
+            temperature, seed: draw among the candidates, as in `ContrastiveSearch`; without a seed from the global
+                stream.
+
+        Raises:
+            ValueError: texts that are not strings, or one that the tokenizer cannot take or finds no token in; a value
+                out of range; a text longer than the model's table of positions, where ``max_length`` does not cut it.
+        """
+        texts = text_list(texts)
+        if not is_integer(max_length, 1):
+            raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
+        check_top_k(top_k)
+        check_penalty_alpha(penalty_alpha)
+        if seed is not None and not is_integer(seed, 0, 2**63 - 1):
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r:.80}")
+        if seed is not None and temperature is None:
+            raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        strategy = ContrastiveSearch(penalty_alpha, top_k, temperature=temperature, generator=generator)
+        rows = self._encode(texts, max_length)
+        answers = [""] * len(rows)
+        most = min(self.batch_size, len(rows)) * top_k
+        with torch.inference_mode(), fitting_threads(self.model), self._packed(most):
+            for batch in self._batches(rows, max_length):
+                tokens = self._generate([rows[index] for index in batch], max_length, strategy)
+                for index, row in zip(batch, tokens.tolist(), strict=True):
+                    before = [] if self._is_encoder_decoder else rows[index]
+                    answers[index] = continuation_text(self.tokenizer, before, row)
+        return answers
+
+    @contextmanager
+    def _packed(self, rows: int) -> Iterator[None]:
+        """With packed copies of the weights that a step reads, where products of so many rows are faster with them."""
+        # Not the output embedding, which sees the winners alone, and not an encoder, which runs once.
+        decoder = decoder_of(self.model) or self.model
+        if not packing_pays(decoder, rows):
+            yield
+            return
+        with fast_linears(decoder, rows, pack=True):
+            yield
+
+    def _batches(self, rows: list[list[int]], max_length: int) -> Iterator[list[int]]:
+        """Indices of rows that run together: of similar length, and of one length where the table of positions cuts
+        the continuation, so that no row's text depends on the others."""
+        limit = None if self._is_encoder_decoder else position_table(self.model)
+        batch: list[int] = []
+        for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
+            longest = len(rows[batch[0]]) if batch else 0
+            cut = limit is not None and longest + max_length > limit and len(rows[index]) < longest
+            if batch and (len(batch) == self.batch_size or cut):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _encode(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """Token ids of each text, cut to ``max_length``; says which were cut."""
+        self.truncated = []
+        if not texts:
+            return []
+        rows = tokenized(self.tokenizer, texts, verbose=False)["input_ids"]
+        self.truncated = [index for index, row in enumerate(rows) if len(row) > max_length]
+        if self.truncated:
+            logger.warning(
+                "%d of %d texts were cut to max_length=%d tokens: texts %s.",
+                len(self.truncated),
+                len(rows),
+                max_length,
+                ", ".join(map(str, self.truncated[:10])) + (", …" if len(self.truncated) > 10 else ""),
+            )
+            with self._cutting_side():
+                for index in self.truncated:  # not by slicing: special tokens stay
+                    rows[index] = self.tokenizer(texts[index], truncation=True, max_length=max_length)["input_ids"]
+        self._check_room(rows)
+        return rows
+
+    @contextmanager
+    def _cutting_side(self) -> Iterator[None]:
+        before = self.tokenizer.truncation_side
+        self.tokenizer.truncation_side = "right" if self._is_encoder_decoder else "left"
+        try:
+            yield
+        finally:
+            self.tokenizer.truncation_side = before
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    def _check_room(self, rows: list[list[int]]) -> None:
+        limit = position_table(self.model)
+        # A prompt needs a position for the candidates of its first new token as well.
+        room = None if limit is None else limit - (not self._is_encoder_decoder)
+        for index, row in enumerate(rows):
+            if room is not None and len(row) > room:
+                raise ValueError(
+                    f"texts[{index}] has {len(row)} tokens, but the model's table of positions holds {limit}; allowed: "
+                    f"max_length of at most {room}, which cuts the text"
+                )
+
+    def _generate(self, rows: list[list[int]], max_length: int, strategy: ContrastiveSearch) -> Tensor:
+        """New tokens ``(len(rows), n)`` of a batch."""
+        inputs = self._pad(rows)
+        start = 1 if self._is_encoder_decoder else inputs["input_ids"].shape[1]
+        limit = position_table(self.model)
+        # The last token's candidates are run as well, one position further than greedy search goes.
+        most = max_length if limit is None else min(max_length, limit - start)
+        # As max_length and not as max_new_tokens: checkpoints come with a max_length, and transformers would warn.
+        output = self.model.generate(
+            **inputs,
+            custom_generate=strategy,
+            max_length=start + most,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self._pad_token_id,
+        )
+        return output[:, start:]
+
+    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        """A decoder's prompts are padded on the left, since the continuation is written behind them."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            place = slice(0, len(row)) if self._is_encoder_decoder else slice(longest - len(row), longest)
+            ids[number, place], mask[number, place] = torch.tensor(row), 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    @property
+    def _pad_token_id(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.model.config.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        return 0  # masked, and what is written behind an end nobody has defined

@@ -1,0 +1,366 @@
+"""Hidden states of texts: of every token, or one vector a text."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import is_integer
+from ..loading import load_backbone
+from .feature_file import POOLINGS, NewFile, SafetensorsWriter, check_metadata, free_target, read_features
+from .files import is_utf8, user_path
+from .texts import read_lines, short, text_list, tokenized
+
+__all__ = ["Features", "extract_features", "load_backbone", "load_features", "read_texts"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+logger = logging.getLogger("simctg_fast")
+
+
+@dataclass(repr=False)
+class Features:
+    """Features of N texts, in their order.
+
+    Attributes:
+        values: ``(N, D)`` where they are pooled; else ``(sum of lengths, D)``, text after text, without padding.
+        lengths: ``(N,)`` int64, tokens of each text, special tokens included.
+        pooling: ``"none"``, ``"mean"``, ``"cls"`` or ``"last"``.
+        truncated: indices of the texts that ``max_length`` cut.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    pooling: str
+    truncated: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        shape, dtype = tuple(self.values.shape), str(self.values.dtype).removeprefix("torch.")
+        cut = f", {len(self.truncated)} truncated" if self.truncated else ""
+        return f"Features({len(self)} texts, values {shape} {dtype}, pooling={self.pooling!r}{cut})"
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """``(D,)``, or ``(T, D)`` of one text."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index must be in [{-len(self)}, {len(self)}), got {index}")
+        if self.pooling != "none":
+            return self.values[index]
+        start = int(self.lengths[: index % len(self)].sum())
+        return self.values[start : start + int(self.lengths[index])]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """``(N, T, D)``, zero after each text's end, and its mask ``(N, T)`` bool.
+
+        Raises:
+            ValueError: the features are pooled.
+        """
+        if self.pooling != "none":
+            raise ValueError(f"padded() is for pooling='none', these features are pooled by {self.pooling!r}")
+        longest = int(self.lengths.max()) if len(self) else 0
+        mask = torch.arange(longest)[None] < self.lengths[:, None]
+        values = self.values.new_zeros(len(self), longest, self.values.shape[-1])
+        values[mask] = self.values
+        return values, mask
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """To ``.safetensors`` or ``.npz``: ``features`` and ``lengths`` (and ``pooling``).
+
+        Folders that are missing are made. A file of features that is there already is replaced when the new one is
+        whole, any other file is left alone.
+
+        Raises:
+            ValueError: another ending, bfloat16 to ``.npz``, or a file that holds something else.
+            OSError: no space, no right to write.
+        """
+        path = user_path(path)
+        values, lengths = self.values.detach().cpu(), self.lengths.cpu()
+        if path.suffix == ".safetensors":
+            tensors = {"features": values, "lengths": lengths}
+            places = {name: (each.dtype, each.shape) for name, each in tensors.items()}
+            with SafetensorsWriter(path, places, {"pooling": self.pooling}) as writer:
+                for name, each in tensors.items():
+                    writer[name].copy_(each)
+        elif path.suffix == ".npz":
+            import numpy as np
+
+            if self.values.dtype == torch.bfloat16:
+                raise ValueError("numpy has no bfloat16: give dtype=torch.float32 or torch.float16, or .safetensors")
+            new = NewFile(path)
+            try:
+                np.savez(new.file, features=values.numpy(), lengths=lengths.numpy(), pooling=np.array(self.pooling))
+                new.file.flush()
+            except BaseException as error:
+                new.discard()
+                if isinstance(error, OSError):
+                    raise OSError(error.errno, error.strerror, str(path)) from error
+                raise
+            new.commit()
+        else:
+            raise ValueError(f"path must end in .safetensors or .npz, got {str(path)!r}")
+
+
+def load_features(path: str | os.PathLike[str]) -> Features:
+    """What `Features.save`, ``extract_features(out=)`` and `simctg-fast features` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or is damaged.
+    """
+    return Features(*read_features(user_path(path)))
+
+
+@torch.no_grad()
+def extract_features(
+    model: Any,
+    tokenizer: Any,
+    texts: str | Iterable[str],
+    layer: int = -1,
+    pooling: str = "none",
+    *,
+    max_length: int | None = None,
+    max_tokens: int = 4096,
+    dtype: torch.dtype = torch.float32,
+    out: str | os.PathLike[str] | None = None,
+    metadata: dict[str, str] | None = None,
+    on_progress: Any = None,
+) -> Features:
+    """Hidden states of texts from an encoder, a decoder, or the encoder of an encoder-decoder.
+
+    Texts of similar length run together, padding never reaches a result, and the order is that of ``texts``. Memory is
+    bounded by ``max_tokens`` beside the results, which ``out`` keeps on disk.
+
+    Args:
+        model: a transformers model, with or without a head; run in evaluation mode and left in the mode it was in.
+        tokenizer: its tokenizer, which needs no padding token.
+        texts: strings, in a list or anything else that holds them in order. A string is one text.
+        layer: which of the model's ``hidden_states``: 0 the embeddings, 1 the first layer, …, -1 the last one (behind
+            the final norm, as in ``last_hidden_state``).
+        pooling: ``"none"``, every token; ``"mean"`` over the tokens (in float32), ``"cls"``, the first one, or
+            ``"last"``, the last one; special tokens are tokens.
+        max_length: longer texts are cut to so many tokens, with a warning. None cuts nothing.
+        max_tokens: tokens in a batch, padding included; a longer text runs alone.
+        dtype: float32, float16 or bfloat16, of the results.
+        out: a ``.safetensors`` file that the results go to as they come; the returned values then are read from it. As
+            with `Features.save`, folders are made, and only a file of features is replaced.
+        metadata: strings for the header of ``out``.
+        on_progress: called with the number of texts finished, after each batch.
+
+    Raises:
+        ValueError: an argument outside the above, a text that the tokenizer cannot take or finds no token in, or one
+            longer than the model's table of positions (the text says which); a file that holds something else.
+        OSError: ``out`` cannot be written; the text says why, and nothing is left of it.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
+    if not is_integer(max_tokens, 1):
+        raise ValueError(f"max_tokens must be an integer of at least 1, got {max_tokens!r:.80}")
+    if not is_integer(layer):
+        raise ValueError(f"layer must be an integer, got {layer!r:.80}")
+    if on_progress is not None and not callable(on_progress):
+        raise ValueError(f"on_progress must be callable, got {on_progress!r:.80}")
+    if out is not None:
+        if not isinstance(out, (str, os.PathLike)):
+            raise TypeError(f"out must be a path, got {out!r:.80}")
+        if Path(out).suffix != ".safetensors":
+            raise ValueError(f"out must end in .safetensors, got {str(out)!r}")
+        free_target(out)
+    check_metadata(metadata)
+    backbone = _backbone(model)
+    rows, truncated = _encode(tokenizer, texts, max_length, _room(backbone))
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    ends = lengths.cumsum(0)
+    values: Tensor | None = None
+    with ExitStack() as stack:
+        stack.enter_context(_evaluation_mode(backbone))
+        for batch, states in _forwards(backbone, tokenizer, rows, layer, max_tokens):
+            if values is None:
+                count = len(rows) if pooling != "none" else int(ends[-1])
+                shape = (count, states[0].shape[-1])
+                if out is None:
+                    values = torch.empty(shape, dtype=dtype)
+                else:
+                    places = {"features": (dtype, shape), "lengths": (torch.int64, lengths.shape)}
+                    writer = stack.enter_context(
+                        SafetensorsWriter(out, places, {**(metadata or {}), "pooling": pooling, "layer": str(layer)})
+                    )
+                    values = writer["features"]
+                    writer["lengths"].copy_(lengths)
+            for index, text in zip(batch, states, strict=True):
+                if pooling == "none":
+                    values[int(ends[index]) - len(text) : int(ends[index])].copy_(text)
+                else:
+                    values[index].copy_(_pool(text, pooling))
+            if on_progress is not None:
+                on_progress(len(batch))
+        values = None if out is not None else values
+    if out is not None:
+        features = load_features(out)
+        features.truncated = truncated
+        return features
+    assert values is not None
+    return Features(values, lengths, pooling, truncated)
+
+
+def _pool(states: Tensor, pooling: str) -> Tensor:
+    if pooling == "mean":
+        return states.float().mean(dim=0)
+    return states[0 if pooling == "cls" else -1]
+
+
+def _backbone(model: Any) -> Any:
+    """The part of the model that makes hidden states: no output layer, and of an encoder-decoder the encoder."""
+    if hasattr(model, "get_base_model"):  # PEFT: the model its adapters have been put into
+        model = model.get_base_model()
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()
+    return getattr(model, "base_model", model)
+
+
+def _room(backbone: Any) -> int | None:
+    """Tokens that the table of positions holds; None for models that compute their positions."""
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in backbone.named_modules():
+        last = name.rpartition(".")[2]
+        is_table = isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last)
+        if is_table and limit <= module.num_embeddings <= limit + 2:
+            # RoBERTa counts positions from behind its padding's.
+            lost = module.padding_idx + 1 if module.padding_idx is not None and module.num_embeddings == limit else 0
+            return limit - lost
+    return None
+
+
+def _encode(
+    tokenizer: Any, given: str | Iterable[str], max_length: int | None, room: int | None
+) -> tuple[list[list[int]], tuple[int, ...]]:
+    texts = text_list(given)
+    if not texts:
+        raise ValueError("texts must hold at least one text, got none")
+    if max_length is not None and not is_integer(max_length, 1):
+        raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
+    rows = tokenized(tokenizer, texts, verbose=False)["input_ids"]
+    cut = tuple(index for index, row in enumerate(rows) if max_length is not None and len(row) > max_length)
+    for index in cut:
+        rows[index] = tokenizer(texts[index], truncation=True, max_length=max_length)["input_ids"]
+    if cut:
+        logger.warning("%d of %d texts were cut to max_length=%d tokens.", len(cut), len(rows), max_length)
+    for index, row in enumerate(rows):
+        if room is not None and len(row) > room:
+            raise ValueError(
+                f"texts[{index}] has {len(row)} tokens, but the model's table of positions holds {room}; allowed: "
+                f"max_length of at most {room}, which cuts the text"
+            )
+    return rows, cut
+
+
+def _batches(rows: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length, longest first, as many as fit."""
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch
+
+
+def _pad(rows: list[list[int]], batch: list[int], tokenizer: Any, backbone: Any) -> dict[str, Tensor]:
+    """Padded on the right: positions of real tokens are then what they are without padding, in every model."""
+    longest = len(rows[batch[0]])
+    known = (tokenizer.pad_token_id, getattr(backbone.config, "pad_token_id", None), tokenizer.eos_token_id)
+    pad = next((token for token in known if token is not None), 0)
+    ids = torch.full((len(batch), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, index in enumerate(batch):
+        ids[number, : len(rows[index])] = torch.tensor(rows[index])
+        mask[number, : len(rows[index])] = 1
+    return {"input_ids": ids.to(backbone.device), "attention_mask": mask.to(backbone.device)}
+
+
+def _forwards(
+    backbone: Any, tokenizer: Any, rows: list[list[int]], layer: int, max_tokens: int
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Indices of the rows of each batch, and their hidden states ``(T, D)`` without padding."""
+    for batch in _batches(rows, max_tokens):
+        states = _run(backbone, _pad(rows, batch, tokenizer, backbone), layer)
+        yield batch, [states[row, : len(rows[index])] for row, index in enumerate(batch)]
+
+
+def _run(backbone: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
+    """``(B, T, D)``."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(backbone.forward).parameters else {}
+    if layer == -1:
+        return backbone(**inputs, **options).last_hidden_state
+    layers = backbone(**inputs, **options, output_hidden_states=True).hidden_states
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"layer must be in [{-len(layers)}, {len(layers)}) for this model, got {layer}")
+    return layers[layer]
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The texts of a ``.txt`` file, one a line, or of a ``.jsonl`` file, the ``text`` of one object a line.
+
+    Either may be packed, as ``.gz`` or ``.zst``. ``-`` is standard input; it and other pipes hold such objects where
+    the first line that is not blank is a JSON object, else plain text. Row i of the features is the i-th line that is
+    not blank.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another ending, a file that cannot be read, a line that is not UTF-8 or not such an object (the text
+            names it), or no text at all.
+        ImportError: ``.zst`` without the package `zstandard`.
+    """
+    texts = []
+    for place, line, record in read_lines(path, "texts"):
+        text = line if record is None else record.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{place}: must be an object with a text, got {short(line.strip())}")
+        if not is_utf8(text):
+            raise ValueError(f"{place}: text holds half of a surrogate pair, got {short(text)}")
+        texts.append(text)
+    if not texts:
+        raise ValueError(f"{os.fspath(path)!r} holds no text")
+    return texts
+
+
+@torch.no_grad()
+def embed_tokens(model: Any, tokenizer: Any, rows: list[list[int]]) -> Tensor:
+    """Mean hidden states ``(N, D)``, float32, of texts that are tokens already.
+
+    On a CPU each runs alone, which costs little there and keeps its bits free of the others.
+    """
+    backbone = _backbone(model)
+    most = 1 if backbone.device.type == "cpu" else 4096
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    with _evaluation_mode(backbone):
+        for batch, states in _forwards(backbone, tokenizer, rows, -1, most):
+            for index, text in zip(batch, states, strict=True):
+                found[index] = _pool(text, "mean").cpu()
+    return torch.stack(found)

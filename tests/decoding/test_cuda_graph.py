@@ -1,0 +1,323 @@
+"""A step that is captured as a CUDA graph, by an emulation on the CPU: the same tokens, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
+
+from simctg_fast.decoding import cuda_graph, decode_step
+from simctg_fast.decoding.contrastive_search import ContrastiveSearch
+from simctg_fast.decoding.cuda_graph import record
+from simctg_fast.decoding.decode_step import DecodeStep
+from simctg_fast.ops.prefix_commit import CommitPlan
+
+from ..decoding_models import PAD, build
+from ..emulated_cuda import address, emulated_cuda
+from ..near_ties import same_tokens
+from .test_decode_step import prompts
+
+NEW = 40
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    with emulated_cuda(monkeypatch) as driver:
+        yield driver
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Every `DecodeStep` that was made."""
+    made, make = [], DecodeStep.__init__
+
+    def init(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(DecodeStep, "__init__", init)
+    return made
+
+
+def search(model, inputs, step=True, new_tokens=NEW, **options):
+    strategy = ContrastiveSearch(0.6, 4, decode_step=step)
+    return model.generate(**inputs, custom_generate=strategy, max_new_tokens=new_tokens, pad_token_id=PAD, **options)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("pads", [(), (3, 0, 5)])
+def test_replays_give_the_same_tokens(name, pads, driver, steps):
+    model, inputs = build(name), prompts(3, pads=pads)
+    ours = search(model, inputs)
+    assert steps[0].not_captured is None
+    assert (driver.recorded, driver.rehearsed) == (1, 1)
+    assert driver.replayed >= NEW - 3
+    same_tokens(ours, search(model, inputs, False), model, inputs)
+    assert driver.as_before()
+
+
+def outliving(step: DecodeStep) -> dict[str, torch.Tensor]:
+    """What is read after a replay, or by the next one."""
+    plan, counters = step.kept
+    found = {"table": plan.table, "counters": counters}
+    found |= {name: x for name, x in vars(step).items() if isinstance(x, torch.Tensor)}
+    found["lengths"] = step.slots.lengths
+    for number, layer in enumerate(step.slots.layers):
+        found |= {f"keys {number}": layer.keys, f"values {number}": layer.values}
+    found |= {f"history's {name}": x for name, x in vars(step.history).items() if isinstance(x, torch.Tensor)}
+    return found
+
+
+@pytest.mark.parametrize("pads", [(), (3, 0, 5)])
+def test_nothing_that_outlives_a_capture_lies_in_its_memory(pads, driver, steps):
+    """Memory that a capture allocates is used by several of its tensors in turn, in every replay."""
+    search(build("llama"), prompts(3, pads=pads))
+    (step,) = steps
+    held = outliving(step)
+    assert {"table", "counters", "logits", "lengths", "sequences", "unfinished", "keys 0", "history's states"} <= set(
+        held
+    )
+    assert step.graph.made
+    assert not [name for name, tensor in held.items() if address(tensor) in step.graph.made]
+
+
+def test_a_table_made_inside_the_capture_is_noticed(driver, monkeypatch):
+    """The emulation itself: garbage is what a replay finds there."""
+    run = decode_step.CommitPlan.run
+
+    def inside(self, pairs, position, winners):
+        if driver.recording is not None:
+            self.table = torch.empty(self.table.numel(), dtype=torch.int64)
+        run(self, pairs, position, winners)
+
+    monkeypatch.setattr(decode_step.CommitPlan, "run", inside)
+    with pytest.raises(AssertionError, match="an address of nothing"):
+        search(build("llama"), prompts(1))
+
+
+def test_commit_in_a_capture_takes_the_plan_it_was_given(driver):
+    buffer, rows = torch.zeros(2, 3, 5, 4), torch.randn(6, 3, 1, 4)
+    plan, positions, winners = CommitPlan(1, buffer.device), torch.tensor([1, 4]), torch.tensor([2, 3])
+    table = plan.table
+
+    def run():
+        plan.run([(buffer, rows)], positions, winners)
+
+    graph = record(run, buffer.device)
+    assert plan.table is table
+    assert not buffer.any()
+    plan.finish()
+    graph.replay()
+    assert torch.equal(buffer[0, :, 1], rows[2, :, 0])
+    assert torch.equal(buffer[1, :, 4], rows[3, :, 0])
+    with pytest.raises(ValueError, match="another dtype"):
+        plan.run([(buffer.half(), rows)], positions, winners)
+
+
+def test_a_second_call_neither_compares_nor_rehearses(driver, steps, monkeypatch):
+    compared, reproduces = [], DecodeStep.reproduces
+    monkeypatch.setattr(DecodeStep, "reproduces", lambda self, *x: compared.append(1) or reproduces(self, *x))
+    model, inputs = build("mistral"), prompts(2, pads=(2, 0))
+    first = search(model, inputs)
+    assert (len(compared), driver.rehearsed, driver.recorded) == (1, 1, 1)
+    assert torch.equal(search(model, inputs), first)
+    assert (len(compared), driver.rehearsed, driver.recorded) == (1, 1, 2)
+    search(model, prompts(3, pads=(2, 0)))  # another size: kernels may have to be compiled for it
+    assert (len(compared), driver.rehearsed, driver.recorded) == (1, 2, 3)
+
+
+def test_short_calls_are_not_captured(driver, steps):
+    model, inputs = build("llama"), prompts(2)
+    out = search(model, inputs, new_tokens=decode_step.MIN_CAPTURED)
+    assert not driver.recorded
+    assert steps[0].not_captured == "23 tokens are left, a graph pays from 24 on"
+    same_tokens(out, search(model, inputs, False, decode_step.MIN_CAPTURED), model, inputs)
+    search(model, inputs, new_tokens=decode_step.MIN_CAPTURED + 1)
+    assert driver.recorded == 1
+
+
+def test_buffers_that_grow_are_captured_again(driver, steps, monkeypatch):
+    monkeypatch.setattr("simctg_fast.decoding.slots.next_capacity", lambda needed, _: needed + 10)
+    model, inputs = build("llama"), prompts(2)
+    ours = search(model, inputs, new_tokens=60)
+    assert driver.recorded >= 3
+    same_tokens(ours, search(model, inputs, False, 60), model, inputs)
+    assert len(driver.held) <= 1
+
+
+class Reads(torch.nn.Module):
+    """A layer's norm that asks the host, the first ``times``."""
+
+    def __init__(self, inner, times):
+        super().__init__()
+        self.inner, self.times = inner, times
+
+    def forward(self, x):
+        if x.shape[1] == 1 and self.times:
+            self.times -= 1
+            float(x.sum())
+        return self.inner(x)
+
+
+def test_a_step_that_makes_the_host_wait_is_refused_and_says_where(driver, steps, caplog):
+    caplog.set_level("INFO")
+    model, inputs = build("llama"), prompts(2)
+    model.model.layers[0].input_layernorm = Reads(model.model.layers[0].input_layernorm, 10**6)
+    ours = search(model, inputs)
+    assert not driver.recorded
+    assert driver.rehearsed == 2
+    assert "makes the host wait for the device" in steps[0].not_captured
+    assert "test_cuda_graph.py:" in steps[0].not_captured
+    assert steps[0].not_captured in caplog.text
+    same_tokens(ours, search(model, inputs, False), model, inputs)
+
+
+def test_waiting_once_is_no_reason(driver, steps):
+    """Something that is made on first use, and kept."""
+    model, inputs = build("llama"), prompts(2)
+    search(model, inputs, False)  # the trial
+    rehearse = decode_step.rehearse
+    waited = []
+
+    def first(run, device):
+        found = rehearse(run, device)
+        waited.append(found)
+        return "somewhere.py:1" if len(waited) == 1 else found
+
+    decode_step.rehearse, kept = first, rehearse
+    try:
+        search(model, inputs)
+    finally:
+        decode_step.rehearse = kept
+    assert (driver.rehearsed, driver.recorded) == (2, 1)
+    assert steps[0].not_captured is None
+
+
+@pytest.mark.parametrize("how", ["it raises", "the host reads"])
+def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkeypatch):
+    """The call goes on without a graph, the next one does not try again, and one of a sound model is captured."""
+    run, broken = DecodeStep._run, [True]
+
+    def fails(self):
+        run(self)
+        if driver.recording is not None and broken[0]:
+            if how == "it raises":
+                raise RuntimeError("it broke")
+            self.slots.lengths.sum().item()
+
+    monkeypatch.setattr(DecodeStep, "_run", fails)
+    model, inputs = build("llama"), prompts(2)
+    ours = search(model, inputs)
+    assert driver.as_before()
+    assert not driver.held
+    expected = "it broke" if how == "it raises" else "operation not permitted"
+    assert "its step cannot be captured" in steps[0].not_captured
+    assert expected in steps[0].not_captured
+    same_tokens(ours, search(model, inputs, False), model, inputs)
+    tried = driver.rehearsed
+    assert torch.equal(search(model, inputs), ours)
+    assert (steps[-1].not_captured, driver.rehearsed) == (steps[0].not_captured, tried)
+    broken[0] = False
+    search(build("gpt2"), inputs)
+    assert steps[-1].graph is not None
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_capture_that_runs_out_of_memory(fails, driver, steps, monkeypatch):
+    """It is tried again without what torch keeps for later; if that does not help, by the next call."""
+    run, left = DecodeStep._run, [fails]
+
+    def short_of_memory(self):
+        if driver.recording is not None and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("out of memory")
+        run(self)
+
+    monkeypatch.setattr(DecodeStep, "_run", short_of_memory)
+    model, inputs = build("llama"), prompts(2)
+    ours = search(model, inputs)
+    assert driver.emptied == 1
+    assert driver.as_before()
+    assert (steps[0].graph is None) == (fails == 2)
+    if fails == 2:
+        assert "out of memory" in steps[0].not_captured
+        assert not driver.held
+    assert torch.equal(search(model, inputs), ours)
+    assert steps[-1].not_captured is None
+
+
+def test_memory_of_graphs_that_are_gone_is_given_back(driver, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "_recorded", 0)
+    for _ in range(2 * cuda_graph._DEAD_POOLS + 1):
+        record(lambda: None, torch.device("cpu"))
+    assert driver.emptied == 2
+
+
+def test_what_refuses_one_kind_of_call_says_nothing_of_others(driver, steps, monkeypatch):
+    """A processor that reads a tensor on the host, say."""
+
+    class Asks(SuppressTokensLogitsProcessor):
+        def __call__(self, input_ids, scores):
+            float(scores.sum())
+            return super().__call__(input_ids, scores)
+
+    monkeypatch.setattr(decode_step, "GRAPH_SAFE", (*decode_step.GRAPH_SAFE, Asks))
+    model, inputs = build("llama"), prompts(2)
+    for _ in range(2):
+        search(model, inputs, logits_processor=[Asks([90])])
+        assert "makes the host wait" in steps[-1].not_captured
+    assert driver.rehearsed == 2
+    search(model, inputs)
+    assert steps[-1].graph is not None
+
+
+def test_each_size_has_its_own_rehearsals(driver, steps, monkeypatch):
+    """A wait in the first of the second size is no more a reason than one in the first of all."""
+    monkeypatch.setattr("simctg_fast.decoding.slots.next_capacity", lambda needed, _: needed + 20)
+    rehearse, waits = decode_step.rehearse, ["somewhere.py:1", None, "somewhere.py:2", None]
+    monkeypatch.setattr(
+        decode_step, "rehearse", lambda run, device: (rehearse(run, device), waits.pop(0) if waits else None)[1]
+    )
+    search(build("llama"), prompts(2), new_tokens=70)
+    assert driver.recorded >= 2
+    assert (waits, steps[0].not_captured) == ([], None)
+
+
+def test_a_recording_of_which_no_graph_can_be_made(driver, monkeypatch):
+    """It owns its memory by then, and gives it back itself, once."""
+    end = torch.cuda.CUDAGraph.capture_end
+
+    def fails(self):
+        end(self)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", fails)
+    with pytest.raises(cuda_graph.CaptureError, match="out of memory"):
+        record(lambda: None, torch.device("cpu"))
+    assert driver.as_before()
+    assert not driver.held
+    assert not cuda_graph._lost
+
+
+def test_an_interrupt_during_a_capture_is_raised(driver, monkeypatch):
+    run = DecodeStep._run
+
+    def interrupted(self):
+        if driver.recording is not None:
+            raise KeyboardInterrupt
+        run(self)
+
+    monkeypatch.setattr(DecodeStep, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(build("llama"), prompts(1))
+    assert driver.as_before()
+    assert not driver.held
+
+
+def test_no_collection_while_a_graph_is_recorded(driver):
+    import gc
+
+    seen = []
+    record(lambda: seen.append(gc.isenabled()), torch.device("cpu"))
+    assert seen == [False]
+    assert gc.isenabled()

@@ -1,0 +1,149 @@
+"""SIMCTG_FAST_ISA chooses the instruction set of the C++ kernels; a value that cannot serve is refused by name."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+import textwrap
+
+import pytest
+
+import simctg_fast
+from simctg_fast.ops import _backends
+
+from ..processes import run_child
+
+ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
+NAMES = ("avx512", "avx2", "generic")
+needs_extension = pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
+
+WITHOUT_EXTENSION = 'import sys; sys.modules["simctg_fast._C"] = None\n'
+# One use of every kind: a public function, a decoding method, the engine, support().
+USES = """
+import torch, transformers
+import simctg_fast
+
+torch.set_num_threads(1)
+sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=None)
+model = transformers.GPT2LMHeadModel(config).eval()
+ids = torch.tensor([[5, 6, 7]])
+search = simctg_fast.ContrastiveSearch(0.6, 4)
+def support():  # which reports
+    report = simctg_fast.support(model)
+    if report.path == "none":
+        raise RuntimeError(report.reason)
+uses = {
+    "loss": lambda: simctg_fast.contrastive_loss(torch.randn(1, 30, 8)),
+    "viterbi": lambda: simctg_fast.viterbi_backtrace(torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([2])),
+    "generate": lambda: model.generate(ids, custom_generate=search, max_new_tokens=3, do_sample=False, pad_token_id=0),
+    "support": support,
+}
+for name, use in uses.items():
+    try:
+        use()
+        print(name, "done")
+    except Exception as error:
+        print(name, type(error).__name__, error)
+"""
+
+
+def child(code: str, isa: str | None = None, expect: int = 0) -> tuple[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "SIMCTG_FAST_ISA"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if isa is not None:
+        environment["SIMCTG_FAST_ISA"] = isa
+    done = run_child([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, cwd="/")
+    assert done.returncode == expect, done.stderr
+    return done.stdout, done.stderr
+
+
+def shown(isa: str | None, prologue: str = "") -> tuple[dict[str, str], str]:
+    """What `simctg-fast env` says."""
+    out, errors = child(prologue + "from simctg_fast.cli import app; app(['env'])", isa)
+    return dict(line.split(maxsplit=1) for line in out.splitlines()), errors
+
+
+def available() -> list[str]:
+    return _backends.extension().supported_isas()
+
+
+@needs_extension
+@pytest.mark.parametrize("best", NAMES)
+def test_names(best):
+    """On a processor whose best one is `best`, which need not be this one."""
+    parse = _backends.extension().parse_isa
+    has = NAMES[NAMES.index(best) :]
+    allowed = ", ".join(("auto", *has))
+    for name in NAMES:
+        if name in has:
+            assert parse(name, "SIMCTG_FAST_ISA", best) == name
+        else:
+            with pytest.raises(ValueError) as caught:
+                parse(name, "SIMCTG_FAST_ISA", best)
+            told = f"SIMCTG_FAST_ISA is '{name}', which this processor lacks; it must be one of {allowed}"
+            assert str(caught.value) == told
+    assert parse("auto", "isa", best) == parse("", "isa", best) == best
+    for name in ("sse9", "AVX2", "avx", " avx2"):
+        with pytest.raises(ValueError) as caught:
+            parse(name, "isa", best)
+        assert str(caught.value) == f"isa is '{name}'; it must be one of {allowed}"
+
+
+@needs_extension
+def test_what_this_processor_has():
+    best = _backends.extension().best_isa()
+    assert available() == list(NAMES[NAMES.index(best) :])
+
+
+@needs_extension
+def test_the_variable_chooses():
+    for name in available():
+        info, _ = shown(name)
+        assert info["instruction_set"] == name
+        assert info["instruction_set_best"] == available()[0]
+        assert info["instruction_set_from"] == "SIMCTG_FAST_ISA"
+        assert "instruction_set_error" not in info
+    for name in (None, "", "auto"):
+        info, _ = shown(name)
+        assert info["instruction_set"] == info["instruction_set_best"] == available()[0]
+        assert info["instruction_set_from"] == "processor"
+
+
+@needs_extension
+def test_env_reports_a_bad_value_in_one_line():
+    info, errors = shown("sse9")
+    assert info["instruction_set"] == "none"
+    allowed = ", ".join(("auto", *available()))
+    assert info["instruction_set_error"] == f"SIMCTG_FAST_ISA is 'sse9'; it must be one of {allowed}"
+    assert info["extension"].endswith(".so"), "the extension itself is all right"
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("built", [pytest.param(True, marks=needs_extension), False])
+def test_every_use_refuses_a_bad_value(built):
+    """Nothing is computed by PyTorch instead: the variable was set for the kernels' sake."""
+    allowed = available() if built else NAMES
+    told = f"ValueError SIMCTG_FAST_ISA is 'sse9'; it must be one of auto, {', '.join(allowed)}"
+    out, _ = child(("" if built else WITHOUT_EXTENSION) + USES, "sse9")
+    lines = [f"{name} {told}" for name in ("loss", "viterbi", "generate")]
+    assert out.splitlines() == [*lines, f"support RuntimeError {told.replace('ValueError ', 'ValueError: ')}"]
+
+
+def test_without_the_extension_the_names_are_known():
+    for name in (None, "", "auto", *NAMES):
+        info, _ = shown(name, WITHOUT_EXTENSION)
+        assert info["extension"] == info["instruction_set"] == "none"
+        assert "instruction_set_error" not in info
+    info, _ = shown("sse9", WITHOUT_EXTENSION)
+    assert info["instruction_set_error"] == "SIMCTG_FAST_ISA is 'sse9'; it must be one of auto, avx512, avx2, generic"
+    out, _ = child(WITHOUT_EXTENSION + USES, "generic")
+    assert out.split() == ["loss", "done", "viterbi", "done", "generate", "done", "support", "done"]
+
+
+def test_the_command_line_says_it_in_one_error():
+    code = "from simctg_fast.cli import app; app(['generate', 'bundled', '-n', '2', 'hello'])"
+    _, errors = child(code, "sse9", expect=2)
+    assert "SIMCTG_FAST_ISA is 'sse9'" in errors
+    assert "Traceback" not in errors
