@@ -41,6 +41,7 @@ CSRC = {
     # what goes through them
     "test_contrastive_search.py": "",
     "test_decode_step.py": "",
+    "test_engine_is_generate.py": "",
     "test_engine_slots.py": "",
     "test_generate_contract.py": "",
     "test_outputs.py": "",

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.compiler import is_dynamo_compiling
@@ -44,6 +45,7 @@ class Use:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.uses: dict[int, Use] = {}  # by id(module), the innermost
+        self.suspended = False
 
 
 _thread = _Thread()
@@ -54,7 +56,17 @@ _lock = threading.RLock()
 def here(module: Module) -> Use | None:
     """This thread's innermost use of ``module``'s forward; None in a forward that is not its own."""
     # The compiler cannot follow this. (`is_compiling` is true in every thread while one of them compiles.)
-    return None if is_dynamo_compiling() else _thread.uses.get(id(module))
+    return None if is_dynamo_compiling() or _thread.suspended else _thread.uses.get(id(module))
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """This thread's forwards run modules' own within the block."""
+    outer, _thread.suspended = _thread.suspended, True
+    try:
+        yield
+    finally:
+        _thread.suspended = outer
 
 
 def has_own_forward(module: Module) -> bool:

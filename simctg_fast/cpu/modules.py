@@ -72,6 +72,23 @@ class _Packed:
         )
 
 
+class _Limit(threading.local):
+    rows = 1 << 62
+
+
+_limit = _Limit()
+
+
+@contextmanager
+def at_most(rows: int) -> Iterator[None]:
+    """This thread's products of more than ``rows`` rows are left to the modules within the block."""
+    outer, _limit.rows = _limit.rows, rows
+    try:
+        yield
+    finally:
+        _limit.rows = outer
+
+
 class _Layer:
     """What a block does with a module: the rows up to which products go to the kernel, and a packed weight if it asked
     for one. (Its sums are in another order: who asks for none must not meet another thread's.)"""
@@ -84,13 +101,13 @@ class _Layer:
 
     def current(self, weight: Tensor) -> tuple[Tensor | None, int]:
         """The packed weight if there is one, and the rows up to which the kernel is for products with it."""
-        packed = self.packed
+        packed, most_rows = self.packed, min(self.most_rows, _limit.rows)
         if packed is None:
-            return None, self.most_rows
+            return None, most_rows
         if packed.is_current(weight):
-            return packed.data, max(self.most_rows, packed.most_rows)
+            return packed.data, max(most_rows, packed.most_rows)
         self.packed = None  # the weight has changed since
-        return None, self.most_rows
+        return None, most_rows
 
 
 def _packed_wins() -> bool:

@@ -308,9 +308,9 @@ class Slots:
         self.extent.rows = rows
         self.extent.length = max(self.host_lengths[:rows])
 
-    def copy(self, source: int, target: int) -> None:
-        """Make slot ``target`` hold what ``source`` holds."""
-        length = self.host_lengths[source]
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Make slot ``target`` hold what ``source`` holds, or its first ``length`` positions."""
+        length = self.host_lengths[source] if length is None else length
         buffers = [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
         for buffer in buffers:
             buffer[target, :, :length] = buffer[source, :, :length]

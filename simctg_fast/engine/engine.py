@@ -262,6 +262,7 @@ class Engine:
             "near_ties": self.strategy.near_ties,
             "out_of_memory": backend.halvings,
             "prompt_tokens": self.prompt_tokens,
+            "shared_tokens": backend.shared_tokens,
             "generated_tokens": backend.generated,
         }
 

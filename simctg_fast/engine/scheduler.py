@@ -34,6 +34,7 @@ DEFAULT_SLOTS = 16
 LOOKAHEAD = 4096  # sequences that are known, and put in order, before the first is begun
 CHUNK = 512  # prompt tokens a forward
 PREFILL_BUDGET = 2048  # prompt tokens between two steps
+SHARED = 64  # tokens from which on a prefix in common is copied, and in multiples of which
 KERNEL_ROWS = 1024  # rows up to which linear layers go to the kernel whose rows do not depend on each other
 MAX_SLOTS = 256  # that are made of memory, or kept for fewer sequences
 TRIAL_SLOTS = 64  # at most, however many there will be
@@ -50,6 +51,7 @@ class SlotScheduler:
         most_slots: rows that there may be; slots: those there are, no more than requests where fewer change nothing.
         steps, row_steps, busy_row_steps: decoding steps, slots in them, and slots that wrote a token.
         generated: tokens written; active: sequences in work; halvings: how often memory ran out.
+        shared_tokens: of prompts, that were copied from other slots.
         model_seconds: time inside forwards and the choice of tokens; seconds: of ``run`` as a whole.
     """
 
@@ -59,7 +61,7 @@ class SlotScheduler:
         self.model, self.strategy, self.budget = model, strategy, budget
         self.slots = self.most_slots = slots
         self.steps = self.row_steps = self.busy_row_steps = 0
-        self.halvings = self.active = self.generated = 0
+        self.halvings = self.active = self.generated = self.shared_tokens = 0
         self.model_seconds = self.seconds = 0.0
         self.stopping = False
         self.on_step: Callable[[], None] | None = None
@@ -228,12 +230,14 @@ class SlotScheduler:
             slot, siblings, start = self.filling[0]
             first = siblings[0]
             began = time.perf_counter()
+            decoder.slots.reserve(round_up(first.total_length + 1), exactly=True)
             if start == 0 and first.source_ids is not None:
                 decoder.encode(first.source_ids)
                 budget -= len(first.source_ids)
+            elif start == 0:
+                start = self._copy_prefix(slot, first.prompt_ids)
             ids = first.prompt_ids[start : start + CHUNK]
             last = start + len(ids) == len(first.prompt_ids)
-            decoder.slots.reserve(round_up(first.total_length + 1), exactly=True)
             decoder.prefill(slot, ids, start, last)
             self.model_seconds += time.perf_counter() - began
             budget -= len(ids)
@@ -247,6 +251,18 @@ class SlotScheduler:
                 del self.reserved[target]
                 decoder.copy(slot, target)
                 self.rows[target] = sequence
+
+    def _copy_prefix(self, slot: int, prompt: list[int]) -> int:
+        """Give ``slot`` what another one holds of its prompt, a system prompt say; returns how many positions."""
+        shared, source = 0, slot
+        for other, sequence in enumerate(self.rows):
+            if sequence is not None and sequence.source_ids is None:
+                length = common_prefix(prompt[:-1], sequence.prompt_ids)  # the last token's logits are wanted
+                shared, source = max((shared, source), (length, other), key=lambda found: found[0])
+        if shared:
+            self._decoder.copy(source, slot, shared)
+            self.shared_tokens += shared
+        return shared
 
     def _step(self) -> None:
         """One token for every row."""
@@ -420,3 +436,11 @@ class SlotScheduler:
         release()
         self.decoder = SlotDecoder(self.model, self.slots, self.strategy.candidates, self.strategy.needs_history)
         self.decoder.__enter__()
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with, in multiples of `SHARED`."""
+    length = 0
+    while length + SHARED <= len(one) and one[length : length + SHARED] == other[length : length + SHARED]:
+        length += SHARED
+    return length

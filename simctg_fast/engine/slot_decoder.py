@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from ..cpu.forwards import suspended
+from ..cpu.modules import at_most
 from ..decoding.caches import CACHE_NAME, new_cache, other_layers
 from ..decoding.hidden_states import HiddenStatesTap, last_position
 from ..decoding.inputs import DirectInputs, stand_in_states
@@ -21,6 +23,7 @@ from ..decoding.slots import CrossSlots, Slots, round_up
 from ..decoding.step import Choose, Step
 from ..decoding.truth import known_tokens
 from ..decoding.unsupported import UnsupportedError
+from ..ops.linear import MAX_ROWS
 
 
 class SlotDecoder:
@@ -83,7 +86,9 @@ class SlotDecoder:
         slots.begin_prompt(rows, start)
         self.tap.listen(last_position, all_positions=True)
         try:
-            outputs = self.model(**inputs, return_dict=True)
+            # A prompt's forward has no other row in it: what `generate` computes it by serves, and is faster.
+            with at_most(MAX_ROWS):
+                outputs = self.model(**inputs, return_dict=True)
         finally:
             heard = self.tap.mute().head
             slots.end_prompt(end)
@@ -110,12 +115,14 @@ class SlotDecoder:
         """Run the encoder for the slot that is prefilled next."""
         source = torch.tensor([ids], device=self.device)
         encoder = self.model.get_encoder()
-        self.encoded = encoder(input_ids=source, attention_mask=torch.ones_like(source), return_dict=True)
+        with suspended():  # so does `generate` run it
+            self.encoded = encoder(input_ids=source, attention_mask=torch.ones_like(source), return_dict=True)
 
     @torch.inference_mode()
-    def copy(self, source: int, target: int) -> None:
-        """Make slot ``target`` hold what ``source`` holds: its prefix, its history and its logits."""
-        self.slots.copy(source, target)
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Make slot ``target`` hold what ``source`` holds: its prefix, its history and its logits. With ``length``, no
+        more than so many positions of the prefix."""
+        self.slots.copy(source, target, length)
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:

@@ -50,7 +50,7 @@ class StaticBatches:
         self.pad = tokenizer.pad_token_id or 0
         self.one_length = None if slots == 1 else change_by_padding(model, self.pad)
         self.steps = self.row_steps = self.busy_row_steps = 0
-        self.halvings = self.active = self.generated = 0
+        self.halvings = self.active = self.generated = self.shared_tokens = 0
         self.on_step: Callable[[], None] | None = None
         self.lookahead = LOOKAHEAD * slots
         self.positions = position_table(model)

@@ -66,8 +66,8 @@ class Strategy:
                 1 for row, hit in zip(self.rows, near.tolist(), strict=False) if hit and row is not None
             )
 
-    def _column(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
+    def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
 
 
 class Greedy(Strategy):
@@ -91,7 +91,8 @@ class Contrastive(Strategy):
     def bind(self, rows: Rows, device: torch.device) -> None:
         super().bind(rows, device)
         settings = [row.parameters if row is not None else None for row in rows]
-        self.alpha = self._column([0.0 if p is None else p.penalty_alpha for p in settings])
+        # In float64, as a number is: its difference from 1 is rounded once.
+        self.alpha = self._column([0.0 if p is None else p.penalty_alpha for p in settings], torch.float64)
         narrow = [self.candidates if p is None or p.top_k is None else p.top_k for p in settings]
         self.beyond: torch.Tensor | None = None  # candidates a row with a smaller top_k must not take
         if min(narrow, default=self.candidates) < self.candidates:

@@ -205,7 +205,11 @@ def _(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty)
 
 
 def contrastive_scores(probs: torch.Tensor, penalty: torch.Tensor, penalty_alpha: float | torch.Tensor) -> torch.Tensor:
-    """``(1 − alpha) · p − alpha · penalty`` in float32, ``(B, k)``; alpha is a number or ``(B, 1)``. A candidate of
-    probability 0 (banned by a logits processor) scores −inf, so that it can never be chosen."""
-    scores = (1.0 - penalty_alpha) * probs - penalty_alpha * penalty
+    """``(1 − alpha) · p − alpha · penalty`` in float32, ``(B, k)``; alpha is a number or ``(B, 1)`` in float64, which
+    gives the same bits. A candidate of probability 0 (banned by a logits processor) scores −inf, so that it can never
+    be chosen."""
+    weight = 1.0 - penalty_alpha
+    if isinstance(weight, torch.Tensor) and isinstance(penalty_alpha, torch.Tensor):
+        weight, penalty_alpha = weight.to(probs.dtype), penalty_alpha.to(probs.dtype)
+    scores = weight * probs - penalty_alpha * penalty
     return scores.masked_fill(probs == 0, float("-inf"))
