@@ -424,13 +424,14 @@ def open_decode_step(run, probs: torch.Tensor, candidates: torch.Tensor, result:
         max_length=run.max_length,
         compile_decoder=run.strategy.decode_step == "compiled",
     )
+    scores = None if run.choice is None else run.choice.ranked
     kind, reproduced = run.routes.kind, step.known.reproduced
     try:
-        if kind not in reproduced and not step.reproduces(probs, candidates, result, run.step_scores):
+        if kind not in reproduced and not step.reproduces(probs, candidates, result, scores):
             raise UnsupportedError("its step over static buffers differs")
         step.compile()
         untried = step.compiled and (kind, "compiled") not in reproduced
-        if untried and not step.reproduces(probs, candidates, result, run.step_scores) and step.compiled:
+        if untried and not step.reproduces(probs, candidates, result, scores) and step.compiled:
             step._do_not_compile("its step differs when it is compiled")
     except torch.OutOfMemoryError:
         raise

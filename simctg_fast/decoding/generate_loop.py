@@ -17,11 +17,9 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from ..cpu.modules import fast_linears
 from ..cpu.t5_blocks import fast_t5_blocks
 from ..ops import _backends
-from ..ops.top_k import top_k_probs
 from .attention import current_step
 from .caches import fill_cache
 from .call import Call, learned_prompt
-from .choice import choose_candidate, gumbel
 from .compiled_decoder import as_written
 from .decode_step import DecodeStep, open_decode_step
 from .decoder import Decoder
@@ -32,7 +30,8 @@ from .padding_warning import no_padding_warning
 from .processors import without_sampling_warpers
 from .routes import Routes
 from .settings import TINY
-from .step import Choose, StepResult, the_first
+from .step import StepResult, the_first
+from .strategies import Choice, Contrastive, Greedy, Proposal, RowSettings, Strategy, View, gumbel
 from .trial import DECODERS, Verdict
 from .truth import known_tokens, unknown_token
 from .unsupported import UnsupportedError
@@ -62,6 +61,12 @@ class Run:
         self.penalty_alpha, self.top_k = checked_settings(strategy, config, model)
         is_random = strategy.temperature is not None
         self.k = 1 if self.penalty_alpha == 0 and not is_random else self.top_k
+        self.chooser: Strategy = Greedy()
+        if self.k > 1:
+            draw = BatchNoise(len(input_ids), strategy.generator) if is_random else None
+            self.chooser = Contrastive(self.k, random=is_random, draw=draw)
+        temperature = max(strategy.temperature, TINY) if is_random else 1.0
+        self.row = RowSettings(self.penalty_alpha, temperature)
         self.processors = without_sampling_warpers(processors, config, model.generation_config, is_random, self.top_k)
         self.criteria = criteria
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -80,7 +85,7 @@ class Run:
                 config.num_return_sequences,
             )
         self.record = Record(config, self.is_encoder_decoder)
-        self.step_scores: Tensor | None = None  # (rows, k) of the last step; None for one candidate
+        self.choice: Choice | None = None  # of the last step; None where there was none
         self.streamed = 0  # steps whose tokens the streamer has
 
     @property
@@ -157,7 +162,7 @@ class Run:
         )
         logits, states, self.prefill_outputs = self.decoder.prefill(self.input_ids)
         self.known_tokens = known_tokens(self.model, logits)
-        if self.k > 1:
+        if self.chooser.needs_history:
             mask = self.arguments.mask_of(states, self.virtual)
             self.decoder.history.write(slice(0, len(states)), 0, states, mask)
         return logits.to(self.input_ids.device)
@@ -177,38 +182,37 @@ class Run:
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
         asked = self.strategy.decode_step
         static = device.type == "cuda" if asked == "auto" else bool(asked)
-        running = None if self._needs_all_rows() else list(range(len(input_ids)))  # those that the decoder still has
+        every = list(range(len(input_ids)))
+        running, may_leave = every, not self._needs_all_rows()  # the rows that the decoder still has, in its order
+        self._bind(running, device)
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
             self._check_room(step)
             processed = self.processors(input_ids, logits)
             self.record.add(outputs, logits, processed, self.whole_steps)
             if self.k > processed.shape[-1]:
                 raise ValueError(f"top_k must be at most the {processed.shape[-1]} logits of the model, got {self.k}")
-            probs, candidates = top_k_probs(processed, self.k)
+            rows = None if len(running) == len(every) else torch.tensor(running, device=device)
+            proposal = self._propose(processed if rows is None else processed[rows])
             if self.known_tokens is not None:
-                beyond = candidates.masked_fill(unfinished[:, None] == 0, 0)
+                left = unfinished if rows is None else unfinished[rows]
+                beyond = proposal.tokens.masked_fill(left[:, None] == 0, 0)
                 if int(beyond.max()) >= self.known_tokens:
                     raise ValueError(unknown_token(self.model, int(beyond.max()), self.known_tokens))
-                candidates = candidates.clamp(max=self.known_tokens - 1)
-            bad |= probs.isnan().any(dim=-1) & unfinished.bool()
+                proposal.tokens.clamp_(max=self.known_tokens - 1)
+            without = proposal.probs.isnan().any(dim=-1)
+            bad |= _scattered(without, rows, torch.zeros_like(bad)) & unfinished.bool()
             if interval == 1:
                 check_probabilities(bad, step)
-            rows = None if running is None or len(running) == len(input_ids) else running
-            outputs = self._step(input_ids, candidates, probs, rows)
-            winners = candidates if rows is None else candidates[rows]
-            tokens = winners.gather(1, outputs.selected.to(device)[:, None]).squeeze(1)
-            if rows is None:
-                logits = outputs.logits.to(device)
-            else:
-                index = torch.tensor(rows, device=device)
-                tokens = unfinished.new_zeros(len(input_ids)).index_copy_(0, index, tokens)
-                logits = logits.index_copy(0, index, outputs.logits.to(device))
+            outputs = self._step(input_ids if rows is None else input_ids[rows], proposal)
+            tokens = proposal.tokens.gather(1, outputs.selected.to(device)[:, None]).squeeze(1)
+            tokens = _scattered(tokens, rows, torch.zeros_like(unfinished))
+            logits = _scattered(outputs.logits.to(device), rows, logits)
             if self.synced_gpus and finished:
                 continue
             decode = None
             if static and not bool(bad.any()):
                 static = False
-                decode = self._decode_step(probs, candidates, outputs)
+                decode = self._decode_step(proposal, outputs)
             if self.has_eos:
                 tokens = tokens * unfinished + pad_token.to(device) * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -222,8 +226,12 @@ class Run:
                     check_probabilities(bad, step - 1)
                 left = unfinished.tolist()
                 finished = not any(left)
-                if running is not None and decode is None and not finished:
-                    running = self._leave(running, left)
+                if may_leave and decode is None and not finished:
+                    places = places_kept([bool(left[row]) for row in running])
+                    if len(places) < len(running):  # rows that have ended cost nothing from here on
+                        may_leave = self.decoder.keep(places)
+                        running = [running[place] for place in places] if may_leave else running
+                        self._bind(running, device)
             if decode is not None and not finished:
                 return self._loop_static(decode, input_ids, unfinished, int(steps_needed), step, interval, closely)
         kept = int(steps_needed)
@@ -231,59 +239,43 @@ class Run:
         self.surplus = step - kept
         self.record.cut(kept)
 
-    def _step(self, input_ids: Tensor, candidates: Tensor, probs: Tensor, rows: list[int] | None) -> StepResult:
-        """Try candidates of all rows, or of those that the decoder still has."""
-        choose = self._choose(probs, rows)
-        if rows is not None:
-            input_ids, candidates = input_ids[rows], candidates[rows]
-        result = self.decoder.step(input_ids, candidates, choose)
-        if self.k > 1:
+    def _bind(self, rows: list[int], device: torch.device) -> None:
+        """The decoder has these rows of the batch."""
+        self.chooser.bind([self.row] * len(rows), device)
+        if isinstance(self.chooser, Contrastive) and isinstance(self.chooser.draw, BatchNoise):
+            self.chooser.draw.rows = rows
+
+    def _propose(self, logits: Tensor) -> Proposal:
+        return self.chooser.propose(logits, View(self.decoder.history))
+
+    def _step(self, input_ids: Tensor, proposal: Proposal) -> StepResult:
+        """Try candidates after ``input_ids (rows, L)`` of the rows that the decoder has."""
+        view = View(self.decoder.history)
+        self.choice = None
+
+        def choose(states: Tensor) -> Tensor:
+            self.choice = self.chooser.choose(states, proposal, view)
+            return self.choice.selected
+
+        result = self.decoder.step(input_ids, proposal.tokens, choose if self.chooser.candidates > 1 else the_first)
+        if self.chooser.needs_history:
             self.decoder.history.append(result.hidden_states)
         return result
-
-    def _choose(self, probs: Tensor, rows: list[int] | None) -> Choose:
-        self.step_scores = noise = None
-        if self.k == 1:
-            return the_first
-        temperature = self.strategy.temperature
-        if temperature is not None:  # drawn once a step and for all rows, however many decoders have to be tried
-            temperature = max(temperature, TINY)
-            noise = gumbel(torch.empty_like(probs).exponential_(generator=self.strategy.generator))
-        if rows is not None:
-            probs, noise = probs[rows], None if noise is None else noise[rows]
-
-        def choose(hidden_states: Tensor) -> Tensor:
-            similarity = self.decoder.history.penalty(hidden_states)
-            choice = choose_candidate(probs, similarity, self.penalty_alpha, temperature, noise)
-            self.step_scores = choice.ranked
-            return choice.selected
-
-        return choose
-
-    # ---- rows that have ended -------------------------------------------------------------------------------------
 
     def _needs_all_rows(self) -> bool:
         """Whether rows that have ended are written on (as transformers does without an end-of-text token), wanted in
         what is returned, or run for others' sake."""
         return not self.has_eos or self.record.wanted or self.arguments.callers_cache is not None or self.synced_gpus
 
-    def _leave(self, running: list[int], unfinished: list[int]) -> list[int] | None:
-        """Rows that have ended cost nothing from here on, where the decoder can go on without them. Returns those that
-        it still has, in its order."""
-        places = places_kept([bool(unfinished[row]) for row in running])
-        if len(places) == len(running):
-            return running
-        return [running[place] for place in places] if self.decoder.keep(places) else None
-
     # ---- steps over static buffers --------------------------------------------------------------------------------
 
-    def _decode_step(self, probs: Tensor, candidates: Tensor, result: StepResult) -> DecodeStep | None:
+    def _decode_step(self, proposal: Proposal, result: StepResult) -> DecodeStep | None:
         """What takes over from the step that has just been made; None where it cannot, unless it was insisted on."""
         asked = self.strategy.decode_step
         try:
             if self.known_tokens is not None:
                 raise UnsupportedError("its output embedding writes tokens that it cannot read")
-            decode = open_decode_step(self, probs, candidates, result)
+            decode = open_decode_step(self, proposal.probs, proposal.tokens, result)
         except UnsupportedError as error:
             if asked != "auto":
                 raise ValueError(f"decode_step={asked!r}, but {error}; allowed: False or 'auto'") from error
@@ -340,6 +332,22 @@ class Run:
         if not self.record.wanted:
             return self.input_ids
         return self.record.result(self.input_ids, cache, lambda: self.arguments.kwargs["encoder_outputs"])
+
+
+class BatchNoise:
+    """Gumbel noise of a whole batch from one generator, whichever ``rows`` of it are still there."""
+
+    def __init__(self, batch: int, generator: torch.Generator | None):
+        self.batch, self.generator, self.rows = batch, generator, list(range(batch))
+
+    def __call__(self, probs: Tensor) -> Tensor:
+        noise = gumbel(probs.new_empty(self.batch, probs.shape[1]).exponential_(generator=self.generator))
+        return noise if len(self.rows) == self.batch else noise[self.rows]
+
+
+def _scattered(values: Tensor, rows: Tensor | None, others: Tensor) -> Tensor:
+    """``others`` of a whole batch with ``values`` at ``rows``; None: ``values``, of all of them."""
+    return values if rows is None else others.index_copy(0, rows, values)
 
 
 def check_probabilities(bad: Tensor, step: int) -> None:

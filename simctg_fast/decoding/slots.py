@@ -125,6 +125,7 @@ class History:
     def __init__(self, extent: Extent):
         self.extent = extent
         self.states: Tensor | None = None
+        self.last: Tensor | None = None  # (slots, D), of the newest position, as the model made it
         self.mask: Tensor | None = None
         self.length = 0
 
@@ -144,6 +145,9 @@ class History:
             dtype = hidden_states.dtype if hidden_states.is_cuda else _at_least_float32(hidden_states)
             shape = (self.extent.slots, self.extent.capacity, hidden_states.shape[2])
             self.states = torch.zeros(shape, dtype=dtype, device=hidden_states.device)
+            self.last = hidden_states.new_zeros(self.extent.slots, hidden_states.shape[2])
+        assert self.last is not None
+        self.last[rows] = hidden_states[:, -1]
         if mask is not None and not bool(mask.all()):
             self.mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
             self.mask[rows, start:end] = mask.bool()
@@ -155,7 +159,9 @@ class History:
     def append(self, hidden_states: Tensor, positions: Tensor | None = None) -> None:
         """States ``(n, D)`` of the first rows, each at its own position ``(n,)``; None: behind those of all rows."""
         assert self.states is not None
+        assert self.last is not None
         states, rows = unit(hidden_states), len(hidden_states)
+        self.last[:rows] = hidden_states
         if positions is None:
             self.extent.reserve(self.length + 1)
             self.grow()
@@ -167,8 +173,9 @@ class History:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make row ``target`` hold what ``source`` holds in its first ``length`` positions."""
-        if self.states is not None:
+        if self.states is not None and self.last is not None:
             self.states[target, :length] = self.states[source, :length]
+            self.last[target] = self.last[source]
         if self.mask is not None:
             self.mask[target] = self.mask[source]
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..decoding.strategies import make_strategy
 from ..loading import fitting_threads, load_model
 from .embeddings import Embeddings
 from .parameters import CONTRASTIVE, NAMES, Parameters, defaults
@@ -19,7 +20,6 @@ from .prepare import Factory, Preparer, load_factory
 from .requests import Request, RequestError, parse_request
 from .results import Result, error_result, from_choices, from_request_error
 from .sequence import IDLE, Sequence
-from .strategies import make_strategy
 
 logger = logging.getLogger("simctg_fast")
 
@@ -72,7 +72,7 @@ class Engine:
         contrastive = strategy in CONTRASTIVE
         if contrastive and (self.parameters.top_k or 1) > vocabulary:
             raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {self.parameters.top_k}")
-        self.strategy = make_strategy(strategy, self.parameters)
+        self.strategy = make_strategy(strategy, self.parameters.top_k)
         factory = load_factory(processor) if isinstance(processor, str) else processor
         if factory is not None and not callable(factory):
             raise ValueError(f"processor must be a callable or 'module:factory', got {processor!r:.80}")

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from ..decoding.choice import Choice
+from ..decoding.strategies import Choice, Proposal
 from .sequence import Sequence
-from .strategies import Proposal
 
 
 class StepRecord:

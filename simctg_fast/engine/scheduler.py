@@ -18,6 +18,7 @@ from ..decoding.attention import current_step
 from ..decoding.compiled_decoder import as_written
 from ..decoding.slots import round_up
 from ..decoding.step import the_first
+from ..decoding.strategies import Proposal, Strategy, View
 from ..decoding.unsupported import UnsupportedError
 from ..loading import context_length
 from .memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
@@ -26,7 +27,6 @@ from .prepare import apply_processors
 from .sequence import IDLE, Sequence
 from .slot_decoder import SlotDecoder
 from .slot_trial import rows_are_independent, slot_trial, verify
-from .strategies import Proposal, Strategy
 
 logger = logging.getLogger("simctg_fast")
 
@@ -301,7 +301,7 @@ class SlotScheduler:
 
     @torch.inference_mode()
     def _propose(self, logits: torch.Tensor) -> Proposal:
-        return self.strategy.propose(logits)
+        return self.strategy.propose(logits, View(self._decoder.slots.history, self._decoder.slots.lengths))
 
     def _forward(self, tokens: torch.Tensor, choose: Callable[[torch.Tensor], Any], count: int) -> None:
         began = time.perf_counter()
@@ -313,8 +313,7 @@ class SlotScheduler:
         slots, part, choices = self._decoder.slots, proposal.first(count), []
 
         def choose(states: torch.Tensor) -> torch.Tensor:
-            similarity = slots.history.penalty(states, slots.lengths[:count])
-            choices.append(self.strategy.choose(part, similarity))
+            choices.append(self.strategy.choose(states, part, View(slots.history, slots.lengths[:count])))
             return choices[-1].selected
 
         self._forward(part.tokens, choose, count)

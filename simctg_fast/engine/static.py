@@ -14,19 +14,17 @@ from typing import Any
 
 import torch
 
-from ..decoding.choice import Choice
 from ..decoding.contrastive_search import ContrastiveSearch
 from ..decoding.generate_arguments import position_table
 from ..decoding.generate_loop import Run, places_kept
 from ..decoding.own_step import PLAIN
-from ..decoding.step import Choose
+from ..decoding.strategies import Strategy
 from ..decoding.truth import unknown_token
 from .memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from .observe import StepRecord
 from .padding import change_by_padding, padded_rows
 from .prepare import apply_processors
 from .sequence import IDLE, Sequence
-from .strategies import Strategy
 
 logger = logging.getLogger("simctg_fast")
 
@@ -160,7 +158,6 @@ class _BatchRun(Run):
         search = ContrastiveSearch(penalty_alpha=0.5, top_k=owner.strategy.candidates)
         super().__init__(search, model, input_ids, *rest)
         self.owner, self.batch, self.chooser = owner, batch, owner.strategy
-        self.choice: Choice | None = None
 
     def _loop(self, logits: torch.Tensor) -> None:
         batch, input_ids, chooser, owner = self.batch, self.input_ids, self.chooser, self.owner
@@ -183,7 +180,7 @@ class _BatchRun(Run):
             if rows != bound:
                 chooser.bind(rows, logits.device)
                 bound = rows
-            proposal = self.proposal = chooser.propose(logits)
+            proposal = self._propose(logits)
             bad = proposal.probs.isnan().any(dim=-1).tolist()
             for index, sequence in enumerate(rows):
                 if sequence is not None and bad[index]:
@@ -193,8 +190,7 @@ class _BatchRun(Run):
                     if (sequence := rows[index]) is not None and token >= self.known_tokens:
                         sequence.fail("unknown_token", unknown_token(self.model, token, self.known_tokens))
                 proposal.tokens.clamp_(max=self.known_tokens - 1)
-            self.choice = None
-            result = self._step(input_ids, proposal.tokens, proposal.probs, None)
+            result = self._step(input_ids, proposal)
             record = StepRecord(proposal, self.choice, details=details)
             for index, sequence in enumerate(rows):
                 if sequence is not None and not sequence.finished:
@@ -215,16 +211,6 @@ class _BatchRun(Run):
     def _begin_again(self) -> None:
         for sequence in self.batch:
             sequence.restart()
-
-    def _choose(self, probs: torch.Tensor, rows: list[int] | None) -> Choose:
-        if not self.chooser.needs_history or self.k == 1:
-            return super()._choose(probs, rows)
-
-        def choose(hidden_states: torch.Tensor) -> torch.Tensor:
-            choice = self.choice = self.chooser.choose(self.proposal, self.decoder.history.penalty(hidden_states))
-            return choice.selected
-
-        return choose
 
     def _result(self) -> None:
         """The sequences have it."""

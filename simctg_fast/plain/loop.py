@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..decoding.choice import choose_candidate
 from ..decoding.generate_arguments import DEFAULT_TOP_K
 from ..decoding.generate_loop import check_probabilities, stop_check_interval
 from ..decoding.settings import check_penalty_alpha, check_streamer, check_top_k
 from ..decoding.slots import Extent, History
-from ..ops.top_k import top_k_probs
+from ..decoding.strategies import Contrastive, RowSettings, View
 from .protocols import PROTOCOLS, Select, StepOutput, Stepper, detect_protocol
 from .settings import make_config, make_criteria, make_processors
 
@@ -151,6 +150,7 @@ class _Run:
         if self.config.penalty_alpha:
             hidden = self._hidden(output, *self.ids.shape)
             rows = len(self.ids)
+            self.chooser, self.row = Contrastive(self.config.top_k), RowSettings(self.config.penalty_alpha)
             self.history = History(Extent(rows, rows, max_length=self.config.max_length))
             self.history.write(slice(0, rows), 0, hidden, self.mask)
         return output
@@ -206,7 +206,10 @@ class _Run:
         (rows, vocabulary), k = scores.shape, self.config.top_k
         if k > vocabulary:
             raise ValueError(f"top_k must be at most the {vocabulary} logits of the step, got {k}")
-        probs, candidates = top_k_probs(scores, k)
+        view = View(self.history)
+        self.chooser.bind([self.row] * rows, scores.device)
+        proposal = self.chooser.propose(scores, view)
+        candidates = proposal.tokens
         every = torch.arange(rows, device=scores.device)
         repeated = every.repeat_interleave(k)
         self.stepper.branch(repeated)
@@ -216,12 +219,16 @@ class _Run:
             mask = torch.cat([self.mask[repeated], self.mask.new_ones(rows * k, 1)], dim=-1)
         output = self.stepper(ids, mask)
         hidden = self._hidden(output, rows * k, 1).unflatten(0, (rows, k)).squeeze(2)
-        selected = choose_candidate(probs, self.history.penalty(hidden), self.config.penalty_alpha).selected
+        selected = self.chooser.choose(hidden, proposal, view).selected
         winners = (every * k).to(selected.device) + selected
         self.stepper.branch(winners)
         self.history.append(hidden.reshape(rows * k, -1)[winners])
         tokens = candidates.reshape(-1)[winners.to(candidates.device)]
-        return tokens, StepOutput(output.logits[winners.to(output.logits.device)], None), probs.isnan().any(dim=-1)
+        return (
+            tokens,
+            StepOutput(output.logits[winners.to(output.logits.device)], None),
+            proposal.probs.isnan().any(dim=-1),
+        )
 
     def _hidden(self, output: StepOutput, rows: int, length: int) -> Tensor:
         hidden = output.hidden

@@ -19,8 +19,8 @@ from simctg_fast.decoding.contrastive_search import ContrastiveSearch
 from simctg_fast.decoding.decode_step import DecodeStep
 from simctg_fast.decoding.generate_loop import Run
 from simctg_fast.decoding.report import recall
+from simctg_fast.decoding.strategies import Contrastive
 from simctg_fast.engine.scheduler import SlotScheduler
-from simctg_fast.engine.strategies import Contrastive
 
 from ..decoding_models import PAD, build, left_padded, prompt
 from ..near_ties import same_tokens

@@ -8,12 +8,11 @@ import torch
 from simctg_fast import ContrastiveSearch, Engine
 from simctg_fast.cpu.modules import fast_linears
 from simctg_fast.decoding.caches import CACHE_NAME, new_cache
-from simctg_fast.decoding.choice import choose_candidate
 from simctg_fast.decoding.hidden_states import HiddenStatesTap
 from simctg_fast.decoding.slots_decoder import SlotsDecoder
+from simctg_fast.decoding.strategies import Contrastive, RowSettings, View
 from simctg_fast.engine import observe, scheduler
 from simctg_fast.engine.slot_decoder import SlotDecoder
-from simctg_fast.ops.top_k import top_k_probs
 
 from ..decoding_models import PAD, build, prompt, tokenizer
 
@@ -83,15 +82,18 @@ def test_a_batch_from_one_state(name, batch):
             its.values[:, :, :length] = mine.values[:, :, :length]
         engine.slots.history.states[:, :length] = ours.history.states[:, :length]
         engine.slots.logits = logits.clone()
+        strategy = Contrastive(k)
+        strategy.bind([RowSettings(alpha)] * batch, ids.device)
         for _ in range(NEW):
-            probs, candidates = top_k_probs(logits, k)
+            proposal = strategy.propose(logits, View(ours.history))
+            candidates = proposal.tokens
 
-            def choose(states, probs=probs):
-                return choose_candidate(probs, ours.history.penalty(states), alpha).selected
+            def choose(states, proposal=proposal):
+                return strategy.choose(states, proposal, View(ours.history)).selected
 
-            def choose_too(states, probs=probs):
-                found = engine.slots.history.penalty(states, engine.slots.lengths)
-                return choose_candidate(probs, found, torch.full((batch, 1), alpha, dtype=torch.float64)).selected
+            def choose_too(states, proposal=proposal):
+                view = View(engine.slots.history, engine.slots.lengths)
+                return strategy.choose(states, proposal, view).selected
 
             result = ours.step(ids, candidates, choose)
             ours.history.append(result.hidden_states)
