@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..checks import is_number
 from .generate_loop import Run
 from .kept_arguments import keep_arguments
 from .settings import check_penalty_alpha, check_settings, check_streamer, check_top_k
+from .strategies import Contrastive, Greedy, Strategy
 from .trial import DECODERS
 
 
@@ -98,6 +99,13 @@ class ContrastiveSearch:
     def __repr__(self) -> str:
         named = ((name, getattr(self, name)) for name in ("penalty_alpha", "top_k", "temperature"))
         return f"ContrastiveSearch({', '.join(f'{n}={v!r}' for n, v in named if v is not None)})"
+
+    def make_strategy(self, candidates: int, noise: Callable[[torch.Tensor], torch.Tensor]) -> Strategy:
+        """What chooses the tokens of one call; ``noise`` is Gumbel noise for what is drawn."""
+        if candidates == 1:
+            return Greedy()
+        is_random = self.temperature is not None
+        return Contrastive(candidates, random=is_random, draw=noise if is_random else None)
 
     def __call__(
         self,

@@ -31,7 +31,7 @@ from .processors import without_sampling_warpers
 from .routes import Routes
 from .settings import TINY
 from .step import StepResult, the_first
-from .strategies import Choice, Contrastive, Greedy, Proposal, RowSettings, Strategy, View, gumbel
+from .strategies import Choice, Proposal, RowSettings, Strategy, View, gumbel
 from .trial import DECODERS, Verdict
 from .truth import known_tokens, unknown_token
 from .unsupported import UnsupportedError
@@ -61,10 +61,8 @@ class Run:
         self.penalty_alpha, self.top_k = checked_settings(strategy, config, model)
         is_random = strategy.temperature is not None
         self.k = 1 if self.penalty_alpha == 0 and not is_random else self.top_k
-        self.chooser: Strategy = Greedy()
-        if self.k > 1:
-            draw = BatchNoise(len(input_ids), strategy.generator) if is_random else None
-            self.chooser = Contrastive(self.k, random=is_random, draw=draw)
+        self.noise = BatchNoise(len(input_ids), strategy.generator)
+        self.chooser: Strategy = strategy.make_strategy(self.k, self.noise)
         temperature = max(strategy.temperature, TINY) if is_random else 1.0
         self.row = RowSettings(self.penalty_alpha, temperature)
         self.processors = without_sampling_warpers(processors, config, model.generation_config, is_random, self.top_k)
@@ -242,8 +240,7 @@ class Run:
     def _bind(self, rows: list[int], device: torch.device) -> None:
         """The decoder has these rows of the batch."""
         self.chooser.bind([self.row] * len(rows), device)
-        if isinstance(self.chooser, Contrastive) and isinstance(self.chooser.draw, BatchNoise):
-            self.chooser.draw.rows = rows
+        self.noise.rows = rows
 
     def _propose(self, logits: Tensor) -> Proposal:
         return self.chooser.propose(logits, View(self.decoder.history))
@@ -257,7 +254,7 @@ class Run:
             self.choice = self.chooser.choose(states, proposal, view)
             return self.choice.selected
 
-        result = self.decoder.step(input_ids, proposal.tokens, choose if self.chooser.candidates > 1 else the_first)
+        result = self.decoder.step(input_ids, proposal.tokens, choose if self.chooser.looks_ahead else the_first)
         if self.chooser.needs_history:
             self.decoder.history.append(result.hidden_states)
         return result

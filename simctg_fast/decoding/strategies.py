@@ -96,11 +96,13 @@ class Strategy:
     Attributes:
         candidates: tokens tried a step, the rows of a forward for each row that is decoded.
         needs_history: whether hidden states are kept for it.
+        looks_ahead: whether candidates are run before one of them is chosen; else the first is the choice.
         near_ties: choices that rounding may make otherwise, where they are counted (``counts``).
     """
 
     candidates = 1
     needs_history = False
+    looks_ahead = False
     counts = False
 
     def __init__(self) -> None:
@@ -154,7 +156,7 @@ class Contrastive(Strategy):
             generator.
     """
 
-    needs_history = True
+    needs_history = looks_ahead = True
 
     def __init__(self, candidates: int, random: bool = False, draw: Callable[[Tensor], Tensor] | None = None):
         super().__init__()

@@ -292,7 +292,7 @@ class SlotScheduler:
         self.steps += 1
         self.row_steps += self.slots
         self.busy_row_steps += sum(row is not None for row in self.rows)
-        if strategy.candidates > 1 or strategy.needs_history:
+        if strategy.looks_ahead:
             self._write(self._look_ahead(proposal, logits, count), logits)
         else:
             self._write(StepRecord(proposal, details=self.details), logits)
