@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def save_model(folder: Path, **overrides) -> Path:
     """A tiny GPT-2 with random weights and its tokenizer of characters, as ``from_pretrained`` takes them."""
@@ -44,8 +42,10 @@ class JobServer:
     """Starts jobs: ``start(args)`` returns a pid, ``wait(pid)`` its exit code (negative: the signal that ended it)."""
 
     def __init__(self, folder: Path, model: Path):
+        from .repository import INSTALLED  # not in the server, which is this file as a script
+
         self.folder, self.count = folder, 0
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(model)],
             stdin=subprocess.PIPE,

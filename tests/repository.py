@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+import simctg_fast
+
 ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = Path(simctg_fast.__file__).resolve().parents[1]  # PYTHONPATH of children: the package that is tested
+WITH_TESTS = f"{INSTALLED}{os.pathsep}{ROOT}"  # of children that import test files as well
 
 
 def repository(name: str) -> Path:

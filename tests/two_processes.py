@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-import simctg_fast
-
 from .processes import LIMIT, end
-
-ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
+from .repository import WITH_TESTS
 
 PROLOGUE = """
 import sys, torch, torch.distributed as dist
@@ -42,7 +39,7 @@ def run_two(folder: pathlib.Path, code: str, argument: Any = None, *, init: bool
     torch.save(argument, folder / "argument.pt")
     script = folder / "script.py"
     script.write_text(PROLOGUE.format(init=INIT if init else "") + textwrap.dedent(code) + EPILOGUE)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": WITH_TESTS, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if not init:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         environment |= {"ACCELERATE_USE_CPU": "true"}

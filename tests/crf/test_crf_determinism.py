@@ -23,7 +23,7 @@ from simctg_fast.ops.crf_common import add_along_, pick
 
 from ..emulated_cuda import varies_on_cuda
 from ..processes import run_child
-from ..repository import ROOT
+from ..repository import WITH_TESTS
 
 
 class SameInEveryRun(TorchDispatchMode):
@@ -142,9 +142,9 @@ def test_training_steps_in_pytorch():
 
 def run_interpreted(call: str) -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": WITH_TESTS}
     code = f"from tests.crf import test_crf_determinism as t; t.{call}"
-    done = run_child([sys.executable, "-W", "ignore", "-c", code], env=environment, cwd=ROOT)
+    done = run_child([sys.executable, "-W", "ignore", "-c", code], env=environment, cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -13,7 +13,7 @@ from simctg_fast.ops.crf_viterbi import crf_kbest
 from simctg_fast.ops.dense_kbest import dense_kbest
 
 from ..processes import run_child
-from ..two_processes import ROOT
+from ..repository import INSTALLED
 
 needs_extension = pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
 IMPLS = ("torch", pytest.param("cpu", marks=needs_extension))
@@ -163,7 +163,7 @@ LARGE = (256, 97, 64)
 def test_memory(impl, kind, size):
     """Megabytes that the process has grown by: 16 bytes for each of the n T K entries, and what torch works in."""
     command = [sys.executable, "-c", MEMORY, impl, kind, *size]
-    out = run_child(command, check=True, cwd=ROOT)
+    out = run_child(command, check=True, cwd=INSTALLED)
     beam, length, paths = size
     assert float(out.stdout) < 16 * beam * length * paths / 2**20 + (160 if impl == "torch" else 20)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ..processes import run_child
-from ..repository import ROOT
+from ..repository import WITH_TESTS
 
 pytest.importorskip("triton")
 
@@ -131,10 +131,10 @@ def check_selection() -> None:
 
 
 def run(code: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    source = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from tests.crf import test_crf_triton as t; {code}"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": WITH_TESTS}
+    source = f"from tests.crf import test_crf_triton as t; {code}"
 
-    done = run_child([sys.executable, "-W", "ignore", "-c", source], env=environment)
+    done = run_child([sys.executable, "-W", "ignore", "-c", source], env=environment, cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

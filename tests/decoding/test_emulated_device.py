@@ -3,6 +3,7 @@ interpreter give what they give on the CPU, and what mixes devices raises."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from ..emulated_cuda import CudaTensor, emulated_device
 from ..processes import run_child
-from ..repository import repository
+from ..repository import WITH_TESTS
 
 pytest.importorskip("triton")
 
@@ -27,7 +28,7 @@ FULL = (
 @pytest.mark.parametrize("cases", [*FAST, *(pytest.param(cases, marks=pytest.mark.full) for cases in FULL)])
 def test_calls_on_a_device_give_the_results_of_the_cpu(cases):
     command = [sys.executable, "-W", "ignore", "-m", "tests.device_cases", *cases.split()]
-    done = run_child(command, cwd=repository("tests").parent)
+    done = run_child(command, env=os.environ | {"PYTHONPATH": WITH_TESTS}, cwd="/")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines() == [f"{case} as on the CPU" for case in cases.split()]
 

@@ -422,13 +422,13 @@ def test_a_terminal_gets_a_bar(model, many, tmp_path, children):
     import sys
     import termios
 
-    from ..engine_jobs import ROOT
+    from ..repository import INSTALLED
 
     source = many[0]
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     command = [sys.executable, "-m", "simctg_fast.cli", "run", str(source), "-m", str(model), "-o", str(tmp_path / "a")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    environment = os.environ | {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     process = children.enter_context(started(command, stdout=slave, stderr=slave, env=environment))
     os.close(slave)
     shown = b""

@@ -18,8 +18,9 @@ from simctg_fast.engine import Engine
 from simctg_fast.integrations.ray import BatchGenerator
 
 from ..decoding_models import shared, tokenizer
-from ..engine_jobs import ROOT, read_records, save_model, sorted_lines, wait_for_records, write_lines
+from ..engine_jobs import read_records, save_model, sorted_lines, wait_for_records, write_lines
 from ..processes import LIMIT, run_child, started
+from ..repository import INSTALLED
 from .test_engine_job import requests
 
 
@@ -72,7 +73,7 @@ def test_a_job_on_ray_with_a_worker_killed(model, tmp_path, children):
         pytest.skip("looks for processes in /proc")
     source = write_lines(tmp_path / "in.jsonl", [*requests(120), {"id": "bad", "prompt": "x", "top_k": 9}, "no json"])
     settings = ["-m", model, "--slots", 8, "--max-new-tokens", 24, "--quiet"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    environment = os.environ | {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
     before = set(workers())
 
     def start(out: Path, *more: object) -> subprocess.Popen:
@@ -110,7 +111,7 @@ def test_a_job_on_ray_that_is_interrupted(model, tmp_path, number, children):
     """It ends with what its workers have handed over, and says how to go on; here without Ray."""
     pytest.importorskip("ray")
     source = write_lines(tmp_path / "in.jsonl", requests(120))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "simctg_fast.cli", "run", source, "-m", model, "--slots", 8, "-n", 24]
 
@@ -170,7 +171,7 @@ def test_a_pipeline_of_ones_own_killed_and_resumed_by_rays_checkpoint(model, tmp
     for number in range(12):
         rows = [{"id": f"r{10 * number + i}", "prompt": "abc " * (1 + i)} for i in range(10)]
         write_lines(source / f"{number:02}.jsonl", rows)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PIPELINE, *map(str, (model, source, out, tmp_path / "checkpoint"))]
 
     def answered() -> list[str]:

@@ -28,9 +28,9 @@ from simctg_fast.integrations.lm_eval import SimCTGLM  # noqa: E402
 
 from .. import decoding_models, near_ties, toy_t5  # noqa: E402
 from ..decoding_models import shared, tokenizer  # noqa: E402
-from ..engine_jobs import ROOT, read_records, save_model, write_lines  # noqa: E402
+from ..engine_jobs import read_records, save_model, write_lines  # noqa: E402
 from ..processes import run_child  # noqa: E402
-from ..repository import repository  # noqa: E402
+from ..repository import INSTALLED, repository  # noqa: E402
 
 CONTEXTS = ["hello", "the world is", "a b c d e f g", "x", "What? ", "no"]
 
@@ -140,7 +140,7 @@ metric_list:
 
 def run_command(command: str, *more: object, **options):
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {"PYTHONPATH": str(INSTALLED), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     environment |= {name: str(value) for name, value in options.items()}
     return run_child([*words, *map(str, more)], env=environment)
 

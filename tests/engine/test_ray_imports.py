@@ -8,13 +8,12 @@ import sys
 
 import pytest
 
-import simctg_fast
 from simctg_fast.engine.job.job import JobOptions
 from simctg_fast.integrations.ray import run_on_ray
 
 from ..processes import run_child
+from ..repository import INSTALLED
 
-ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 NAMES = ("ray", "ray.data", "pandas", "pyarrow")
 
 
@@ -71,7 +70,7 @@ def test_on_the_command_line(folder):
         cwd=folder,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(folder), str(INSTALLED)]),
             "COLUMNS": "1000",
             "PYTHONIOENCODING": "utf-8",
         },

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import simctg_fast
-
 from ..processes import run_child
+from ..repository import INSTALLED
 
 pytest.importorskip("triton")
-ROOT = Path(simctg_fast.__file__).resolve().parents[1]
 SCRIPT = Path(__file__).parents[1] / "loss_interpreter_cases.py"
 LIMITS = {  # relative errors: (loss, gradient)
     "fp32": (3e-6, 1e-5),
@@ -79,7 +77,7 @@ def run(cases):
     process = run_child(
         [sys.executable, str(SCRIPT)],
         input="".join(json.dumps(case) + "\n" for case in cases),
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"},
         cwd="/",
         timeout=3600,
     )

@@ -11,7 +11,6 @@ import contextlib
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +34,7 @@ from simctg_fast.ops import simcse as simcse_ops
 from .. import conftest
 from ..emulated_cuda import device_guard, varies_on_cuda
 from ..processes import run_child
+from ..repository import INSTALLED
 
 aten = torch.ops.aten
 
@@ -332,7 +332,6 @@ for impl in ("torch", "triton"):
 @pytest.mark.gpu
 def test_the_same_bits_in_every_run():
     """Twice, and in torch's deterministic mode, which has no other algorithm for what we call."""
-    root = str(Path(simcse_ops.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment = {**os.environ, "PYTHONPATH": str(INSTALLED), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = run_child([sys.executable, "-c", SCRIPT], env=environment, cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]

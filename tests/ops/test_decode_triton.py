@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ..processes import run_child
-from ..repository import ROOT
+from ..repository import WITH_TESTS
 
 pytest.importorskip("triton")
 
@@ -457,13 +457,13 @@ def check_operators() -> None:
 
 
 def run(code: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": WITH_TESTS}
     source = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import torch; from tests.ops import test_decode_triton as t; "
+        f"import torch; from tests.ops import test_decode_triton as t; "
         f"torch.use_deterministic_algorithms(True); torch.manual_seed(0)\n{code}"
     )
 
-    done = run_child([sys.executable, "-W", "ignore", "-c", source], env=environment, timeout=3600)
+    done = run_child([sys.executable, "-W", "ignore", "-c", source], env=environment, cwd="/", timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -10,7 +10,6 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -40,9 +39,9 @@ from simctg_fast.ops.linear import linear_small_m
 from simctg_fast.ops.rms_norm import rms_norm
 
 from ..processes import run_child
+from ..repository import INSTALLED
 from ..two_processes import run_two
 
-ROOT = Path(simctg_fast.__file__).resolve().parents[1]
 MARGIN = 0.9  # many pairs are active, and many are not
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]])
 
@@ -631,7 +630,7 @@ def test_kernels_keep_what_second_derivatives_need():
                 found.append(torch.autograd.grad((g * direction).sum(), x)[0])
             assert float((found[0] - found[1]).norm()) < 1e-5 * float(found[0].norm()) and found[0].any(), shape
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
     run_child([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True)
 
 

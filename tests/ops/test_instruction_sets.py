@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import sys
 import textwrap
 
 import pytest
 
-import simctg_fast
 from simctg_fast.ops import _backends
 
 from ..processes import run_child
+from ..repository import INSTALLED
 
-ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 NAMES = ("avx512", "avx2", "generic")
 needs_extension = pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
 
@@ -51,7 +49,7 @@ for name, use in uses.items():
 
 def child(code: str, isa: str | None = None, expect: int = 0) -> tuple[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "SIMCTG_FAST_ISA"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
     if isa is not None:
         environment["SIMCTG_FAST_ISA"] = isa
     done = run_child([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, cwd="/")

@@ -21,7 +21,7 @@ from simctg_fast.text import demo
 from simctg_fast.text.demo import Comparison, Continuation
 
 from ..processes import run_child
-from ..repository import ROOT
+from ..repository import INSTALLED
 
 
 def run(*arguments: str, stdin: str | None = None):
@@ -40,7 +40,7 @@ def lines(result) -> list[dict]:
 
 
 def subprocess_environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **changes}
+    return {**os.environ, "PYTHONPATH": str(INSTALLED), "PYTHONIOENCODING": "utf-8", **changes}
 
 
 class TestGenerate:

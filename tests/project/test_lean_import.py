@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import pathlib
 import sys
 import textwrap
 
@@ -14,15 +13,14 @@ import torch
 import simctg_fast
 
 from ..processes import run_child
-
-ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
+from ..repository import INSTALLED
 
 
 def run(code: str, **environment: str) -> str:
     """Standard output of a fresh interpreter that imports the library from where the tests import it."""
     result = run_child(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1", **environment},
         cwd="/",
     )
     assert result.returncode == 0, result.stderr
@@ -66,7 +64,7 @@ def test_every_public_name_resolves(name):
 
 def test_type_checkers_see_the_same_names():
     """The imports under TYPE_CHECKING and the table have to agree."""
-    tree = ast.parse((ROOT / "simctg_fast" / "__init__.py").read_text())
+    tree = ast.parse((INSTALLED / "simctg_fast" / "__init__.py").read_text())
     seen = {
         alias.asname: f"simctg_fast.{node.module}"
         for node in ast.walk(tree)

@@ -28,10 +28,9 @@ import simctg_fast
 from simctg_fast.ops import _backends
 
 from ..processes import LIMIT, run_child, started
-from ..repository import repository
+from ..repository import ROOT, repository
 
-ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
-IS_CHECKOUT = (ROOT / "setup.py").is_file()
+repository("setup.py")  # nothing here without it
 PARTS = (
     *(
         "pyproject.toml",
@@ -47,10 +46,7 @@ PARTS = (
 )
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 
-pytestmark = [
-    pytest.mark.skipif(not IS_CHECKOUT, reason="needs the repository, not an installed package"),
-    pytest.mark.xdist_group("packaging"),  # one worker builds the wheel
-]
+pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds the wheel
 
 
 def missing_tool() -> str | None:
@@ -370,6 +366,21 @@ class TestWheel:
         assert set(metadata.get_all("Provides-Extra")) >= {"test", "bench", "plot", "ray", "lightning", "zstd", "dev"}
         assert "simctg-fast = simctg_fast.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
+
+    def test_the_tests_run_against_it(self, site):
+        """As `pytest` in the root of the repository: all are collected, pages are found beside the tests."""
+        code = """
+            import sys
+            sys.path = [place for place in sys.path if place]  # where the repository's own package is
+            import pytest, simctg_fast
+            print(simctg_fast.__file__)
+            sys.exit(pytest.main(sys.argv[1:]))
+        """
+        some = "test_rooms or test_tagging_page or test_make_targets or test_type_checkers or test_submodules"
+        options = ["-q", "-p", "no:cacheprovider", "-k", some, "-p", "no:xdist"]
+        out = run(sys.executable, "-c", textwrap.dedent(code), *options, cwd=ROOT, path=[site])
+        assert out.startswith(str(site / "simctg_fast"))
+        assert re.search(r"\d\d passed(?!.*failed)", out), out
 
     @pytest.mark.full
     def test_from_a_source_distribution_in_isolation(self, tree, tmp_path):

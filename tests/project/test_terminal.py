@@ -24,14 +24,14 @@ from simctg_fast.cli import app
 from simctg_fast.terminal import FAULT, OUTPUT, REFUSED, OutputError, explained
 
 from ..processes import LIMIT, run_child, started
+from ..repository import INSTALLED
 
-ROOT = Path(simctg_fast.__file__).resolve().parents[1]
 PROGRAM = [sys.executable, "-m", "simctg_fast.cli"]
 ESCAPE = "\x1b]0;title\x07"
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+    return {**os.environ, "PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1", **changes}
 
 
 def shell(line: str, place: Path, **changes: str) -> subprocess.CompletedProcess:
@@ -446,5 +446,5 @@ def test_home_is_home_in_every_path(texts, tmp_path, monkeypatch):
 def test_warnings_have_no_power_over_a_terminal():
     code = "import logging; from simctg_fast.terminal import guarded\n"
     code += "with guarded(): logging.getLogger('simctg_fast').warning('%s is torn', 'a\\x1b]0;title\\x07')"
-    done = run_child([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_child([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(INSTALLED)})
     assert done.stderr == "a\\x1b]0;title\\x07 is torn\n"

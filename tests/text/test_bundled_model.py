@@ -16,13 +16,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import simctg_fast
 from simctg_fast.assets import bundled_model_path, resolve_model
 
 from ..processes import run_child
-from ..repository import repository
+from ..repository import INSTALLED, repository
 
-ROOT = Path(simctg_fast.__file__).resolve().parents[1]
 LIMIT = 8_000_000
 PERPLEXITY_BOUND = 40.0  # on EXCERPT; the model has 24, the words in disorder and an untrained model over 3000
 
@@ -69,7 +67,7 @@ def test_loads_without_network_in_fp32() -> None:
         "print(tokenizer.decode(tokenizer('Grüße: a_b(1)\\n')['input_ids']))"
     )
     nowhere = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": os.devnull}
-    environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, **nowhere, "PYTHONPATH": str(INSTALLED), "PYTHONIOENCODING": "utf-8"}
     done = run_child([sys.executable, "-c", code], env=environment, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Grüße: a_b(1)\n\n"

@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import simctg_fast
 from simctg_fast.assets import ModelError, bundled_model_path
 from simctg_fast.loading import find_model, load_backbone, load_model, load_tokenizer
 from simctg_fast.text.features import extract_features
 
 from ..processes import run_child
+from ..repository import INSTALLED
 
-ROOT = Path(simctg_fast.__file__).resolve().parents[1]
 LOADERS = [load_model, load_backbone]
 
 
@@ -212,7 +211,7 @@ def test_without_the_hub_the_cache_is_taken(hub, tmp_path):
     )
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(INSTALLED),
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "0",
@@ -264,7 +263,7 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(folder, tmp_path, monke
     edit(folder / "config.json", model_type="own", auto_map={**classes, "AutoModel": "own_model.OwnModel"})
     own = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
     edit(folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=own)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {**os.environ, "PYTHONPATH": str(INSTALLED), "HF_MODULES_CACHE": str(tmp_path / "modules")}
 
     def load(call: str):
         command = [sys.executable, "-c", f"from simctg_fast.loading import *; print({call})"]

@@ -20,15 +20,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-import simctg_fast
 from simctg_fast.cli import app
 from simctg_fast.training import TrainingOptions, last_checkpoint, train
 from simctg_fast.training.data import Collator, Example, encode, read_examples
 
 from ..processes import LIMIT, started
+from ..repository import INSTALLED
 from ..training_models import EOS, PAD, VOCABULARY, tiny_model
 
-ROOT = pathlib.Path(simctg_fast.__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(3, VOCABULARY)]
 
 
@@ -393,7 +392,7 @@ def test_a_killed_run_ends_with_the_same_weights(place, tmp_path, children):
             "2",
         ]
         command += ["--save-every", "4", "--log-every", "1", "--max-length", "32", "--device", "cpu"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
         return children.enter_context(
             started(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         )
