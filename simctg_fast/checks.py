@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "check_weight",
     "is_integer",
     "is_number",
+    "user_path",
 ]
 
 _LARGEST = sys.float_info.max
@@ -71,3 +74,16 @@ def check_weight(name: str, value: Any) -> float:
 def check_real(name: str, value: Any, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r:.80}, must be {allowed}")
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` and ``~name`` expanded, also where no shell has seen them (``--out=~/run``).
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    name = os.fspath(path)
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} begins with ~, but {error}; write ./~… for a folder of that name") from error

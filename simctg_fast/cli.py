@@ -466,8 +466,8 @@ def merge(
     order: Annotated[str | None, typer.Option(help="The input file, whose order to take; else sorted by id.")] = None,
 ) -> None:
     """Join the outputs of a run's shards into one file."""
+    from .checks import user_path
     from .engine.job.merge import merge as join
-    from .text.files import user_path
 
     target = user_path(into)
     try:

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from ..text.files import user_path
+from ..checks import user_path
 
 __all__ = ["ADAPTER", "BUNDLED", "ModelError", "bundled_model_path", "did_you_mean", "resolve_model"]
 

@@ -105,7 +105,7 @@ def compare(
     """
     import torch
 
-    from .. import ContrastiveSearch
+    from ..decoding import ContrastiveSearch
     from ..loading import fitting_threads, tokenize
 
     def options(method: str) -> dict[str, Any]:

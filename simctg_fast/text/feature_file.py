@@ -17,7 +17,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .files import is_utf8, made_parent, user_path
+from ..checks import user_path
+from .files import is_utf8, made_parent
 
 __all__ = ["POOLINGS", "NewFile", "SafetensorsWriter", "check_metadata", "free_target", "read_features"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import is_integer
+from ..checks import is_integer, user_path
 from ..loading import load_backbone
 from .feature_file import POOLINGS, NewFile, SafetensorsWriter, check_metadata, free_target, read_features
-from .files import is_utf8, user_path
+from .files import is_utf8
 from .texts import read_lines, short, text_list, tokenized
 
 __all__ = ["Features", "extract_features", "load_backbone", "load_features", "read_texts"]

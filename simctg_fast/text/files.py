@@ -12,7 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-__all__ = ["COMPRESSED", "STDIN", "ReadError", "TextLines", "content_suffix", "is_utf8", "made_parent", "user_path"]
+from ..checks import user_path
+
+__all__ = ["COMPRESSED", "STDIN", "ReadError", "TextLines", "content_suffix", "is_utf8", "made_parent"]
 
 STDIN = "-"
 COMPRESSED = (".gz", ".zst")
@@ -21,19 +23,6 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 class ReadError(ValueError):
     """A file that cannot be read, or not to its end; the message names it and says why."""
-
-
-def user_path(path: str | os.PathLike[str]) -> Path:
-    """``path`` with ``~`` and ``~name`` expanded, also where no shell has seen them (``--out=~/run``).
-
-    Raises:
-        ValueError: there is no such user.
-    """
-    given = os.fspath(path)
-    try:
-        return Path(given).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{given!r} begins with ~, but {error}; write ./~… for a folder of that name") from error
 
 
 def made_parent(path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .files import STDIN, TextLines, content_suffix, is_utf8, user_path
+from ..checks import user_path
+from .files import STDIN, TextLines, content_suffix, is_utf8
 
 __all__ = ["read_lines", "short", "text_list", "tokenized"]
 

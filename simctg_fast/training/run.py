@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import is_integer, is_number
-from ..text.files import user_path
+from ..checks import is_integer, is_number, user_path
 from .data import Collator, encode, read_examples
 
 __all__ = ["Summary", "TrainingOptions", "last_checkpoint", "train"]

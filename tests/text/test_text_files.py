@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from simctg_fast.checks import user_path
 from simctg_fast.printable import printable
-from simctg_fast.text.files import ReadError, TextLines, content_suffix, is_utf8, made_parent, user_path
+from simctg_fast.text.files import ReadError, TextLines, content_suffix, is_utf8, made_parent
 
 
 def lines(path) -> list[str]:

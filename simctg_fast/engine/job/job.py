@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ...assets import resolve_model
-from ...text.files import STDIN, ReadError, user_path
+from ...checks import user_path
+from ...text.files import STDIN, ReadError
 from ..engine import Engine, check_options
 from ..parameters import NAMES, Parameters
 from ..requests import Request, parse_request

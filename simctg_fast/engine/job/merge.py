@@ -7,7 +7,8 @@ import math
 import os
 from collections.abc import Sequence
 
-from ...text.files import TextLines, content_suffix, made_parent, user_path
+from ...checks import user_path
+from ...text.files import TextLines, content_suffix, made_parent
 from ..requests import decode_line, line_id
 from .journal import Key, id_key, record_key
 from .manifest import digest, read_manifest
