@@ -13,6 +13,8 @@ from .checks import is_integer
 from .decoding import ContrastiveSearch
 from .functional import cosine_similarity_matrix
 from .loading import load_model
+from .text.batches import pad_token
+from .text.contrastive_generator import search_tokens
 from .text.texts import short, text_list
 
 logger = logging.getLogger("simctg_fast")
@@ -92,15 +94,9 @@ class T5SimCTGGenerate:
 
     def forward(self, batch_input_ids: torch.Tensor, batch_attention_mask: torch.Tensor) -> torch.Tensor:
         """``(batch, tokens)`` int64, special tokens among them, from ``(batch, length)`` tokens and their mask."""
-        result: torch.Tensor = self.model.generate(
-            input_ids=batch_input_ids.to(self.device),
-            attention_mask=batch_attention_mask.to(self.device),
-            custom_generate=self.strategy,
-            max_new_tokens=self.max_length,
-            do_sample=False,
-            num_beams=1,
-        )
-        return result
+        inputs = {"input_ids": batch_input_ids.to(self.device), "attention_mask": batch_attention_mask.to(self.device)}
+        pad = pad_token(self.tokenizer, self.model.config)
+        return search_tokens(self.model, inputs, 1 + self.max_length, self.strategy, pad)
 
     def preprocess(self, text: str) -> Any:
         """The tokens of one text, for subclasses to override: here those of the text in lower case, truncated.

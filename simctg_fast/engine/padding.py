@@ -1,4 +1,4 @@
-"""Rows of different lengths in one batch: how they are padded, and whether that changes them."""
+"""Rows of different lengths in one batch: whether padding changes them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,12 @@ from ..decoding.call import reached_windows
 from ..decoding.generate_arguments import position_table
 from ..decoding.own_step import MOST_NOISE, allowed_for_noise, draw_tokens, error_of, moved_by_noise, own_text
 from ..decoding.unsupported import FAILURES
+from ..text.batches import padded_rows
 
 _SHORT, _BEYOND = 4, 3  # tokens of the short row; of texts that are to be longer than a window
 _LONGEST = 64  # windows up to which texts are tried
 # What two orders of a sum may make of logits, unless noise shows that it is more.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2}
-
-
-def padded_rows(model: Any, rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` ``(B, L)`` of rows of any length, as ``generate`` takes them: padded on the
-    right for an encoder, on the left for a decoder."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(rows):
-        place = slice(0, len(tokens)) if model.config.is_encoder_decoder else slice(width - len(tokens), width)
-        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..loading import fitting_threads
+from ..text.batches import padded_rows
 
 __all__ = ["Scored", "continuation_log_likelihoods"]
 
@@ -139,25 +140,14 @@ def _batches(
         yield batch
 
 
-def _padded(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``(B, T)``, padded on the right: positions are then those without padding, in every model."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return ids.to(device), mask.to(device)
-
-
 def _forward(model: Any, batch: list[_Row]) -> tuple[Tensor, list[int]]:
     """Logits ``(B, P, V)``, and for each row where in P its own end."""
-    ids, mask = _padded([row.inputs for row in batch], model.device)
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if not bool(mask.all()) or model.config.is_encoder_decoder:
-        inputs["attention_mask"] = mask
+    # On the right: positions are then those without padding, in every model.
+    inputs = padded_rows(model, [row.inputs for row in batch], 0, left=False)
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"], _ = _padded([row.decoder for row in batch], model.device)
+        inputs["decoder_input_ids"] = padded_rows(model, [row.decoder for row in batch], 0, left=False)["input_ids"]
+    elif bool(inputs["attention_mask"].all()):
+        del inputs["attention_mask"]
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     asked = sorted(set().union(*(row.asked for row in batch)))

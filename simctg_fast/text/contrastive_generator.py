@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import is_integer
 from ..cpu.modules import fast_linears, packing_pays
@@ -17,15 +17,11 @@ from ..decoding.generate_arguments import position_table
 from ..decoding.hidden_states import decoder_of
 from ..decoding.settings import check_penalty_alpha, check_top_k
 from ..loading import fitting_threads, load_model
+from .batches import by_length, cut_rows, pad_token, padded_rows
 from .continuation import continuation_text
-from .texts import text_list, tokenized
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .texts import text_list
 
 __all__ = ["ContrastiveGenerator"]
-
-logger = logging.getLogger("simctg_fast")
 
 
 class ContrastiveGenerator:
@@ -144,96 +140,56 @@ class ContrastiveGenerator:
             yield
 
     def _batches(self, rows: list[list[int]], max_length: int) -> Iterator[list[int]]:
-        """Indices of rows that run together: of similar length, and of one length where the table of positions cuts
-        the continuation, so that no row's text depends on the others."""
+        """Indices of rows that run together: of one length where the table of positions cuts the continuation, so that
+        no row's text depends on the others."""
         limit = None if self._is_encoder_decoder else position_table(self.model)
-        batch: list[int] = []
-        for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
-            longest = len(rows[batch[0]]) if batch else 0
+
+        def is_full(batch: list[int], index: int) -> bool:
+            longest = len(rows[batch[0]])
             cut = limit is not None and longest + max_length > limit and len(rows[index]) < longest
-            if batch and (len(batch) == self.batch_size or cut):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+            return cut or len(batch) == self.batch_size
+
+        return by_length(rows, is_full)
 
     def _encode(self, texts: list[str], max_length: int) -> list[list[int]]:
-        """Token ids of each text, cut to ``max_length``; says which were cut."""
+        """Token ids of each text, cut to ``max_length``."""
         self.truncated = []
         if not texts:
             return []
-        rows = tokenized(self.tokenizer, texts, verbose=False)["input_ids"]
-        self.truncated = [index for index, row in enumerate(rows) if len(row) > max_length]
-        if self.truncated:
-            logger.warning(
-                "%d of %d texts were cut to max_length=%d tokens: texts %s.",
-                len(self.truncated),
-                len(rows),
-                max_length,
-                ", ".join(map(str, self.truncated[:10])) + (", …" if len(self.truncated) > 10 else ""),
-            )
-            with self._cutting_side():
-                for index in self.truncated:  # not by slicing: special tokens stay
-                    rows[index] = self.tokenizer(texts[index], truncation=True, max_length=max_length)["input_ids"]
-        self._check_room(rows)
+        limit = position_table(self.model)
+        # A prompt needs a position for the candidates of its first new token as well.
+        room = None if limit is None else limit - (not self._is_encoder_decoder)
+        side = "right" if self._is_encoder_decoder else "left"
+        rows, truncated = cut_rows(self.tokenizer, texts, max_length, limit, room=room, side=side)
+        self.truncated = list(truncated)
         return rows
-
-    @contextmanager
-    def _cutting_side(self) -> Iterator[None]:
-        before = self.tokenizer.truncation_side
-        self.tokenizer.truncation_side = "right" if self._is_encoder_decoder else "left"
-        try:
-            yield
-        finally:
-            self.tokenizer.truncation_side = before
 
     @property
     def _is_encoder_decoder(self) -> bool:
         return bool(self.model.config.is_encoder_decoder)
 
-    def _check_room(self, rows: list[list[int]]) -> None:
-        limit = position_table(self.model)
-        # A prompt needs a position for the candidates of its first new token as well.
-        room = None if limit is None else limit - (not self._is_encoder_decoder)
-        for index, row in enumerate(rows):
-            if room is not None and len(row) > room:
-                raise ValueError(
-                    f"texts[{index}] has {len(row)} tokens, but the model's table of positions holds {limit}; allowed: "
-                    f"max_length of at most {room}, which cuts the text"
-                )
-
     def _generate(self, rows: list[list[int]], max_length: int, strategy: ContrastiveSearch) -> Tensor:
         """New tokens ``(len(rows), n)`` of a batch."""
-        inputs = self._pad(rows)
+        pad = pad_token(self.tokenizer, self.model.config)
+        inputs = padded_rows(self.model, rows, pad)
         start = 1 if self._is_encoder_decoder else inputs["input_ids"].shape[1]
         limit = position_table(self.model)
         # The last token's candidates are run as well, one position further than greedy search goes.
         most = max_length if limit is None else min(max_length, limit - start)
-        # As max_length and not as max_new_tokens: checkpoints come with a max_length, and transformers would warn.
-        output = self.model.generate(
-            **inputs,
-            custom_generate=strategy,
-            max_length=start + most,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self._pad_token_id,
-        )
-        return output[:, start:]
+        return search_tokens(self.model, inputs, start + most, strategy, pad)[:, start:]
 
-    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        """A decoder's prompts are padded on the left, since the continuation is written behind them."""
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            place = slice(0, len(row)) if self._is_encoder_decoder else slice(longest - len(row), longest)
-            ids[number, place], mask[number, place] = torch.tensor(row), 1
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
-    @property
-    def _pad_token_id(self) -> int:
-        for token in (self.tokenizer.pad_token_id, self.model.config.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return token
-        return 0  # masked, and what is written behind an end nobody has defined
+def search_tokens(
+    model: Any, inputs: dict[str, Tensor], max_length: int, strategy: ContrastiveSearch, pad: int
+) -> Tensor:
+    """``(B, up to max_length)`` tokens, the prompt's or the decoder's first one among them."""
+    # As max_length and not as max_new_tokens: checkpoints come with a max_length, and transformers would warn.
+    result: Tensor = model.generate(
+        **inputs,
+        custom_generate=strategy,
+        max_length=max_length,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+    )
+    return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,15 +15,14 @@ from torch import Tensor
 
 from ..checks import is_integer, user_path
 from ..loading import load_backbone
+from .batches import by_length, cut_rows, pad_token, padded_rows
 from .feature_file import POOLINGS, NewFile, SafetensorsWriter, check_metadata, free_target, read_features
 from .files import is_utf8
-from .texts import read_lines, short, text_list, tokenized
+from .texts import read_lines, short, text_list
 
 __all__ = ["Features", "extract_features", "load_backbone", "load_features", "read_texts"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-logger = logging.getLogger("simctg_fast")
 
 
 @dataclass(repr=False)
@@ -179,8 +177,14 @@ def extract_features(
             raise ValueError(f"out must end in .safetensors, got {str(out)!r}")
         free_target(out)
     check_metadata(metadata)
+    texts = text_list(texts)
+    if not texts:
+        raise ValueError("texts must hold at least one text, got none")
+    if max_length is not None and not is_integer(max_length, 1):
+        raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
     backbone = _backbone(model)
-    rows, truncated = _encode(tokenizer, texts, max_length, _room(backbone))
+    room = _room(backbone)
+    rows, truncated = cut_rows(tokenizer, texts, max_length, room, room=room)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
     ends = lengths.cumsum(0)
     values: Tensor | None = None
@@ -245,59 +249,14 @@ def _room(backbone: Any) -> int | None:
     return None
 
 
-def _encode(
-    tokenizer: Any, given: str | Iterable[str], max_length: int | None, room: int | None
-) -> tuple[list[list[int]], tuple[int, ...]]:
-    texts = text_list(given)
-    if not texts:
-        raise ValueError("texts must hold at least one text, got none")
-    if max_length is not None and not is_integer(max_length, 1):
-        raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
-    rows = tokenized(tokenizer, texts, verbose=False)["input_ids"]
-    cut = tuple(index for index, row in enumerate(rows) if max_length is not None and len(row) > max_length)
-    for index in cut:
-        rows[index] = tokenizer(texts[index], truncation=True, max_length=max_length)["input_ids"]
-    if cut:
-        logger.warning("%d of %d texts were cut to max_length=%d tokens.", len(cut), len(rows), max_length)
-    for index, row in enumerate(rows):
-        if room is not None and len(row) > room:
-            raise ValueError(
-                f"texts[{index}] has {len(row)} tokens, but the model's table of positions holds {room}; allowed: "
-                f"max_length of at most {room}, which cuts the text"
-            )
-    return rows, cut
-
-
-def _batches(rows: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, as many as fit."""
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
-        if batch and (len(batch) + 1) * len(rows[batch[0]]) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    yield batch
-
-
-def _pad(rows: list[list[int]], batch: list[int], tokenizer: Any, backbone: Any) -> dict[str, Tensor]:
-    """Padded on the right: positions of real tokens are then what they are without padding, in every model."""
-    longest = len(rows[batch[0]])
-    known = (tokenizer.pad_token_id, getattr(backbone.config, "pad_token_id", None), tokenizer.eos_token_id)
-    pad = next((token for token in known if token is not None), 0)
-    ids = torch.full((len(batch), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, index in enumerate(batch):
-        ids[number, : len(rows[index])] = torch.tensor(rows[index])
-        mask[number, : len(rows[index])] = 1
-    return {"input_ids": ids.to(backbone.device), "attention_mask": mask.to(backbone.device)}
-
-
 def _forwards(
     backbone: Any, tokenizer: Any, rows: list[list[int]], layer: int, max_tokens: int
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Indices of the rows of each batch, and their hidden states ``(T, D)`` without padding."""
-    for batch in _batches(rows, max_tokens):
-        states = _run(backbone, _pad(rows, batch, tokenizer, backbone), layer)
+    pad = pad_token(tokenizer, backbone.config)
+    for batch in by_length(rows, lambda batch, _: (len(batch) + 1) * len(rows[batch[0]]) > max_tokens):
+        # On the right: positions of real tokens are then what they are without padding, in every model.
+        states = _run(backbone, padded_rows(backbone, [rows[index] for index in batch], pad, left=False), layer)
         yield batch, [states[row, : len(rows[index])] for row, index in enumerate(batch)]
 
 

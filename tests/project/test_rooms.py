@@ -30,7 +30,7 @@ ROOMS = {
     "engine": "loading ops cpu decoding text",
     "engine.job": "assets text engine",
     "compat": "functional loading decoding text",
-    "integrations": "distributed ops ranking functional assets loading decoding engine engine.job",
+    "integrations": "distributed ops ranking functional assets loading decoding text engine engine.job",
     "training": "loading text integrations",
     "terminal": "",
     "cli": "ops loading text engine engine.job integrations training terminal",

@@ -23,6 +23,7 @@ from simctg_fast.decoding.caches import CACHE_NAME
 from simctg_fast.loading import load_tokenizer
 from simctg_fast.ops import _backends
 from simctg_fast.reference.t5_tutorial import TutorialT5Generate
+from simctg_fast.text.batches import pad_token
 
 from .. import toy_t5
 from ..decoding_models import build, tokenizer
@@ -273,8 +274,9 @@ def test_a_continuation_has_its_space(tmp_path):
     spaces = 0
     for text, answer in zip(TEXTS, answers, strict=True):
         inputs = own(text, return_tensors="pt")
+        pad = pad_token(own, generator.model.config)
         out = generator.model.generate(
-            **inputs, custom_generate=ContrastiveSearch(0.5, 3), max_new_tokens=60, pad_token_id=generator._pad_token_id
+            **inputs, custom_generate=ContrastiveSearch(0.5, 3), max_new_tokens=60, pad_token_id=pad
         )
         assert text + answer == own.decode(out[0], skip_special_tokens=True)
         spaces += answer.startswith(" ")
