@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent
 RECORD = "_build_error.txt"  # beside where the library would be; `simctg_fast/ops/_backends.py` reads it
 LEFT_OUT = "left out by SIMCTG_FAST_BUILD_CPP=0"
 RECORD_LINES, RECORD_WIDTH = 200, 2000  # what is kept of a compiler's message
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.cpp"))
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
 
 # No -march=native: a wheel has to run on other machines, so instruction sets are chosen at run time. A file that
 # needs one carries it in its name.
@@ -42,7 +42,7 @@ ISA_FLAGS = {
 }
 # GCC 12 takes the deliberately undefined vectors inside its own intrinsics for a mistake of ours.
 ISA_WARNINGS = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-DNDEBUG", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-Icsrc", "-O3", "-std=c++17", "-fPIC", "-pthread", "-DNDEBUG", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
 
@@ -132,7 +132,7 @@ def ninja_file(folder: str, library: str) -> str:
         flags = isa_flags(source)
         if flags is None:
             continue
-        objects.append(ninja_path(f"{folder}/{Path(source).stem}.o"))
+        objects.append(ninja_path(f"{folder}/{Path(source).with_suffix('').as_posix()}.o"))
         lines += [f"build {objects[-1]}: compile {ninja_path(source)}", f"  isa_flags = {ninja_flags(flags)}"]
     lines += [f"build {ninja_path(library)}: link {' '.join(objects)}", f"default {ninja_path(library)}"]
     return "\n".join(lines) + "\n"

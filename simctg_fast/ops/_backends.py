@@ -32,7 +32,7 @@ NOT_BUILT = "it was never built here: pip install ., or python setup.py build_ex
 RECORD_LINES = 20  # shown of a build's record
 REASON_WIDTH = 300
 
-ISA_VARIABLE = "SIMCTG_FAST_ISA"  # `csrc/cpu_features.cpp` reads it
+ISA_VARIABLE = "SIMCTG_FAST_ISA"  # `csrc/host/cpu_features.cpp` reads it
 ISA_NAMES = ("auto", "avx512", "avx2", "generic")
 
 

@@ -7,7 +7,7 @@ A score of -inf, in emissions or transitions, is a forbidden move: it has no wei
     log_partition[b]  = logsumexp_k alpha[b, last, k] + sum_t norms[b, t], summed in fp64
 
 `norms` are constants to autograd, as in `crf_filter`. With shared transitions a step is a product of matrices in the
-space of exponentials: `B K` exponentials a step instead of `B K K`. `csrc/crf_dense.cpp` says when that is exact;
+space of exponentials: `B K` exponentials a step instead of `B K K`. `csrc/host/crf_dense.cpp` says when that is exact;
 otherwise the recursion runs in logarithms.
 """
 

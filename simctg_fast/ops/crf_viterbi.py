@@ -126,7 +126,7 @@ def list_viterbi(
     """The `paths` best prefixes into every slot; a pointer names a slot and a rank in its list.
 
     `step(t)`: transitions from t - 1 to t, `(B, K, K)` or `(K, K)`. Candidates are in the order of their slots and
-    ranks, and the first of equals is taken: the order of paths is that of `csrc/best_paths.h`.
+    ranks, and the first of equals is taken: the order of paths is that of `csrc/host/best_paths.h`.
     """
     batch, length, slots = scores.shape
     nothing = float("-inf")

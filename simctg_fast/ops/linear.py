@@ -1,6 +1,6 @@
 """The operator `simctg_fast::linear_small_m`: a linear layer for a few rows, as a decoding step has them.
 
-With few rows the time goes into reading the weight. The C++ kernel (`csrc/linear.cpp`) reads it once, in place, for up
+With few rows the time goes into reading the weight. C++ (`csrc/api/linear.h`) reads it once, in place, for up
 to `MAX_ROWS` rows; a general matrix product repacks it first. What it computes for a row does not depend on the other
 rows. What it does not take (other dtypes and devices, more rows, non-contiguous weights) goes to PyTorch.
 """

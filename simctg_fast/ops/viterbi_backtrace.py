@@ -1,6 +1,6 @@
 """The operator `simctg_fast::viterbi_backtrace`: from back-pointers and last slots to paths.
 
-C++ on the CPU (`csrc/viterbi.cpp`), PyTorch elsewhere and where the extension is absent. Both read the same strided
+C++ on the CPU (`csrc/api/viterbi.h`), PyTorch elsewhere and where the extension is absent. Both read the same strided
 views, raise the same errors, and look only at slots that the paths run through.
 """
 

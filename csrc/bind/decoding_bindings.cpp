@@ -1,0 +1,178 @@
+// Bindings of what a decoding step computes on the CPU; see bindings.cpp.
+#include "bind/decoding_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "api/block_layers.h"
+#include "api/candidate_select.h"
+#include "api/decode_attention.h"
+#include "api/gelu.h"
+#include "api/linear.h"
+#include "api/rms_norm.h"
+#include "api/top_k.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using address = std::uintptr_t;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+template <class T, class Number>
+T* pointer(Number value) {
+    return reinterpret_cast<T*>(static_cast<address>(value));
+}
+
+void linear(simctg::WeightLayout layout, address x, int64_t x_stride, address weight, int64_t weight_stride,
+            address bias, address y, int64_t y_stride, int64_t rows, int64_t in_features, int64_t out_features,
+            int num_threads) {
+    simctg::linear({pointer<const float>(x), x_stride, pointer<const float>(weight), weight_stride,
+                    pointer<const float>(bias), pointer<float>(y), y_stride, rows, in_features, out_features},
+                   layout, num_threads);
+}
+
+void pack_linear(address weight, int64_t weight_stride, simctg::WeightLayout from, int64_t in_features,
+                 int64_t out_features, address packed, int num_threads) {
+    simctg::pack_linear(pointer<const float>(weight), weight_stride, from, in_features, out_features,
+                        pointer<float>(packed), num_threads);
+}
+
+// An array: its address, then the strides that the kernel wants. Address 0: there is none.
+template <std::size_t Strides>
+using Array = std::array<int64_t, Strides + 1>;
+
+void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key, Array<3> value, int64_t length,
+                      address lengths, address starts, int64_t start, Array<2> new_key, Array<2> new_value,
+                      float scaling, float softcap, Array<3> mask, Array<3> bias, address sinks, address out,
+                      int num_threads) {
+    simctg::DecodeAttention call{};
+    call.batch = sizes[0], call.candidates = sizes[1], call.kv_heads = sizes[2];
+    call.groups = sizes[3], call.dim = sizes[4], call.value_dim = sizes[5];
+    call.query = pointer<const float>(query[0]);
+    call.query_row = query[1], call.query_head = query[2];
+    call.key = pointer<const float>(key[0]);
+    call.key_batch = key[1], call.key_head = key[2], call.key_position = key[3];
+    call.value = pointer<const float>(value[0]);
+    call.value_batch = value[1], call.value_head = value[2], call.value_position = value[3];
+    call.length = length;
+    call.lengths = pointer<const int64_t>(lengths);
+    call.starts = pointer<const int64_t>(starts);
+    call.start = start;
+    call.new_key = pointer<const float>(new_key[0]);
+    call.new_key_row = new_key[1], call.new_key_head = new_key[2];
+    call.new_value = pointer<const float>(new_value[0]);
+    call.new_value_row = new_value[1], call.new_value_head = new_value[2];
+    call.scaling = scaling;
+    call.softcap = softcap;
+    call.mask = pointer<const uint8_t>(mask[0]);
+    call.mask_batch = mask[1], call.mask_candidate = mask[2], call.mask_head = mask[3];
+    call.bias = pointer<const float>(bias[0]);
+    call.bias_batch = bias[1], call.bias_candidate = bias[2], call.bias_head = bias[3];
+    call.sinks = pointer<const float>(sinks);
+    call.out = pointer<float>(out);
+    simctg::decode_attention(call, num_threads);
+}
+
+simctg::RmsNorm rms_norm_of(const std::pair<address, float>& norm) {
+    return {pointer<const float>(norm.first), norm.second};
+}
+
+void norm_linears(address x, int64_t rows, std::pair<address, float> norm,
+                  const std::vector<const simctg::LinearLayer*>& layers, const std::vector<address>& y,
+                  int num_threads) {
+    std::vector<float*> results;
+    for (const address result : y) results.push_back(pointer<float>(result));
+    simctg::norm_linears(pointer<const float>(x), rows, rms_norm_of(norm), layers, results, num_threads);
+}
+
+void linear_residual(address x, int64_t rows, const simctg::LinearLayer& layer, address residual, address y,
+                     int num_threads) {
+    simctg::linear_residual(pointer<const float>(x), rows, layer, pointer<const float>(residual), pointer<float>(y),
+                            num_threads);
+}
+
+void feed_forward(address x, int64_t rows, std::pair<address, float> norm, const simctg::LinearLayer& inner,
+                  const simctg::LinearLayer* gate, simctg::Activation act, const simctg::LinearLayer& outer, address y,
+                  int num_threads) {
+    simctg::feed_forward(pointer<const float>(x), rows, rms_norm_of(norm), inner, gate, act, outer, pointer<float>(y),
+                         num_threads);
+}
+
+void gelu_tanh(address x, address y, int64_t count, int num_threads) {
+    simctg::gelu_tanh(pointer<const float>(x), pointer<float>(y), count, num_threads);
+}
+
+void rms_norm(address x, address weight, float epsilon, int64_t rows, int64_t width, address y, int num_threads) {
+    simctg::rms_norm(pointer<const float>(x), pointer<const float>(weight), epsilon, rows, width, pointer<float>(y),
+                     num_threads);
+}
+
+void top_k_probs(address logits, int64_t rows, int64_t count, int64_t k, address probs, address tokens,
+                 int num_threads) {
+    simctg::top_k_probs(pointer<const float>(logits), rows, count, k, pointer<float>(probs), pointer<int64_t>(tokens),
+                        num_threads);
+}
+
+void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, address lengths, Array<1> mask,
+                    address penalty, address position, int num_threads) {
+    simctg::CandidateScan call{};
+    call.batch = sizes[0], call.candidates = sizes[1], call.dim = sizes[2], call.length = sizes[3];
+    call.states = pointer<const float>(states[0]);
+    call.state_batch = states[1], call.state_candidate = states[2];
+    call.history = pointer<const float>(history[0]);
+    call.history_batch = history[1], call.history_position = history[2];
+    call.lengths = pointer<const int64_t>(lengths);
+    call.mask = pointer<const uint8_t>(mask[0]);
+    call.mask_batch = mask[1];
+    call.penalty = pointer<float>(penalty);
+    call.position = pointer<int64_t>(position);
+    simctg::candidate_scan(call, num_threads);
+}
+
+}  // namespace
+
+void bind_decoding(py::module_& m) {
+    py::enum_<simctg::WeightLayout>(m, "WeightLayout")
+        .value("rows_are_outputs", simctg::WeightLayout::rows_are_outputs)
+        .value("rows_are_inputs", simctg::WeightLayout::rows_are_inputs)
+        .value("panels", simctg::WeightLayout::panels);
+    m.def("linear", &linear, py::arg("layout"), py::arg("x"), py::arg("x_stride"), py::arg("weight"),
+          py::arg("weight_stride"), py::arg("bias"), py::arg("y"), py::arg("y_stride"), py::arg("rows"),
+          py::arg("in_features"), py::arg("out_features"), py::arg("num_threads"), release_gil());
+    m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
+    m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
+          py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
+    py::enum_<simctg::Activation>(m, "Activation")
+        .value("relu", simctg::Activation::relu)
+        .value("gelu_tanh", simctg::Activation::gelu_tanh);
+    py::class_<simctg::LinearLayer>(m, "LinearLayer")
+        .def(py::init([](simctg::WeightLayout layout, address weight, address bias, int64_t in_features,
+                         int64_t out_features) {
+                 return simctg::LinearLayer{layout, pointer<const float>(weight), pointer<const float>(bias),
+                                            in_features, out_features};
+             }),
+             py::arg("layout"), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"));
+    m.def("norm_linears", &norm_linears, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("layers"), py::arg("y"),
+          py::arg("num_threads"), release_gil());
+    m.def("linear_residual", &linear_residual, py::arg("x"), py::arg("rows"), py::arg("layer"), py::arg("residual"),
+          py::arg("y"), py::arg("num_threads"), release_gil());
+    m.def("feed_forward", &feed_forward, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("inner"),
+          py::arg("gate").none(true), py::arg("act"), py::arg("outer"), py::arg("y"), py::arg("num_threads"),
+          release_gil());
+    m.def("decode_attention", &decode_attention, py::arg("sizes"), py::arg("query"), py::arg("key"), py::arg("value"),
+          py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
+          py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),
+          py::arg("sinks"), py::arg("out"), py::arg("num_threads"), release_gil());
+    m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
+          py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),
+          py::arg("y"), py::arg("num_threads"), release_gil());
+    m.def("top_k_probs", &top_k_probs, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("k"),
+          py::arg("probs"), py::arg("tokens"), py::arg("num_threads"), release_gil());
+    m.def("gelu_tanh", &gelu_tanh, py::arg("x"), py::arg("y"), py::arg("count"), py::arg("num_threads"), release_gil());
+}

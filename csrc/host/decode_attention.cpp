@@ -1,0 +1,116 @@
+#include "api/decode_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "api/cpu_features.h"
+#include "simd/decode_attention_dispatch.h"
+#include "host/parallel.h"
+#include "host/scratch.h"
+
+namespace simctg {
+namespace {
+
+const AttentionKernels& kernels() {
+#if defined(SIMCTG_FAST_X86_64)
+    if (active_isa() == Isa::avx512) return attention_kernels_avx512();
+    if (active_isa() == Isa::avx2) return attention_kernels_avx2();
+#endif
+    return attention_kernels_generic();
+}
+
+thread_local Scratch work_scratch, partial_scratch;
+
+constexpr int64_t kTasksPerThread = 8;   // enough to even out rows of different length
+constexpr int64_t kSmallWork = 1 << 16;  // floats of keys and values below which waking a thread costs more than it saves
+
+void check(bool valid, const std::string& name, int64_t value, const std::string& allowed) {
+    if (!valid) throw std::invalid_argument(name + " is " + std::to_string(value) + ", must be " + allowed);
+}
+
+// The positions a sequence reads, and how many cuts of kSplit they touch.
+struct Range {
+    int64_t begin, end, first_cut, cuts;
+    Range(const DecodeAttention& call, int64_t b) {
+        begin = std::max<int64_t>(0, std::max(call.start, call.starts ? call.starts[b] : 0));
+        end = call.lengths ? call.lengths[b] : call.length;
+        begin = std::min(begin, end);
+        first_cut = begin / kSplit;
+        cuts = begin == end ? 0 : (end - 1) / kSplit + 1 - first_cut;
+    }
+};
+
+}  // namespace
+
+void decode_attention(const DecodeAttention& call, int num_threads) {
+    for (const auto& [name, value] : {std::pair<const char*, int64_t>{"batch", call.batch},
+                                      {"candidates", call.candidates},
+                                      {"kv_heads", call.kv_heads},
+                                      {"groups", call.groups},
+                                      {"dim", call.dim},
+                                      {"value_dim", call.value_dim},
+                                      {"length", call.length}}) {
+        check(value >= 0, name, value, ">= 0");
+    }
+    check(num_threads >= 1, "num_threads", num_threads, ">= 1");
+    for (int64_t b = 0; call.lengths && b < call.batch; ++b) {
+        check(call.lengths[b] >= 0 && call.lengths[b] <= call.length, "lengths[" + std::to_string(b) + "]",
+              call.lengths[b], "in 0.." + std::to_string(call.length));
+    }
+    const AttentionKernels& k = kernels();
+    const int64_t rows = call.candidates * call.groups, heads = call.batch * call.kv_heads;
+    const int64_t cut_floats = rows * partial_stride(call.value_dim);
+    if (heads == 0 || rows == 0) return;
+    if (heads * call.length * (call.dim + call.value_dim) < kSmallWork) num_threads = 1;
+
+    const auto run_cut = [&](int64_t b, int64_t g, const Range& range, int64_t cut, const float* next, float* partial) {
+        const int64_t begin = std::max(range.begin, (range.first_cut + cut) * kSplit);
+        const int64_t end = std::min(range.end, (range.first_cut + cut + 1) * kSplit);
+        k.attend(call, b, g, begin, end, next, work_scratch.get(attention_scratch(rows, call.dim)), partial);
+    };
+    const int64_t most_cuts = (call.length + kSplit - 1) / kSplit;
+    if (most_cuts <= 1 || heads >= 4 * int64_t{num_threads} || num_threads == 1) {
+        // Heads that follow one another: each has the next one's keys fetched.
+        const int64_t tasks = std::min(heads, kTasksPerThread * num_threads);
+        parallel_for(tasks, num_threads, [&](int64_t task) {
+            const int64_t last = heads * (task + 1) / tasks;
+            for (int64_t head = heads * task / tasks; head < last; ++head) {
+                const int64_t b = head / call.kv_heads, g = head % call.kv_heads;
+                const Range range(call, b);
+                const float* next = nullptr;
+                if (head + 1 < last) {
+                    const int64_t next_b = (head + 1) / call.kv_heads, next_g = (head + 1) % call.kv_heads;
+                    next = call.key + next_b * call.key_batch + next_g * call.key_head +
+                           Range(call, next_b).begin * call.key_position;
+                }
+                float* partials = partial_scratch.get(std::max<int64_t>(1, range.cuts) * cut_floats);
+                for (int64_t cut = 0; cut < range.cuts; ++cut) {
+                    const bool ends = cut + 1 == range.cuts;
+                    run_cut(b, g, range, cut, ends ? next : nullptr, partials + cut * cut_floats);
+                }
+                k.finish(call, b, g, range.cuts, partials);
+            }
+        });
+        return;
+    }
+    // Few heads, long sequences: each cut is a task, and whoever ends a head's last one adds them up.
+    float* all = partial_scratch.get(heads * most_cuts * cut_floats);
+    const auto missing = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(heads));
+    for (int64_t head = 0; head < heads; ++head) {
+        missing[head].store(most_cuts, std::memory_order_relaxed);
+    }
+    parallel_for(heads * most_cuts, num_threads, [&](int64_t task) {
+        const int64_t head = task / most_cuts, cut = task % most_cuts;
+        const int64_t b = head / call.kv_heads, g = head % call.kv_heads;
+        const Range range(call, b);
+        float* partials = all + head * most_cuts * cut_floats;
+        if (cut < range.cuts) run_cut(b, g, range, cut, nullptr, partials + cut * cut_floats);
+        if (missing[head].fetch_sub(1, std::memory_order_acq_rel) == 1) k.finish(call, b, g, range.cuts, partials);
+    });
+}
+
+}  // namespace simctg

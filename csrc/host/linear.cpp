@@ -1,0 +1,207 @@
+#include "api/linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "api/cpu_features.h"
+#include "simd/linear_dispatch.h"
+#include "host/parallel.h"
+#include "host/scratch.h"
+
+namespace simctg {
+namespace {
+
+const LinearKernels& kernels() {
+#if defined(SIMCTG_FAST_X86_64)
+    if (active_isa() == Isa::avx512) return linear_kernels_avx512();
+    if (active_isa() == Isa::avx2) return linear_kernels_avx2();
+#endif
+    return linear_kernels_generic();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+thread_local Scratch scratch;
+thread_local Scratch x_scratch;  // the caller's; `scratch` is of whichever thread runs a task
+
+constexpr int64_t kSmallWork = 1 << 16;  // multiply-adds below which waking a thread costs more than it saves
+constexpr int64_t kTasksPerThread = 4;   // enough to even out threads that are held up
+constexpr int64_t kStep = 192;           // columns: a multiple of the pieces of rows_are_inputs, long enough to stream
+constexpr int64_t kDotStep = 48;         // columns: a multiple of the tiles of rows_are_outputs
+constexpr int64_t kSplitRows = 16;       // up to here rows_are_inputs is split over k as well
+constexpr double kSparseShare = 0.35;    // of x, at most, where going from entry to entry is faster
+constexpr int64_t kCopiedRows = 16;      // from here on a copy of x pays that a product finds in the cache
+
+// Calls fill(begin, end) over ranges of columns, cut at multiples of `step`, in parallel.
+template <class Fill>
+void split_columns(int64_t columns, int64_t step, int num_threads, int64_t tasks_per_thread, const Fill& fill) {
+    const int64_t units = ceil_div(columns, step), tasks = std::min(units, num_threads * tasks_per_thread);
+    parallel_for(tasks, num_threads, [&](int64_t task) {
+        fill(units * task / tasks * step, std::min(columns, units * (task + 1) / tasks * step));
+    });
+}
+
+// Whether that many equal tasks keep the threads busy for nine tenths of the time.
+bool even(int64_t tasks, int64_t threads) { return 10 * tasks >= 9 * ceil_div(tasks, threads) * threads; }
+
+void run_rows_are_inputs(const Linear& call, int num_threads) {
+    const LinearKernels& k = kernels();
+    const int64_t chunks = ceil_div(call.in_features, kChunk);
+    if (num_threads == 1 || call.rows > kSplitRows || chunks == 1) {
+        return split_columns(call.out_features, kStep, num_threads, num_threads == 1 ? 1 : 2, [&](int64_t begin, int64_t end) {
+            const int64_t stride = ceil_div(end - begin, 16) * 16;
+            k.rows_are_inputs(call, begin, end, 0, chunks, scratch.get(call.rows * stride), stride, true);
+        });
+    }
+    // Few rows: let every thread read whole weight rows. The sums of each chunk wait until the last one is there.
+    const int64_t most = ceil_div(call.out_features, kStep);
+    int64_t blocks = 1;
+    while (blocks < most && !even(chunks * blocks, num_threads)) ++blocks;
+    const int64_t width = ceil_div(ceil_div(call.out_features, blocks), kStep) * kStep;
+    const int64_t block_floats = chunks * call.rows * width;
+    float* sums = scratch.get(blocks * block_floats);
+    const auto missing = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(blocks));
+    for (int64_t block = 0; block < blocks; ++block) missing[block].store(chunks, std::memory_order_relaxed);
+    parallel_for(chunks * blocks, num_threads, [&](int64_t task) {
+        const int64_t chunk = task / blocks, block = task % blocks;
+        const int64_t begin = block * width, end = std::min(call.out_features, begin + width);
+        if (begin >= end) return;
+        float* block_sums = sums + block * block_floats;
+        k.rows_are_inputs(call, begin, end, chunk, chunk + 1, block_sums + chunk * call.rows * width, width, false);
+        if (missing[block].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            k.add_chunks(call, begin, end, chunks, block_sums, width);
+        }
+    });
+}
+
+// Rows of x that are a multiple of a page apart meet in the same few lines of the first cache, where those of the weight
+// are already: the call with a copy of x in which they are not.
+Linear rows_apart(const Linear& call) {
+    constexpr int64_t page = 1024, line = 16;  // floats
+    Linear apart = call;
+    if (call.rows < kCopiedRows || call.x_stride % page != 0) return apart;
+    apart.x_stride = call.in_features + line;
+    float* copy = x_scratch.get(call.rows * apart.x_stride);
+    for (int64_t m = 0; m < call.rows; ++m) {
+        std::copy_n(call.x + m * call.x_stride, call.in_features, copy + m * apart.x_stride);
+    }
+    apart.x = copy;
+    return apart;
+}
+
+void check(bool valid, const char* name, int64_t value, const char* allowed) {
+    if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", must be " + allowed);
+}
+
+}  // namespace
+
+void linear(const Linear& call, WeightLayout layout, int num_threads) {
+    check(call.rows >= 0, "rows", call.rows, ">= 0");
+    check(call.in_features >= 0, "in_features", call.in_features, ">= 0");
+    check(call.out_features >= 0, "out_features", call.out_features, ">= 0");
+    check(num_threads >= 1, "num_threads", num_threads, ">= 1");
+    check(call.rows < 2 || call.y_stride >= call.out_features, "y_stride", call.y_stride, ">= out_features");
+    if (call.rows == 0 || call.out_features == 0) return;
+    if (call.in_features == 0) {
+        for (int64_t m = 0; m < call.rows; ++m) {
+            for (int64_t n = 0; n < call.out_features; ++n) call.y[m * call.y_stride + n] = call.bias ? call.bias[n] : 0;
+        }
+        return;
+    }
+    if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
+    const LinearKernels& k = kernels();
+    if (layout == WeightLayout::rows_are_outputs) {
+        check(call.weight_stride >= call.in_features, "weight_stride", call.weight_stride, ">= in_features");
+        const Linear apart = rows_apart(call);
+        split_columns(call.out_features, kDotStep, num_threads, kTasksPerThread,
+                      [&](int64_t begin, int64_t end) { k.rows_are_outputs(apart, begin, end, scratch.get(kDotSums)); });
+    } else if (layout == WeightLayout::panels) {
+        split_columns(call.out_features, k.panel_width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
+            k.panels(call, begin, end, scratch.get(call.rows * k.panel_width));
+        });
+    } else {
+        check(call.weight_stride >= call.out_features, "weight_stride", call.weight_stride, ">= out_features");
+        run_rows_are_inputs(call, num_threads);
+    }
+}
+
+void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {
+    const LinearKernels& k = kernels();
+    check(num_threads >= 1, "num_threads", num_threads, ">= 1");
+    check(call.rows >= 0, "rows", call.rows, ">= 0");
+    check(call.in_features >= 0, "in_features", call.in_features, ">= 0");
+    const int64_t elements = call.rows * call.in_features;
+    if (layout == WeightLayout::panels && k.sparse_panels && elements > 0) {
+        const int64_t blocks = ceil_div(call.in_features, kSparseBlock), counts = call.rows * blocks;
+        float* memory = x_scratch.get(counts + ceil_div(counts * kSparseRoom, sizeof(float)));
+        const SparseRows rows{reinterpret_cast<uint8_t*>(memory + counts), reinterpret_cast<int32_t*>(memory), blocks};
+        std::atomic<int64_t> found{0};
+        parallel_for(call.rows, elements < kSmallWork ? 1 : num_threads, [&](int64_t m) {
+            int64_t of_row = 0;
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t entry = m * blocks + b, first = b * kSparseBlock;
+                const int64_t count =
+                    k.find_entries(call.x + m * call.x_stride + first, std::min(kSparseBlock, call.in_features - first),
+                                   rows.entries + entry * kSparseRoom);
+                rows.counts[entry] = static_cast<int32_t>(count);
+                of_row += count;
+            }
+            found.fetch_add(of_row, std::memory_order_relaxed);
+        });
+        if (found.load() < kSparseShare * static_cast<double>(elements)) {
+            check(call.rows < 2 || call.y_stride >= call.out_features, "y_stride", call.y_stride, ">= out_features");
+            if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
+            const int64_t width = kSparsePanels * k.panel_width;
+            return split_columns(call.out_features, width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
+                k.sparse_panels(call, rows, begin, end, scratch.get(call.rows * width));
+            });
+        }
+    }
+    float* x = const_cast<float*>(call.x);
+    for (int64_t m = 0; m < call.rows; ++m, x += call.x_stride) {
+        for (int64_t i = 0; i < call.in_features; ++i) x[i] = x[i] <= 0.0f ? 0.0f : x[i];
+    }
+    linear(call, layout, num_threads);
+}
+
+int64_t packed_linear_size(int64_t in_features, int64_t out_features) {
+    check(in_features >= 0, "in_features", in_features, ">= 0");
+    check(out_features >= 0, "out_features", out_features, ">= 0");
+    const int64_t width = kernels().panel_width;
+    return ceil_div(out_features, width) * width * in_features;
+}
+
+void pack_linear(const float* weight, int64_t weight_stride, WeightLayout from, int64_t in_features,
+                 int64_t out_features, float* packed, int num_threads) {
+    if (from == WeightLayout::panels) throw std::invalid_argument("from is panels, must be a layout in place");
+    const bool outputs = from == WeightLayout::rows_are_outputs;
+    check(num_threads >= 1, "num_threads", num_threads, ">= 1");
+    check(weight_stride >= (outputs ? in_features : out_features), "weight_stride", weight_stride, "at least a row");
+    const LinearKernels& kernel = kernels();
+    const int64_t width = kernel.panel_width;
+    parallel_for(ceil_div(out_features, width), num_threads, [&](int64_t panel) {
+        float* target = packed + panel * width * in_features;
+        const int64_t begin = panel * width, columns = std::min(width, out_features - begin);
+        const int64_t stride_k = outputs ? 1 : weight_stride, stride_n = outputs ? weight_stride : 1;
+        const float* source = weight + begin * stride_n;
+        if (outputs && columns == width && kernel.pack_rows) {
+            return kernel.pack_rows(source, weight_stride, in_features, target);
+        }
+        if (columns < width) std::fill(target, target + width * in_features, 0.0f);
+        constexpr int64_t block = 32;  // k's: a square that the first cache holds whichever way it is walked
+        for (int64_t k = 0; k < in_features; k += block) {
+            const int64_t k_end = std::min(in_features, k + block);
+            for (int64_t n = 0; outputs && n < columns; ++n) {
+                for (int64_t i = k; i < k_end; ++i) target[i * width + n] = source[n * stride_n + i];
+            }
+            for (int64_t i = k; !outputs && i < k_end; ++i) {
+                for (int64_t n = 0; n < columns; ++n) target[i * width + n] = source[i * stride_k + n];
+            }
+        }
+    });
+}
+
+}  // namespace simctg

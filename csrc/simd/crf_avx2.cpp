@@ -1,0 +1,7 @@
+#include "simd/crf_kernels.h"
+
+namespace simctg {
+
+const CrfKernels& crf_kernels_avx2() { return kKernels; }
+
+}  // namespace simctg
