@@ -33,13 +33,16 @@ RECORD = "_build_error.txt"  # beside where the library would be; `simctg_fast/o
 LEFT_OUT = "left out by SIMCTG_FAST_BUILD_CPP=0"
 RECORD_LINES, RECORD_WIDTH = 200, 2000  # what is kept of a compiler's message
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
+SIMD = "csrc/simd/"  # compiled once for each instruction set, every other file once
 
-# No -march=native: a wheel has to run on other machines, so instruction sets are chosen at run time. A file that
-# needs one carries it in its name.
-ISA_FLAGS = {
-    "_avx2.cpp": ["-mavx2", "-mfma"],
-    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+# The flags of each set, by machine, the best one first. No -march=native: a wheel has to run on other machines, so the
+# set is chosen at run time.
+ISAS_X86_64 = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+    "generic": [],
 }
+ISAS = {"x86_64": ISAS_X86_64, "amd64": ISAS_X86_64, "aarch64": {"neon": []}, "arm64": {"neon": []}}
 # GCC 12 takes the deliberately undefined vectors inside its own intrinsics for a mistake of ours.
 ISA_WARNINGS = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CXX_FLAGS = ["-Icsrc", "-O3", "-std=c++17", "-fPIC", "-pthread", "-DNDEBUG", "-Wall", "-Wextra"]
@@ -55,16 +58,21 @@ class BuildError(Exception):
         self.output = output or []
 
 
-def is_x86_64() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+def instruction_sets() -> dict[str, list[str]]:
+    """Those that this machine's build holds, the best one first, with their flags."""
+    wide = sys.maxsize > 2**32
+    return ISAS.get(platform.machine().lower() if wide else "", {"generic": []})
 
 
-def isa_flags(source: str) -> list[str] | None:
-    """Flags of the instruction set a file is named after, [] for a portable file, None for another machine's."""
-    for suffix, flags in ISA_FLAGS.items():
-        if source.endswith(suffix):
-            return [*flags, *ISA_WARNINGS] if is_x86_64() else None
-    return []
+def objects() -> Iterator[tuple[str, str, list[str]]]:
+    """For every object its source, its name without the ending, and its own flags."""
+    for source in SOURCES:
+        name = source.removesuffix(".cpp")
+        if not source.startswith(SIMD):
+            yield source, name, []
+            continue
+        for isa, flags in instruction_sets().items():
+            yield source, f"{name}.{isa}", [*flags, *(ISA_WARNINGS if flags else []), f"-DSIMCTG_ISA={isa}"]
 
 
 def compiler() -> str:
@@ -110,7 +118,8 @@ def ninja_flags(flags: list[str]) -> str:
 
 def ninja_file(folder: str, library: str) -> str:
     """Text of the build.ninja, to be run in the repository root: one edge an object, with its depfile, and one link."""
-    cxx_flags = CXX_FLAGS + (["-DSIMCTG_FAST_X86_64=1"] if is_x86_64() else [])
+    each = " ".join(f"DO({isa},__VA_ARGS__)" for isa in instruction_sets())
+    cxx_flags = [*CXX_FLAGS, f"-DSIMCTG_ISAS(DO,...)={each}"]
     cxx_flags += [*include_flags(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     lines = [
         "ninja_required_version = 1.5",
@@ -119,7 +128,7 @@ def ninja_file(folder: str, library: str) -> str:
         f"cxx_flags = {ninja_flags(cxx_flags)}",
         f"link_flags = {ninja_flags([*LINK_FLAGS, *shlex.split(os.environ.get('LDFLAGS', ''))])}",
         "rule compile",
-        "  command = $cxx $cxx_flags $isa_flags -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $cxx_flags $own_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
@@ -127,14 +136,11 @@ def ninja_file(folder: str, library: str) -> str:
         "  command = $cxx $in $link_flags -o $out",
         "  description = link $out",
     ]
-    objects = []
-    for source in SOURCES:
-        flags = isa_flags(source)
-        if flags is None:
-            continue
-        objects.append(ninja_path(f"{folder}/{Path(source).with_suffix('').as_posix()}.o"))
-        lines += [f"build {objects[-1]}: compile {ninja_path(source)}", f"  isa_flags = {ninja_flags(flags)}"]
-    lines += [f"build {ninja_path(library)}: link {' '.join(objects)}", f"default {ninja_path(library)}"]
+    built = []
+    for source, name, flags in objects():
+        built.append(ninja_path(f"{folder}/{name}.o"))
+        lines += [f"build {built[-1]}: compile {ninja_path(source)}", f"  own_flags = {ninja_flags(flags)}"]
+    lines += [f"build {ninja_path(library)}: link {' '.join(built)}", f"default {ninja_path(library)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import random
 import sys
 
@@ -112,7 +113,7 @@ def _fresh_state() -> None:
     torch.set_flush_denormal(False)  # training scripts that a test ran in this process switch it on
 
 
-@pytest.fixture(params=("generic", "avx2", "avx512"))
+@pytest.fixture(params=("neon",) if platform.machine() in ("aarch64", "arm64") else ("generic", "avx2", "avx512"))
 def isa(request):
     """Runs the test's C++ kernels on one instruction set."""
     from simctg_fast.ops import _backends

@@ -1,26 +1,31 @@
 // Which instruction set the kernels run with: the best one this processor has, unless told otherwise.
 #pragma once
 
-#include <string>
-
 namespace simctg {
 
-enum class Isa { generic = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { generic, avx2, avx512, neon };
 
-// The best instruction set that this processor, this operating system and this build support.
+// The build says which instruction sets csrc/simd/ is compiled for: SIMCTG_ISAS(DO, …) is DO(isa, …) of each, the best one
+// first.
+#define SIMCTG_LISTED(isa, ...) Isa::isa,
+constexpr Isa kBuiltIsas[] = {SIMCTG_ISAS(SIMCTG_LISTED, )};
+#undef SIMCTG_LISTED
+
+// The best instruction set that this processor, this operating system and this build support; all after it in
+// kBuiltIsas can be used too.
 Isa best_isa();
 
-// The one that `name` ("avx512", "avx2", "generic"; "auto" or nothing for `best`) stands for on a processor whose best one
-// is `best`. Throws std::invalid_argument, which calls the name `source` and lists what is allowed, on any other name and
-// on a set above `best`.
-Isa parse_isa(const std::string& name, const std::string& source, Isa best);
+// The one that `name` (as `isa_name` gives it; "auto" or nothing for `best`) stands for on a processor whose best one is
+// `best`. Throws std::invalid_argument, which calls the name `source` and lists what is allowed, on any other name and on
+// a set above `best`.
+Isa parse_isa(const char* name, const char* source, Isa best);
 
 // The one in use: `best_isa()`, lowered by SIMCTG_FAST_ISA or by `set_isa`. Throws as `parse_isa` does, at every call,
 // where that variable has a value that cannot be used.
 Isa active_isa();
 
 // Chooses by name, as `parse_isa` does. Meant for tests and benchmarks; calls that are under way keep what they began with.
-void set_isa(const std::string& name);
+void set_isa(const char* name);
 
 const char* isa_name(Isa isa);
 

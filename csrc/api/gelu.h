@@ -8,12 +8,4 @@ namespace simctg {
 // y[i] = x[i] / 2 · (1 + tanh(sqrt(2 / pi) · (x[i] + 0.044715 · x[i]^3))); y may be x.
 void gelu_tanh(const float* x, float* y, int64_t count, int num_threads);
 
-using GeluKernel = void (*)(const float* x, float* y, int64_t count);
-
-void gelu_tanh_generic(const float* x, float* y, int64_t count);
-#if defined(SIMCTG_FAST_X86_64)
-void gelu_tanh_avx2(const float* x, float* y, int64_t count);
-void gelu_tanh_avx512(const float* x, float* y, int64_t count);
-#endif
-
 }  // namespace simctg

@@ -9,13 +9,4 @@ namespace simctg {
 void rms_norm(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y,
               int num_threads);
 
-using RmsNormKernel = void (*)(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width,
-                               float* y);
-
-void rms_norm_generic(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y);
-#if defined(SIMCTG_FAST_X86_64)
-void rms_norm_avx2(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y);
-void rms_norm_avx512(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y);
-#endif
-
 }  // namespace simctg

@@ -10,14 +10,4 @@ namespace simctg {
 void top_k_probs(const float* logits, int64_t rows, int64_t count, int64_t k, float* probs, int64_t* tokens,
                  int num_threads);
 
-// One row; `groups` [ceil(count / kTopKGroup)] is scratch.
-constexpr int64_t kTopKGroup = 256;
-using TopKRow = void (*)(const float* logits, int64_t count, int64_t k, float* groups, float* probs, int64_t* tokens);
-
-void top_k_row_generic(const float* logits, int64_t count, int64_t k, float* groups, float* probs, int64_t* tokens);
-#if defined(SIMCTG_FAST_X86_64)
-void top_k_row_avx2(const float* logits, int64_t count, int64_t k, float* groups, float* probs, int64_t* tokens);
-void top_k_row_avx512(const float* logits, int64_t count, int64_t k, float* groups, float* probs, int64_t* tokens);
-#endif
-
 }  // namespace simctg

@@ -79,18 +79,19 @@ PYBIND11_MODULE(_C, m) {
     m.def("best_isa", [] { return simctg::isa_name(simctg::best_isa()); });
     m.def("supported_isas", [] {  // the best one first
         std::vector<std::string> names;
-        for (const simctg::Isa isa : {simctg::Isa::avx512, simctg::Isa::avx2, simctg::Isa::generic}) {
-            if (isa <= simctg::best_isa()) names.emplace_back(simctg::isa_name(isa));
+        for (const simctg::Isa isa : simctg::kBuiltIsas) {
+            if (isa == simctg::best_isa() || !names.empty()) names.emplace_back(simctg::isa_name(isa));
         }
         return names;
     });
     m.def("active_isa", [] { return simctg::isa_name(simctg::active_isa()); });
-    m.def("set_isa", &simctg::set_isa, py::arg("name"));
+    m.def("set_isa", &simctg::set_isa, py::arg("name").none(false));
     // What `name` would mean on a processor whose best one is `best`: so that tests reach the other processors' errors.
     m.def(
         "parse_isa",
         [](const std::string& name, const std::string& source, const std::string& best) {
-            return simctg::isa_name(simctg::parse_isa(name, source, simctg::parse_isa(best, "best", simctg::Isa::avx512)));
+            const simctg::Isa as = simctg::parse_isa(best.c_str(), "best", simctg::kBuiltIsas[0]);
+            return simctg::isa_name(simctg::parse_isa(name.c_str(), source.c_str(), as));
         },
         py::arg("name"), py::arg("source"), py::arg("best"));
     m.def("parallel_backend", &simctg::parallel_backend);

@@ -5,7 +5,7 @@
 
 #include "api/gelu.h"
 #include "api/rms_norm.h"
-#include "host/scratch.h"
+#include "host/memory.h"
 
 namespace simctg {
 namespace {

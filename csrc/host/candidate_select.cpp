@@ -7,21 +7,15 @@
 #include <utility>
 #include <vector>
 
-#include "simd/candidate_select_dispatch.h"
-#include "api/cpu_features.h"
+#include "host/checks.h"
+#include "host/memory.h"
 #include "host/parallel.h"
-#include "host/scratch.h"
+#include "simd/candidate_select.h"
 
 namespace simctg {
 namespace {
 
-const CandidateKernels& kernels() {
-#if defined(SIMCTG_FAST_X86_64)
-    if (active_isa() == Isa::avx512) return candidate_kernels_avx512();
-    if (active_isa() == Isa::avx2) return candidate_kernels_avx2();
-#endif
-    return candidate_kernels_generic();
-}
+using namespace candidates;
 
 thread_local Scratch unit_scratch;
 
@@ -38,14 +32,9 @@ void candidate_scan(const CandidateScan& call, int num_threads) {
                                       {"num_threads", num_threads - 1}}) {
         if (value < 0) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", too small");
     }
-    for (int64_t b = 0; call.lengths && b < call.batch; ++b) {
-        if (call.lengths[b] < 0 || call.lengths[b] > call.length) {
-            throw std::invalid_argument("lengths[" + std::to_string(b) + "] is " + std::to_string(call.lengths[b]) +
-                                        ", must be in 0.." + std::to_string(call.length));
-        }
-    }
+    for (int64_t b = 0; b < call.batch; ++b) length_of(call.lengths, b, call.length);
     if (call.batch == 0 || call.candidates == 0) return;
-    const CandidateKernels& k = kernels();
+    const Kernels& k = kernels<Kernels>();
     if (call.batch * call.length * call.dim < kSmallWork) num_threads = 1;
     const int64_t cuts = std::max<int64_t>(1, (call.length + kCut - 1) / kCut);
     const int64_t floats = call.candidates * call.dim;

@@ -3,37 +3,20 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
-#include "simd/contrastive_loss_dispatch.h"
-#include "api/cpu_features.h"
+#include "host/memory.h"
 #include "host/parallel.h"
+#include "simd/contrastive_loss.h"
 
 namespace simctg {
 namespace {
 
+using namespace hinge;
+
 constexpr int64_t kPackedBytes = 8 << 20;   // of unit vectors on one side of a product
 constexpr int64_t kGradientRows = 16 * kTile;  // rows of a gradient task: its sums stay in the second-level cache
-
-const LossKernels& kernels() {
-#if defined(SIMCTG_FAST_X86_64)
-    if (active_isa() == Isa::avx512) return loss_kernels_avx512();
-    if (active_isa() == Isa::avx2) return loss_kernels_avx2();
-#endif
-    return loss_kernels_generic();
-}
-
-// Floats at the start of a cache line: a vector that crosses two costs twice.
-struct Release {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], Release>;
-Buffer allocate(int64_t floats) {
-    return Buffer(static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t(64))));
-}
 
 void check(const States& states) {
     if (states.batch < 0 || states.length < 0 || states.width < 0) {
@@ -46,50 +29,50 @@ int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 // The rows of some sequences as panels of unit vectors: rows begin .. begin + count of each of `sequences` sequences.
 struct Packed {
     int64_t first_sequence, sequences, begin, count;
-    Buffer panels = nullptr, bounds = nullptr, sums = nullptr;  // made for the first rows packed, as no later are more
+    Floats panels = {}, bounds = {}, sums = {};  // made for the first rows packed, as no later are more
     int64_t stride = 0;  // floats from one sequence to the next
     bool summed = false;
 
     int64_t tiles() const { return tiles_of(count); }
     const float* tile(int64_t sequence, int64_t row, int64_t width) const {
-        return panels.get() + (sequence - first_sequence) * stride + (row - begin) * width;
+        return panels.data() + (sequence - first_sequence) * stride + (row - begin) * width;
     }
     Bounds bounds_at(int64_t sequence, int64_t row, int64_t width) const {
         const int64_t rows = tiles() * kTile, each = slices_of(width) * rows;
-        float* along = bounds.get() + (sequence - first_sequence) * 2 * each + (row - begin);
+        float* along = bounds.data() + (sequence - first_sequence) * 2 * each + (row - begin);
         return {along, along + each, rows};
     }
     float* sum(int64_t sequence, int64_t tile, int64_t width) const {
-        return sums.get() + ((sequence - first_sequence) * tiles() + tile) * width;
+        return sums.data() + ((sequence - first_sequence) * tiles() + tile) * width;
     }
 };
 
 void pack(const HingeSums& call, Packed& packed, int num_threads) {
-    const LossKernels& k = kernels();
+    const Kernels& k = kernels<Kernels>();
     const int64_t width = call.states.width, slices = slices_of(width);
     const int64_t panels = (packed.count + k.panel_width - 1) / k.panel_width;
     packed.stride = packed.tiles() * kTile * width;
     packed.summed = false;
     if (!packed.panels) {  // memory just freed and asked for again is handed over page by page
-        packed.panels = allocate(packed.stride * packed.sequences + 1);
-        packed.bounds = allocate(2 * slices * packed.tiles() * kTile * packed.sequences + 1);
+        packed.panels = Floats(packed.stride * packed.sequences + 1);
+        packed.bounds = Floats(2 * slices * packed.tiles() * kTile * packed.sequences + 1);
     }
-    const Buffer directions = allocate((width + slices) * packed.sequences + 1);
+    const Floats directions((width + slices) * packed.sequences + 1);
     const auto direction_of = [&](int64_t sequence) {
-        float* at = directions.get() + sequence * (width + slices);
+        float* at = directions.data() + sequence * (width + slices);
         return Direction{at, at + width};
     };
     parallel_for(packed.sequences, num_threads, [&](int64_t sequence) {
-        const Buffer row = allocate(width + 1);
-        k.direction(call.states, call.real, packed.first_sequence + sequence, row.get(), direction_of(sequence));
+        const Floats row(width + 1);
+        k.direction(call.states, call.real, packed.first_sequence + sequence, row.data(), direction_of(sequence));
     });
     parallel_for(packed.sequences * panels, num_threads, [&](int64_t task) {
         const int64_t sequence = task / panels, b = packed.first_sequence + sequence;
         const int64_t offset = task % panels * k.panel_width, first = packed.begin + offset;
         const int64_t count = std::min(k.panel_width, packed.count - offset);
-        const Buffer rows = allocate(k.panel_width * width + 1);
-        k.pack(call.states, call.real, b, first, count, rows.get(), call.inverse + b * call.states.length + first,
-               packed.panels.get() + sequence * packed.stride + offset * width, direction_of(sequence),
+        const Floats rows(k.panel_width * width + 1);
+        k.pack(call.states, call.real, b, first, count, rows.data(), call.inverse + b * call.states.length + first,
+               packed.panels.data() + sequence * packed.stride + offset * width, direction_of(sequence),
                packed.bounds_at(b, first, width));
     });
 }
@@ -128,7 +111,7 @@ void run_tile(const HingeSums& call, const Packed& left, const Packed& right, Pa
               int64_t j) {
     const int64_t length = call.states.length, width = call.states.width, sequence = b - left.first_sequence;
     const int64_t words = partials.tiles * kTileWords;
-    const Buffer scratch = allocate(kTile * kTile);
+    const Floats scratch(kTile * kTile);
     uint32_t free_rows[kTileWords], free_columns[kTileWords];
     free_bits(call, b, i * kTile, free_rows);
     free_bits(call, b, j * kTile, free_columns);
@@ -144,7 +127,7 @@ void run_tile(const HingeSums& call, const Packed& left, const Packed& right, Pa
     tile.column_bounds = right.bounds_at(b, j * kTile, width);
     tile.free_rows = free_rows;
     tile.free_columns = free_columns;
-    tile.scratch = scratch.get();
+    tile.scratch = scratch.data();
     tile.row_sums = partials.sums.data() + partials.at(sequence, i, j);
     tile.column_sums = partials.sums.data() + partials.at(sequence, j, i);
     tile.keep = call.bits != nullptr;
@@ -156,7 +139,7 @@ void run_tile(const HingeSums& call, const Packed& left, const Packed& right, Pa
         tile.mirror_bits = bits + j * kTile * words + i * kTileWords;
         tile.bits_stride = words;
     }
-    uint8_t flag = kernels().hinge_tile(tile);
+    uint8_t flag = kernels<Kernels>().hinge_tile(tile);
     if (flag == kProvenFull) {
         partials.is_proven(sequence, i, j) = partials.is_proven(sequence, j, i) = 1;
         flag = 1;
@@ -189,25 +172,25 @@ void run_tiles(const HingeSums& call, const Packed& left, const Packed& right, P
 
 // What the tiles of `columns` that were proven full add to the rows: one product with the sum of all their vectors.
 void add_proven(const HingeSums& call, const Packed& rows, const Packed& columns, Partials& partials, int num_threads) {
-    const LossKernels& k = kernels();
+    const Kernels& k = kernels<Kernels>();
     const int64_t length = call.states.length, width = call.states.width;
     const int64_t first_i = rows.begin / kTile, first_j = columns.begin / kTile;
     parallel_for(rows.sequences * rows.tiles(), num_threads, [&](int64_t task) {
         const int64_t sequence = task / rows.tiles(), i = first_i + task % rows.tiles();
         const int64_t b = rows.first_sequence + sequence, start = b * length;
-        const Buffer total = allocate(width + 1);
-        std::fill_n(total.get(), width, 0.0f);
+        const Floats total(width + 1);
+        std::fill_n(total.data(), width, 0.0f);
         float used = 0.0f;
         for (int64_t j = first_j; j < first_j + columns.tiles(); ++j) {
             if (!partials.is_proven(sequence, i, j)) continue;
             const float* sum = columns.sum(b, j - first_j, width);
-            for (int64_t w = 0; w < width; ++w) total[w] += sum[w];
+            for (int64_t w = 0; w < width; ++w) total.data()[w] += sum[w];
             for (int64_t t = j * kTile; t < std::min(length, (j + 1) * kTile); ++t) used += call.inverse[start + t] > 0.0f;
         }
         const float own = first_i == first_j && partials.is_proven(sequence, i, i) ? 1.0f : 0.0f;  // s_ii
         if (used - own <= 0.0f) return;
         float dots[kTile];
-        k.tile_dots(rows.tile(b, i * kTile, width), std::min(kTile, length - i * kTile), width, total.get(), dots);
+        k.tile_dots(rows.tile(b, i * kTile, width), std::min(kTile, length - i * kTile), width, total.data(), dots);
         for (int64_t t = i * kTile; t < std::min(length, (i + 1) * kTile); ++t) {
             if (!(call.inverse[start + t] > 0.0f)) continue;
             const auto at = static_cast<size_t>(sequence * partials.tiles * kTile + t);
@@ -221,11 +204,11 @@ void sum_tiles(const HingeSums& call, Packed& packed, int num_threads) {
     const int64_t width = call.states.width;
     if (packed.summed) return;
     packed.summed = true;
-    if (!packed.sums) packed.sums = allocate(packed.sequences * packed.tiles() * width + 1);
+    if (!packed.sums) packed.sums = Floats(packed.sequences * packed.tiles() * width + 1);
     parallel_for(packed.sequences * packed.tiles(), num_threads, [&](int64_t task) {
         const int64_t b = packed.first_sequence + task / packed.tiles(), tile = task % packed.tiles();
         const float* panels = packed.tile(b, packed.begin + tile * kTile, width);
-        kernels().tile_sum(panels, std::min(kTile, packed.count - tile * kTile), width, packed.sum(b, tile, width));
+        kernels<Kernels>().tile_sum(panels, std::min(kTile, packed.count - tile * kTile), width, packed.sum(b, tile, width));
     });
 }
 
@@ -345,21 +328,21 @@ void contrastive_gradient(const HingeGradient& call, int num_threads) {
     check(call.states);
     const int64_t batch = call.states.batch, length = call.states.length, width = call.states.width;
     if (batch == 0 || length == 0 || width == 0) return;
-    const LossKernels& k = kernels();
+    const Kernels& k = kernels<Kernels>();
     const int64_t columns = k.gradient_columns, slices = (width + columns - 1) / columns;
     const int64_t chunks = (length + kGradientRows - 1) / kGradientRows;
     parallel_for(batch * slices * chunks, num_threads, [&](int64_t index) {
         const int64_t first_row = index / slices % chunks * kGradientRows;
         const int64_t end_row = std::min(length, first_row + kGradientRows), tiles = tiles_of(end_row - first_row);
         const int64_t sums = tiles * kTile * columns, full = tiles * columns, table = 8 * 16 * columns;
-        const Buffer buffer = allocate(sums + full + table + 32 * columns);
+        const Floats buffer(sums + full + table + 32 * columns);
         GradientTask task{};
         task.call = &call;
         task.b = index / (slices * chunks);
         task.first_column = index % slices * columns;
         task.first_row = first_row;
         task.end_row = end_row;
-        task.sums = buffer.get();
+        task.sums = buffer.data();
         task.full = task.sums + sums;
         task.table = task.full + full;
         task.vectors = task.table + table;

@@ -1,25 +1,27 @@
 #include "api/cpu_features.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
+#include <string>
 
 namespace simctg {
 namespace {
 
-Isa detect() {
-#if defined(__x86_64__) && defined(SIMCTG_FAST_X86_64)
+bool runs(Isa isa) {
+#if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-        return Isa::avx512;
+    const bool fma = __builtin_cpu_supports("fma");
+    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && fma;
+    if (isa == Isa::avx512) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && fma;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
-    return Isa::generic;
+    return isa == Isa::generic || isa == Isa::neon;  // every processor that the build is for has these
 }
-
-constexpr Isa all_isas[] = {Isa::avx512, Isa::avx2, Isa::generic};
 
 Isa from_environment() {
     const char* name = std::getenv("SIMCTG_FAST_ISA");
@@ -34,32 +36,33 @@ std::atomic<Isa>& active() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "generic";
+    constexpr const char* names[] = {"generic", "avx2", "avx512", "neon"};
+    return names[static_cast<int>(isa)];
 }
 
 Isa best_isa() {
-    static const Isa best = detect();
+    static const Isa best = *std::find_if(std::begin(kBuiltIsas), std::end(kBuiltIsas), runs);
     return best;
 }
 
-Isa parse_isa(const std::string& name, const std::string& source, Isa best) {
-    if (name == "auto" || name.empty()) return best;
+Isa parse_isa(const char* name, const char* source, Isa best) {
+    const std::string wanted = name;
+    if (wanted == "auto" || wanted.empty()) return best;
     std::string allowed, lacking;
-    for (const Isa isa : all_isas) {
-        if (isa > best) {
-            if (name == isa_name(isa)) lacking = ", which this processor lacks";
-            continue;
+    bool has = false;
+    for (const Isa isa : kBuiltIsas) {
+        has = has || isa == best;
+        if (wanted == isa_name(isa)) {
+            if (has) return isa;
+            lacking = ", which this processor lacks";
         }
-        if (name == isa_name(isa)) return isa;
-        allowed += std::string(", ") + isa_name(isa);
+        if (has) allowed += std::string(", ") + isa_name(isa);
     }
-    throw std::invalid_argument(source + " is '" + name + "'" + lacking + "; it must be one of auto" + allowed);
+    throw std::invalid_argument(source + (" is '" + wanted) + "'" + lacking + "; it must be one of auto" + allowed);
 }
 
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
-void set_isa(const std::string& name) {
-    active().store(parse_isa(name, "isa", best_isa()), std::memory_order_relaxed);
-}
+void set_isa(const char* name) { active().store(parse_isa(name, "isa", best_isa()), std::memory_order_relaxed); }
 
 }  // namespace simctg

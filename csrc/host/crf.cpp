@@ -10,16 +10,20 @@
 #include <vector>
 
 #include "host/best_paths.h"
-#include "simd/crf_dispatch.h"
-#include "host/crf_host.h"
+#include "host/checks.h"
+#include "host/memory.h"
 #include "host/parallel.h"
+#include "simd/crf.h"
 
 namespace simctg {
 namespace {
 
-CrfItem item_of(const Crf& crf, int64_t b) {
+using crf::Candidate;
+using crf::Item;
+
+Item item_of(const Crf& crf, int64_t b) {
     const int64_t length = length_of(crf.lengths, b, crf.length), begin = b * crf.length * crf.beam;
-    const CrfItem item{b,        length,    crf.beam,  crf.rank, crf.scores + begin, crf.tokens + begin,
+    const Item item{b,        length,    crf.beam,  crf.rank, crf.scores + begin, crf.tokens + begin,
                        crf.left, crf.right, crf.scale};
     for (int64_t i = 0; i < length * crf.beam; ++i) {
         if (static_cast<uint64_t>(item.tokens[i]) < static_cast<uint64_t>(crf.vocabulary)) continue;
@@ -29,8 +33,9 @@ CrfItem item_of(const Crf& crf, int64_t b) {
     return item;
 }
 
-Floats scratch_of(const CrfKernels& k, const Crf& crf, int64_t samples = 1) {
-    return Floats(k.scratch(crf.beam, crf.rank, samples));
+template <class Kernels>
+Floats scratch_of(const Kernels& k, const Crf& crf) {
+    return Floats(k.scratch(crf.beam, crf.rank));
 }
 
 // ---- beam selection -------------------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ int64_t group_size(int64_t count, int64_t beam, int64_t lanes) {
     return group;
 }
 
-void select_row(const CrfKernels& k, const float* row, const float* next, int64_t count, int64_t beam, Selection& s) {
+void select_row(const crf::Select& k, const float* row, const float* next, int64_t count, int64_t beam, Selection& s) {
     const int64_t group = group_size(count, beam, k.lanes);
     s.maxima.resize(static_cast<size_t>((count / (group * k.lanes) + 1) * k.lanes));
     bool nan = false;
@@ -132,7 +137,7 @@ void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, c
                      int64_t forced_count, int64_t* tokens, float* values, int num_threads) {
     if (beam < 1 || beam > e.vocabulary) fail("beam", beam, e.vocabulary);
     if (forced_count > beam) fail("forced_count", forced_count, beam);
-    const CrfKernels& k = crf_kernels();
+    const crf::Select& k = kernels<crf::Select>();
     constexpr int64_t rows_per_task = 8;
     const int64_t rows = e.batch * e.length;
     parallel_for((rows + rows_per_task - 1) / rows_per_task, num_threads, [&](int64_t task) {
@@ -181,10 +186,10 @@ void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, c
 // ---- filters --------------------------------------------------------------------------------------------------------
 
 void crf_filter(const Crf& crf, float* messages, float* norms, int num_threads) {
-    const CrfKernels& k = crf_kernels();
+    const crf::Filter& k = kernels<crf::Filter>();
     parallel_for(crf.batch, num_threads, [&](int64_t b) {
-        const CrfItem item = item_of(crf, b);
-        Floats scratch = scratch_of(k, crf);
+        const Item item = item_of(crf, b);
+        const Floats scratch = scratch_of(k, crf);
         float* message = messages + b * crf.length * crf.beam;
         k.filter(item, message, norms + b * crf.length, scratch.data());
         std::fill(message + item.length * crf.beam, message + crf.length * crf.beam, 0.0f);
@@ -194,7 +199,7 @@ void crf_filter(const Crf& crf, float* messages, float* norms, int num_threads) 
 
 void crf_filter_backward(const Crf& crf, const float* grad, const float* messages, const float* norms,
                          float* grad_scores, float* grad_left, float* grad_right, int num_threads) {
-    const CrfKernels& k = crf_kernels();
+    const crf::Backward& k = kernels<crf::Backward>();
     // Tables are added to by a fixed number of groups of items, each in order and into tables of its own (the first into
     // the result), so that sums run in the same order for any number of threads.
     const int64_t table = crf.vocabulary * crf.rank, budget = int64_t{16} << 20;
@@ -202,7 +207,7 @@ void crf_filter_backward(const Crf& crf, const float* grad, const float* message
     const int64_t groups = grad_left ? std::min(crf.batch, 1 + pairs) : crf.batch;
     std::vector<float> own(grad_left ? static_cast<size_t>(std::max<int64_t>(0, groups - 1) * 2 * table) : 0, 0.0f);
     parallel_for(groups, num_threads, [&](int64_t group) {
-        Floats scratch = scratch_of(k, crf);
+        const Floats scratch = scratch_of(k, crf);
         float* left = grad_left;
         float* right = grad_right;
         if (grad_left && group > 0) {
@@ -210,7 +215,7 @@ void crf_filter_backward(const Crf& crf, const float* grad, const float* message
             right = left + table;
         }
         for (int64_t b = group; b < crf.batch; b += groups) {
-            const CrfItem item = item_of(crf, b);
+            const Item item = item_of(crf, b);
             const int64_t begin = b * crf.length * crf.beam;
             k.reverse(item, grad + begin, messages + begin, norms + b * crf.length, grad_scores + begin, left, right,
                       scratch.data());
@@ -224,10 +229,10 @@ void crf_filter_backward(const Crf& crf, const float* grad, const float* message
 }
 
 void crf_viterbi(const Crf& crf, int64_t* slots, int num_threads) {
-    const CrfKernels& k = crf_kernels();
+    const crf::Viterbi& k = kernels<crf::Viterbi>();
     parallel_for(crf.batch, num_threads, [&](int64_t b) {
-        const CrfItem item = item_of(crf, b);
-        Floats scratch = scratch_of(k, crf), best(crf.length * crf.beam), offsets(crf.length);
+        const Item item = item_of(crf, b);
+        const Floats scratch = scratch_of(k, crf), best(crf.length * crf.beam), offsets(crf.length);
         int64_t* path = slots + b * crf.length;
         k.max_filter(item, best.data(), offsets.data(), path, scratch.data());
         std::fill(path + item.length, path + crf.length, int64_t{-1});
@@ -238,11 +243,11 @@ void crf_viterbi(const Crf& crf, int64_t* slots, int num_threads) {
 
 void crf_kbest(const Crf& crf, int64_t paths, int64_t* slots, int num_threads) {
     if (paths < 1) throw std::invalid_argument("paths is " + std::to_string(paths) + ", must be at least 1");
-    const CrfKernels& k = crf_kernels();
+    const crf::Viterbi& k = kernels<crf::Viterbi>();
     parallel_for(crf.batch, num_threads, [&](int64_t b) {
-        const CrfItem item = item_of(crf, b);
+        const Item item = item_of(crf, b);
         const int64_t beam = crf.beam;
-        Floats scratch = scratch_of(k, crf), best(item.length * beam), offsets(item.length), nothing(beam);
+        const Floats scratch = scratch_of(k, crf), best(item.length * beam), offsets(item.length), nothing(beam);
         std::fill(nothing.data(), nothing.data() + beam, 0.0f);
         int64_t* own = slots + b * crf.length * paths;
         std::fill(own, own + crf.length * paths, int64_t{-1});
@@ -273,15 +278,15 @@ struct Shares {
 void crf_stochastic_viterbi(const Crf& crf, float temperature, int64_t samples, uint64_t seed, const float* uniforms,
                             int64_t* slots, float* prefixes, void* backpointers, int num_threads) {
     if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
-    const CrfKernels& k = crf_kernels();
+    const crf::Stochastic& k = kernels<crf::Stochastic>();
     const int64_t width = crf.beam <= 256 ? 1 : 2;
     const Shares shares(crf.batch, samples, k.tables, num_threads);
     parallel_for(crf.batch * shares.parts, num_threads, [&](int64_t task) {
         const int64_t b = task / shares.parts, first = task % shares.parts * shares.size;
         if (first >= samples) return;
         const int64_t count = std::min(shares.size, samples - first);
-        const CrfItem item = item_of(crf, b);
-        Floats scratch = scratch_of(k, crf, count);
+        const Item item = item_of(crf, b);
+        const Floats scratch(k.scratch(crf.beam, crf.rank, count));
         const int64_t size = crf.length * crf.beam * samples;
         int64_t* own = slots + b * crf.length * samples;
         float* scores = prefixes + b * size;
@@ -303,13 +308,13 @@ void crf_stochastic_viterbi(const Crf& crf, float temperature, int64_t samples, 
 void crf_ffbs(const Crf& crf, const float* messages, const float* norms, int64_t samples, uint64_t seed,
               const float* uniforms, int64_t* slots, int num_threads) {
     if (samples < 1) throw std::invalid_argument("samples is " + std::to_string(samples) + ", must be at least 1");
-    const CrfKernels& k = crf_kernels();
+    const crf::Ffbs& k = kernels<crf::Ffbs>();
     const Shares shares(crf.batch, samples, 64, num_threads);
     parallel_for(crf.batch * shares.parts, num_threads, [&](int64_t task) {
         const int64_t b = task / shares.parts, first = task % shares.parts * shares.size;
         if (first >= samples) return;
-        const CrfItem item = item_of(crf, b);
-        Floats scratch = scratch_of(k, crf);
+        const Item item = item_of(crf, b);
+        const Floats scratch = scratch_of(k, crf);
         int64_t* own = slots + b * crf.length * samples;
         const int64_t count = std::min(shares.size, samples - first);
         k.ffbs(item, messages + b * crf.length * crf.beam, norms + b * crf.length, samples, seed,

@@ -15,12 +15,15 @@
 
 #include "host/best_paths.h"
 #include "api/crf.h"
-#include "host/crf_host.h"
+#include "host/checks.h"
+#include "host/memory.h"
 #include "host/parallel.h"
-#include "host/scratch.h"
+#include "simd/crf.h"
 
 namespace simctg {
 namespace {
+
+using crf::Dense;
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kSafe = 8.7565108e-27f;     // e^-60
@@ -33,7 +36,7 @@ struct DenseMatrix {
     float high = kNever;
     bool forbidden = false, exponential = false, guarded = false;
 
-    DenseMatrix(const CrfKernels& k, const DenseCrf& crf, bool sums)
+    DenseMatrix(const Dense& k, const DenseCrf& crf, bool sums)
         : tags(crf.tags),
           stride((crf.tags + 2 * k.lanes - 1) / (2 * k.lanes) * (2 * k.lanes)),
           logs(tags * stride),
@@ -76,8 +79,8 @@ struct DenseMatrix {
 };
 
 // Items taken together: as many as the kernels like, fewer where threads would have nothing to do.
-int64_t rows_together(const CrfKernels& k, int64_t batch, int num_threads) {
-    return std::clamp<int64_t>((batch + num_threads - 1) / std::max(1, num_threads), 1, k.dense_rows);
+int64_t rows_together(const Dense& k, int64_t batch, int num_threads) {
+    return std::clamp<int64_t>((batch + num_threads - 1) / std::max(1, num_threads), 1, k.together);
 }
 
 // What is wanted of a filter; `messages` and `norms` may be null.
@@ -90,7 +93,7 @@ struct Filtered {
 // Filters `count` items from `first` on.
 class Filter {
 public:
-    Filter(const CrfKernels& k, const DenseCrf& crf, const DenseMatrix& matrix, const Filtered& out, int64_t first,
+    Filter(const Dense& k, const DenseCrf& crf, const DenseMatrix& matrix, const Filtered& out, int64_t first,
            int64_t count)
         : k_(k), crf_(crf), matrix_(matrix), out_(out), first_(first), count_(count), tags_(crf.tags),
           stride_(matrix.stride), state_(count * stride_), next_(count * stride_), offsets_(static_cast<size_t>(count), 0.0) {
@@ -100,7 +103,7 @@ public:
 
     void logarithms() {
         for (int64_t t = 0; t < longest_; ++t) {
-            if (t > 0) k_.dense_lse(state_.data(), matrix_.logs.data(), tags_, stride_, count_, next_.data());
+            if (t > 0) k_.lse(state_.data(), matrix_.logs.data(), tags_, stride_, count_, next_.data());
             for (int64_t r = 0; r < count_; ++r) {
                 if (t >= lengths_[static_cast<size_t>(r)]) continue;
                 float* own = state_.data() + r * stride_;
@@ -128,7 +131,7 @@ public:
         std::fill(padded.data(), padded.data() + stride_, kNever);
         std::fill(state_.data(), state_.data() + count_ * stride_, 0.0f);
         for (int64_t t = 0; t < longest_; ++t) {
-            if (t > 0) k_.dense_sum(state_.data(), matrix_.factors.data(), tags_, stride_, count_, next_.data());
+            if (t > 0) k_.sum(state_.data(), matrix_.factors.data(), tags_, stride_, count_, next_.data());
             for (int64_t r = 0; r < count_; ++r) {
                 if (t >= lengths_[static_cast<size_t>(r)] || !fine[static_cast<size_t>(r)]) continue;
                 float* own = state_.data() + r * stride_;
@@ -209,7 +212,7 @@ private:
         std::fill(out_.norms + b * crf_.length + length, out_.norms + (b + 1) * crf_.length, 0.0f);
     }
 
-    const CrfKernels& k_;
+    const Dense& k_;
     const DenseCrf& crf_;
     const DenseMatrix& matrix_;
     const Filtered& out_;
@@ -224,7 +227,7 @@ private:
 
 void dense_filter(const DenseCrf& crf, float* messages, float* norms, double* log_partition, int num_threads) {
     if (crf.batch == 0) return;
-    const CrfKernels& k = crf_kernels();
+    const Dense& k = kernels<Dense>();
     const DenseMatrix matrix(k, crf, true);
     const Filtered out{messages, norms, log_partition};
     const int64_t rows = rows_together(k, crf.batch, num_threads);
@@ -243,7 +246,7 @@ void dense_filter_backward(const DenseCrf& crf, const float* grad, const float* 
     const int64_t tags = crf.tags;
     std::fill(grad_transitions, grad_transitions + tags * tags, 0.0f);
     if (crf.batch == 0) return;
-    const CrfKernels& k = crf_kernels();
+    const Dense& k = kernels<Dense>();
     const DenseMatrix matrix(k, crf, true);
     const int64_t stride = matrix.stride, length = crf.length;
     // A step shares flow[j] out among its sources by exp(alpha[i] + transition - message[j]). Where the messages allow
@@ -295,7 +298,7 @@ void dense_filter_backward(const DenseCrf& crf, const float* grad, const float* 
                 k.exponentials(spare.data(), 0.0f, stride, spare.data());
                 for (int64_t j = 0; j < tags; ++j) ratio[j] *= spare.data()[j];
                 k.exponentials(weight, 0.0f, stride, weight);
-                k.dense_sum(ratio, transposed.data(), tags, stride, 1, into.data());
+                k.sum(ratio, transposed.data(), tags, stride, 1, into.data());
                 for (int64_t i = 0; i < tags; ++i) into.data()[i] *= weight[i];
             } else {
                 for (int64_t i = 0; i < tags; ++i) {
@@ -314,7 +317,7 @@ void dense_filter_backward(const DenseCrf& crf, const float* grad, const float* 
     });
     // The sum over items and positions by rows of the matrix, so that its order depends on no thread: eight sources are
     // the "items" of a product whose inner dimension is time.
-    const int64_t rows = k.dense_rows;
+    const int64_t rows = k.together;
     parallel_for((tags + rows - 1) / rows, num_threads, [&](int64_t task) {
         const int64_t first = task * rows, count = std::min(rows, tags - first);
         Floats sources(count * stride), product(count * stride), spare(stride);
@@ -327,7 +330,7 @@ void dense_filter_backward(const DenseCrf& crf, const float* grad, const float* 
                         sources.data()[r * stride + s] = weights.data()[(begin + from + s - 1) * stride + first + r];
                     }
                 }
-                k.dense_sum(sources.data(), ratios.data() + (begin + from) * stride, steps, stride, count, product.data());
+                k.sum(sources.data(), ratios.data() + (begin + from) * stride, steps, stride, count, product.data());
                 for (int64_t r = 0; r < count; ++r) {
                     const float* factor = matrix.factors.data() + (first + r) * stride;
                     float* out = grad_transitions + (first + r) * tags;
@@ -352,12 +355,12 @@ namespace {
 
 // `states` [longest, count, stride]: score of the best prefix into every tag of `count` items, relative to the largest of
 // each position; `next` [count, stride] is scratch.
-void best_prefixes(const CrfKernels& k, const DenseCrf& crf, const DenseMatrix& matrix, int64_t first, int64_t count,
+void best_prefixes(const Dense& k, const DenseCrf& crf, const DenseMatrix& matrix, int64_t first, int64_t count,
                    int64_t longest, float* states, float* next) {
     const int64_t tags = crf.tags, stride = matrix.stride;
     for (int64_t t = 0; t < longest; ++t) {
         float* here = states + t * count * stride;
-        if (t > 0) k.dense_max(here - count * stride, matrix.logs.data(), tags, stride, count, next);
+        if (t > 0) k.max(here - count * stride, matrix.logs.data(), tags, stride, count, next);
         for (int64_t r = 0; r < count; ++r) {
             const float* emission = crf.emissions + ((first + r) * crf.length + t) * tags;
             float* own = here + r * stride;
@@ -374,7 +377,7 @@ void best_prefixes(const CrfKernels& k, const DenseCrf& crf, const DenseMatrix& 
 }  // namespace
 
 void dense_viterbi(const DenseCrf& crf, int64_t* slots, int num_threads) {
-    const CrfKernels& k = crf_kernels();
+    const Dense& k = kernels<Dense>();
     if (crf.batch == 0) return;
     const DenseMatrix matrix(k, crf, false);
     const int64_t tags = crf.tags, stride = matrix.stride;
@@ -413,7 +416,7 @@ void dense_viterbi(const DenseCrf& crf, int64_t* slots, int num_threads) {
 
 void dense_kbest(const DenseCrf& crf, int64_t paths, int64_t* slots, int num_threads) {
     if (paths < 1) throw std::invalid_argument("paths is " + std::to_string(paths) + ", must be at least 1");
-    const CrfKernels& k = crf_kernels();
+    const Dense& k = kernels<Dense>();
     const DenseMatrix matrix(k, crf, false);
     const int64_t tags = crf.tags, stride = matrix.stride;
     const auto edges = [&](int64_t, int64_t tag, float* out) {

@@ -3,34 +3,22 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
-#include "api/cpu_features.h"
-#include "simd/decode_attention_dispatch.h"
+#include "host/checks.h"
+#include "host/memory.h"
 #include "host/parallel.h"
-#include "host/scratch.h"
+#include "simd/decode_attention.h"
 
 namespace simctg {
 namespace {
 
-const AttentionKernels& kernels() {
-#if defined(SIMCTG_FAST_X86_64)
-    if (active_isa() == Isa::avx512) return attention_kernels_avx512();
-    if (active_isa() == Isa::avx2) return attention_kernels_avx2();
-#endif
-    return attention_kernels_generic();
-}
+using namespace attention;
 
 thread_local Scratch work_scratch, partial_scratch;
 
 constexpr int64_t kTasksPerThread = 8;   // enough to even out rows of different length
 constexpr int64_t kSmallWork = 1 << 16;  // floats of keys and values below which waking a thread costs more than it saves
-
-void check(bool valid, const std::string& name, int64_t value, const std::string& allowed) {
-    if (!valid) throw std::invalid_argument(name + " is " + std::to_string(value) + ", must be " + allowed);
-}
 
 // The positions a sequence reads, and how many cuts of kSplit they touch.
 struct Range {
@@ -57,11 +45,8 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
         check(value >= 0, name, value, ">= 0");
     }
     check(num_threads >= 1, "num_threads", num_threads, ">= 1");
-    for (int64_t b = 0; call.lengths && b < call.batch; ++b) {
-        check(call.lengths[b] >= 0 && call.lengths[b] <= call.length, "lengths[" + std::to_string(b) + "]",
-              call.lengths[b], "in 0.." + std::to_string(call.length));
-    }
-    const AttentionKernels& k = kernels();
+    for (int64_t b = 0; b < call.batch; ++b) length_of(call.lengths, b, call.length);
+    const Kernels& k = kernels<Kernels>();
     const int64_t rows = call.candidates * call.groups, heads = call.batch * call.kv_heads;
     const int64_t cut_floats = rows * partial_stride(call.value_dim);
     if (heads == 0 || rows == 0) return;

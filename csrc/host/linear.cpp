@@ -6,21 +6,15 @@
 #include <stdexcept>
 #include <string>
 
-#include "api/cpu_features.h"
-#include "simd/linear_dispatch.h"
+#include "host/checks.h"
+#include "host/memory.h"
 #include "host/parallel.h"
-#include "host/scratch.h"
+#include "simd/linear.h"
 
 namespace simctg {
 namespace {
 
-const LinearKernels& kernels() {
-#if defined(SIMCTG_FAST_X86_64)
-    if (active_isa() == Isa::avx512) return linear_kernels_avx512();
-    if (active_isa() == Isa::avx2) return linear_kernels_avx2();
-#endif
-    return linear_kernels_generic();
-}
+using namespace linear_layer;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,7 +42,7 @@ void split_columns(int64_t columns, int64_t step, int num_threads, int64_t tasks
 bool even(int64_t tasks, int64_t threads) { return 10 * tasks >= 9 * ceil_div(tasks, threads) * threads; }
 
 void run_rows_are_inputs(const Linear& call, int num_threads) {
-    const LinearKernels& k = kernels();
+    const Kernels& k = kernels<Kernels>();
     const int64_t chunks = ceil_div(call.in_features, kChunk);
     if (num_threads == 1 || call.rows > kSplitRows || chunks == 1) {
         return split_columns(call.out_features, kStep, num_threads, num_threads == 1 ? 1 : 2, [&](int64_t begin, int64_t end) {
@@ -92,10 +86,6 @@ Linear rows_apart(const Linear& call) {
     return apart;
 }
 
-void check(bool valid, const char* name, int64_t value, const char* allowed) {
-    if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", must be " + allowed);
-}
-
 }  // namespace
 
 void linear(const Linear& call, WeightLayout layout, int num_threads) {
@@ -112,7 +102,7 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
         return;
     }
     if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
-    const LinearKernels& k = kernels();
+    const Kernels& k = kernels<Kernels>();
     if (layout == WeightLayout::rows_are_outputs) {
         check(call.weight_stride >= call.in_features, "weight_stride", call.weight_stride, ">= in_features");
         const Linear apart = rows_apart(call);
@@ -129,7 +119,7 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
 }
 
 void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {
-    const LinearKernels& k = kernels();
+    const Kernels& k = kernels<Kernels>();
     check(num_threads >= 1, "num_threads", num_threads, ">= 1");
     check(call.rows >= 0, "rows", call.rows, ">= 0");
     check(call.in_features >= 0, "in_features", call.in_features, ">= 0");
@@ -170,7 +160,7 @@ void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {
 int64_t packed_linear_size(int64_t in_features, int64_t out_features) {
     check(in_features >= 0, "in_features", in_features, ">= 0");
     check(out_features >= 0, "out_features", out_features, ">= 0");
-    const int64_t width = kernels().panel_width;
+    const int64_t width = kernels<Kernels>().panel_width;
     return ceil_div(out_features, width) * width * in_features;
 }
 
@@ -180,7 +170,7 @@ void pack_linear(const float* weight, int64_t weight_stride, WeightLayout from, 
     const bool outputs = from == WeightLayout::rows_are_outputs;
     check(num_threads >= 1, "num_threads", num_threads, ">= 1");
     check(weight_stride >= (outputs ? in_features : out_features), "weight_stride", weight_stride, "at least a row");
-    const LinearKernels& kernel = kernels();
+    const Kernels& kernel = kernels<Kernels>();
     const int64_t width = kernel.panel_width;
     parallel_for(ceil_div(out_features, width), num_threads, [&](int64_t panel) {
         float* target = packed + panel * width * in_features;

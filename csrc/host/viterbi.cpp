@@ -5,14 +5,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/checks.h"
 #include "host/parallel.h"
 
 namespace simctg {
 namespace {
-
-[[noreturn]] void fail(const std::string& what, int64_t value, int64_t limit) {
-    throw std::invalid_argument(what + " is " + std::to_string(value) + ", must be in 0.." + std::to_string(limit));
-}
 
 // A step is one read that has to wait for the one before it; several items in turn keep that many reads in flight.
 constexpr int64_t kItems = 8;

@@ -3,8 +3,10 @@
 
 #include "simd/simd.h"
 
-namespace simctg {
+namespace simctg::dots {
 namespace {
+
+using namespace simd;
 
 constexpr int kDotTileRows = 4;
 
@@ -94,4 +96,4 @@ SIMCTG_INLINE void dot_block(int rows, const float* a, int64_t a_stride, const f
 }
 
 }  // namespace
-}  // namespace simctg
+}  // namespace simctg::dots

@@ -1,6 +1,5 @@
-// One vector of floats, in the instruction set that the including file is compiled for: AVX-512, AVX2, or whatever the
-// compiler makes of a 16-byte vector. The kernels are written once against these names (`*_kernels.h`) and compiled
-// once for each set.
+// One vector of floats, in the instruction set that the including file is compiled for: AVX-512, AVX2, NEON, or whatever
+// the compiler makes of a 16-byte vector. The kernels are written once against these names and compiled once for each set.
 //
 // Everything sits in an anonymous namespace, and nothing here may call a function template or an inline function of
 // the standard library: the linker keeps one copy of those, and it might be the one with the wider instructions.
@@ -10,6 +9,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
@@ -21,7 +22,7 @@
 #define SIMCTG_INLINE inline __attribute__((always_inline))
 #define SIMCTG_INLINE_LAMBDA __attribute__((always_inline))
 
-namespace simctg {
+namespace simctg::simd {
 namespace {
 
 template <class T>
@@ -105,6 +106,10 @@ SIMCTG_INLINE void sum16(const Vec* v, float* out) {
 }
 SIMCTG_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a); }
 
+// Bit l: whether lane l of a is above b's, or at least as large; NaN is neither.
+SIMCTG_INLINE uint32_t above_bits(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+SIMCTG_INLINE uint32_t at_least_bits(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -164,6 +169,74 @@ SIMCTG_INLINE float highest(Vec a) {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 0x55)));
 }
+SIMCTG_INLINE uint32_t above_bits(Vec a, Vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+}
+SIMCTG_INLINE uint32_t at_least_bits(Vec a, Vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+
+#elif defined(__aarch64__)
+
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+using Vec = float32x4_t;
+struct Mask {
+    int64_t count;
+};
+
+SIMCTG_INLINE Mask first_lanes(int64_t count) { return Mask{count}; }  // 0 <= count <= 4
+SIMCTG_INLINE Vec zeros() { return vdupq_n_f32(0.0f); }
+SIMCTG_INLINE Vec broadcast(float value) { return vdupq_n_f32(value); }
+SIMCTG_INLINE Vec load(const float* p) { return vld1q_f32(p); }
+SIMCTG_INLINE Vec load(const float* p, Mask mask) {
+    if (mask.count >= kLanes) return load(p);
+    Vec v = zeros();
+    if (mask.count > 0) v = vld1q_lane_f32(p, v, 0);
+    if (mask.count > 1) v = vld1q_lane_f32(p + 1, v, 1);
+    if (mask.count > 2) v = vld1q_lane_f32(p + 2, v, 2);
+    return v;
+}
+SIMCTG_INLINE void store(float* p, Vec v) { vst1q_f32(p, v); }
+SIMCTG_INLINE void store(float* p, Vec v, Mask mask) {
+    if (mask.count >= kLanes) return store(p, v);
+    if (mask.count > 0) vst1q_lane_f32(p, v, 0);
+    if (mask.count > 1) vst1q_lane_f32(p + 1, v, 1);
+    if (mask.count > 2) vst1q_lane_f32(p + 2, v, 2);
+}
+SIMCTG_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+SIMCTG_INLINE Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
+SIMCTG_INLINE Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+SIMCTG_INLINE Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+SIMCTG_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+SIMCTG_INLINE Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // vmaxq gives NaN where either is
+SIMCTG_INLINE Vec min(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+SIMCTG_INLINE Vec absolute(Vec a) { return vabsq_f32(a); }
+SIMCTG_INLINE Vec copy_sign(Vec magnitude, Vec sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, magnitude); }
+SIMCTG_INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
+SIMCTG_INLINE Vec where_nan(Vec a, Vec yes, Vec no) { return vbslq_f32(vceqq_f32(a, a), no, yes); }
+SIMCTG_INLINE Vec round_even(Vec a) { return vrndnq_f32(a); }
+SIMCTG_INLINE Vec power_of_two(int32x4_t exponent) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(exponent, vdupq_n_s32(127)), 23));
+}
+SIMCTG_INLINE Vec scale_by_power(Vec value, Vec exponent) {  // two factors: subnormal results need both
+    const int32x4_t whole = vcvtq_s32_f32(exponent), half = vshrq_n_s32(whole, 1);
+    return mul(mul(value, power_of_two(half)), power_of_two(vsubq_s32(whole, half)));
+}
+
+SIMCTG_INLINE float32x2_t add_halves(Vec a) { return vadd_f32(vget_low_f32(a), vget_high_f32(a)); }
+SIMCTG_INLINE float sum(Vec a) { return vpadds_f32(add_halves(a)); }  // lanes 2 apart, then 1; the same in sum4
+SIMCTG_INLINE void sum4(const Vec* v, float* out) {
+    const Vec ab = vcombine_f32(add_halves(v[0]), add_halves(v[1]));
+    store(out, vpaddq_f32(ab, vcombine_f32(add_halves(v[2]), add_halves(v[3]))));
+}
+SIMCTG_INLINE float highest(Vec a) { return vmaxvq_f32(a); }
+SIMCTG_INLINE uint32_t bits_of(uint32x4_t lanes) {
+    constexpr uint32_t bits[] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(lanes, vld1q_u32(bits)));
+}
+SIMCTG_INLINE uint32_t above_bits(Vec a, Vec b) { return bits_of(vcgtq_f32(a, b)); }
+SIMCTG_INLINE uint32_t at_least_bits(Vec a, Vec b) { return bits_of(vcgeq_f32(a, b)); }
 
 #else
 
@@ -230,6 +303,16 @@ SIMCTG_INLINE float highest(Vec a) {
     const float low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
     return low > high ? low : high;
 }
+SIMCTG_INLINE uint32_t above_bits(Vec a, Vec b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] > b[i]) << i;
+    return bits;
+}
+SIMCTG_INLINE uint32_t at_least_bits(Vec a, Vec b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] >= b[i]) << i;
+    return bits;
+}
 
 #endif
 
@@ -277,4 +360,4 @@ SIMCTG_INLINE void sum_all(const Vec* v, float* out) {
 }
 
 }  // namespace
-}  // namespace simctg
+}  // namespace simctg::simd

@@ -3,8 +3,10 @@
 
 #include "simd/simd.h"
 
-namespace simctg {
+namespace simctg::math {
 namespace {
+
+using namespace simd;
 
 // exp(x) = 2^n · exp(r), n = round(x / ln 2); the polynomial is a minimax fit of (exp(r) − 1 − r) / r² on |r| <= ln 2 / 2.
 // 0 from −104 down, NaN stays NaN; meant for x <= 88.
@@ -37,4 +39,4 @@ SIMCTG_INLINE Vec hyperbolic_tangent(Vec x) {
 }
 
 }  // namespace
-}  // namespace simctg
+}  // namespace simctg::math

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import textwrap
 
@@ -13,7 +14,8 @@ from simctg_fast.ops import _backends
 from ..processes import run_child
 from ..repository import INSTALLED
 
-NAMES = ("avx512", "avx2", "generic")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+NAMES = ("neon",) if ARM else ("avx512", "avx2", "generic")  # of a build for this machine
 needs_extension = pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
 
 WITHOUT_EXTENSION = 'import sys; sys.modules["simctg_fast._C"] = None\n'
@@ -122,8 +124,8 @@ def test_env_reports_a_bad_value_in_one_line():
 @pytest.mark.parametrize("built", [pytest.param(True, marks=needs_extension), False])
 def test_every_use_refuses_a_bad_value(built):
     """Nothing is computed by PyTorch instead: the variable was set for the kernels' sake."""
-    allowed = available() if built else NAMES
-    told = f"ValueError SIMCTG_FAST_ISA is 'sse9'; it must be one of auto, {', '.join(allowed)}"
+    allowed = ("auto", *available()) if built else _backends.ISA_NAMES
+    told = f"ValueError SIMCTG_FAST_ISA is 'sse9'; it must be one of {', '.join(allowed)}"
     out, _ = child(("" if built else WITHOUT_EXTENSION) + USES, "sse9")
     lines = [f"{name} {told}" for name in ("loss", "viterbi", "generate")]
     assert out.splitlines() == [*lines, f"support RuntimeError {told.replace('ValueError ', 'ValueError: ')}"]
@@ -135,7 +137,7 @@ def test_without_the_extension_the_names_are_known():
         assert info["extension"] == info["instruction_set"] == "none"
         assert "instruction_set_error" not in info
     info, _ = shown("sse9", WITHOUT_EXTENSION)
-    assert info["instruction_set_error"] == "SIMCTG_FAST_ISA is 'sse9'; it must be one of auto, avx512, avx2, generic"
+    assert info["instruction_set_error"] == "SIMCTG_FAST_ISA is 'sse9'; it must be one of auto, avx512, avx2, generic, neon"
     out, _ = child(WITHOUT_EXTENSION + USES, "generic")
     assert out.split() == ["loss", "done", "viterbi", "done", "generate", "done", "support", "done"]
 

@@ -423,46 +423,50 @@ class TestExtension:
     def test_wide_instructions_stay_where_they_belong(self, checkout):
         """The linker keeps one copy of a weak function: were it the AVX-512 one, every processor would get it."""
         (folder,) = (checkout / "build").glob(f"ninja-*-{sys.implementation.cache_tag}")
-        for source in sorted((checkout / "csrc" / "simd").glob("*_avx*.cpp")):
-            symbols = run("nm", "-C", "--defined-only", folder / "csrc" / "simd" / f"{source.stem}.o").splitlines()
-            assert [line for line in symbols if re.match(r"[0-9a-f]* *W ", line)] == [], source.name
+        wide = sorted((folder / "csrc" / "simd").glob("*.avx*.o"))
+        assert len(wide) == 2 * len(list((checkout / "csrc" / "simd").glob("*.cpp")))
+        for compiled in wide:
+            symbols = run("nm", "-C", "--defined-only", compiled).splitlines()
+            assert [line for line in symbols if re.match(r"[0-9a-f]* *W ", line)] == [], compiled.name
 
 
 # A stand-in for csrc/: compiles in a moment, and its files refuse the wrong flags.
 TOY = {
-    "bindings.cpp": """
+    "bind/bindings.cpp": """
         #include <Python.h>
-        #include "value.h"
-        int wide();
-        static PyObject* get(PyObject*, PyObject*) { return PyLong_FromLong(value() + wide()); }
+        #include "host/value.h"
+        static PyObject* get(PyObject*, PyObject*) { return PyLong_FromLong(value()); }
         static PyMethodDef methods[] = {{"get", get, METH_NOARGS, nullptr}, {}};
         static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
         PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
     """,
-    "value.h": "int value();",
-    "value.cpp": """
-        #include "value.h"
-        #if defined(__AVX2__) || defined(__AVX512F__)
+    "host/value.h": "int value();",
+    "host/value.cpp": """
+        #include "host/value.h"
+        #if defined(__AVX2__) || defined(__AVX512F__) || defined(SIMCTG_ISA)
         #error "a portable file was compiled for one instruction set"
         #endif
-        int value() { return 40; }
-        #ifndef SIMCTG_FAST_X86_64
-        int wide() { return 1; }
-        #endif
+        #define DECLARE(isa, ...) int wide_##isa();
+        #define ADD(isa, ...) + wide_##isa()
+        SIMCTG_ISAS(DECLARE, )
+        int value() { return 40 SIMCTG_ISAS(ADD, ); }
     """,
-    "wide_avx2.cpp": """
-        #if !defined(__AVX2__) || !defined(__FMA__) || defined(__AVX512F__)
-        #error "not compiled for AVX2"
+    "simd/wide.cpp": """
+        #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+        constexpr int flags = 2;
+        #elif defined(__AVX2__) && defined(__FMA__)
+        constexpr int flags = 1;
+        #else
+        constexpr int flags = 0;
         #endif
-        int wide() { return 2; }
-    """,
-    "wider_avx512.cpp": """
-        #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__)
-        #error "not compiled for AVX-512"
-        #endif
-        int wider() { return 3; }
+        enum { generic = 0, neon = 0, avx2 = 1, avx512 = 2 };
+        static_assert(SIMCTG_ISA == flags, "compiled with the flags of another instruction set");
+        #define NAMED(isa) wide_##isa
+        #define FUNCTION(isa) NAMED(isa)
+        int FUNCTION(SIMCTG_ISA)() { return 1; }
     """,
 }
+SIMD = ["simd/wide.cpp"] * (3 if X86_64 else 1)  # once for each instruction set
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the build rules are written for GCC and Clang")
@@ -476,8 +480,8 @@ class TestBuild:
         (toy / "simctg_fast" / "__init__.py").write_text("__version__ = '0'\n")
         (toy / "kernels").mkdir()
         (toy / "kernels" / "__init__.py").touch()
-        (toy / "csrc").mkdir()
         for name, text in TOY.items():
+            (toy / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
             (toy / "csrc" / name).write_text(textwrap.dedent(text))
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             if (ROOT / name).exists():
@@ -505,17 +509,19 @@ class TestBuild:
         source.write_text(text.replace(old, new))
 
     def test_an_edit_compiles_what_it_touches(self, toy):
-        sources = sorted(name for name in TOY if name.endswith(".cpp") and (X86_64 or "_avx" not in name))
+        sources = ["bind/bindings.cpp", "host/value.cpp", *SIMD]
         assert self.build(toy) == sources
-        assert self.value(toy) == ("42" if X86_64 else "41")
+        assert self.value(toy) == str(40 + len(SIMD))
         assert self.build(toy) == []
-        (toy / "csrc" / "value.cpp").touch()
-        assert self.build(toy) == ["value.cpp"]
-        self.edit(toy / "csrc" / "value.cpp", "return 40", "return 50")
-        assert self.build(toy) == ["value.cpp"]
-        assert self.value(toy) == ("52" if X86_64 else "51")
-        (toy / "csrc" / "value.h").touch()
-        assert self.build(toy) == ["bindings.cpp", "value.cpp"]
+        (toy / "csrc" / "host" / "value.cpp").touch()
+        assert self.build(toy) == ["host/value.cpp"]
+        self.edit(toy / "csrc" / "host" / "value.cpp", "return 40", "return 50")
+        assert self.build(toy) == ["host/value.cpp"]
+        assert self.value(toy) == str(50 + len(SIMD))
+        (toy / "csrc" / "host" / "value.h").touch()
+        assert self.build(toy) == sources[:2]
+        (toy / "csrc" / "simd" / "wide.cpp").touch()
+        assert self.build(toy) == SIMD
         assert self.build(toy, CXXFLAGS="-DANOTHER_FLAG") == sources
 
     def test_one_build_serves_wheel_and_checkout(self, toy):
@@ -523,22 +529,24 @@ class TestBuild:
         assert self.build(toy, "build") == []
         assert self.libraries(toy) == ["build", "build", "simctg_fast"]  # ninja's, the wheel's, the checkout's
 
-    def test_other_processors_get_the_portable_files(self, toy):
-        code = """
+    @pytest.mark.parametrize(("machine", "isa"), [("arm64", "neon"), ("ppc64le", "generic")])
+    def test_other_processors_get_one_instruction_set(self, toy, machine, isa):
+        code = f"""
             import platform, runpy, sys
-            platform.machine = lambda: "aarch64"
+            platform.machine = lambda: {machine!r}
             sys.argv = ["setup.py", "build_ext", "--inplace"]
             runpy.run_path("setup.py", run_name="__main__")
         """
         out = python(code, cwd=toy)
-        assert sorted(re.findall(r"compile csrc/(\S+)", out)) == ["bindings.cpp", "value.cpp"]
+        assert len(re.findall(r"compile csrc/(\S+)", out)) == 3
+        assert [path.name for path in (toy / "build").rglob("wide.*.o")] == [f"wide.{isa}.o"]
         assert self.value(toy) == "41"
 
     def test_a_broken_source_leaves_no_stale_library(self, toy):
         self.build(toy)
         self.build(toy, "build")
         assert self.libraries(toy) == ["build", "build", "simctg_fast"]
-        self.edit(toy / "csrc" / "value.cpp", "return 40", "return forty_two")
+        self.edit(toy / "csrc" / "host" / "value.cpp", "return 40", "return forty_two")
         out = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=toy)
         assert "forty_two" in out, "the compiler's own message has to be shown"
         assert "going on without it" in out
@@ -546,14 +554,14 @@ class TestBuild:
         out = run(sys.executable, "setup.py", "build", cwd=toy)
         assert "forty_two" in out
         assert self.libraries(toy) == []
-        self.edit(toy / "csrc" / "value.cpp", "return forty_two", "return 40")
+        self.edit(toy / "csrc" / "host" / "value.cpp", "return forty_two", "return 40")
         self.build(toy)
         assert self.libraries(toy) == ["build", "simctg_fast"]
 
     def test_a_broken_source_still_makes_a_wheel(self, toy):
         self.build(toy)
         self.build(toy, "build")
-        self.edit(toy / "csrc" / "value.cpp", "return 40", "return forty_two")
+        self.edit(toy / "csrc" / "host" / "value.cpp", "return 40", "return forty_two")
         python("from setuptools import build_meta; build_meta.build_wheel('dist')", cwd=toy)
         (wheel,) = (toy / "dist").glob("*.whl")
         names = zipfile.ZipFile(wheel).namelist()
@@ -563,7 +571,7 @@ class TestBuild:
 
     def test_required(self, toy):
         self.build(toy)
-        self.edit(toy / "csrc" / "value.cpp", "return 40", "return forty_two")
+        self.edit(toy / "csrc" / "host" / "value.cpp", "return 40", "return forty_two")
         command = (sys.executable, "setup.py", "build_ext", "--inplace")
         out = run(*command, cwd=toy, SIMCTG_FAST_REQUIRE_EXT="1", expect=1)
         assert "forty_two" in out
@@ -617,7 +625,7 @@ class TestBuild:
     def test_the_reason_is_installed_and_goes_with_the_next_build(self, toy):
         """pip shows nothing of a build, so the wheel has to carry what the compiler said."""
         build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
-        self.edit(toy / "csrc" / "value.cpp", "return 40", "return forty_two")
+        self.edit(toy / "csrc" / "host" / "value.cpp", "return 40", "return forty_two")
         name = python(build, cwd=toy).splitlines()[-1]
         with zipfile.ZipFile(toy / "dist" / name) as wheel:
             first, second, *more = wheel.read(f"simctg_fast/{_backends.BUILD_RECORD}").decode().splitlines()
@@ -628,7 +636,7 @@ class TestBuild:
         assert not [line for line in more if re.match(r"\[\d+/\d+\]", line)]
         run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=toy)
         assert self.record(toy).splitlines()[0] == first
-        self.edit(toy / "csrc" / "value.cpp", "return forty_two", "return 40")
+        self.edit(toy / "csrc" / "host" / "value.cpp", "return forty_two", "return 40")
         self.build(toy)
         assert self.libraries(toy) == ["build", "simctg_fast"]
         assert not (toy / "simctg_fast" / _backends.BUILD_RECORD).exists()
@@ -654,7 +662,7 @@ class TestBuild:
         before = library.stat().st_ino
         with library.open("rb") as old:
             content = old.read()
-            self.edit(toy / "csrc" / "value.cpp", "return 40", "return 50")
+            self.edit(toy / "csrc" / "host" / "value.cpp", "return 40", "return 50")
             self.build(toy)
             old.seek(0)
             assert old.read() == content
@@ -667,8 +675,8 @@ class TestBuild:
             jobs = [children.enter_context(started(command, cwd=toy, **pipes)) for _ in range(3)]
             out = [job.communicate(timeout=LIMIT)[0].decode() for job in jobs]
         assert [job.returncode for job in jobs] == [0, 0, 0], out
-        assert sum(text.count("compile csrc/bindings.cpp") for text in out) == 1
-        assert self.value(toy) in ("41", "42")
+        assert sum(text.count("compile csrc/bind/bindings.cpp") for text in out) == 1
+        assert self.value(toy) == str(40 + len(SIMD))
 
 
 class TestCommands:

@@ -1,7 +1,0 @@
-#include "simd/crf_kernels.h"
-
-namespace simctg {
-
-const CrfKernels& crf_kernels_avx512() { return kKernels; }
-
-}  // namespace simctg

@@ -1,0 +1,293 @@
+// Attention of a few queries over one prefix.
+//
+// Floor: keys and values, 4 T (dim + value_dim) bytes a key/value head, are read once for all its query rows; each row
+// takes T multiply-adds by dim and by value_dim, and T exponentials. Layout: queries are copied together, [rows][dim in
+// whole lines]; scores [rows][kSplit]; a partial row is its output, largest score and sum.
+//
+// A cut of the prefix is taken in three sweeps: all scores (keys pass once, kBlock at a time, through every query row
+// that shares them), their softmax, all outputs (values pass once). While one sweep ends, the next one's memory is
+// asked for.
+#include "simd/decode_attention.h"
+
+#include "simd/dot_block.h"
+#include "simd/simd_math.h"
+
+namespace simctg::attention {
+namespace {
+
+using namespace simd;
+using namespace dots;
+using math::exponential;
+using math::hyperbolic_tangent;
+
+constexpr int64_t kBlock = 64;
+constexpr int64_t kLinePair = 32;  // floats in two cache lines
+constexpr float kMinusInfinity = -__builtin_inff();
+// Vectors of the output in a register tile.
+constexpr int value_vectors(int rows) { return kRegisters == 32 || rows <= 3 ? 4 : 2; }
+
+static_assert(kSplit % kBlock == 0 && kBlock % kLanes == 0, "blocks are whole vectors, cuts whole blocks");
+
+// A row of a partial.
+struct PartialRow {
+    float* output;
+    float* largest;
+    float* sum;
+    PartialRow(float* partial, int64_t row, int64_t value_dim)
+        : output(partial + row * partial_stride(value_dim)),
+          largest(output + partial_stride(value_dim) - 16),
+          sum(largest + 1) {}
+};
+
+SIMCTG_INLINE float exponential_of(float x) {
+    float lanes[kLanes];
+    store(lanes, exponential(broadcast(x)));
+    return lanes[0];
+}
+
+// What to subtract from scores whose largest is `largest`: exp(−inf − 0) is 0 where exp(−inf − −inf) would be NaN.
+SIMCTG_INLINE float reference_score(float largest) { return largest == kMinusInfinity ? 0.0f : largest; }
+
+// 0 where a position may be seen, −1 where not; whether any may.
+SIMCTG_INLINE bool read_mask(const uint8_t* mask, int64_t count, float* closed) {
+    uint8_t any = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        closed[j] = mask[j] ? 0.0f : -1.0f;
+        any |= mask[j];
+    }
+    return any != 0;
+}
+
+SIMCTG_INLINE Vec final_score(const DecodeAttention& call, Vec score) {
+    score = mul(score, broadcast(call.scaling));
+    if (call.softcap != 0.0f) {
+        const Vec cap = broadcast(call.softcap);
+        score = mul(cap, hyperbolic_tangent(div(score, cap)));
+    }
+    return score;
+}
+
+// Products with the keys become exp(score − largest). Room for whole vectors behind `scores` and `closed`.
+SIMCTG_INLINE void softmax_row(const DecodeAttention& call, float* scores, int64_t count, const float* bias,
+                               const float* closed, PartialRow row, const float* ahead) {
+    Vec best = broadcast(kMinusInfinity);
+    for (int64_t j = 0; j < count; j += kLanes) {
+        const Mask mask = first_lanes(smaller<int64_t>(kLanes, count - j));
+        Vec score = final_score(call, load(scores + j, mask));
+        if (bias) score = add(score, load(bias + j, mask));
+        if (closed) score = where_less(load(closed + j, mask), zeros(), broadcast(kMinusInfinity), score);
+        store(scores + j, score);
+        if (j + kLanes <= count) best = max(best, score);
+    }
+    const int64_t whole = count / kLanes * kLanes, padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int64_t j = count; j < padded; ++j) scores[j] = kMinusInfinity;
+    if (whole < count) best = max(best, load(scores + whole));
+    const float largest = highest(best);
+    const Vec reference = broadcast(reference_score(largest));
+    Vec total = zeros();
+    for (int64_t j = 0; j < padded; j += kLanes) {
+        if (ahead) {
+            prefetch_l2(ahead);
+            prefetch_l2(ahead + kLinePair / 2);
+            ahead += kLinePair;
+        }
+        const Vec p = exponential(sub(load(scores + j), reference));
+        store(scores + j, p);
+        total = add(total, p);
+    }
+    *row.largest = largest;
+    *row.sum = sum(total);
+}
+
+// output += Σ_j weights[j] · values[j], for Vectors vectors of it.
+template <int Rows, int Vectors, bool Masked>
+SIMCTG_INLINE void add_values(const float* weights, const float* values, int64_t stride, int64_t count, Mask mask,
+                              float* output, int64_t output_stride, Ahead ahead) {
+    Vec acc[Rows][Vectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) acc[r][v] = load(output + r * output_stride + v * kLanes);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+        if (ahead.rows) {
+#pragma GCC unroll 4
+            for (int line = 0; line * 16 < Vectors * kLanes; ++line) {
+                prefetch_l2(ahead.rows + j * ahead.stride + line * 16);
+            }
+        }
+        Vec b[Vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+            const float* p = values + j * stride + v * kLanes;
+            b[v] = Masked ? load(p, mask) : load(p);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+            const Vec a = broadcast(weights[r * kSplit + j]);
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) acc[r][v] = multiply_add(a, b[v], acc[r][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) store(output + r * output_stride + v * kLanes, acc[r][v]);
+    }
+}
+
+template <int Rows>
+void add_values(const float* weights, const float* values, int64_t stride, int64_t count, int64_t value_dim,
+                float* output, int64_t output_stride, Ahead ahead) {
+    constexpr int vectors = value_vectors(Rows);
+    int64_t d = 0;
+    for (; d + vectors * kLanes <= value_dim; d += vectors * kLanes) {
+        add_values<Rows, vectors, false>(weights, values + d, stride, count, Mask(), output + d, output_stride,
+                                         {ahead.rows ? ahead.rows + d : nullptr, ahead.stride});
+    }
+    for (; d < value_dim; d += kLanes) {
+        const Mask mask = first_lanes(smaller<int64_t>(kLanes, value_dim - d));
+        add_values<Rows, 1, true>(weights, values + d, stride, count, mask, output + d, output_stride,
+                                  {ahead.rows ? ahead.rows + d : nullptr, ahead.stride});
+    }
+}
+
+SIMCTG_INLINE void add_values(int rows, const float* weights, const float* values, int64_t stride, int64_t count,
+                              int64_t value_dim, float* output, int64_t output_stride, Ahead ahead) {
+    switch (rows) {
+        case 1: return add_values<1>(weights, values, stride, count, value_dim, output, output_stride, ahead);
+        case 2: return add_values<2>(weights, values, stride, count, value_dim, output, output_stride, ahead);
+        case 3: return add_values<3>(weights, values, stride, count, value_dim, output, output_stride, ahead);
+        default: return add_values<4>(weights, values, stride, count, value_dim, output, output_stride, ahead);
+    }
+}
+
+void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, const float* next,
+            float* scratch, float* partial) {
+    const int64_t rows = call.candidates * call.groups, value_dim = call.value_dim, count = end - begin;
+    const int64_t query_stride = (call.dim + 15) / 16 * 16, output_stride = partial_stride(value_dim);
+    float *queries = scratch, *scores = queries + rows * query_stride, *closed = scores + rows * kSplit;
+    const float* keys = call.key + b * call.key_batch + g * call.key_head + begin * call.key_position;
+    const float* values = call.value + b * call.value_batch + g * call.value_head + begin * call.value_position;
+
+    const bool one_mask = call.mask && call.mask_candidate == 0 && (call.mask_head == 0 || call.groups == 1);
+    bool skip[kSplit / kBlock] = {};  // blocks that nobody may see (padding) are not even read
+    for (int64_t j = 0; one_mask && j < count; j += kBlock) {
+        const uint8_t* mask = call.mask + b * call.mask_batch + g * call.groups * call.mask_head + begin + j;
+        skip[j / kBlock] = !read_mask(mask, smaller(kBlock, count - j), closed + j);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = b * call.candidates + i / call.groups, head = g * call.groups + i % call.groups;
+        const float* query = call.query + row * call.query_row + head * call.query_head;
+        for (int64_t d = 0; d < call.dim; ++d) queries[i * query_stride + d] = query[d];
+        for (int64_t d = 0; d < output_stride; ++d) partial[i * output_stride + d] = 0.0f;
+    }
+
+    for (int64_t j = 0; j < count; j += kBlock) {
+        const int64_t width = smaller(kBlock, count - j);
+        for (int64_t first = 0; first < rows; first += kDotTileRows) {
+            float* tile = scores + first * kSplit + j;
+            const int height = static_cast<int>(smaller<int64_t>(kDotTileRows, rows - first));
+            if (skip[j / kBlock]) {
+                for (int64_t i = 0; i < height * width; ++i) tile[i / width * kSplit + i % width] = 0.0f;
+                continue;
+            }
+            Ahead ahead{};
+            if (first == 0) {
+                const bool more = j + 2 * kBlock <= count;
+                ahead = more ? Ahead{keys + (j + kBlock) * call.key_position, call.key_position}
+                             : Ahead{values, call.value_position};
+            }
+            dot_block(height, queries + first * query_stride, query_stride, keys + j * call.key_position,
+                      call.key_position, width, call.dim, tile, kSplit, ahead);
+        }
+    }
+
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t c = i / call.groups, head = g * call.groups + i % call.groups;
+        if (call.mask && !one_mask) {
+            read_mask(call.mask + b * call.mask_batch + c * call.mask_candidate + head * call.mask_head + begin, count,
+                      closed);
+        }
+        const float* bias = call.bias ? call.bias + b * call.bias_batch + c * call.bias_candidate +
+                                            head * call.bias_head + begin
+                                      : nullptr;
+        // The first block of the values is on its way; each vector of scores asks for two lines more.
+        const int64_t asked = kBlock * value_dim + i * ((count + kLanes - 1) / kLanes) * kLinePair;
+        const bool fetch = call.value_position == value_dim && asked < count * value_dim;
+        softmax_row(call, scores + i * kSplit, count, bias, call.mask ? closed : nullptr,
+                    PartialRow(partial, i, value_dim), fetch ? values + asked : nullptr);
+    }
+
+    for (int64_t j = 0; j < count; j += kBlock) {
+        if (skip[j / kBlock]) continue;
+        for (int64_t first = 0; first < rows; first += kDotTileRows) {
+            Ahead ahead{};
+            if (first == 0 && j + 2 * kBlock <= count) {
+                ahead = {values + (j + kBlock) * call.value_position, call.value_position};
+            } else if (first == 0 && j + kBlock >= count) {
+                ahead = {next, call.key_position};
+            }
+            add_values(static_cast<int>(smaller<int64_t>(kDotTileRows, rows - first)), scores + first * kSplit + j,
+                       values + j * call.value_position, call.value_position, smaller(kBlock, count - j), value_dim,
+                       partial + first * output_stride, output_stride, ahead);
+        }
+    }
+}
+
+// The score of the candidate's own key, −inf if the mask closes it.
+SIMCTG_INLINE float new_score(const DecodeAttention& call, int64_t b, int64_t c, int64_t g, int64_t head) {
+    if (call.mask &&
+        !call.mask[b * call.mask_batch + c * call.mask_candidate + head * call.mask_head + call.length]) {
+        return kMinusInfinity;
+    }
+    const int64_t row = b * call.candidates + c;
+    const float* query = call.query + row * call.query_row + head * call.query_head;
+    const float* key = call.new_key + row * call.new_key_row + g * call.new_key_head;
+    float score;
+    dot_tile<1, 1>(query, 0, key, 0, call.dim, &score, 0);
+    float lanes[kLanes];
+    store(lanes, final_score(call, broadcast(score)));
+    if (!call.bias) return lanes[0];
+    return lanes[0] +
+           call.bias[b * call.bias_batch + c * call.bias_candidate + head * call.bias_head + call.length];
+}
+
+void finish(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, float* partials) {
+    const int64_t rows = call.candidates * call.groups, value_dim = call.value_dim;
+    const int64_t cut_floats = rows * partial_stride(value_dim);
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t c = i / call.groups, head = g * call.groups + i % call.groups, row = b * call.candidates + c;
+        const float own = call.new_key ? new_score(call, b, c, g, head) : kMinusInfinity;
+        const float sink = call.sinks ? call.sinks[head] : kMinusInfinity;
+        float largest = larger(own, sink);
+        for (int64_t cut = 0; cut < cuts; ++cut) {
+            largest = larger(largest, *PartialRow(partials + cut * cut_floats, i, value_dim).largest);
+        }
+        const float reference = reference_score(largest);
+        const float own_weight = own == kMinusInfinity ? 0.0f : exponential_of(own - reference);
+        float total = (sink == kMinusInfinity ? 0.0f : exponential_of(sink - reference)) + own_weight;
+        for (int64_t cut = 0; cut < cuts; ++cut) {
+            const PartialRow part(partials + cut * cut_floats, i, value_dim);
+            // From here on, the weight of the part.
+            *part.largest = *part.largest == reference ? 1.0f : exponential_of(*part.largest - reference);
+            total += *part.sum * *part.largest;
+        }
+        float* out = call.out + (row * call.kv_heads * call.groups + head) * value_dim;
+        const float* value = call.new_key ? call.new_value + row * call.new_value_row + g * call.new_value_head : out;
+        for (int64_t d = 0; d < value_dim; d += kLanes) {
+            const Mask mask = first_lanes(smaller<int64_t>(kLanes, value_dim - d));
+            Vec sum = call.new_key ? mul(load(value + d, mask), broadcast(own_weight)) : zeros();
+            for (int64_t cut = 0; cut < cuts; ++cut) {
+                const PartialRow part(partials + cut * cut_floats, i, value_dim);
+                sum = multiply_add(load(part.output + d), broadcast(*part.largest), sum);
+            }
+            store_first(out + d, div(sum, broadcast(total)), value_dim - d);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace simctg::attention
+
+SIMCTG_TABLE(attention, Kernels, attend, finish)

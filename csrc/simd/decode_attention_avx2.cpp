@@ -1,7 +1,0 @@
-#include "simd/decode_attention_kernels.h"
-
-namespace simctg {
-
-const AttentionKernels& attention_kernels_avx2() { return kAttentionKernels; }
-
-}  // namespace simctg

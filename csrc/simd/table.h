@@ -1,0 +1,37 @@
+// How the host finds the kernels of the instruction set in use. Each algorithm's header here names a struct of what one
+// instruction set offers, with SIMCTG_TABLES behind it; its source, which the build compiles once for each instruction set
+// (SIMCTG_ISA is its name then), ends with SIMCTG_TABLE and the values.
+#pragma once
+
+#include "api/cpu_features.h"
+
+namespace simctg {
+
+template <class Kernels, Isa>
+const Kernels& table();
+
+#define SIMCTG_DECLARE_TABLE(isa, Kernels) \
+    template <>                            \
+    const simctg::Kernels& simctg::table<simctg::Kernels, simctg::Isa::isa>();
+#define SIMCTG_TABLES(Kernels) SIMCTG_ISAS(SIMCTG_DECLARE_TABLE, Kernels)
+
+#define SIMCTG_TABLE(space, Kernels, ...)                                                            \
+    template <>                                                                                      \
+    const simctg::space::Kernels& simctg::table<simctg::space::Kernels, simctg::Isa::SIMCTG_ISA>() { \
+        using namespace simctg::space;                                                               \
+        static constexpr simctg::space::Kernels values{__VA_ARGS__};                                 \
+        return values;                                                                               \
+    }
+
+template <class Kernels>
+const Kernels& kernels() {
+#define SIMCTG_CASE(isa, Kernels) \
+    case Isa::isa: return table<Kernels, Isa::isa>();
+    switch (active_isa()) {
+        SIMCTG_ISAS(SIMCTG_CASE, Kernels)
+        default: return table<Kernels, kBuiltIsas[0]>();  // active_isa() gives none but those
+    }
+#undef SIMCTG_CASE
+}
+
+}  // namespace simctg
