@@ -1,33 +1,15 @@
 // Python bindings. Tensors arrive as addresses and sizes: `simctg_fast/ops` has checked dtypes, devices and layouts and
 // allocated the outputs. Every function releases the GIL; std::invalid_argument becomes a ValueError.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bind/bindings.h"
 
-#include <array>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "api/cpu_features.h"
-#include "bind/crf_bindings.h"
-#include "bind/decoding_bindings.h"
-#include "bind/loss_bindings.h"
-#include "host/parallel.h"
 #include "api/prefix_commit.h"
 #include "api/viterbi.h"
-
-namespace py = pybind11;
+#include "host/parallel.h"
 
 namespace {
-
-using address = std::uintptr_t;
-using release_gil = py::call_guard<py::gil_scoped_release>;
-
-template <class T>
-T* pointer(address value) {
-    return reinterpret_cast<T*>(value);
-}
 
 void viterbi_backtrace(const std::string& dtype, address backpointers, std::array<int64_t, 3> sizes,
                        std::array<int64_t, 3> strides, address last, address lengths, address path, int num_threads) {
@@ -71,9 +53,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("batch"), py::arg("num_threads"), release_gil());
 
     bind_decoding(m);
-
     bind_crf(m);
-
     bind_losses(m);
 
     m.def("best_isa", [] { return simctg::isa_name(simctg::best_isa()); });

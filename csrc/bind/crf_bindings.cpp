@@ -1,24 +1,9 @@
-#include "bind/crf_bindings.h"
-
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
-#include <stdexcept>
-#include <string>
+// Bindings of the CRFs; see bindings.cpp.
+#include "bind/bindings.h"
 
 #include "api/crf.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using address = std::uintptr_t;
-
-template <class T>
-T* pointer(address value) {
-    return reinterpret_cast<T*>(value);
-}
 
 // Batch, length, beam, vocabulary, rank.
 simctg::Crf crf_of(const std::array<int64_t, 5>& sizes, address scores, address tokens, address left, address right,
@@ -52,8 +37,7 @@ using Sizes = std::array<int64_t, 5>;
 }  // namespace
 
 void bind_crf(py::module_& m) {
-    using release_gil = py::call_guard<py::gil_scoped_release>;
-    m.def(
+        m.def(
         "crf_beam_select",
         [](const std::string& dtype, address emissions, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides,
            int64_t beam, address lengths, address forced, int64_t forced_count, address tokens, address values,

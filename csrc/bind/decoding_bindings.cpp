@@ -1,10 +1,6 @@
 // Bindings of what a decoding step computes on the CPU; see bindings.cpp.
-#include "bind/decoding_bindings.h"
+#include "bind/bindings.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -16,17 +12,7 @@
 #include "api/rms_norm.h"
 #include "api/top_k.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using address = std::uintptr_t;
-using release_gil = py::call_guard<py::gil_scoped_release>;
-
-template <class T, class Number>
-T* pointer(Number value) {
-    return reinterpret_cast<T*>(static_cast<address>(value));
-}
 
 void linear(simctg::WeightLayout layout, address x, int64_t x_stride, address weight, int64_t weight_stride,
             address bias, address y, int64_t y_stride, int64_t rows, int64_t in_features, int64_t out_features,

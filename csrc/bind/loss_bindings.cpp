@@ -1,26 +1,11 @@
 // Bindings of the losses; see bindings.cpp.
-#include "bind/loss_bindings.h"
+#include "bind/bindings.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
 #include <optional>
-#include <stdexcept>
-#include <string>
 
 #include "api/contrastive_loss.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using address = std::uintptr_t;
-
-template <class T>
-T* pointer(address value) {
-    return reinterpret_cast<T*>(value);
-}
 
 simctg::States view(const std::string& dtype, address data, std::array<int64_t, 3> sizes,
                     std::array<int64_t, 2> strides) {
@@ -77,8 +62,7 @@ void contrastive_gradient(const std::string& dtype, address states, std::array<i
 }  // namespace
 
 void bind_losses(py::module_& m) {
-    using release_gil = py::call_guard<py::gil_scoped_release>;
-    m.def("contrastive_hinge", &contrastive_hinge, py::arg("dtype"), py::arg("states"), py::arg("sizes"),
+        m.def("contrastive_hinge", &contrastive_hinge, py::arg("dtype"), py::arg("states"), py::arg("sizes"),
           py::arg("strides"), py::arg("real"), py::arg("threshold"), py::arg("hinge"), py::arg("inverse"),
           py::arg("radial"), py::arg("bits"), py::arg("flags"), py::arg("num_threads"), release_gil());
     m.def("contrastive_reduce", &contrastive_reduce, py::arg("hinge"), py::arg("inverse"), py::arg("real"),

@@ -1,30 +1,24 @@
 // Working memory of the kernels: floats at the start of a cache line, as a vector that crosses two costs twice.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 namespace simctg {
 
 class Floats {  // not initialised
   public:
     Floats() = default;
-    explicit Floats(int64_t count) {
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(float) / 64 + 1) * 64;
-        data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-        if (!data_) throw std::bad_alloc();
+    explicit Floats(int64_t count) : memory_(new char[static_cast<size_t>(count) * sizeof(float) + 64]) {
+        const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
+        data_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
     }
-    float* data() const { return data_.get(); }
-    explicit operator bool() const { return data_ != nullptr; }
+    float* data() const { return data_; }
+    explicit operator bool() const { return memory_ != nullptr; }
 
   private:
-    struct Free {
-        void operator()(float* p) const { std::free(p); }
-    };
-    std::unique_ptr<float, Free> data_;
+    std::unique_ptr<char[]> memory_;
+    float* data_ = nullptr;
 };
 
 // Memory that a thread keeps between calls.
@@ -33,7 +27,7 @@ class Scratch {
     float* get(int64_t count) {
         if (count > capacity_) {
             capacity_ = 0;
-            data_ = Floats();
+            data_ = Floats();  // given back first
             const int64_t floats = (count + 1023) / 1024 * 1024;
             data_ = Floats(floats);
             capacity_ = floats;
