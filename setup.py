@@ -43,6 +43,8 @@ ISAS_X86_64 = {
     "generic": [],
 }
 ISAS = {"x86_64": ISAS_X86_64, "amd64": ISAS_X86_64, "aarch64": {"neon": []}, "arm64": {"neon": []}}
+# Where a short loop lies among the lines of the cache is a fifth of its time, and else changes with any other source.
+SIMD_FLAGS = ["-falign-functions=64", "-falign-loops=32"]
 # GCC 12 takes the deliberately undefined vectors inside its own intrinsics for a mistake of ours.
 ISA_WARNINGS = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CXX_FLAGS = ["-Icsrc", "-O3", "-std=c++17", "-fPIC", "-pthread", "-DNDEBUG", "-Wall", "-Wextra"]
@@ -72,7 +74,8 @@ def objects() -> Iterator[tuple[str, str, list[str]]]:
             yield source, name, []
             continue
         for isa, flags in instruction_sets().items():
-            yield source, f"{name}.{isa}", [*flags, *(ISA_WARNINGS if flags else []), f"-DSIMCTG_ISA={isa}"]
+            warnings = ISA_WARNINGS if flags else []
+            yield source, f"{name}.{isa}", [*flags, *SIMD_FLAGS, *warnings, f"-DSIMCTG_ISA={isa}"]
 
 
 def compiler() -> str:

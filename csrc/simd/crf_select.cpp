@@ -83,7 +83,7 @@ int64_t collect(const float* row, int64_t count, float threshold, const float* n
     int64_t found = 0, i = 0;
     const Vec limit = broadcast(threshold);
     for (; i + kLanes <= count; i += kLanes) {
-        if (i % 16 == 0) __builtin_prefetch(next + i, 0, 2);
+        if (kLanes != 8 || i % 16 == 0) __builtin_prefetch(next + i, 0, 2);
         uint32_t mask = at_least_bits(load(row + i), limit);
         for (; mask; mask &= mask - 1) {
             const int64_t at = i + __builtin_ctz(mask);
