@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from ..ops.linear import MAX_ROWS, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
 from ..ops.rms_norm import run_kernel as run_rms_norm
 from .forwards import Forwards, Use, has_own_forward, here
+from .memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ _CONV1D_FORWARD = Conv1D.forward
 _NEW_GELU_FORWARD = NewGELUActivation.forward
 _DROPOUT_FORWARD = Dropout.forward
 
+_CPU = torch.device("cpu")
 _packing = threading.Lock()
 
 
@@ -322,21 +323,10 @@ def _stand_in(module: Module) -> Any | None:
     return ours if takes else None
 
 
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping, None where the system does not say."""
-    with suppress(OSError, ValueError), open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
 def _room_for(weights: Iterable[tuple[Tensor, bool]]) -> tuple[bool, int, int | None]:
     """Whether packed copies of weights (each with how it lies) may be made, the bytes they take, and those that are
     free."""
-    needed, free = sum(4 * packed_size(weight, transposed) for weight, transposed in weights), _free_memory()
+    needed, free = sum(4 * packed_size(weight, transposed) for weight, transposed in weights), free_bytes(_CPU)
     return free is not None and needed <= _MEMORY_SHARE * free, needed, free
 
 

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,26 +43,10 @@ _PARTS = {
     )
 }
 _ACTS = {ReLU: "relu", NewGELUActivation: "gelu_tanh"}
-# Arguments under which a block does what it always does.
 _CACHE_NAME = next(n for n in ("past_key_values", "cache") if n in inspect.signature(t5.T5Block.forward).parameters)
+# Arguments under which a block does what it always does.
 _HARMLESS = frozenset({_CACHE_NAME, "use_cache", "return_dict"})
 _AHEAD = 512  # positions for which a bias is made beyond those that are there
-
-
-class Step(Protocol):
-    """A forward over shared prefixes that is under way, see `simctg_fast.decoding.attention.Attention`."""
-
-    def attend(
-        self,
-        module: Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float,
-        *,
-        position_bias: Tensor,
-    ) -> tuple[Tensor, None]: ...
 
 
 @dataclass(slots=True)
@@ -78,7 +62,7 @@ class _Plan:
     """A block's parts, found once for a ``with`` block, and how to ask for the step that is under way."""
 
     def __init__(self, block: Module, current_step: Callable[[], Any]):
-        self.current_step: Callable[[], Step | None] = current_step
+        self.current_step = current_step
         layers: Any = block.layer
         own, cross, last = layers
         self.own, self.cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
@@ -222,7 +206,7 @@ def _block_forward(
 
 
 def _attend(
-    step: Step,
+    step: Any,
     attention: Any,
     query: Tensor,
     key: Tensor,
@@ -245,7 +229,8 @@ def fast_t5_blocks(model: Module, current_step: Callable[[], Any]) -> Iterator[i
     found.
 
     Args:
-        current_step: the :class:`Step` that is under way in the calling thread, None where there is none.
+        current_step: says which forward over shared prefixes is under way in the calling thread, None where there is
+            none; its ``attend`` is what the candidates attend with.
 
     Yields:
         The number of blocks that were routed: 0 without the C++ extension, and for other models.

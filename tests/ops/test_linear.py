@@ -506,7 +506,7 @@ def test_another_thread_gets_right_results_throughout():
 def test_packing_stops_at_a_quarter_of_the_free_memory(monkeypatch, caplog, kernel_calls):
     layer = torch.nn.Linear(64, 64, bias=False)
     for free, packed in [(4 * 64 * 64 * 4, True), (4 * 64 * 64 * 4 - 1, False), (None, False)]:
-        monkeypatch.setattr(modules, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(modules, "free_bytes", lambda device, free=free: free)
         caplog.clear()
         with torch.no_grad(), fast_linears(layer, 1, pack=True):
             layer(torch.randn(1, 64))
@@ -514,7 +514,7 @@ def test_packing_stops_at_a_quarter_of_the_free_memory(monkeypatch, caplog, kern
         assert bool(caplog.records) is not packed
     assert "more than 25% of the free memory (unknown)" in caplog.text
     monkeypatch.undo()
-    assert 0 < modules._free_memory() < 1 << 50
+    assert 0 < modules.free_bytes(torch.device("cpu")) < 1 << 50
 
 
 @needs_extension
@@ -538,7 +538,7 @@ def test_where_packing_pays(isa, monkeypatch):
     assert modules.packing_pays(layer, 48) == (isa == "avx2")
     assert not modules.packing_pays(layer, 2)
     for free in (4 * 4 * 64 * 64 - 1, None):
-        monkeypatch.setattr(modules, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(modules, "free_bytes", lambda device, free=free: free)
         assert not modules.packing_pays(layer, 48)
 
 

@@ -78,7 +78,7 @@ def test_the_decoder_is_packed_once_for_all_batches(trained_t5, monkeypatch):
     linears = [name for name, module in large.model.decoder.named_modules() if type(module) is torch.nn.Linear]
     assert found == [f"decoder.{name}.weight" for name in linears]
     assert not _held
-    monkeypatch.setattr(modules, "_free_memory", lambda: 0)
+    monkeypatch.setattr(modules, "free_bytes", lambda device: 0)
     assert large(texts) == answers
     assert len(packed) == len(linears)
 
