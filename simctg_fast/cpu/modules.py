@@ -27,6 +27,7 @@ from torch.nn import Dropout, Linear, Module, Parameter
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from ..memory import free_bytes
 from ..ops import _backends
 from ..ops.block_layers import native_layer
 from ..ops.gelu import run_kernel as run_gelu
@@ -34,7 +35,6 @@ from ..ops.linear import MAX_ROWS, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
 from ..ops.rms_norm import run_kernel as run_rms_norm
 from .forwards import Forwards, Use, has_own_forward, here
-from .memory import free_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..cpu.memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from ..cpu.modules import fast_linears
 from ..cpu.t5_blocks import fast_t5_blocks
 from ..decoding.attention import current_step
@@ -22,6 +21,7 @@ from ..decoding.step import the_first
 from ..decoding.strategies import Proposal, Strategy, View
 from ..decoding.unsupported import UnsupportedError
 from ..loading import context_length
+from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from .observe import StepRecord
 from .prepare import apply_processors
 from .sequence import IDLE, Sequence

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from ..cpu.memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from ..decoding.contrastive_search import ContrastiveSearch
 from ..decoding.generate_arguments import position_table
 from ..decoding.generate_loop import Run, places_kept
 from ..decoding.own_step import PLAIN
 from ..decoding.strategies import Strategy
 from ..decoding.truth import unknown_token
+from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from .observe import StepRecord
 from .padding import change_by_padding, padded_rows
 from .prepare import apply_processors

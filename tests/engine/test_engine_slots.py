@@ -12,12 +12,12 @@ import transformers
 
 import simctg_fast.engine.scheduler as scheduler_module
 from simctg_fast import ContrastiveSearch
-from simctg_fast.cpu.memory import free_bytes
 from simctg_fast.decoding.unsupported import UnsupportedError
 from simctg_fast.engine import Engine
 from simctg_fast.engine.scheduler import SlotScheduler
 from simctg_fast.engine.slot_decoder import SlotDecoder
 from simctg_fast.engine.slot_trial import slot_trial, verify
+from simctg_fast.memory import free_bytes
 
 from ..decoding_models import build, prompt, shared, tokenizer
 from ..near_ties import same_tokens
@@ -574,7 +574,7 @@ def test_what_is_reckoned_is_what_a_decoder_holds():
 
 
 def test_limits_of_control_groups_count(monkeypatch, tmp_path):
-    from simctg_fast.cpu import memory
+    from simctg_fast import memory
 
     monkeypatch.setattr(memory, "_available", lambda: 10**9)
     monkeypatch.setattr(memory, "_left_in_groups", lambda: iter([3 * 10**8, 10**12]))

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from ..repository import INSTALLED
 
 # Each room and what else it may import, all of it further up here. Nothing but tests and benchmarks has `reference`.
-EVERYBODYS = {"checks", "printable"}
+EVERYBODYS = {"checks", "memory", "printable"}
 ROOMS = {
     "checks": "",
+    "memory": "",
     "printable": "",
     "distributed": "",
     "kernels": "",

@@ -1,5 +1,5 @@
 // The kernels of csrc/ on their own, without Python or torch, against plain loops in double precision: what a processor
-// (or an emulator of one) can be asked that no test environment runs on. `tests/test_csrc.py` builds it.
+// (or an emulator of one) can be asked that no test environment runs on. `tests/ops/test_csrc.py` builds it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

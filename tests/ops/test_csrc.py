@@ -12,7 +12,7 @@ import sysconfig
 
 import pytest
 
-from .processes import run_child
+from ..processes import run_child
 from .repository import repository
 
 CSRC = repository("csrc")
