@@ -34,9 +34,6 @@ from simctg_fast.ops import (
     simcse,
     top_k,  # noqa: F401 - as above
 )
-from simctg_fast.ops.gelu import gelu_tanh
-from simctg_fast.ops.linear import linear_small_m
-from simctg_fast.ops.rms_norm import rms_norm
 
 from ..processes import run_child
 from ..repository import INSTALLED
@@ -431,20 +428,6 @@ def test_the_published_sampler_is_differentiable_once(kind):
     close(torch.func.jacrev(function)(x), first(function, x).double(), 1e-7)
     with pytest.raises(RuntimeError, match="crf_stochastic_viterbi has no forward-mode derivative"):
         torch.func.jvp(function, (x,), (direction,))
-
-
-def test_layers_are_differentiable_as_often_as_one_likes():
-    x, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
-    layers = (
-        (gelu_tanh, (x,)),
-        (lambda x, w: rms_norm(x, w[0], 1e-6), (x, weight)),
-        (linear_small_m, (x, weight, bias)),
-        (lambda x, w: linear_small_m(x, w, None, True), (x, weight.detach().T.contiguous().requires_grad_())),
-    )
-    for function, arguments in layers:
-        assert torch.autograd.gradgradcheck(function, arguments)
-        with pytest.raises(RuntimeError, match=r"simctg_fast::\w+ has no forward-mode derivative"):
-            torch.func.jvp(function, arguments, arguments)
 
 
 def test_through_a_checkpoint():

@@ -1,4 +1,4 @@
-"""`linear_small_m` on every instruction set, and `fast_linears`, which routes a model's layers through it."""
+"""The linear kernel on every instruction set, and `fast_linears`, which routes a model's layers through it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simctg_fast.cpu import modules
 from simctg_fast.cpu.forwards import _held
 from simctg_fast.cpu.modules import fast_linears
 from simctg_fast.ops import _backends
-from simctg_fast.ops.linear import MAX_ROWS, linear_small_m, pack, run_kernel
+from simctg_fast.ops.linear import MAX_ROWS, pack, run_kernel
 
 extension = _backends.extension()
 needs_extension = pytest.mark.skipif(extension is None, reason="the C++ extension is not built")
@@ -58,7 +58,7 @@ def test_accuracy_on_odd_shapes(isa, transposed, threads):
         for jndex, out_features in enumerate(OUT_FEATURES):
             rows = ROWS[(7 * index + jndex) % len(ROWS)]
             x, weight, bias = draw(rows, in_features, out_features, transposed=transposed, bias=(index + jndex) % 3 > 0)
-            y = linear_small_m(x, weight, bias, transposed, impl="cpu")
+            y = run_kernel(x, weight, bias, transposed)
             error = (y.double() - truth(x, weight, bias, transposed)).abs().max().item()
             assert error <= bound(x, weight, bias, transposed), (rows, in_features, out_features)
 
@@ -106,16 +106,16 @@ def test_packed_conv1d_has_the_bits_of_the_weight_in_place(isa):
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_strides_of_x(isa, transposed):
     x, weight, bias = draw(7, 45, 37, transposed=transposed)
-    expected = linear_small_m(x, weight, bias, transposed, impl="cpu")
+    expected = run_kernel(x, weight, bias, transposed)
     wide = torch.full((7, 3, 61), torch.nan)
     wide[:, 1, 4:49] = x
     for view in (wide[:, 1, 4:49], wide[:, 1:2, 4:49].squeeze(1), x.t().contiguous().t(), x.flip(0).flip(0)):
-        assert torch.equal(linear_small_m(view, weight, bias, transposed, impl="cpu"), expected)
-    y = linear_small_m(wide[:, 1:2, 4:49], weight, bias, transposed, impl="cpu")
+        assert torch.equal(run_kernel(view, weight, bias, transposed), expected)
+    y = run_kernel(wide[:, 1:2, 4:49], weight, bias, transposed)
     assert y.shape == (7, 1, 37)
     assert y.is_contiguous()
     assert torch.equal(y[:, 0], expected)
-    assert torch.equal(linear_small_m(x[:1].expand(5, 45), weight, bias, transposed), expected[:1].expand(5, 37))
+    assert torch.equal(run_kernel(x[:1].expand(5, 45), weight, bias, transposed), expected[:1].expand(5, 37))
 
 
 @needs_extension
@@ -155,57 +155,16 @@ def test_not_finite(isa, transposed):
         assert run_kernel(inside[:rows], *draw(1, 37, 19, transposed=transposed)[1:], transposed).isfinite().all()
 
 
+@needs_extension
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_empty(transposed):
     x, weight, bias = draw(3, 0, 5, transposed=transposed)
-    assert torch.equal(linear_small_m(x, weight, bias, transposed), bias.expand(3, 5))
-    assert torch.equal(linear_small_m(x, weight, None, transposed), torch.zeros(3, 5))
+    assert torch.equal(run_kernel(x, weight, bias, transposed), bias.expand(3, 5))
+    assert torch.equal(run_kernel(x, weight, None, transposed), torch.zeros(3, 5))
     x, weight, bias = draw(0, 4, 5, transposed=transposed)
-    assert linear_small_m(x, weight, bias, transposed).shape == (0, 5)
+    assert run_kernel(x, weight, bias, transposed).shape == (0, 5)
     x, weight, bias = draw(3, 4, 0, transposed=transposed)
-    assert linear_small_m(x, weight, bias, transposed).shape == (3, 0)
-
-
-def test_what_the_kernel_does_not_take_goes_to_pytorch():
-    x, weight, bias = draw(4, 20, 9, transposed=False)
-    for dtype in (torch.float64, torch.bfloat16):
-        arguments = [t.to(dtype) for t in (x, weight, bias)]
-        assert torch.equal(linear_small_m(*arguments), torch_linear(*arguments))
-    scattered = weight.t().contiguous().t()
-    assert torch.allclose(linear_small_m(x, scattered, bias), torch_linear(x, weight, bias), atol=1e-5)
-    many = torch.randn(MAX_ROWS + 1, 20)
-    assert torch.equal(linear_small_m(many, weight, bias), torch_linear(many, weight, bias))
-    assert torch.equal(linear_small_m(x, weight, bias, impl="torch"), torch_linear(x, weight, bias))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": (4, 19)}, r"x has shape \(4, 19\), must be \(..., 20\)"),
-        ({"x": ()}, r"x has shape \(\), must be"),
-        ({"weight": (9, 20, 1)}, r"weight has shape \(9, 20, 1\), must have 2 dimensions"),
-        ({"bias": (8,)}, r"bias has shape \(8,\), must be \(9,\)"),
-        ({"impl": "gpu"}, r"impl is 'gpu', must be one of 'auto', 'cpu', 'torch'"),
-    ],
-)
-def test_errors(change, message):
-    shapes = {"x": (4, 20), "weight": (9, 20), "bias": (9,)} | {k: v for k, v in change.items() if k != "impl"}
-    with pytest.raises(ValueError, match=message):
-        linear_small_m(**{name: torch.ones(shape) for name, shape in shapes.items()}, impl=change.get("impl", "auto"))
-
-
-@needs_extension
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda x, w: (torch.ones(MAX_ROWS + 1, 20), w), f"x has {MAX_ROWS + 1} rows"),
-        (lambda x, w: (x.double(), w.double()), "x is torch.float64 on cpu"),
-        (lambda x, w: (x, torch.ones(20, 9).t()), r"weight has strides \(1, 9\)"),
-    ],
-)
-def test_a_kernel_asked_for_by_name_says_why_not(make, message):
-    with pytest.raises(ValueError, match=message):
-        linear_small_m(*make(torch.ones(4, 20), torch.ones(9, 20)), impl="cpu")
+    assert run_kernel(x, weight, bias, transposed).shape == (3, 0)
 
 
 @needs_extension
@@ -235,28 +194,6 @@ def test_cpp_refuses_nonsense():
 @needs_extension
 def test_threads_are_those_of_pytorch():
     assert extension.parallel_backend() == "openmp"
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
-def test_operator(transposed):
-    x, weight, bias = (t.requires_grad_() for t in draw(6, 11, 5, transposed=transposed))
-    for arguments in [(x, weight, bias, transposed), (x.view(2, 3, 11).transpose(0, 1), weight, None, transposed)]:
-        torch.library.opcheck(torch.ops.simctg_fast.linear_small_m, arguments)
-    doubles = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *t: linear_small_m(*t, transposed), doubles)
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(dynamic):
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *t: linear_small_m(*t) + 1, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (3, 5):
-        x, weight, bias = (t.requires_grad_() for t in draw(rows, 11, 5, transposed=False))
-        y = compiled(x, weight, bias)
-        assert torch.allclose(y, torch_linear(x, weight, bias) + 1, atol=1e-5)
-        got = torch.autograd.grad(y.sum(), (x, weight, bias))
-        expected = torch.autograd.grad((torch_linear(x, weight, bias) + 1).sum(), (x, weight, bias))
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
 
 
 # ---- fast_linears ---------------------------------------------------------------------------------------------------
