@@ -22,10 +22,9 @@ from ._launch import (
     before_triton,
     cdiv,
     last_dimension_contiguous,
-    launch,
+    next_power_of_2,
     on,
     precise,
-    size_class,
     start_kernel,
 )
 
@@ -446,7 +445,7 @@ class _Operands:
                 width,
                 HAS_MASK=mask is not None,
                 SPLIT=self.split,
-                BLOCK=min(1024, size_class(width)),
+                BLOCK=min(1024, next_power_of_2(width)),
                 num_warps=4,
             )
         self.strides = (self.x.stride(0), self.x.stride(1))
@@ -505,34 +504,30 @@ def forward(
         for group in _groups(states):
             own_mask = None if mask is None else _part(mask, group)
             operands = _Operands(_part(states, group), own_mask, _part(inverse, group), known=False)
-
-            def run(config: Config, operands=operands, group=group) -> None:
-                start_kernel(
-                    hinge_kernel,
-                    (pairs_of_tiles, group.stop - group.start),
-                    operands.x,
-                    operands.low,
-                    *operands.strides,
-                    operands.inverse,
-                    _part(totals, group),
-                    _part(partials, group),
-                    _part(half_words, group),
-                    _part(flags, group),
-                    length,
-                    width,
-                    tiles,
-                    1.0 - margin,
-                    KEEP=keep,
-                    SPLIT=operands.split,
-                    PRECISION=operands.precision,
-                    TILE=TILE,
-                    BLOCK_K=config.block_k,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                )
-
-            kind = ("hinge", operands.key, keep, size_class(length), size_class(width))
-            launch(kind, HINGE_CONFIGS[operands.key], run, states.device)
+            config = HINGE_CONFIGS[operands.key]
+            start_kernel(
+                hinge_kernel,
+                (pairs_of_tiles, group.stop - group.start),
+                operands.x,
+                operands.low,
+                *operands.strides,
+                operands.inverse,
+                _part(totals, group),
+                _part(partials, group),
+                _part(half_words, group),
+                _part(flags, group),
+                length,
+                width,
+                tiles,
+                1.0 - margin,
+                KEEP=keep,
+                SPLIT=operands.split,
+                PRECISION=operands.precision,
+                TILE=TILE,
+                BLOCK_K=config.block_k,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
         start_kernel(
             sums_kernel,
             (1 + (batch * tiles if keep else 0),),
@@ -598,34 +593,30 @@ def backward(
                     BLOCK_D=64,
                     num_warps=4,
                 )
-
-            def run(config: Config, operands=operands, group=group, size=size, sums=sums) -> None:
-                start_kernel(
-                    gradient_kernel,
-                    (cdiv(width, config.block_k), tiles, size),
-                    operands.x,
-                    operands.low,
-                    *operands.strides,
-                    operands.inverse,
-                    _part(radial, group),
-                    _part(bits, group),
-                    _part(flags, group),
-                    operands.inverse if sums is None else sums,
-                    _part(weights, group),
-                    grad,
-                    _part(result, group),
-                    length,
-                    width,
-                    tiles,
-                    HAS_SUMS=sums is not None,
-                    SPLIT=operands.split,
-                    PRECISION=operands.precision,
-                    TILE=TILE,
-                    BLOCK_D=config.block_k,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                )
-
-            kind = ("gradient", operands.key, sums is not None, size_class(length), size_class(width))
-            launch(kind, GRADIENT_CONFIGS[operands.key], run, states.device)
+            config = GRADIENT_CONFIGS[operands.key]
+            start_kernel(
+                gradient_kernel,
+                (cdiv(width, config.block_k), tiles, size),
+                operands.x,
+                operands.low,
+                *operands.strides,
+                operands.inverse,
+                _part(radial, group),
+                _part(bits, group),
+                _part(flags, group),
+                operands.inverse if sums is None else sums,
+                _part(weights, group),
+                grad,
+                _part(result, group),
+                length,
+                width,
+                tiles,
+                HAS_SUMS=sums is not None,
+                SPLIT=operands.split,
+                PRECISION=operands.precision,
+                TILE=TILE,
+                BLOCK_D=config.block_k,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
     return result

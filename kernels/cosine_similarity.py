@@ -7,17 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    Config,
-    architecture,
-    cdiv,
-    last_dimension_contiguous,
-    launch,
-    on,
-    precise,
-    size_class,
-    start_kernel,
-)
+from ._launch import Config, architecture, cdiv, last_dimension_contiguous, on, precise, start_kernel
 
 TILE = 64
 # (architecture, bytes of an element)
@@ -83,10 +73,9 @@ def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     out = states.new_empty((batch, length, length))
     inverse = states.new_empty((batch, length), dtype=torch.float32)
     tiles = cdiv(length, TILE)
-    key = architecture(states.device), states.element_size()
     highest = states.element_size() == 4 and precise()
-
-    def run(config: Config) -> None:
+    config = HIGHEST if highest else CONFIGS[architecture(states.device), states.element_size()]
+    with on(states):
         start_kernel(
             cosine_kernel,
             (tiles, tiles, batch),
@@ -103,8 +92,4 @@ def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-    kind = ("cosine", key, highest, size_class(length), size_class(width))
-    with on(states):
-        launch(kind, HIGHEST if highest else CONFIGS[key], run, states.device)
     return out, inverse

@@ -19,10 +19,9 @@ from ._launch import (
     architecture,
     cdiv,
     last_dimension_contiguous,
-    launch,
+    next_power_of_2,
     on,
     precise,
-    size_class,
     start_kernel,
 )
 from .contrastive_loss import norms_kernel
@@ -198,7 +197,7 @@ def inverse_norms(vectors: Tensor) -> Tensor:
             width,
             HAS_MASK=False,
             SPLIT=False,
-            BLOCK=min(1024, size_class(width)),
+            BLOCK=min(1024, next_power_of_2(width)),
             num_warps=4,
         )
     return inverse
@@ -211,9 +210,8 @@ def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Ten
     each = cdiv(columns, shares)
     shares = cdiv(columns, each)
     partial = queries.new_empty((shares, queries.shape[0]), dtype=torch.float32)
-    key = architecture(queries.device), queries.element_size()
-
-    def run(config: Config) -> None:
+    config = CONFIGS[architecture(queries.device), queries.element_size()]
+    with on(queries):
         start_kernel(
             lse_kernel,
             (rows, shares),
@@ -235,10 +233,6 @@ def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Ten
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-    kind = ("lse", key, _precision(queries), itself is None, *map(size_class, (*queries.shape, keys.shape[0])))
-    with on(queries):
-        launch(kind, CONFIGS[key], run, queries.device)
     return partial[0] if shares == 1 else torch.logsumexp(partial, dim=0)
 
 
@@ -260,44 +254,37 @@ def _gradient(
     weights = rows.new_empty((min(strip, count), others))
     key = architecture(rows.device), rows.element_size()
     tile, warps = weights_tile(key)
-    frozen = Config(CONFIGS[key].block_k, warps, CONFIGS[key].num_stages)
-    kind = ("weights", key, _precision(rows), row_lse is None, column_lse is None, itself is None)
-    kind += tuple(map(size_class, (*rows.shape, others)))
     with on(rows):
         for first in range(0, count, strip):
             end = min(first + strip, count)
-
-            def run(config: Config, first=first, end=end) -> None:
-                start_kernel(
-                    weights_kernel,
-                    (cdiv(others, tile), cdiv(end - first, tile)),
-                    rows,
-                    columns,
-                    rows.stride(0),
-                    columns.stride(0),
-                    weights if row_lse is None else row_lse,
-                    weights if row_grad is None else row_grad,
-                    weights if column_lse is None else column_lse,
-                    weights if column_grad is None else column_grad,
-                    weights,
-                    first,
-                    end,
-                    count,
-                    others,
-                    rows.shape[1],
-                    scale,
-                    itself or 0,
-                    ROW_TERM=row_lse is not None,
-                    COLUMN_TERM=column_lse is not None,
-                    SELF=itself is not None,
-                    PRECISION=_precision(rows),
-                    TILE=tile,
-                    BLOCK_K=config.block_k,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                )
-
-            launch(kind, frozen, run, rows.device)
+            start_kernel(
+                weights_kernel,
+                (cdiv(others, tile), cdiv(end - first, tile)),
+                rows,
+                columns,
+                rows.stride(0),
+                columns.stride(0),
+                weights if row_lse is None else row_lse,
+                weights if row_grad is None else row_grad,
+                weights if column_lse is None else column_lse,
+                weights if column_grad is None else column_grad,
+                weights,
+                first,
+                end,
+                count,
+                others,
+                rows.shape[1],
+                scale,
+                itself or 0,
+                ROW_TERM=row_lse is not None,
+                COLUMN_TERM=column_lse is not None,
+                SELF=itself is not None,
+                PRECISION=_precision(rows),
+                TILE=tile,
+                BLOCK_K=CONFIGS[key].block_k,
+                num_warps=warps,
+                num_stages=CONFIGS[key].num_stages,
+            )
             torch.mm(weights[: end - first], columns, out=result[first:end])
     return result
 
