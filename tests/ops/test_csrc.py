@@ -13,7 +13,7 @@ import sysconfig
 import pytest
 
 from ..processes import run_child
-from .repository import repository
+from ..repository import repository
 
 CSRC = repository("csrc")
 CHECK = pathlib.Path(__file__).with_name("kernels_check.cpp")
