@@ -95,7 +95,8 @@ void sort_keys(std::vector<uint64_t>& keys, std::vector<uint64_t>& spare, int64_
 }
 
 struct Selection {
-    std::vector<float> row, maxima;
+    std::vector<float> row;
+    Floats maxima;
     std::unique_ptr<Candidate[]> candidates;  // as many as the row is long; few are touched
     std::vector<uint64_t> keys, spare;
     std::vector<int64_t> forced;
@@ -110,7 +111,7 @@ int64_t group_size(int64_t count, int64_t beam, int64_t lanes) {
 
 void select_row(const crf::Select& k, const float* row, const float* next, int64_t count, int64_t beam, Selection& s) {
     const int64_t group = group_size(count, beam, k.lanes);
-    s.maxima.resize(static_cast<size_t>((count / (group * k.lanes) + 1) * k.lanes));
+    if (!s.maxima) s.maxima = Floats((count / (group * k.lanes) + 1) * k.lanes);
     bool nan = false;
     const int64_t groups = k.group_maxima(row, count, group, s.maxima.data(), &nan);
     if (s.candidates == nullptr) s.candidates.reset(new Candidate[static_cast<size_t>(count)]);
@@ -122,8 +123,9 @@ void select_row(const crf::Select& k, const float* row, const float* next, int64
     } else {
         threshold = k.threshold(s.maxima.data(), groups, beam);
         if (std::isnan(threshold)) {
-            std::nth_element(s.maxima.begin(), s.maxima.begin() + beam - 1, s.maxima.begin() + groups, std::greater<float>());
-            threshold = s.maxima[static_cast<size_t>(beam - 1)];
+            float* maxima = s.maxima.data();
+            std::nth_element(maxima, maxima + beam - 1, maxima + groups, std::greater<float>());
+            threshold = maxima[beam - 1];
         }
         const int64_t found = k.collect(row, count, threshold, next, s.candidates.get());
         for (int64_t i = 0; i < found; ++i) s.keys.push_back(key_of(s.candidates[static_cast<size_t>(i)]));

@@ -184,7 +184,7 @@ SIMCTG_INLINE int64_t step_floats(int64_t beam, int64_t rank) {
     return 2 * round_up(beam, kRows) * rank + round_up(beam, kPanel) * rank;
 }
 
-SIMCTG_INLINE float largest(const float* values, int64_t count) {
+[[maybe_unused]] float largest(const float* values, int64_t count) {
     Vec top[4] = {broadcast(-kInfinity), broadcast(-kInfinity), broadcast(-kInfinity), broadcast(-kInfinity)};
     int64_t i = 0;
     for (; i + 4 * kLanes <= count; i += 4 * kLanes) {

@@ -303,16 +303,15 @@ SIMCTG_INLINE float highest(Vec a) {
     const float low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
     return low > high ? low : high;
 }
-SIMCTG_INLINE uint32_t above_bits(Vec a, Vec b) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] > b[i]) << i;
-    return bits;
+SIMCTG_INLINE uint32_t bits_of(IntVec lanes) {
+    lanes &= IntVec{1, 2, 4, 8};
+    uint64_t pairs[2];
+    __builtin_memcpy(pairs, &lanes, sizeof pairs);
+    const uint64_t both = pairs[0] | pairs[1];
+    return static_cast<uint32_t>(both | both >> 32);
 }
-SIMCTG_INLINE uint32_t at_least_bits(Vec a, Vec b) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] >= b[i]) << i;
-    return bits;
-}
+SIMCTG_INLINE uint32_t above_bits(Vec a, Vec b) { return bits_of(a > b); }
+SIMCTG_INLINE uint32_t at_least_bits(Vec a, Vec b) { return bits_of(a >= b); }
 
 #endif
 
