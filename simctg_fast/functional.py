@@ -11,9 +11,10 @@ from torch import Tensor
 from .checks import check_choice, check_margin, check_positive, check_weight, is_integer, is_number
 from .distributed import gather_rows, sum_over_processes, world_size
 from .ops._contrastive_loss_torch import accumulator_dtype
-from .ops.contrastive_loss import IMPLS, REDUCTIONS, check_mask
+from .ops.contrastive_loss import REDUCTIONS, check_mask
 from .ops.contrastive_loss import contrastive_loss as _contrastive_loss
 from .ops.cosine_similarity import cosine_similarity_matrix as _cosine_similarity_matrix
+from .ops.dispatch import IMPLS
 from .ops.simcse import pair_loss as _pair_loss
 from .ops.simcse import self_loss as _self_loss
 from .ops.viterbi_backtrace import IMPLS as _VITERBI_IMPLS

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_margin, check_positive, check_weight, is_integer
 from .functional import contrastive_loss, simcse_sup_loss, simcse_unsup_loss
-from .ops.contrastive_loss import IMPLS, REDUCTIONS
+from .ops.contrastive_loss import REDUCTIONS
+from .ops.dispatch import IMPLS
 
 __all__ = ["ContrastiveLoss", "SimCSELoss", "SimCTGLoss", "padding_mask"]
 

@@ -21,9 +21,9 @@ from ..ops.crf_checks import (
     checked_scores,
     checked_tokens,
 )
-from ..ops.crf_common import IMPLS
 from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
 from ..ops.dense_kbest import dense_kbest
+from ..ops.dispatch import IMPLS
 from .arguments import (
     as_paths,
     check_count,

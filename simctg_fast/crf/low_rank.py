@@ -16,11 +16,12 @@ from ..checks import check_choice
 from ..ops._autograd import tracked
 from ..ops.crf_beam import crf_beam_select
 from ..ops.crf_checks import checked_scores, checked_slots, checked_tokens, slots_of
-from ..ops.crf_common import IMPLS, take_along, transition
+from ..ops.crf_common import take_along, transition
 from ..ops.crf_filter import crf_filter, crf_filter_backward
 from ..ops.crf_sample import crf_ffbs
 from ..ops.crf_stochastic import crf_stochastic_viterbi
 from ..ops.crf_viterbi import crf_kbest, crf_viterbi
+from ..ops.dispatch import IMPLS
 from .arguments import (
     as_paths,
     check_count,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..assets import resolve_model
 from ..checks import check_choice, is_integer, is_number
 from ..functional import contrastive_loss
-from ..ops.contrastive_loss import IMPLS
+from ..ops.dispatch import IMPLS
 from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, isotropy_sums, real_tokens
 
 try:

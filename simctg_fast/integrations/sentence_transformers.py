@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_positive, check_weight, is_integer
 from ..functional import simcse_loss_from_embeddings
-from ..ops.contrastive_loss import IMPLS
+from ..ops.dispatch import IMPLS
 from ..ranking import check_options, ranking_loss
 from .grad_cache import Features, cached_loss, layers, mini_batches
 

@@ -19,7 +19,7 @@ from ..checks import check_choice
 from ..decoding.caches import CACHE_NAME
 from ..distributed import sum_over_processes, world_size
 from ..functional import contrastive_loss, contrastive_loss_items
-from ..ops.contrastive_loss import IMPLS
+from ..ops.dispatch import IMPLS
 from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, count_labels, isotropy_sums, real_tokens
 
 __all__ = ["SimCTGComputeLoss", "SimCTGSeq2SeqTrainer", "SimCTGTrainer", "SimCTGTrainerMixin"]

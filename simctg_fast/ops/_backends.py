@@ -180,17 +180,14 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def require_triton(device: torch.device) -> None:
+def require_triton() -> None:
     """For an ``impl="triton"`` that was asked for by name.
 
     Raises:
-        RuntimeError: triton does not load. ValueError: the tensors are not on a CUDA device.
+        RuntimeError: triton does not load; the reason is part of the text, the ImportError the cause.
     """
-    if not has_triton():
-        error = triton_error()
+    if (error := triton_error()) is not None:
         raise RuntimeError(f"impl='triton' needs triton, which does not load ({_describe(error)})") from error
-    if not triton_runs_on(device):
-        raise ValueError(f"impl='triton' needs tensors on a CUDA device, got {device}")
 
 
 def _version(distribution: str) -> str | None:

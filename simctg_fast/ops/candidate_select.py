@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from . import _backends, _cpu
+from . import _backends
 from ._autograd import register
+from .dispatch import NOT_TAKEN, address, choose, float32_obstacle, lengths_obstacle
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -20,8 +21,6 @@ _LIBRARY.define(
     "candidate_select(Tensor hidden_states, Tensor probs, Tensor(a!) history, Tensor lengths, Tensor? mask, "
     "float penalty_alpha, bool with_penalty) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-
-IMPLS = ("auto", "cpu", "torch", "triton")
 
 
 def candidate_scan(
@@ -50,37 +49,37 @@ def candidate_scan(
         ValueError: an unknown ``impl``, or one that does not take these operands. RuntimeError: an ``impl`` that this
             installation lacks.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl != "torch" and torch.compiler.is_dynamo_compiling():
         return torch.ops.simctg_fast.candidate_scan(hidden_states, history, length, mask, lengths)
-    if _takes_triton(hidden_states, history, impl):
+    return _scan(resolve(impl, hidden_states, history, mask), hidden_states, history, length, mask, lengths)
+
+
+def resolve(impl: str, hidden_states: torch.Tensor, history: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """The implementation that serves a call, see `dispatch.choose`."""
+
+    def triton() -> str | None:
         from simctg_fast.kernels import candidate_select as kernels
 
-        return kernels.candidate_scan(hidden_states, history, length, mask, lengths)
-    if impl == "auto" and not _cpu.candidate_scan_supported(hidden_states, history, mask):
-        impl = "torch"
-    if impl == "torch":
-        return _scan_torch(hidden_states, history, length, mask, lengths)
-    return _cpu.candidate_scan_cpu(hidden_states, history, length, mask, lengths)
-
-
-def _takes_triton(hidden_states: torch.Tensor, history: torch.Tensor, impl: str) -> bool:
-    """Whether the Triton kernel serves the call; raises where it was asked for by name and cannot."""
-    if impl == "triton":
-        _backends.require_triton(hidden_states.device)
-    elif impl != "auto" or hidden_states.device.type != "cuda" or not _backends.has_triton():
-        return False
-    from simctg_fast.kernels import candidate_select as kernels
-
-    taken = kernels.supports(hidden_states, history)
-    if impl == "triton" and not taken:
-        raise ValueError(
-            f"impl='triton' takes up to {kernels.CANDIDATE_LIMIT} candidates of width up to {kernels.WIDTH_LIMIT} in "
+        if kernels.supports(hidden_states, history):
+            return None
+        return (
+            f"takes up to {kernels.CANDIDATE_LIMIT} candidates of width up to {kernels.WIDTH_LIMIT} in "
             f"{', '.join(map(str, kernels.DTYPES))}, got hidden_states {tuple(hidden_states.shape)} of "
             f"{hidden_states.dtype} and a history of {history.dtype}"
         )
-    return taken
+
+    def cpu() -> str | None:
+        return float32_obstacle(mask, hidden_states=hidden_states, history=history)
+
+    return choose(impl, hidden_states.device, cpu=cpu, triton=triton)
+
+
+def _scan(impl, hidden_states, history, length, mask, lengths):
+    if impl == "triton":
+        from simctg_fast.kernels import candidate_select as kernels
+
+        return kernels.candidate_scan(hidden_states, history, length, mask, lengths)
+    return (_scan_cpu if impl == "cpu" else _scan_torch)(hidden_states, history, length, mask, lengths)
 
 
 def candidate_select(
@@ -116,8 +115,6 @@ def candidate_select(
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl``, or one that does not take these operands.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     batch, k, _ = hidden_states.shape
     for name, got, wanted in (
         ("probs", tuple(probs.shape), (batch, k)),
@@ -133,12 +130,13 @@ def candidate_select(
 
 
 def _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, impl="auto"):
-    if _takes_triton(hidden_states, history, impl):
+    impl = resolve(impl, hidden_states, history, mask)
+    if impl == "triton":
         from simctg_fast.kernels import candidate_select as kernels
 
         return kernels.candidate_select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty)
     batch = hidden_states.shape[0]
-    penalty, position = candidate_scan(hidden_states, history, history.shape[1], mask, impl, lengths)
+    penalty, position = _scan(impl, hidden_states, history, history.shape[1], mask, lengths)
     scores = contrastive_scores(probs.to(penalty.dtype), penalty, penalty_alpha)
     scores = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf"), posinf=float("inf"))
     best = scores == scores.amax(dim=-1, keepdim=True)
@@ -154,13 +152,35 @@ def _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_pe
     return selected, winner, penalty, position
 
 
-def _scan_torch(
-    hidden_states: torch.Tensor,
-    history: torch.Tensor,
-    length: int,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scan_cpu(hidden_states, history, length, mask, lengths):
+    """One pass over the history in C++. Norms below 1e-12 count as 1e-12."""
+    batch, candidates, dim = hidden_states.shape
+    problem = lengths_obstacle(batch, lengths=lengths)
+    if history.shape[0] != batch or history.shape[2] != dim or history.shape[1] < length:
+        problem = f"history has shape {tuple(history.shape)}, must be ({batch}, at least {length}, {dim})"
+    elif mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
+        problem = f"mask has shape {tuple(mask.shape)}, must be ({batch}, at least {length})"
+    if problem is not None:
+        raise ValueError(f"impl='cpu' {NOT_TAKEN}{problem}")
+    lengths = None if lengths is None else lengths.contiguous()
+    if mask is not None and mask.stride(1) != 1:
+        mask = mask.contiguous()
+    penalty = hidden_states.new_empty((batch, candidates))
+    position = hidden_states.new_empty((batch, candidates), dtype=torch.int64)
+    _backends.require_extension().candidate_scan(
+        (batch, candidates, dim, length),
+        (hidden_states.data_ptr(), hidden_states.stride(0), hidden_states.stride(1)),
+        (history.data_ptr(), history.stride(0), history.stride(1)),
+        address(lengths),
+        (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)),
+        penalty.data_ptr(),
+        position.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return penalty, position
+
+
+def _scan_torch(hidden_states, history, length, mask, lengths):
     precise = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     candidates = torch.nn.functional.normalize(precise, dim=-1).to(history.dtype)
     cosine = torch.matmul(candidates, history[:, :length].mT).to(precise.dtype)  # (B, k, length)

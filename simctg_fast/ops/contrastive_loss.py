@@ -22,8 +22,8 @@ from . import _backends
 from . import _contrastive_loss_torch as _tiled
 from ._autograd import register, tracked
 from ._contrastive_loss_torch import TILE, WORD, accumulator_dtype, full_precision
+from .dispatch import IMPLS, address, addresses, choose
 
-IMPLS = ("auto", "triton", "cpu", "torch")
 REDUCTIONS = ("pairs", "paper", "dense")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,67 +58,41 @@ def contrastive_loss(
 
 
 def resolve(impl: str, hidden_states: Tensor) -> str:
-    """The implementation that serves a call: "triton", "cpu" or "torch".
+    """The implementation that serves a call, see `dispatch.choose`."""
+
+    def cpu() -> str | None:
+        return dtype_obstacle("hidden_states", hidden_states)
+
+    return choose(impl, hidden_states.device, cpu=cpu, triton=lambda: triton_obstacle(impl, hidden_states))
+
+
+def dtype_obstacle(name: str, tensor: Tensor) -> str | None:
+    """What keeps a tensor from kernels that accumulate in float32."""
+    if tensor.dtype in FUSED_DTYPES:
+        return None
+    return (
+        f"takes {name} of dtype {', '.join(map(str, FUSED_DTYPES))}, got {tensor.dtype}; "
+        "impl='torch' takes every floating dtype"
+    )
+
+
+def triton_obstacle(impl: str, hidden_states: Tensor) -> str | None:
+    """What keeps `hidden_states` from the Triton kernels.
 
     Raises:
-        ValueError: an unknown name, or one that takes neither this device nor this dtype.
-        RuntimeError: one that this installation lacks.
+        RuntimeError: they were asked for by name, and this triton does not compile them for this GPU.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
-    device, dtype = hidden_states.device.type, hidden_states.dtype
-    fused = dtype in FUSED_DTYPES
-    if impl == "auto":
-        if device == "cuda" and fused and _backends.has_triton() and _compiles(hidden_states.device):
-            return "triton"
-        return "cpu" if device == "cpu" and fused and _has_cpu_kernels() else "torch"
-    if impl == "torch":
-        return impl
-    if not fused:
-        raise ValueError(
-            f"impl={impl!r} takes hidden_states of dtype {', '.join(map(str, FUSED_DTYPES))}, got {dtype}; "
-            "impl='torch' takes every floating dtype"
-        )
-    if impl == "cpu":
-        if device != "cpu":
-            raise ValueError(f"impl='cpu' needs hidden_states on the CPU, got {hidden_states.device}")
-        _backends.require_extension()
-        if not _has_cpu_kernels():
-            raise RuntimeError("impl='cpu' needs a C++ extension of this version: the one installed is older")
-    else:
-        require_triton(hidden_states)
-        if not _compiles(hidden_states.device):
-            raise RuntimeError(
-                f"impl='triton' needs triton 3.8 or newer on this GPU, {_backends.backend_info()['triton']} does not "
-                "compile its kernel; impl='torch' runs everywhere"
-            )
-    return impl
-
-
-def _compiles(device: torch.device) -> bool:
     from simctg_fast.kernels import contrastive_loss as kernels
 
-    return kernels.compiles(device)
-
-
-def require_triton(tensor: Tensor) -> None:
-    """Raises where ``impl="triton"`` cannot run on this tensor."""
-    if not _backends.has_triton():
-        error = _backends.triton_error()
-        raise RuntimeError(f"impl='triton' needs triton, which does not load: {error}") from error
-    if tensor.device.type != "cuda" and not interpreted():
-        raise ValueError(f"impl='triton' needs tensors on a CUDA device, got {tensor.device}")
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def _has_cpu_kernels() -> bool:
-    return hasattr(_backends.wanted_extension(), "contrastive_reduce")
+    problem = dtype_obstacle("hidden_states", hidden_states)
+    if problem is None and not kernels.compiles(hidden_states.device):
+        problem = (
+            f"needs triton 3.8 or newer on this GPU, {_backends.backend_info()['triton']} does not compile its kernel; "
+            "impl='torch' runs everywhere"
+        )
+        if impl == "triton":
+            raise RuntimeError(f"impl='triton' {problem}")
+    return problem
 
 
 def _padded(length: int) -> int:
@@ -181,8 +155,7 @@ def _outputs(hidden_states: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor,
 
 def _fake(hidden_states, attention_mask, normalizer, margin, reduction, keep, impl):
     _check(hidden_states, attention_mask, margin, reduction)
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
+    check_choice("impl", impl, IMPLS)
     return _outputs(hidden_states, keep)
 
 
@@ -274,25 +247,18 @@ def _cpu_forward(
     extension = _backends.require_extension()
     extension.contrastive_hinge(
         *_view(states),
-        0 if real is None else real.data_ptr(),
+        address(real),
         max(0.0, 1.0 - margin),
-        hinge.data_ptr(),
-        inverse.data_ptr(),
-        radial.data_ptr(),
-        bits.data_ptr() if keep else 0,
-        flags.data_ptr() if keep else 0,
+        *addresses(hinge, inverse, radial, *((bits, flags) if keep else (None, None))),
         torch.get_num_threads(),
     )
     extension.contrastive_reduce(
-        hinge.data_ptr(),
-        inverse.data_ptr(),
-        0 if real is None else real.data_ptr(),
+        *addresses(hinge, inverse, real),
         tuple(states.shape[:2]),
         margin,
         reduction,
         None if normalizer is None else float(normalizer),
-        loss.data_ptr(),
-        weights.data_ptr(),
+        *addresses(loss, weights),
     )
     return loss, weights, inverse, radial if keep else radial.zero_()
 
@@ -304,12 +270,7 @@ def _cpu_gradient(
     result = torch.empty_like(states, memory_format=torch.contiguous_format)
     _backends.require_extension().contrastive_gradient(
         *_view(states),
-        scale.contiguous().data_ptr(),
-        inverse_norms.data_ptr(),
-        radial.data_ptr(),
-        bits.data_ptr(),
-        flags.data_ptr(),
-        result.data_ptr(),
+        *addresses(scale, inverse_norms, radial, bits, flags, result),
         torch.get_num_threads(),
     )
     return result

@@ -12,7 +12,8 @@ from torch import Tensor
 from . import _contrastive_loss_torch as _tiled
 from ._autograd import register
 from ._contrastive_loss_torch import full_precision
-from .contrastive_loss import check_states, resolve
+from .contrastive_loss import check_states, triton_obstacle
+from .dispatch import choose
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -37,7 +38,7 @@ def _fake(hidden_states: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 
 def _forward(hidden_states: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     check_states(hidden_states)
-    impl = resolve("auto" if impl == "cpu" and hidden_states.device.type == "cpu" else impl, hidden_states)
+    impl = choose(impl, hidden_states.device, triton=lambda: triton_obstacle(impl, hidden_states))
     if impl == "triton" and hidden_states.numel() > 0:
         from simctg_fast.kernels import cosine_similarity as kernels
 

@@ -10,7 +10,8 @@ import torch
 
 from . import _backends
 from ._autograd import register
-from .crf_common import BEAM_LIMIT, address, choose
+from .crf_common import BEAM_LIMIT, choose
+from .dispatch import addresses, contiguous
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ROWS = 64  # rows that the PyTorch path looks at together: bounds its scratch memory
@@ -106,19 +107,16 @@ def _cpu(emissions, beam_size, lengths, forced):
     shape = (*emissions.shape[:2], beam_size)
     tokens = emissions.new_empty(shape, dtype=torch.int64)
     values = emissions.new_empty(shape, dtype=torch.float32)
-    lengths = None if lengths is None else lengths.contiguous()
-    forced = None if forced is None or forced.shape[2] == 0 else forced.contiguous()
+    lengths, forced = contiguous(lengths, None if forced is None or forced.shape[2] == 0 else forced)
     _backends.require_extension().crf_beam_select(
         DTYPES[emissions.dtype],
         emissions.data_ptr(),
         tuple(emissions.shape),
         tuple(emissions.stride()[:2]),
         beam_size,
-        address(lengths),
-        address(forced),
+        *addresses(lengths, forced),
         0 if forced is None else forced.shape[2],
-        tokens.data_ptr(),
-        values.data_ptr(),
+        *addresses(tokens, values),
         torch.get_num_threads(),
     )
     return tokens, values

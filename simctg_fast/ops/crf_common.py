@@ -1,4 +1,4 @@
-"""What the operators of the low-rank CRF share: argument checks, the choice of backend, counter-based randomness.
+"""What the operators of the low-rank CRF share: argument checks, what serves a call, counter-based randomness.
 
 Names used in all of them, for `B` items of `T` positions with a beam of `K` tokens each, vocabulary `V`, rank `D`:
 
@@ -12,56 +12,28 @@ Names used in all of them, for `B` items of `T` positions with a beam of `K` tok
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch.nn.functional import embedding
 
-from . import _accumulate, _backends
+from . import _accumulate, dispatch
 
-IMPLS = ("auto", "triton", "cpu", "torch")
 TILE_LIMIT = 1024  # widest beam of the Triton kernels, which hold one in a tile
 BEAM_LIMIT = 65536  # back-pointers are uint16 at most
 
 
 def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | None = None) -> str:
-    """The backend that serves a call: ``"cpu"``, ``"triton"`` or ``"torch"``.
-
-    Raises:
-        ValueError: an unknown `impl`, or one that cannot take these tensors.
-        RuntimeError: the extension or triton was asked for by name and is not there.
-    """
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
-    single = scores.dtype != torch.float64
+    """The implementation that serves a call, see `dispatch.choose`; `triton`: whether there is a kernel."""
     beam = scores.shape[2] if beam is None else beam
-    device = scores.device.type
-    if impl == "cpu":
-        if device != "cpu":
-            raise ValueError(f"impl='cpu' needs tensors on the CPU, they are on {scores.device}")
-        if not single:
-            raise ValueError("impl='cpu' computes in float32; float64 needs impl='torch'")
-        _backends.require_extension()
-        return "cpu"
-    if impl == "triton":
-        if not triton:
-            raise ValueError("impl='triton' has no kernel for this operation; impl='torch' runs on any device")
-        if not _backends.has_triton():
-            raise RuntimeError(f"impl='triton' needs triton: {_backends.triton_error()}")
-        if not single:
-            raise ValueError("impl='triton' computes in float32; float64 needs impl='torch'")
+
+    def cpu() -> str | None:
+        return "computes in float32; float64 needs impl='torch'" if scores.dtype == torch.float64 else None
+
+    def kernel() -> str | None:
         if beam > TILE_LIMIT:
-            raise ValueError(f"impl='triton' takes beams of at most {TILE_LIMIT} tokens, got {beam}; impl='torch' any")
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"impl='triton' needs tensors on a CUDA device, they are on {scores.device}")
-        return "triton"
-    if impl == "auto" and single:
-        if device == "cpu" and _backends.wanted_extension() is not None:
-            return "cpu"
-        # A beam that does not fit the kernels' tiles is served by PyTorch.
-        if device == "cuda" and triton and beam <= TILE_LIMIT and _backends.has_triton():
-            return "triton"
-    return "torch"
+            return f"takes beams of at most {TILE_LIMIT} tokens, got {beam}; impl='torch' any"
+        return cpu()
+
+    return dispatch.choose(impl, scores.device, cpu=cpu, triton=kernel if triton else None)
 
 
 def check_potentials(
@@ -142,10 +114,6 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def inside(lengths: torch.Tensor | None, t: int) -> torch.Tensor | None:
     """Which items have a position t, `(B, 1)`; None: all."""
     return None if lengths is None else (lengths > t)[:, None]
-
-
-def address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 # ---- gathering, with gradients that are the same in every run -------------------------------------------------------

@@ -19,9 +19,10 @@ from . import _backends
 from ._autograd import register, tracked
 from ._contrastive_loss_torch import full_precision
 from .crf_checks import check_parameter, check_paths, require_paths
-from .crf_common import address, choose, inside
+from .crf_common import choose, inside
 from .crf_sample import sample_backward, uniforms_of
 from .crf_viterbi import pointer_dtype
+from .dispatch import addresses, contiguous
 from .viterbi_backtrace import viterbi_backtrace
 
 SPAN = 30.0  # nats that transitions may span for a step in the space of exponentials without a look at the sums
@@ -119,10 +120,6 @@ def check_on_host(transitions: torch.Tensor) -> None:
         check_parameter(transitions, "transitions")
 
 
-def _sizes_and_addresses(emissions, transitions, lengths):
-    return tuple(emissions.shape), emissions.data_ptr(), transitions.data_ptr(), address(lengths)
-
-
 # ---- the filter ------------------------------------------------------------------------------------------------------
 
 
@@ -141,14 +138,11 @@ def _results(emissions, keep):
 def _forward(emissions, transitions, lengths=None, keep=True, *, impl="auto"):
     check_dense(emissions, transitions, lengths)
     if choose(impl, emissions, triton=False) == "cpu":
-        emissions, transitions = emissions.contiguous(), transitions.contiguous()
-        lengths = None if lengths is None else lengths.contiguous()
+        emissions, transitions, lengths = contiguous(emissions, transitions, lengths)
         total, messages, norms = _results(emissions, keep)
         _backends.require_extension().dense_filter(
-            *_sizes_and_addresses(emissions, transitions, lengths),
-            messages.data_ptr() if keep else 0,
-            norms.data_ptr() if keep else 0,
-            total.data_ptr(),
+            tuple(emissions.shape),
+            *addresses(emissions, transitions, lengths, *((messages, norms) if keep else (None, None)), total),
             torch.get_num_threads(),
         )
     else:
@@ -205,16 +199,11 @@ def _backward(grad, messages, norms, emissions, transitions, lengths, *, impl="a
     """One reverse sweep for a gradient of the messages."""
     if choose(impl, emissions, triton=False) != "cpu":
         return _torch_backward(grad, messages, norms, emissions, transitions, lengths)
-    grad, emissions, transitions = grad.contiguous(), emissions.contiguous(), transitions.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
+    grad, emissions, transitions, lengths = contiguous(grad, emissions, transitions, lengths)
     results = emissions.new_empty(emissions.shape), transitions.new_empty(transitions.shape)
     _backends.require_extension().dense_filter_backward(
-        *_sizes_and_addresses(emissions, transitions, lengths),
-        grad.data_ptr(),
-        messages.data_ptr(),
-        norms.data_ptr(),
-        results[0].data_ptr(),
-        results[1].data_ptr(),
+        tuple(emissions.shape),
+        *addresses(emissions, transitions, lengths, grad, messages, norms, *results),
         torch.get_num_threads(),
     )
     return results
@@ -309,10 +298,9 @@ def _fake_viterbi(emissions, transitions, lengths=None, *, impl="auto"):
 def _viterbi(emissions, transitions, lengths=None, *, impl="auto"):
     path = _fake_viterbi(emissions, transitions, lengths)
     if choose(impl, emissions, triton=False) == "cpu":
-        emissions, transitions = emissions.contiguous(), transitions.contiguous()
-        lengths = None if lengths is None else lengths.contiguous()
+        emissions, transitions, lengths = contiguous(emissions, transitions, lengths)
         _backends.require_extension().dense_viterbi(
-            *_sizes_and_addresses(emissions, transitions, lengths), path.data_ptr(), torch.get_num_threads()
+            tuple(emissions.shape), *addresses(emissions, transitions, lengths, path), torch.get_num_threads()
         )
     else:
         check_on_host(transitions)

@@ -17,7 +17,8 @@ import torch
 from . import _backends
 from ._accumulate import add_rows_
 from ._autograd import register
-from .crf_common import address, check_potentials, choose, inside, product, transition
+from .crf_common import check_potentials, choose, inside, product, transition
+from .dispatch import addresses, contiguous
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _library.define(
@@ -72,8 +73,7 @@ def _forward(scores, tokens, left, right, lengths, scale, *, impl="auto"):
     backend = choose(impl, scores)
     if backend == "torch":
         return _torch(scores, tokens, left, right, lengths, scale)
-    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
-    lengths = None if lengths is None else lengths.contiguous()
+    scores, tokens, left, right, lengths = contiguous(scores, tokens, left, right, lengths)
     if backend == "triton":
         from ..kernels import crf_filter as kernel
 
@@ -81,14 +81,9 @@ def _forward(scores, tokens, left, right, lengths, scale, *, impl="auto"):
     messages, norms = scores.new_empty(scores.shape), scores.new_empty(scores.shape[:2])
     _backends.require_extension().crf_filter(
         (*scores.shape, *left.shape),
-        scores.data_ptr(),
-        tokens.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
-        address(lengths),
+        *addresses(scores, tokens, left, right, lengths),
         scale,
-        messages.data_ptr(),
-        norms.data_ptr(),
+        *addresses(messages, norms),
         torch.get_num_threads(),
     )
     return messages, norms
@@ -119,10 +114,9 @@ def _backward(grad, messages, norms, scores, tokens, left, right, lengths, scale
     backend = choose(impl, scores)
     if backend == "torch":
         return _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables)
-    grad, messages, norms, scores, tokens, left, right = (
-        x.contiguous() for x in (grad, messages, norms, scores, tokens, left, right)
+    grad, messages, norms, scores, tokens, left, right, lengths = contiguous(
+        grad, messages, norms, scores, tokens, left, right, lengths
     )
-    lengths = None if lengths is None else lengths.contiguous()
     if backend == "triton":
         from ..kernels import crf_backward as kernel
 
@@ -134,18 +128,9 @@ def _backward(grad, messages, norms, scores, tokens, left, right, lengths, scale
     grad_left, grad_right = left.new_zeros(size), right.new_zeros(size)
     _backends.require_extension().crf_filter_backward(
         (*scores.shape, *left.shape),
-        grad.data_ptr(),
-        messages.data_ptr(),
-        norms.data_ptr(),
-        scores.data_ptr(),
-        tokens.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
-        address(lengths),
+        *addresses(grad, messages, norms, scores, tokens, left, right, lengths),
         scale,
-        grad_scores.data_ptr(),
-        grad_left.data_ptr() if tables else 0,
-        grad_right.data_ptr() if tables else 0,
+        *addresses(grad_scores, *((grad_left, grad_right) if tables else (None, None))),
         torch.get_num_threads(),
     )
     return grad_scores, grad_left, grad_right

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from . import _backends
-from .crf_common import address, check_potentials, choose, inside, pick, uniforms_ffbs
+from .crf_common import check_potentials, choose, inside, pick, uniforms_ffbs
+from .dispatch import address, addresses, contiguous
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _library.define(
@@ -64,11 +65,9 @@ def _sample(messages, norms, scores, tokens, left, right, lengths, scale, sample
     backend = choose(impl, scores)
     if backend == "torch":
         return _torch(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms)
-    messages, norms, scores, tokens, left, right = (
-        x.contiguous() for x in (messages, norms, scores, tokens, left, right)
+    messages, norms, scores, tokens, left, right, lengths, uniforms = contiguous(
+        messages, norms, scores, tokens, left, right, lengths, uniforms
     )
-    lengths = None if lengths is None else lengths.contiguous()
-    uniforms = None if uniforms is None else uniforms.contiguous()
     if backend == "triton":
         from ..kernels import crf_sample as kernel
 
@@ -76,18 +75,8 @@ def _sample(messages, norms, scores, tokens, left, right, lengths, scale, sample
     slots = scores.new_empty((*scores.shape[:2], samples), dtype=torch.int64)
     _backends.require_extension().crf_ffbs(
         (*scores.shape, *left.shape),
-        messages.data_ptr(),
-        norms.data_ptr(),
-        scores.data_ptr(),
-        tokens.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
-        address(lengths),
-        scale,
-        samples,
-        seed,
-        address(uniforms),
-        slots.data_ptr(),
+        *addresses(messages, norms, scores, tokens, left, right, lengths),
+        *(scale, samples, seed, address(uniforms), address(slots)),
         torch.get_num_threads(),
     )
     return slots

@@ -12,18 +12,9 @@ import torch
 from . import _backends
 from ._accumulate import add_rows_
 from ._autograd import register
-from .crf_common import (
-    add_along_,
-    address,
-    check_potentials,
-    choose,
-    inside,
-    pick,
-    product,
-    transition,
-    uniforms_stochastic,
-)
+from .crf_common import add_along_, check_potentials, choose, inside, pick, product, transition, uniforms_stochastic
 from .crf_viterbi import pointer_dtype
+from .dispatch import addresses, contiguous
 
 SCRATCH = 1 << 19  # candidates (source, target, sample) that the PyTorch path holds at a time; one sample at least
 
@@ -92,9 +83,7 @@ def _sample(scores, tokens, left, right, lengths, temperature, samples, seed, un
     backend = choose(impl, scores)
     if backend == "torch":
         return _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms)
-    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
-    lengths = None if lengths is None else lengths.contiguous()
-    uniforms = None if uniforms is None else uniforms.contiguous()
+    scores, tokens, left, right, lengths, uniforms = contiguous(scores, tokens, left, right, lengths, uniforms)
     if backend == "triton":
         from ..kernels import crf_sample as kernel
 
@@ -106,18 +95,9 @@ def _sample(scores, tokens, left, right, lengths, temperature, samples, seed, un
     )
     _backends.require_extension().crf_stochastic_viterbi(
         (*scores.shape, *left.shape),
-        scores.data_ptr(),
-        tokens.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
-        address(lengths),
-        temperature,
-        samples,
-        seed,
-        address(uniforms),
-        slots.data_ptr(),
-        prefixes.data_ptr(),
-        backpointers.data_ptr(),
+        *addresses(scores, tokens, left, right, lengths),
+        *(temperature, samples, seed),
+        *addresses(uniforms, slots, prefixes, backpointers),
         torch.get_num_threads(),
     )
     return slots, prefixes, backpointers

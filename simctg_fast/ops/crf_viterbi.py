@@ -8,7 +8,8 @@ import torch
 
 from . import _backends
 from .crf_beam import topk_in_order
-from .crf_common import address, check_potentials, choose, inside, transition
+from .crf_common import check_potentials, choose, inside, transition
+from .dispatch import addresses, contiguous
 from .viterbi_backtrace import viterbi_backtrace
 
 SCRATCH = 1 << 20  # candidates that the PyTorch path of `crf_kbest` holds at a time
@@ -55,8 +56,7 @@ def _viterbi(scores, tokens, left, right, lengths, *, impl="auto"):
     backend = choose(impl, scores)
     if backend == "torch":
         return _torch(scores, tokens, left, right, lengths)
-    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
-    lengths = None if lengths is None else lengths.contiguous()
+    scores, tokens, left, right, lengths = contiguous(scores, tokens, left, right, lengths)
     if backend == "triton":
         from ..kernels import crf_filter as kernel
 
@@ -65,12 +65,7 @@ def _viterbi(scores, tokens, left, right, lengths, *, impl="auto"):
     slots = scores.new_empty(scores.shape[:2], dtype=torch.int64)
     _backends.require_extension().crf_viterbi(
         (*scores.shape, *left.shape),
-        scores.data_ptr(),
-        tokens.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
-        address(lengths),
-        slots.data_ptr(),
+        *addresses(scores, tokens, left, right, lengths, slots),
         torch.get_num_threads(),
     )
     return slots
@@ -99,16 +94,11 @@ def _kbest(scores, tokens, left, right, lengths, paths, *, impl="auto"):
         raise ValueError(f"n is {paths}, must be at least 1")
     if choose(impl, scores, triton=False) == "torch":
         return _torch_kbest(scores, tokens, left, right, lengths, paths)
-    scores, tokens, left, right = (x.contiguous() for x in (scores, tokens, left, right))
-    lengths = None if lengths is None else lengths.contiguous()
+    scores, tokens, left, right, lengths = contiguous(scores, tokens, left, right, lengths)
     slots = scores.new_empty((*scores.shape[:2], paths), dtype=torch.int64)
     _backends.require_extension().crf_kbest(
         (*scores.shape, *left.shape),
-        scores.data_ptr(),
-        tokens.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
-        address(lengths),
+        *addresses(scores, tokens, left, right, lengths),
         paths,
         slots.data_ptr(),
         torch.get_num_threads(),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from . import _backends
-from .crf_common import address, choose
+from .crf_common import choose
 from .crf_dense import check_dense, check_on_host
 from .crf_viterbi import list_viterbi
+from .dispatch import addresses, contiguous
 
 _library = torch.library.Library("simctg_fast", "FRAGMENT")
 _library.define(
@@ -48,13 +49,10 @@ def _kbest(emissions, transitions, lengths, paths, *, impl="auto"):
     if choose(impl, emissions, triton=False) == "torch":
         check_on_host(transitions)
         return list_viterbi(emissions, lambda t: transitions, lengths, paths)
-    emissions, transitions = emissions.contiguous(), transitions.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
+    emissions, transitions, lengths = contiguous(emissions, transitions, lengths)
     _backends.require_extension().dense_kbest(
         tuple(emissions.shape),
-        emissions.data_ptr(),
-        transitions.data_ptr(),
-        address(lengths),
+        *addresses(emissions, transitions, lengths),
         paths,
         result.data_ptr(),
         torch.get_num_threads(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from . import _backends
+from .dispatch import addresses, choose
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # buffer (B, H, T_max, D), candidates' rows (B·k, H, 1, D)
 
@@ -22,17 +24,17 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
 
     On CUDA a position outside its buffer writes nothing; elsewhere it raises.
     """
-    if winners.device.type == "cuda" and _backends.has_triton() and all(_same_device(winners, *p) for p in pairs):
+    obstacle = functools.partial(_obstacle, pairs, winners)
+    impl = choose("auto", winners.device, cpu=obstacle, triton=obstacle)
+    if impl == "triton":
         if _backends.is_capturing():
             raise RuntimeError(
                 "prefix_commit is being captured in a CUDA graph: make a CommitPlan before, and run that"
             )
         CommitPlan(len(pairs), winners.device).run(pairs, position, winners)
         return
-    copyable = winners.device.type == "cpu" and all(_copyable(*pair) for pair in pairs)
-    extension = _backends.wanted_extension() if copyable else None
     each = position if isinstance(position, torch.Tensor) else None
-    if extension is None:
+    if impl == "torch":
         for buffer, rows in pairs:
             chosen = rows.squeeze(2).index_select(0, winners.to(rows.device))
             if each is None:
@@ -60,12 +62,8 @@ def prefix_commit(pairs: Sequence[Pair], position: int | torch.Tensor, winners: 
             buffer.shape[3] * size,
         )
     winners = winners.contiguous()
-    extension.prefix_commit(
-        numbers,
-        winners.data_ptr(),
-        0 if each is None else each.data_ptr(),
-        winners.shape[0],
-        torch.get_num_threads(),
+    _backends.require_extension().prefix_commit(
+        numbers, *addresses(winners, each), winners.shape[0], torch.get_num_threads()
     )
 
 
@@ -89,8 +87,8 @@ class CommitPlan:
         Raises:
             ValueError: entries whose bytes cannot be copied as they are: of another dtype or device than their buffer.
         """
-        if not all(_same_device(winners, *pair) for pair in pairs):
-            raise ValueError("new keys or values have another dtype or device than their buffer")
+        if (problem := _obstacle(pairs, winners)) is not None:
+            raise ValueError(problem)
         from simctg_fast.kernels import prefix_commit as kernels
 
         self.pairs = pairs  # a graph reads the tensors of its capture again
@@ -107,18 +105,12 @@ class CommitPlan:
         self.table.copy_(host.pin_memory() if on_cuda else host, non_blocking=on_cuda)
 
 
-def _same_device(winners: torch.Tensor, buffer: torch.Tensor, rows: torch.Tensor) -> bool:
-    return (
-        buffer.device == rows.device == winners.device
-        and buffer.dtype == rows.dtype
-        and (buffer.stride(3) == 1 or buffer.shape[3] == 1)
-        and (rows.stride(3) == 1 or rows.shape[3] == 1)
-    )
-
-
-def _copyable(buffer: torch.Tensor, rows: torch.Tensor) -> bool:
-    return (
-        buffer.device.type == rows.device.type == "cpu"
-        and buffer.dtype == rows.dtype
-        and buffer.stride(3) == rows.stride(3) == 1
-    )
+def _obstacle(pairs: Sequence[Pair], winners: torch.Tensor) -> str | None:
+    """Why the entries' bytes cannot be copied as they are."""
+    device = winners.device
+    for buffer, rows in pairs:
+        if buffer.dtype != rows.dtype or buffer.device != device or rows.device != device:
+            return "new keys or values have another dtype or device than their buffer"
+        if buffer.stride(3) != 1 != buffer.shape[3] or rows.stride(3) != 1 != rows.shape[3]:
+            return "the last dimension of keys or values is not contiguous"
+    return None

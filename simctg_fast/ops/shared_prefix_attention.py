@@ -7,10 +7,13 @@ candidates, so keys and values are read once however many query rows share them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
-from . import _backends, _cpu
+from . import _backends
 from ._autograd import register
+from .dispatch import NOT_TAKEN, address, choose, contiguous, float32_obstacle, lengths_obstacle
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -19,7 +22,29 @@ _LIBRARY.define(
     "Tensor? lengths, Tensor? starts, int? window) -> Tensor"
 )
 
-IMPLS = ("auto", "cpu", "torch", "triton")
+_NONE = (0, 0, 0)
+_NO_ARRAY = (0, 0, 0, 0)
+
+
+@dataclass
+class Call:
+    """The arguments of :func:`shared_prefix_attention`; the operator and the kernel have the same names."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    length: int
+    new_key: torch.Tensor | None = None
+    new_value: torch.Tensor | None = None
+    scaling: float = 1.0
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    window_start: int = 0
+    lengths: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    window: int | None = None
 
 
 def shared_prefix_attention(
@@ -68,47 +93,64 @@ def shared_prefix_attention(
         ValueError: an unknown ``impl``, or one that does not take these operands. RuntimeError: an ``impl`` that this
             installation lacks.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if window is not None and (window < 1 or new_key is None):
         raise ValueError(f"window must be at least 1 and come with a new_key, got {window}")
-    arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
+    call = Call(
+        query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start, lengths,
+        starts, window,
+    )  # fmt: skip
     if impl == "auto" and torch.compiler.is_dynamo_compiling():
-        return torch.ops.simctg_fast.shared_prefix_attention(*arguments, lengths, starts, window)
-    return _attention(*arguments, lengths, starts, window, impl)
+        return torch.ops.simctg_fast.shared_prefix_attention(**vars(call))
+    return _attention(call, impl)
 
 
-def _attention(
-    query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start, lengths, starts,
-    window, impl="auto",
-):  # fmt: skip
-    arguments = (query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start)
-    if _takes_triton(query, key, value, new_key, new_value, impl):
+def resolve(impl: str, call: Call) -> str:
+    """The implementation that serves a call, see `dispatch.choose`."""
+    query, key, value = call.query, call.key, call.value
+
+    def triton() -> str | None:
         from simctg_fast.kernels import shared_prefix_attention as kernels
 
-        return kernels.shared_prefix_attention(*arguments, lengths, starts, window)
-    if window is not None and lengths is None:
-        window_start = max(window_start, length + 1 - window)
-        arguments = (*arguments[:-1], window_start)
-    elif window is not None:
-        first = lengths + (1 - window)
-        starts = first.clamp(min=0) if starts is None else torch.maximum(starts, first)
-    if impl == "auto" and _cpu.decode_attention_supported(*arguments):
-        return _cpu.decode_attention_cpu(*arguments, lengths=lengths, starts=starts, checked=True)
-    if impl == "cpu":
-        return _cpu.decode_attention_cpu(*arguments, lengths=lengths, starts=starts)
-    if lengths is not None or starts is not None:
-        seen = _seen(key.shape[0], length, new_key is not None, lengths, starts, key.device)
-        if mask is not None:
-            candidates = query.shape[0] // key.shape[0]
-            per_candidate = candidates > 1 and mask.shape[0] == query.shape[0]
-            seen = mask & (seen.repeat_interleave(candidates, dim=0) if per_candidate else seen)
-        mask = seen
-        arguments = (*arguments[:7], mask, *arguments[8:])
-    return _attention_torch(*arguments)
+        if kernels.supports(query, key, value, call.new_key, call.new_value):
+            return None
+        return (
+            f"takes heads of up to {kernels.DIM_LIMIT} in one dtype of {', '.join(map(str, kernels.DTYPES))}, last "
+            f"dimension contiguous; got query {tuple(query.shape)} of {query.dtype}, key {tuple(key.shape)} of "
+            f"{key.dtype}, value {tuple(value.shape)} of {value.dtype}"
+        )
+
+    def cpu() -> str | None:
+        bias = call.bias
+        if bias is not None and bias.stride(-1) != 1:
+            bias = bias[..., :1]  # copied when it is read: T5 makes its bias heads last
+        return float32_obstacle(
+            call.mask, query=query, key=key, value=value, new_key=call.new_key, new_value=call.new_value, bias=bias,
+            sinks=call.sinks,
+        )  # fmt: skip
+
+    return choose(impl, query.device, cpu=cpu, triton=triton)
 
 
-torch.library.impl(_LIBRARY, "shared_prefix_attention", "CompositeExplicitAutograd")(_attention)
+def _attention(call: Call, impl: str) -> torch.Tensor:
+    impl = resolve(impl, call)
+    if impl == "triton":
+        from simctg_fast.kernels import shared_prefix_attention as kernels
+
+        return kernels.shared_prefix_attention(**vars(call))
+    if call.window is not None and call.lengths is None:
+        call = replace(call, window_start=max(call.window_start, call.length + 1 - call.window))
+    elif call.window is not None:
+        first = call.lengths + (1 - call.window)
+        starts = first.clamp(min=0) if call.starts is None else torch.maximum(call.starts, first)
+        call = replace(call, starts=starts)
+    return (_cpu if impl == "cpu" else _torch)(call)
+
+
+@torch.library.impl(_LIBRARY, "shared_prefix_attention", "CompositeExplicitAutograd")
+def _(*arguments):
+    return _attention(Call(*arguments), "auto")
+
+
 register(_LIBRARY, "shared_prefix_attention")
 
 
@@ -117,45 +159,104 @@ def _(query, key, value, *_):
     return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1]))
 
 
-def _takes_triton(query, key, value, new_key, new_value, impl: str) -> bool:
-    """Whether the Triton kernel serves the call; raises where it was asked for by name and cannot."""
-    if impl == "triton":
-        _backends.require_triton(query.device)
-    elif impl != "auto" or query.device.type != "cuda" or not _backends.has_triton():
-        return False
-    from simctg_fast.kernels import shared_prefix_attention as kernels
-
-    taken = kernels.supports(query, key, value, new_key, new_value)
-    if impl == "triton" and not taken:
+def _broadcast(name: str, tensor: torch.Tensor | None, call: Call) -> tuple[int, ...]:
+    """Address of a ``(1 | B | B·k, 1 | H, 1, width)`` tensor and its strides over sequences, candidates and heads."""
+    if tensor is None:
+        return _NO_ARRAY
+    (all_rows, heads), batch = call.query.shape[:2], call.key.shape[0]
+    width = call.length + (call.new_key is not None)
+    rows = tensor.shape[0] if tensor.dim() == 4 else -1
+    if rows not in (1, batch, all_rows) or tensor.shape[1] not in (1, heads) or tensor.shape[2:] != (1, width):
         raise ValueError(
-            f"impl='triton' takes heads of up to {kernels.DIM_LIMIT} in one dtype of "
-            f"{', '.join(map(str, kernels.DTYPES))}, last dimension contiguous; got query {tuple(query.shape)} of "
-            f"{query.dtype}, key {tuple(key.shape)} of {key.dtype}, value {tuple(value.shape)} of {value.dtype}"
+            f"{name} has shape {tuple(tensor.shape)}, must be (1, {batch} or {all_rows}, 1 or {heads}, 1, {width})"
         )
-    return taken
+    row = 0 if rows == 1 else tensor.stride(0)
+    head = 0 if tensor.shape[1] == 1 else tensor.stride(1)
+    if rows == all_rows:
+        return tensor.data_ptr(), row * (all_rows // batch), row, head
+    return tensor.data_ptr(), row, 0, head
 
 
-def _seen(
-    batch: int,
-    length: int,
-    has_new_key: bool,
-    lengths: torch.Tensor | None,
-    starts: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """``(B, 1, 1, length (+ 1))``: True within each row's own range, and for the new key."""
-    positions = torch.arange(length, device=device)
-    seen = torch.ones(batch, length, dtype=torch.bool, device=device)
-    if lengths is not None:
-        seen &= positions < lengths[:, None]
-    if starts is not None:
-        seen &= positions >= starts[:, None]
-    if has_new_key:
+def _shape_problem(call: Call) -> str | None:
+    query, key, value, new_key, new_value = call.query, call.key, call.value, call.new_key, call.new_value
+    rows, heads, queries, dim = query.shape
+    batch, kv_heads, positions, key_dim = key.shape
+    if queries != 1 or batch == 0 or rows % batch or kv_heads == 0 or heads % kv_heads or key_dim != dim:
+        return f"query has shape {tuple(query.shape)}, key {tuple(key.shape)}"
+    if value.shape[:2] != key.shape[:2] or not 0 <= call.length <= min(positions, value.shape[2]):
+        return f"length is {call.length}, key has shape {tuple(key.shape)}, value {tuple(value.shape)}"
+    if new_key is None or new_value is None:
+        if new_key is not new_value:
+            return "new_key and new_value must come together"
+    elif new_key.shape != (rows, kv_heads, 1, dim) or new_value.shape != (rows, kv_heads, 1, value.shape[-1]):
+        return f"new_key has shape {tuple(new_key.shape)}, must be {(rows, kv_heads, 1, dim)}"
+    if call.sinks is not None and call.sinks.shape != (heads,):
+        return f"sinks has shape {tuple(call.sinks.shape)}, must be ({heads},)"
+    if call.softcap is not None and not call.softcap > 0:
+        return f"softcap is {call.softcap}, must be above 0"
+    return lengths_obstacle(batch, lengths=call.lengths, starts=call.starts)
+
+
+def _cpu(call: Call) -> torch.Tensor:
+    """In C++: keys and values are read once, and not at all in blocks that the mask closes for a whole sequence. A row
+    that may see nothing is NaN, as softmax makes it."""
+    if (problem := _shape_problem(call)) is not None:
+        raise ValueError(f"impl='cpu' {NOT_TAKEN}{problem}")
+    query, key, value, new_key, new_value = call.query, call.key, call.value, call.new_key, call.new_value
+    rows, heads, _, dim = query.shape
+    batch, kv_heads = key.shape[:2]
+    mask, bias, lengths, starts = call.mask, call.bias, call.lengths, call.starts
+    if mask is not None and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    if lengths is not None or starts is not None:
+        lengths, starts = contiguous(lengths, starts)
+    out = query.new_empty((rows, 1, heads, value.shape[-1]))
+    _backends.require_extension().decode_attention(
+        (batch, rows // batch, kv_heads, heads // kv_heads, dim, value.shape[-1]),
+        (query.data_ptr(), query.stride(0), query.stride(1)),
+        (key.data_ptr(), *key.stride()[:3]),
+        (value.data_ptr(), *value.stride()[:3]),
+        call.length,
+        address(lengths),
+        address(starts),
+        call.window_start,
+        _NONE if new_key is None else (new_key.data_ptr(), new_key.stride(0), new_key.stride(1)),
+        _NONE if new_value is None else (new_value.data_ptr(), new_value.stride(0), new_value.stride(1)),
+        call.scaling,
+        0.0 if call.softcap is None else call.softcap,
+        _broadcast("mask", mask, call),
+        _broadcast("bias", bias, call),
+        address(call.sinks),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _seen(call: Call) -> torch.Tensor | None:
+    """The mask, ``(1 | B | B·k, 1 | H, 1, length (+ 1))``, and in each row what lies within its own range."""
+    if call.lengths is None and call.starts is None:
+        return call.mask
+    batch, device = call.key.shape[0], call.key.device
+    positions = torch.arange(call.length, device=device)
+    seen = torch.ones(batch, call.length, dtype=torch.bool, device=device)
+    if call.lengths is not None:
+        seen &= positions < call.lengths[:, None]
+    if call.starts is not None:
+        seen &= positions >= call.starts[:, None]
+    if call.new_key is not None:
         seen = torch.nn.functional.pad(seen, (0, 1), value=True)
-    return seen[:, None, None]
+    seen = seen[:, None, None]
+    if call.mask is None:
+        return seen
+    rows = call.query.shape[0]
+    return call.mask & (seen.repeat_interleave(rows // batch, dim=0) if call.mask.shape[0] == rows > batch else seen)
 
 
-def _attention_torch(query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start):
+def _torch(call: Call) -> torch.Tensor:
+    query, key, value, length, window_start = call.query, call.key, call.value, call.length, call.window_start
     rows, heads, _, dim = query.shape
     batch, kv_heads = key.shape[:2]
     k, groups = rows // batch, heads // kv_heads
@@ -165,25 +266,26 @@ def _attention_torch(query, key, value, length, new_key, new_value, scaling, mas
     packed = query.view(batch, k, kv_heads, groups, dim).permute(0, 2, 1, 3, 4)
     scores = torch.matmul(packed.reshape(batch, kv_heads, k * groups, dim), key.mT)
     scores = scores.view(batch, kv_heads, k, groups, shared)
-    if new_key is not None:
-        own = new_key.view(batch, k, kv_heads, 1, dim).permute(0, 2, 1, 3, 4)
-        scores = torch.cat([scores, (packed * own).sum(-1, keepdim=True)], dim=-1)
+    if call.new_key is not None:
+        keys = call.new_key.view(batch, k, kv_heads, 1, dim).permute(0, 2, 1, 3, 4)
+        scores = torch.cat([scores, (packed * keys).sum(-1, keepdim=True)], dim=-1)
     accumulate = torch.promote_types(scores.dtype, torch.float32)
-    scores = scores.to(accumulate) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + _pack(bias, batch, k, kv_heads, groups)[..., window_start:]
-    if mask is not None:
+    scores = scores.to(accumulate) * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.bias is not None:
+        scores = scores + _pack(call.bias, batch, k, kv_heads, groups)[..., window_start:]
+    if (mask := _seen(call)) is not None:
         scores = scores.masked_fill(~_pack(mask, batch, k, kv_heads, groups)[..., window_start:], float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(accumulate).view(1, kv_heads, 1, groups, 1).expand(batch, -1, k, -1, 1)
+    if call.sinks is not None:
+        sink = call.sinks.to(accumulate).view(1, kv_heads, 1, groups, 1).expand(batch, -1, k, -1, 1)
         scores = torch.cat([scores, sink], dim=-1)
     probs = torch.softmax(scores, dim=-1).to(query.dtype)
     out = torch.matmul(probs[..., :shared].reshape(batch, kv_heads, k * groups, shared), value)
     out = out.view(batch, kv_heads, k, groups, -1)
-    if new_value is not None:
-        out = out + probs[..., shared : shared + 1] * new_value.view(batch, k, kv_heads, 1, -1).permute(0, 2, 1, 3, 4)
+    if call.new_value is not None:
+        values = call.new_value.view(batch, k, kv_heads, 1, -1).permute(0, 2, 1, 3, 4)
+        out = out + probs[..., shared : shared + 1] * values
     return out.permute(0, 2, 1, 3, 4).reshape(rows, 1, heads, -1)
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends
+from ..checks import check_choice
 from ._accumulate import add_rows, add_rows_
 from ._autograd import register
 from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype, along, full_precision
 from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
-from .contrastive_loss import FUSED_DTYPES, IMPLS, require_triton
+from .contrastive_loss import dtype_obstacle
+from .dispatch import IMPLS, choose
 
 _BLOCK = 512  # on the CPU, rows and columns of a block of S: 1 MB of floats, which stays in the second-level cache
 # Elsewhere launches cost more than caches save: a block is a strip of so many elements, 128 MB of floats. The forward
@@ -132,27 +133,11 @@ def resolve(impl: str, vectors: Tensor) -> str:
 
     ``"cpu"`` and ``"torch"`` are one implementation here: blocks that stay in the cache, multiplied by the BLAS.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
-    device, fused = vectors.device.type, vectors.dtype in FUSED_DTYPES
-    if impl == "cpu" and device != "cpu":
-        raise ValueError(f"impl='cpu' needs vectors on the CPU, got {vectors.device}")
-    if impl == "triton":
-        if not fused:
-            raise ValueError(
-                f"impl='triton' takes vectors of dtype {', '.join(map(str, FUSED_DTYPES))}, got {vectors.dtype}; "
-                "impl='torch' takes every floating dtype"
-            )
-        require_triton(vectors)
-        return impl
-    if impl == "auto" and device == "cuda" and fused and _backends.has_triton():
-        return "triton"
-    return "torch"
+    return choose(impl, vectors.device, triton=lambda: dtype_obstacle("vectors", vectors))
 
 
 def _check(vectors: Tensor, keys: Tensor | None, scale: float, impl: str) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
+    check_choice("impl", impl, IMPLS)
     for name, value in (("vectors" if keys is None else "queries", vectors), ("keys", keys)):
         if value is None:
             continue

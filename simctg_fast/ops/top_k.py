@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from . import _backends, _cpu
+from . import _backends
 from ._autograd import register
+from .dispatch import NOT_TAKEN, choose, float32_obstacle
 
 _LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
 _LIBRARY.define("top_k_probs(Tensor logits, int k) -> (Tensor, Tensor)")
 
-IMPLS = ("auto", "torch", "cpu", "triton")
+_MOST_CANDIDATES = 64  # of the C++ code, which searches the list that it keeps them in from its end
 
 
 def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,34 +32,47 @@ def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch
         ValueError: an unknown ``impl``, k outside its range, or operands that ``"cpu"`` or ``"triton"`` does not take.
         RuntimeError: an ``impl`` that this installation lacks.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"k must be in 1..{logits.shape[-1]}, got {k}")
-    if impl == "auto":
-        if logits.device.type != "cuda" and not torch.compiler.is_dynamo_compiling():
-            return _run(logits, k)
+    if impl == "auto" and (logits.device.type == "cuda" or torch.compiler.is_dynamo_compiling()):
         return torch.ops.simctg_fast.top_k_probs(logits, k)
-    return _torch(logits, k) if impl == "torch" else _run(logits, k, impl)
+    return _run(logits, k, impl)
 
 
 def _run(logits, k, impl="auto"):
-    if impl == "triton":
-        _backends.require_triton(logits.device)
-    elif impl == "cpu" or _cpu.top_k_supported(logits, k):
-        return _cpu.top_k_cpu(logits, k)
-    elif logits.device.type != "cuda" or not _backends.has_triton():
-        return _torch(logits, k)
-    from simctg_fast.kernels import top_k as kernels
+    def triton() -> str | None:
+        from simctg_fast.kernels import top_k as kernels
 
-    if kernels.supports(logits, k):
-        return kernels.top_k_probs(logits, k)
-    if impl == "triton":
-        raise ValueError(
-            f"impl='triton' takes k up to {kernels.K_LIMIT} and rows of up to 2**24 / k logits in "
+        if kernels.supports(logits, k):
+            return None
+        return (
+            f"takes k up to {kernels.K_LIMIT} and rows of up to 2**24 / k logits in "
             f"{', '.join(map(str, kernels.DTYPES))}, got k={k} and logits {tuple(logits.shape)} of {logits.dtype}"
         )
-    return _torch(logits, k)
+
+    def cpu() -> str | None:
+        if k > _MOST_CANDIDATES:
+            return f"{NOT_TAKEN}k is {k}, must be at most {_MOST_CANDIDATES}"
+        if logits.dim() != 2:
+            return f"{NOT_TAKEN}logits has shape {tuple(logits.shape)}, must be (B, V)"
+        return float32_obstacle(logits=logits)
+
+    impl = choose(impl, logits.device, cpu=cpu, triton=triton)
+    if impl == "triton":
+        from simctg_fast.kernels import top_k as kernels
+
+        return kernels.top_k_probs(logits, k)
+    return (_cpu if impl == "cpu" else _torch)(logits, k)
+
+
+def _cpu(logits, k):
+    logits = logits.contiguous()
+    rows, count = logits.shape
+    probs, tokens = logits.new_empty((rows, k)), logits.new_empty((rows, k), dtype=torch.int64)
+    _backends.require_extension().top_k_probs(
+        logits.data_ptr(), rows, count, k, probs.data_ptr(), tokens.data_ptr(), torch.get_num_threads()
+    )
+    return probs, tokens
 
 
 def _torch(logits, k):

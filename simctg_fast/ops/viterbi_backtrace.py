@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import check_choice
 from . import _backends
+from .dispatch import addresses, choose, contiguous
 
 IMPLS = ("auto", "cpu", "torch")
 DTYPES = {torch.uint8: "uint8", torch.uint16: "uint16", torch.int32: "int32", torch.int64: "int64"}
@@ -29,10 +31,7 @@ def viterbi_backtrace(
 
 
 def _check(backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor | None, impl: str) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}, must be one of {', '.join(map(repr, IMPLS))}")
-    if impl == "cpu" and backpointers.device.type != "cpu":
-        raise ValueError(f"impl='cpu' needs tensors on the CPU, backpointers is on {backpointers.device}")
+    check_choice("impl", impl, IMPLS)
     if backpointers.dim() != 3 or backpointers.shape[2] < 1:
         raise ValueError(
             f"backpointers has shape {tuple(backpointers.shape)}, must be (batch, length, slots) with slots >= 1"
@@ -60,37 +59,23 @@ def _fake(
     return backpointers.new_empty(backpointers.shape[:2], dtype=torch.int64)
 
 
-def _cpu(
+def _backtrace(
     backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor | None = None, *, impl: str = "auto"
 ) -> torch.Tensor:
     _check(backpointers, last, lengths, impl)
-    if impl == "torch":
+    if choose(impl, backpointers.device, cpu=lambda: None, impls=IMPLS) == "torch":
         return _trace(backpointers, last, lengths)
-    extension = _backends.require_extension() if impl == "cpu" else _backends.wanted_extension()
-    if extension is None:
-        return _trace(backpointers, last, lengths)
-    last = last.to(torch.int64).contiguous()
-    if lengths is not None:
-        lengths = lengths.to(torch.int64).contiguous()
+    last, lengths = contiguous(last.to(torch.int64), None if lengths is None else lengths.to(torch.int64))
     path = backpointers.new_empty(backpointers.shape[:2], dtype=torch.int64)
-    extension.viterbi_backtrace(
+    _backends.require_extension().viterbi_backtrace(
         DTYPES[backpointers.dtype],
         backpointers.data_ptr(),
         tuple(backpointers.shape),
         backpointers.stride(),
-        last.data_ptr(),
-        0 if lengths is None else lengths.data_ptr(),
-        path.data_ptr(),
+        *addresses(last, lengths, path),
         torch.get_num_threads(),
     )
     return path
-
-
-def _any_device(
-    backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor | None = None, *, impl: str = "auto"
-) -> torch.Tensor:
-    _check(backpointers, last, lengths, impl)
-    return _trace(backpointers, last, lengths)
 
 
 def _trace(backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -146,6 +131,5 @@ def _raise(
     raise ValueError(f"{name} is {int(path[b, t])}, must be in 0..{slots - 1}")
 
 
-_library.impl("viterbi_backtrace", _any_device, "CompositeExplicitAutograd")
-_library.impl("viterbi_backtrace", _cpu, "CPU")
+_library.impl("viterbi_backtrace", _backtrace, "CompositeExplicitAutograd")
 torch.library.register_fake("simctg_fast::viterbi_backtrace", _fake, lib=_library)

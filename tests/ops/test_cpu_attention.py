@@ -1,4 +1,4 @@
-"""`decode_attention_cpu` and `candidate_scan_cpu` on every instruction set: against plain loops in float64, and bit for
+"""Shared-prefix attention and the scan of candidates in C++ on every instruction set: against float64, and bit for
 bit whatever the batch and the threads. What the public functions promise is in test_shared_prefix_attention.py and
 test_candidate_select.py."""
 
@@ -12,12 +12,9 @@ import torch
 
 from simctg_fast import ContrastiveSearch
 from simctg_fast.ops import _backends, shared_prefix_attention
-from simctg_fast.ops._cpu import (
-    candidate_scan_cpu,
-    candidate_scan_supported,
-    decode_attention_cpu,
-    decode_attention_supported,
-)
+from simctg_fast.ops import candidate_select as scan
+from simctg_fast.reference.attention import shared_prefix_attention as reference
+from simctg_fast.reference.candidate_select import candidate_scan as reference_scan
 
 from ..decoding_models import build, prompt
 
@@ -25,46 +22,18 @@ extension = _backends.extension()
 pytestmark = pytest.mark.skipif(extension is None, reason="the C++ extension is not built")
 
 
-def per_row(tensor, b, c, batch, candidates):
-    """The entry of a ``(1 | B | B·k, …)`` tensor that belongs to candidate c of sequence b."""
-    if tensor is None:
-        return None
-    return tensor[{1: 0, batch: b, batch * candidates: b * candidates + c}[tensor.shape[0]]]
+def attention(*arguments, scaling=1.0, **options):
+    return shared_prefix_attention.shared_prefix_attention(*arguments, scaling=scaling, impl="cpu", **options)
 
 
-def attention_truth(
-    query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start, lengths, starts
-):
-    """One query row after the other, as the formula has it."""
-    rows, heads, _, _ = query.shape
-    batch, kv_heads = key.shape[:2]
-    candidates, groups = rows // batch, heads // kv_heads
-    out = torch.zeros(rows, 1, heads, value.shape[-1], dtype=torch.float64)
-    for b in range(batch):
-        end = length if lengths is None else int(lengths[b])
-        start = min(end, max(window_start, 0 if starts is None else int(starts[b])))
-        seen = [*range(start, end), *([length] if new_key is not None else [])]
-        for c in range(candidates):
-            row = b * candidates + c
-            for h in range(heads):
-                g = h // groups
-                keys, values = key[b, g, start:end], value[b, g, start:end]
-                if new_key is not None:
-                    keys, values = torch.cat([keys, new_key[row, g]]), torch.cat([values, new_value[row, g]])
-                scores = keys.double() @ query[row, h, 0].double() * scaling
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                if bias is not None:
-                    entry = per_row(bias, b, c, batch, candidates)
-                    scores = scores + entry[h if entry.shape[0] > 1 else 0, 0, seen].double()
-                if mask is not None:
-                    entry = per_row(mask, b, c, batch, candidates)
-                    scores = scores.masked_fill(~entry[h if entry.shape[0] > 1 else 0, 0, seen], -math.inf)
-                if sinks is not None:
-                    scores = torch.cat([scores, sinks[h : h + 1].double()])
-                weights = torch.softmax(scores, 0)[: len(seen)]
-                out[row, 0, h] = weights @ values.double()
-    return out
+def candidate_scan(*arguments, **options):
+    return scan.candidate_scan(*arguments, impl="cpu", **options)
+
+
+def taken(query, key, value, **options):
+    """Whether it is C++ that serves an attention by default."""
+    call = shared_prefix_attention.Call(query, key, value, 4, **options)
+    return shared_prefix_attention.resolve("auto", call) == "cpu"
 
 
 # 64 is a block of positions, 512 a cut.
@@ -153,8 +122,8 @@ def test_attention_against_loops(isa, threads):
     for index in range(60):
         call = draw_attention(choose, LENGTHS[index % len(LENGTHS)])
         threads(1 + index % 3)
-        y = decode_attention_cpu(**call)
-        truth = attention_truth(**call)
+        y = attention(**call)
+        truth = reference(**call)
         assert y.shape == truth.shape
         assert y.is_contiguous()
         # Scores of size s are off by about s · 2⁻²³ before the softmax: 1e-5 at scaling 1 and dim 128.
@@ -164,15 +133,12 @@ def test_attention_against_loops(isa, threads):
 
 def test_attention_is_as_exact_as_pytorch(isa):
     """Against the plain float32 formula, both measured in float64."""
-    from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
-
     for dim, length in [(64, 768), (128, 1000), (80, 300)]:
         query, key, value = torch.randn(8, 4, 1, dim), torch.randn(2, 4, length, dim), torch.randn(2, 4, length, dim)
         arguments = (query, key, value, length, torch.randn(8, 4, 1, dim), torch.randn(8, 4, 1, dim))
-        doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-        truth = shared_prefix_attention(*doubles, scaling=dim**-0.5, impl="torch")
-        plain = shared_prefix_attention(*arguments, scaling=dim**-0.5, impl="torch")
-        ours = shared_prefix_attention(*arguments, scaling=dim**-0.5, impl="cpu")
+        truth = reference(*arguments, dim**-0.5)
+        plain = shared_prefix_attention.shared_prefix_attention(*arguments, scaling=dim**-0.5, impl="torch")
+        ours = attention(*arguments, scaling=dim**-0.5)
         assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
@@ -181,15 +147,15 @@ def test_attention_bits_do_not_depend_on_batch_or_threads(isa, threads):
     for index in range(24):
         call = draw_attention(choose)
         threads(1)
-        y = decode_attention_cpu(**call)
+        y = attention(**call)
         k = call["query"].shape[0] // call["key"].shape[0]
         for b in range(call["key"].shape[0]):
-            assert torch.equal(decode_attention_cpu(**one_sequence(call, b)), y[b * k : (b + 1) * k])
+            assert torch.equal(attention(**one_sequence(call, b)), y[b * k : (b + 1) * k])
         for count, backend in [(2, "openmp"), (3, "std::thread"), (7, "openmp")][index % 3 :][:2]:
             threads(count)
             extension.set_parallel_backend(backend)
             try:
-                assert torch.equal(decode_attention_cpu(**call), y)
+                assert torch.equal(attention(**call), y)
             finally:
                 extension.set_parallel_backend("auto")
 
@@ -199,19 +165,19 @@ def test_one_head_and_many_cuts(isa, threads):
     query, key = torch.randn(4, 1, 1, 64), torch.randn(1, 1, 5000, 64)
     arguments = (query, key, torch.randn(1, 1, 5000, 64), 5000, torch.randn(4, 1, 1, 64), torch.randn(4, 1, 1, 64))
     threads(1)
-    y = decode_attention_cpu(*arguments, scaling=0.125)
+    y = attention(*arguments, scaling=0.125)
     threads(4)
-    assert torch.equal(decode_attention_cpu(*arguments, scaling=0.125), y)
-    truth = attention_truth(*arguments, 0.125, None, None, None, None, 0, None, None)
+    assert torch.equal(attention(*arguments, scaling=0.125), y)
+    truth = reference(*arguments, 0.125)
     assert torch.allclose(y.double(), truth, atol=1e-6)
 
 
 def test_scores_that_overflow_without_the_largest_taken_off(isa):
     query, key = torch.ones(1, 1, 1, 1), torch.tensor([1000.0, 999.0, -1000.0]).view(1, 1, 3, 1)
     value = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1)
-    y = decode_attention_cpu(query, key, value, 3)
+    y = attention(query, key, value, 3)
     assert y.item() == pytest.approx((math.e * 1 + 2) / (math.e + 1), rel=1e-6)
-    y = decode_attention_cpu(query, key, value, 3, softcap=2.0)
+    y = attention(query, key, value, 3, softcap=2.0)
     # Capped to 2, 2 and -2.
     weights = torch.softmax(torch.tensor([2.0, 2.0, -2.0]), 0)
     assert y.item() == pytest.approx((weights * value.flatten()).sum().item(), rel=1e-6)
@@ -222,7 +188,7 @@ def test_softcap_over_its_whole_range(isa, softcap):
     """One key a row and a sink at 0: the output is the sigmoid of the capped score."""
     scores = torch.cat([torch.linspace(-4, 4, 201), torch.tensor([0.0, 1e-30, 1e-6, 30.0, -1e4, 1e30])]) * softcap
     rows = scores.numel()
-    y = decode_attention_cpu(
+    y = attention(
         scores.view(rows, 1, 1, 1),
         torch.ones(1, 1, 1, 1),
         torch.ones(1, 1, 1, 1),
@@ -237,23 +203,21 @@ def test_softcap_over_its_whole_range(isa, softcap):
 def test_exponential_over_its_whole_range(isa):
     """One key a row against a sink at s: weight 1 / (1 + exp(s)) down to where exp is denormal and then 0."""
     s = torch.linspace(0, 103, 2000)
-    y = decode_attention_cpu(
-        torch.zeros(1, 2000, 1, 1), torch.ones(1, 2000, 1, 1), torch.ones(1, 2000, 1, 1), 1, sinks=s
-    )
+    y = attention(torch.zeros(1, 2000, 1, 1), torch.ones(1, 2000, 1, 1), torch.ones(1, 2000, 1, 1), 1, sinks=s)
     expected = 1 / (1 + torch.exp(s.double()))
     assert torch.allclose(y.flatten().double(), expected, rtol=5e-7, atol=2e-45)
 
 
 def test_not_finite_attention(isa):
     query, key, value = torch.randn(4, 2, 1, 8), torch.randn(2, 2, 70, 8), torch.randn(2, 2, 70, 8)
-    clean = decode_attention_cpu(query, key, value, 70)
+    clean = attention(query, key, value, 70)
     key[1, 0, 66, 3] = torch.nan
-    y = decode_attention_cpu(query, key, value, 70)
+    y = attention(query, key, value, 70)
     assert y[2:, 0, 0].isnan().all()
     assert torch.equal(y[:2], clean[:2])
     assert torch.equal(y[2:, 0, 1], clean[2:, 0, 1])
     value[0, 1, 5, 2] = torch.inf
-    y = decode_attention_cpu(query, key, value, 70)
+    y = attention(query, key, value, 70)
     assert (y[:2, 0, 1, 2] == torch.inf).all()
     assert torch.equal(y[:2, 0, 0], clean[:2, 0, 0])
 
@@ -262,26 +226,26 @@ def test_nothing_to_see(isa):
     """NaN as softmax makes it, 0 with a sink, and what the mask closes for a whole block is not read."""
     query, key, value = torch.randn(2, 1, 1, 4), torch.randn(1, 1, 130, 4), torch.randn(1, 1, 130, 4)
     mask = torch.zeros(1, 1, 1, 130, dtype=torch.bool)
-    assert decode_attention_cpu(query, key, value, 130, mask=mask).isnan().all()
-    assert decode_attention_cpu(query, key, value, 0).isnan().all()
-    assert (decode_attention_cpu(query, key, value, 130, mask=mask, sinks=torch.zeros(1)) == 0).all()
+    assert attention(query, key, value, 130, mask=mask).isnan().all()
+    assert attention(query, key, value, 0).isnan().all()
+    assert (attention(query, key, value, 130, mask=mask, sinks=torch.zeros(1)) == 0).all()
     mask[..., 128:] = True
-    expected = decode_attention_cpu(query, key[:, :, 128:], value[:, :, 128:], 2)
+    expected = attention(query, key[:, :, 128:], value[:, :, 128:], 2)
     key[:, :, :128], value[:, :, :128] = torch.nan, torch.nan
-    assert torch.allclose(decode_attention_cpu(query, key, value, 130, mask=mask), expected, atol=1e-6)
+    assert torch.allclose(attention(query, key, value, 130, mask=mask), expected, atol=1e-6)
 
 
 def test_a_bias_that_lies_heads_last():
     """T5's, as its embedding makes it."""
     query, key, value = torch.randn(6, 4, 1, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 8)
     bias = torch.randn(1, 1, 11, 4).permute(0, 3, 1, 2)
-    call = (query, key, value, 11, None, None, 1.0, None)
+    call = (query, key, value, 11)
     assert bias.stride(-1) == 4
-    assert decode_attention_supported(*call, bias, None, None, 0)
-    y = decode_attention_cpu(*call, bias)
-    assert torch.equal(y, decode_attention_cpu(*call, bias.contiguous()))
-    assert not torch.equal(y, decode_attention_cpu(*call, None))
-    assert not decode_attention_supported(*call, bias.double(), None, None, 0)
+    assert taken(query, key, value, bias=bias)
+    y = attention(*call, bias=bias)
+    assert torch.equal(y, attention(*call, bias=bias.contiguous()))
+    assert not torch.equal(y, attention(*call))
+    assert not taken(query, key, value, bias=bias.double())
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
@@ -295,18 +259,18 @@ def test_every_attention_of_a_step_is_taken(monkeypatch, kind):
     def refuse(*args):
         raise AssertionError("an attention in plain torch")
 
-    monkeypatch.setattr(shared_prefix_attention, "_attention_torch", refuse)
+    monkeypatch.setattr(shared_prefix_attention, "_torch", refuse)
     assert model.generate(**inputs, custom_generate=search, max_new_tokens=4).numel()
 
 
 def test_each_candidate_sees_its_own_key_only():
     query, key, value = torch.randn(3, 1, 1, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     new_key, new_value = torch.randn(3, 1, 1, 8), torch.randn(3, 1, 1, 8)
-    y = decode_attention_cpu(query, key, value, 5, new_key, new_value)
+    y = attention(query, key, value, 5, new_key, new_value)
     for c in range(3):
         one = slice(c, c + 1)
-        assert torch.equal(decode_attention_cpu(query[one], key, value, 5, new_key[one], new_value[one]), y[one])
-    other = decode_attention_cpu(query, key, value, 5, new_key, new_value.flip(0))
+        assert torch.equal(attention(query[one], key, value, 5, new_key[one], new_value[one]), y[one])
+    other = attention(query, key, value, 5, new_key, new_value.flip(0))
     assert not torch.allclose(other[0], y[0], atol=1e-3)
 
 
@@ -343,14 +307,17 @@ def test_attention_says_what_is_wrong(change, message):
         "new_key": torch.zeros(6, 2, 1, 8),
         "new_value": torch.zeros(6, 2, 1, 8),
     }
-    assert decode_attention_cpu(**call).shape == (6, 1, 4, 8)
+    assert attention(**call).shape == (6, 1, 4, 8)
     with pytest.raises(ValueError, match=message):
-        decode_attention_cpu(**(call | change))
+        attention(**(call | change))
 
 
-def test_supported_says_no_where_the_kernel_would():
+def test_torch_serves_what_the_kernel_does_not_take():
     def ask(tensor, mask=None):
-        return decode_attention_supported(tensor, tensor, tensor, 4, None, None, 1.0, mask, None, None, None, 0)
+        return taken(tensor, tensor, tensor, mask=mask)
+
+    def ask_scan(tensor, mask=None):
+        return scan.resolve("auto", tensor[0], tensor[1], mask) == "cpu"
 
     good = torch.zeros(2, 2, 4, 8)
     assert ask(good)
@@ -358,14 +325,14 @@ def test_supported_says_no_where_the_kernel_would():
     assert not ask(good, torch.ones(1, 1, 1, 4))
     for bad in (good.double(), good.bfloat16(), good.to("meta"), good.mT, torch.zeros(2, 2, 4, 8, requires_grad=True)):
         assert not ask(bad)
-        assert not candidate_scan_supported(bad[0], bad[1], None)
+        assert not ask_scan(bad)
     with torch.no_grad():
         assert ask(torch.zeros(2, 2, 4, 8, requires_grad=True))
-    assert candidate_scan_supported(good[0], good[1], None)
-    assert not candidate_scan_supported(good[0], good[1], torch.ones(2, 4))
+    assert ask_scan(good)
+    assert not ask_scan(good, torch.ones(2, 4))
 
 
-# ---- candidate_scan_cpu ---------------------------------------------------------------------------------------------
+# ---- candidate_scan ---------------------------------------------------------------------------------------------
 
 
 def draw_scan(choose: random.Random):
@@ -385,18 +352,14 @@ def test_scan_against_loops(isa, threads):
     for index in range(60):
         states, history, length, mask = draw_scan(choose)
         threads(1 + index % 3)
-        penalty, position = candidate_scan_cpu(states, history, length, mask)
-        for b in range(states.shape[0]):
-            real = [j for j in range(length) if mask is None or mask[b, j]]
-            for c in range(states.shape[1]):
-                if not real:
-                    assert penalty[b, c] == -math.inf
-                    assert position[b, c] == 0
-                    continue
-                unit = states[b, c].double() / states[b, c].double().norm()
-                cosines = history[b, real].double() @ unit
-                assert abs(penalty[b, c].double() - cosines.max()) < 5e-7
-                assert cosines.max() - cosines[real.index(int(position[b, c]))] < 1e-6
+        penalty, position = candidate_scan(states, history, length, mask)
+        truth, _ = reference_scan(states, history, length, mask)
+        assert torch.equal(penalty.isinf(), truth.isinf())
+        assert (penalty.double() - truth)[truth.isfinite()].abs().max() < 5e-7
+        unit = torch.nn.functional.normalize(states.double(), dim=-1)
+        for b, c in truth.isfinite().nonzero().tolist():
+            assert truth[b, c] - history[b, position[b, c]].double() @ unit[b, c] < 1e-6
+        assert not position[truth.isinf()].any()
 
 
 def test_scan_bits_do_not_depend_on_candidates_batch_or_threads(isa, threads):
@@ -404,14 +367,14 @@ def test_scan_bits_do_not_depend_on_candidates_batch_or_threads(isa, threads):
     for _ in range(20):
         states, history, length, mask = draw_scan(choose)
         threads(1)
-        penalty, position = candidate_scan_cpu(states, history, length, mask)
+        penalty, position = candidate_scan(states, history, length, mask)
         threads(3)
-        again = candidate_scan_cpu(states, history, length, mask)
+        again = candidate_scan(states, history, length, mask)
         assert torch.equal(again[0], penalty)
         assert torch.equal(again[1], position)
         for b in range(states.shape[0]):
             one = slice(b, b + 1)
-            alone = candidate_scan_cpu(states[one, :1], history[one], length, None if mask is None else mask[one])
+            alone = candidate_scan(states[one, :1], history[one], length, None if mask is None else mask[one])
             assert torch.equal(alone[0][:, 0], penalty[one, 0])
             assert torch.equal(alone[1][:, 0], position[one, 0])
 
@@ -421,11 +384,11 @@ def test_scan_takes_the_earliest_of_equals_and_the_first_nan(isa, first):
     state = torch.randn(1, 2, 20)
     history = torch.nn.functional.normalize(torch.randn(1, 260, 20), dim=-1)
     history[0, first::2] = torch.nn.functional.normalize(state[0, 1], dim=-1)
-    penalty, position = candidate_scan_cpu(state, history, 260)
+    penalty, position = candidate_scan(state, history, 260)
     assert position[0, 1] == first
     assert penalty[0, 1] == pytest.approx(1, abs=1e-6)
     history[0, first + 2], history[0, 258] = torch.nan, torch.nan
-    penalty, position = candidate_scan_cpu(state, history, 260)
+    penalty, position = candidate_scan(state, history, 260)
     assert penalty.isnan().all()
     assert position.tolist() == [[first + 2] * 2]
 
@@ -434,7 +397,7 @@ def test_scan_of_extreme_states(isa):
     history = torch.nn.functional.normalize(torch.randn(1, 9, 33), dim=-1)
     direction = torch.nn.functional.normalize(torch.randn(33), dim=-1)
     states = torch.stack([direction * 1e-9, direction * 1e15, torch.zeros(33), -direction])[None]
-    penalty, _ = candidate_scan_cpu(states, history, 9)
+    penalty, _ = candidate_scan(states, history, 9)
     assert torch.allclose(penalty[0, 0], penalty[0, 1], atol=1e-6)
     assert penalty[0, 2] == 0
     assert torch.allclose(penalty[0, 3], -(history[0] @ direction).min(), atol=1e-6)
@@ -452,6 +415,6 @@ def test_scan_of_extreme_states(isa):
 )
 def test_scan_says_what_is_wrong(change, message):
     call = {"hidden_states": torch.ones(2, 3, 6), "history": torch.zeros(2, 5, 6), "length": 5}
-    assert candidate_scan_cpu(**call)[0].shape == (2, 3)
+    assert candidate_scan(**call)[0].shape == (2, 3)
     with pytest.raises(ValueError, match=message):
-        candidate_scan_cpu(**(call | change))
+        candidate_scan(**(call | change))

@@ -6,12 +6,14 @@ that nobody has written reads as NaN.
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 
 import pytest
 import torch
+
+from simctg_fast.reference.attention import shared_prefix_attention as attention_truth
+from simctg_fast.reference.candidate_select import candidate_scan as reference_scan
 
 from ..processes import run_child
 from ..repository import WITH_TESTS
@@ -29,20 +31,6 @@ def scan_operands(batch, k, lengths, capacity, width, dtype, history_dtype=None)
     return states, history
 
 
-def scan_truth(states, history, lengths, mask=None):
-    """Penalty and position in float64, a row at a time."""
-    batch, k, _ = states.shape
-    penalty = torch.full((batch, k), -torch.inf, dtype=torch.float64)
-    position = torch.zeros(batch, k, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        seen = torch.arange(length) if mask is None else mask[row, :length].nonzero().flatten()
-        if len(seen):
-            unit = torch.nn.functional.normalize(states[row].double(), dim=-1)
-            best = (unit @ history[row, seen].double().mT).max(dim=-1)
-            penalty[row], position[row] = best.values, seen[best.indices]
-    return penalty, position
-
-
 def check_scan(batch, k, lengths, capacity, width, dtype, history_dtype=None, masked=False, precision="highest"):
     from simctg_fast.kernels import candidate_select as kernels
 
@@ -52,7 +40,7 @@ def check_scan(batch, k, lengths, capacity, width, dtype, history_dtype=None, ma
     if masked:
         mask = torch.rand(batch, capacity) > 0.4
         history[~mask] = float("nan")
-    truth, where = scan_truth(states, history, lengths, mask)
+    truth, where = reference_scan(states, history, capacity, mask, torch.tensor(lengths))
     tolerance = ROUNDING[torch.float32]  # the operands are exact, the products accumulate in float32
     same = [lengths] if len(set(lengths)) > 1 else [lengths, None]
     for rows in same:
@@ -102,7 +90,7 @@ def check_scan_edges() -> None:
     # NaN stays in its candidate and says where it was first met; a row without a real position has −inf
     states, history = scan_operands(2, 4, [90, 90], 90, 24, torch.float32)
     states[0, 2, 3], states[1, 1] = float("nan"), float("inf")
-    clean, _ = scan_truth(states.nan_to_num(posinf=0), history, [90, 90])
+    clean, _ = reference_scan(states.nan_to_num(posinf=0), history, 90)
     penalty, position = kernels.candidate_scan(states, history, 90, None, None)
     bad = torch.zeros(2, 4, dtype=torch.bool)
     bad[0, 2] = bad[1, 1] = True
@@ -217,52 +205,13 @@ def attention_operands(
         arguments["mask"][..., -1] = True
     if bias:
         arguments["bias"] = 2 * draw(sizes[bias[0]], sizes[bias[1]], 1, length + own)
-    for b in range(batch):
-        first, end = seen_of(arguments, b)
+    for b in range(batch):  # what a row may not see is not read
+        end = length if lengths is None else lengths[b]
+        first = max(window_start, starts[b] if starts else 0, end + 1 - window if window else 0)
         for name in ("key", "value"):
             arguments[name][b, :, :first] = float("nan")
             arguments[name][b, :, end:] = float("nan")
     return arguments
-
-
-def seen_of(arguments, b):
-    end = arguments["length"] if arguments["lengths"] is None else int(arguments["lengths"][b])
-    first = arguments["window_start"]
-    if arguments["starts"] is not None:
-        first = max(first, int(arguments["starts"][b]))
-    if arguments["window"] is not None:
-        first = max(first, end + 1 - arguments["window"])
-    return first, end
-
-
-def attention_truth(arguments):
-    query, key, value = (arguments[name].double() for name in ("query", "key", "value"))
-    rows, heads, _, _ = query.shape
-    batch, kv_heads = key.shape[:2]
-    out = torch.zeros(rows, 1, heads, value.shape[-1], dtype=torch.float64)
-
-    def pick(x, row, b, head):
-        return x[{1: 0, rows: row}.get(x.shape[0], b), head if x.shape[1] > 1 else 0, 0]
-
-    for row, head in itertools.product(range(rows), range(heads)):
-        b, group = row // (rows // batch), head // (heads // kv_heads)
-        first, end = seen_of(arguments, b)
-        keys, values, places = key[b, group, first:end], value[b, group, first:end], list(range(first, end))
-        if arguments["new_key"] is not None:
-            keys = torch.cat([keys, arguments["new_key"][row, group].double()])
-            values = torch.cat([values, arguments["new_value"][row, group].double()])
-            places.append(arguments["length"])
-        scores = keys @ query[row, head, 0] * arguments["scaling"]
-        if arguments["softcap"] is not None:
-            scores = arguments["softcap"] * torch.tanh(scores / arguments["softcap"])
-        if arguments["bias"] is not None:
-            scores = scores + pick(arguments["bias"], row, b, head).double()[places]
-        if arguments["mask"] is not None:
-            scores = scores.masked_fill(~pick(arguments["mask"], row, b, head)[places], -torch.inf)
-        if arguments["sinks"] is not None:
-            scores = torch.cat([scores, arguments["sinks"][head : head + 1].double()])
-        out[row, 0, head] = torch.softmax(scores, dim=-1)[: len(values)] @ values
-    return out
 
 
 def check_attention(precision="highest", **case) -> None:
@@ -272,7 +221,7 @@ def check_attention(precision="highest", **case) -> None:
     arguments = attention_operands(**case)
     out = kernels.shared_prefix_attention(**arguments)
     assert out.dtype == case["dtype"]
-    torch.testing.assert_close(out.double(), attention_truth(arguments), atol=ROUNDING[case["dtype"]], rtol=0)
+    torch.testing.assert_close(out.double(), attention_truth(**arguments), atol=ROUNDING[case["dtype"]], rtol=0)
 
 
 PLAIN = {
@@ -329,7 +278,7 @@ def check_attention_sees_nothing() -> None:
     arguments["mask"][1, ..., 3] = True
     out = kernels.shared_prefix_attention(**arguments)
     assert out[:4].isnan().all()
-    torch.testing.assert_close(out[4:].double(), attention_truth(arguments)[4:], atol=2e-6, rtol=0)
+    torch.testing.assert_close(out[4:].double(), attention_truth(**arguments)[4:], atol=2e-6, rtol=0)
     arguments["sinks"] = torch.zeros(4)
     assert not kernels.shared_prefix_attention(**arguments)[:4].any()
 

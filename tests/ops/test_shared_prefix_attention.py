@@ -1,4 +1,4 @@
-"""Attention of k candidates over one copy of their prefix, against loops in float64."""
+"""Attention of k candidates over one copy of their prefix, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from simctg_fast.ops import _cpu
-from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
+from simctg_fast.ops.shared_prefix_attention import Call, resolve, shared_prefix_attention
+from simctg_fast.reference.attention import shared_prefix_attention as reference
 
 IMPLS = ("auto", "cpu", "torch")  # "triton" is tested in test_decode_triton.py
 
@@ -113,54 +113,8 @@ def arguments_of(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) 
     return arguments
 
 
-def by_loops(query, key, value, length, new_key=None, new_value=None, *, scaling, mask=None, bias=None, softcap=None,
-             sinks=None, window_start=0):  # fmt: skip
-    """The definition, a query row at a time, in the dtype of the operands."""
-    rows, heads, _, _ = query.shape
-    batch, kv_heads = key.shape[:2]
-    out = query.new_empty(rows, 1, heads, value.shape[-1])
-    for row in range(rows):
-        sequence = row // (rows // batch)
-        for head in range(heads):
-            group = head // (heads // kv_heads)
-            keys, values = key[sequence, group, :length], value[sequence, group, :length]
-            if new_key is not None:
-                keys = torch.cat([keys, new_key[row, group]])
-                values = torch.cat([values, new_value[row, group]])
-            scores = keys @ query[row, head, 0] * scaling
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            if bias is not None:
-                scores = scores + pick(bias, row, sequence, head, rows)
-            if mask is not None:
-                scores = scores.masked_fill(~pick(mask, row, sequence, head, rows), -torch.inf)
-            scores, values = scores[window_start:], values[window_start:]
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[head : head + 1]])
-            probs = torch.softmax(scores, dim=-1)[: len(values)]
-            out[row, 0, head] = probs @ values
-    return out
-
-
-def pick(x, row, sequence, head, rows):
-    first = {1: 0, rows: row}.get(x.shape[0], sequence)
-    return x[first, head if x.shape[1] > 1 else 0, 0]
-
-
-def cast(arguments: dict, dtype: torch.dtype) -> dict:
-    def convert(x):
-        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-    return {name: convert(x) for name, x in arguments.items()}
-
-
-def positional(arguments: dict) -> tuple:
-    names = ("query", "key", "value", "length", "new_key", "new_value", "scaling", "mask", "bias", "softcap", "sinks")
-    return (*(arguments.get(name) for name in names), arguments.get("window_start", 0))
-
-
 def skip_unless_supported(impl: str, arguments: dict) -> None:
-    if impl == "cpu" and not _cpu.decode_attention_supported(*positional(arguments)):
+    if impl == "cpu" and resolve("auto", Call(**arguments)) != "cpu":
         pytest.skip("the C++ kernel does not take these arguments here")
 
 
@@ -170,7 +124,7 @@ def test_equals_the_definition(impl, case):
     arguments = arguments_of(case)
     skip_unless_supported(impl, arguments)
     out = shared_prefix_attention(**arguments, impl=impl)
-    truth = by_loops(**cast(arguments, torch.float64))
+    truth = reference(**arguments)
     assert out.shape == (case.batch * case.k, 1, case.heads, case.value_dim or case.dim)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), truth, atol=2e-6, rtol=0)
@@ -183,8 +137,8 @@ def test_equals_the_definition(impl, case):
 def test_half_precision_is_as_good_as_plain_torch(case, dtype):
     arguments = arguments_of(case, dtype)
     out = shared_prefix_attention(**arguments)
-    truth = by_loops(**cast(arguments, torch.float64))
-    plain = by_loops(**arguments)
+    truth = reference(**arguments)
+    plain = reference(**arguments, dtype=dtype)
     assert out.dtype == dtype
     allowed = 4 * (plain.double() - truth).abs().max()
     assert (out.double() - truth).abs().max() <= allowed
@@ -193,7 +147,7 @@ def test_half_precision_is_as_good_as_plain_torch(case, dtype):
 def test_float64_stays_float64():
     arguments = arguments_of(Case(kv_heads=2, sinks=True, mask=("batch", "1")), torch.float64)
     out = shared_prefix_attention(**arguments)
-    torch.testing.assert_close(out, by_loops(**arguments), atol=1e-13, rtol=0)
+    torch.testing.assert_close(out, reference(**arguments), atol=1e-13, rtol=0)
 
 
 def test_candidates_do_not_see_each_other():
@@ -235,13 +189,13 @@ def test_arguments_are_not_written_to():
 
 
 def test_unknown_impl():
-    with pytest.raises(ValueError, match=r"impl must be one of .*got 'flash'"):
+    with pytest.raises(ValueError, match="impl is 'flash', must be one of"):
         shared_prefix_attention(**arguments_of(Case()), impl="flash")
 
 
 def test_named_impl_that_cannot_run_raises():
     arguments = arguments_of(Case(), torch.float16)
-    assert not _cpu.decode_attention_supported(*positional(arguments))
+    assert resolve("auto", Call(**arguments)) == "torch"
     with pytest.raises((RuntimeError, ValueError), match="cpu"):
         shared_prefix_attention(**arguments, impl="cpu")
 
@@ -255,14 +209,9 @@ def test_window(impl, ragged):
         arguments[name] = arguments[name].nan_to_num(nan=3.0)
     lengths = torch.tensor([11, 2]) if ragged else None
     out = shared_prefix_attention(**arguments, lengths=lengths, window=4, impl=impl)
-    for row, length in enumerate([11, 2] if ragged else [11, 11]):
-        own = {
-            name: x[row * 4 : row * 4 + 4] if name.startswith(("query", "new")) else x[row : row + 1]
-            for name, x in arguments.items()
-            if name in ("query", "key", "value", "new_key", "new_value")
-        }
-        alone = cast(arguments | own | {"length": length, "window_start": max(0, length - 3)}, torch.float64)
-        torch.testing.assert_close(out[row * 4 : row * 4 + 4].double(), by_loops(**alone), atol=2e-6, rtol=0)
+    truth = reference(**arguments, lengths=lengths, window=4)
+    torch.testing.assert_close(out.double(), truth, atol=2e-6, rtol=0)
+    assert torch.equal(truth[:4], reference(**arguments | {"window_start": 8})[:4])
 
 
 def test_window_is_checked():
