@@ -13,13 +13,14 @@ Where all hold the same number this is simply the mean over the own rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_rows", "sum_over_processes", "world_size"]
+__all__ = ["gather_columns", "gather_rows", "sum_over_processes", "world_size"]
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -61,6 +62,15 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[T
     dist.all_gather(everyone, own, group=group)
     counts: list[int] = torch.cat(everyone).tolist()
     return _GatherRows.apply(rows, counts, rank, group), sum(counts[:rank])
+
+
+def gather_columns(columns: Sequence[Tensor], across_devices: bool) -> tuple[list[Tensor], int, int]:
+    """Each of the columns with the rows of all processes, the place of this process's first row in the first of them,
+    and the number of processes. The columns themselves, 0 and 1 unless `across_devices`."""
+    if not across_devices or world_size() == 1:
+        return list(columns), 0, 1
+    gathered = [gather_rows(column) for column in columns]
+    return [rows for rows, _ in gathered], gathered[0][1], world_size()
 
 
 class _GatherRows(torch.autograd.Function):

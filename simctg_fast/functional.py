@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_margin, check_positive, check_weight, is_integer, is_number
-from .distributed import gather_rows, sum_over_processes, world_size
+from .distributed import gather_columns, sum_over_processes, world_size
 from .ops._contrastive_loss_torch import accumulator_dtype
 from .ops.contrastive_loss import REDUCTIONS, check_mask
 from .ops.contrastive_loss import contrastive_loss as _contrastive_loss
@@ -290,12 +290,12 @@ def simcse_unsup_loss(
     """
     _check_embeddings("y_pred", y_pred, multiple=2)
     scale = 1.0 / _pick_temperature("temp", temp, temperature)
-    if not gather_across_devices or world_size() == 1:
+    (rows,), first, processes = gather_columns([y_pred], gather_across_devices)
+    if processes == 1:
         return _reduce(_self_loss(y_pred, scale, impl), "mean")
-    rows, first = gather_rows(y_pred)
     partners = first + (torch.arange(y_pred.shape[0], device=y_pred.device) ^ 1)
     losses = _pair_loss(y_pred, rows, partners, scale, impl, itself=first)
-    return losses.sum() * (world_size() / max(1, rows.shape[0]))
+    return losses.sum() * (processes / max(1, rows.shape[0]))
 
 
 def simcse_sup_loss(
@@ -416,18 +416,15 @@ def simcse_loss_from_embeddings(
             gather_across_devices=gather_across_devices,
             impl=impl,
         )
-    options: dict[str, Any] = {"reduction": "sum", "impl": impl}
-    own_anchors, own_positives, processes = anchors, positives, 1
-    if gather_across_devices and world_size() > 1:
-        processes = world_size()
-        positives, options["targets"] = gather_rows(positives)
-        negatives = None if negatives is None else gather_rows(negatives)[0]
-        anchors = gather_rows(anchors)[0] if symmetric else anchors
-    keys = positives if negatives is None else torch.cat([positives, negatives])
-    loss = info_nce(own_anchors, keys, temperature, **options)
+    columns = [positives] if negatives is None else [positives, negatives]
+    columns, first, processes = gather_columns(columns, gather_across_devices)
+    options: dict[str, Any] = {"targets": first, "reduction": "sum", "impl": impl}
+    keys = columns[0] if negatives is None else torch.cat(columns)
+    loss = info_nce(anchors, keys, temperature, **options)
     if symmetric:
-        loss = (loss + info_nce(own_positives, anchors, temperature, **options)) / 2
-    return loss * (processes / max(1, positives.shape[0]))
+        everyone = gather_columns([anchors], gather_across_devices)[0][0]
+        loss = (loss + info_nce(positives, everyone, temperature, **options)) / 2
+    return loss * (processes / max(1, columns[0].shape[0]))
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_real
-from .distributed import gather_rows, world_size
+from .distributed import gather_columns
 from .ops.simcse import cosines, pair_loss, pair_lse
 
 __all__ = [
@@ -103,16 +103,12 @@ def ranking_loss(
             raise ValueError(
                 f"documents[{index}] has shape {tuple(column.shape)}, must be {tuple(anchors.shape)} as anchors has"
             )
-    rows, processes, first = anchors.shape[0], 1, 0
-    everyone, own = anchors, list(documents)
-    documents = own
-    if gather_across_devices and world_size() > 1:
-        processes = world_size()
-        gathered = [gather_rows(column) for column in own]
-        documents, first = [column for column, _ in gathered], gathered[0][1]
-        if "query_to_query" in directions or "doc_to_query" in directions:
-            everyone = gather_rows(anchors)[0]
-    targets = torch.arange(first, first + rows, device=anchors.device)
+    own = list(documents)
+    documents, first, processes = gather_columns(own, gather_across_devices)
+    everyone = anchors
+    if "query_to_query" in directions or "doc_to_query" in directions:
+        everyone = gather_columns([anchors], gather_across_devices)[0][0]
+    targets = torch.arange(first, first + anchors.shape[0], device=anchors.device)
     positive = scale * cosines(anchors, own[0])
     # Log-sums relative to the logit of the positive, which is the numerator of every direction.
     sums = _to_documents(

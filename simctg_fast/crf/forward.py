@@ -21,8 +21,7 @@ class Filtered:
     messages: torch.Tensor
     norms: torch.Tensor
     alpha: torch.Tensor
-    last_alpha: torch.Tensor  # (B, K)
-    last_total: torch.Tensor  # (B,): its log-sum-exp
+    last_total: torch.Tensor  # (B,): the log-sum-exp of each item's last alpha
 
 
 def filtered(
@@ -36,7 +35,7 @@ def filtered(
     total = torch.logsumexp(last, 1)
     if lengths is not None:
         total = total.masked_fill(lengths == 0, 0)
-    return Filtered(messages, norms, alpha, last, total)
+    return Filtered(messages, norms, alpha, total)
 
 
 def no_gradient_at_never(values: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..checks import check_choice
 from ..ops._autograd import tracked
 from ..ops.crf_beam import crf_beam_select
 from ..ops.crf_checks import checked_scores, checked_slots, checked_tokens, slots_of
-from ..ops.crf_common import take_along, transition
+from ..ops.crf_common import last_law, take_along, transition
 from ..ops.crf_filter import crf_filter, crf_filter_backward
 from ..ops.crf_sample import crf_ffbs
 from ..ops.crf_stochastic import crf_stochastic_viterbi
@@ -332,10 +332,7 @@ class LowRankCRF(nn.Module):
         with torch.no_grad():
             p = self._potentials(emissions, lengths, mask, beam_tokens, beam_size, temperature)
             f = self._filter(p)
-            # The marginals are the gradient of the log-partition: what the reverse sweep makes of softmax(alpha_T).
-            position = torch.arange(p.scores.shape[1], device=p.scores.device)
-            ends = position == (position[-1] if p.lengths is None else p.lengths[:, None] - 1)
-            seed = torch.where(ends[..., None], torch.softmax(f.last_alpha, 1)[:, None], 0)
+            seed = last_law(f.messages, p.scores, p.lengths)
             into = crf_filter_backward(seed, f.messages, f.norms, *p.arguments(), p.scale, False, impl=self.impl)[0]
             return Marginals(p.span.back(into + seed, 0), p.beam_tokens)
 

@@ -116,6 +116,17 @@ def inside(lengths: torch.Tensor | None, t: int) -> torch.Tensor | None:
     return None if lengths is None else (lengths > t)[:, None]
 
 
+def last_law(messages: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """`(B, T, K)`: the law of each item's last slot, softmax(message + score), at its last position; 0 elsewhere. The
+    marginals are this and what the reverse sweep makes of it."""
+    if lengths is None:
+        law = (messages[:, -1] + scores[:, -1]).softmax(1)
+        return torch.nn.functional.pad(law[:, None], (0, 0, scores.shape[1] - 1, 0))
+    items, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
+    law = (messages[items, last] + scores[items, last]).softmax(1).masked_fill((lengths == 0)[:, None], 0)
+    return torch.zeros_like(scores).index_put((items, last), law)
+
+
 # ---- gathering, with gradients that are the same in every run -------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from . import _backends
 from ._autograd import register, tracked
 from ._contrastive_loss_torch import full_precision
 from .crf_checks import check_parameter, check_paths, require_paths
-from .crf_common import choose, inside
+from .crf_common import choose, inside, last_law
 from .crf_sample import sample_backward, uniforms_of
 from .crf_viterbi import pointer_dtype
 from .dispatch import addresses, contiguous
@@ -72,7 +72,7 @@ def dense_viterbi(emissions, transitions, lengths=None, *, impl: str = "auto") -
 
 def dense_marginals(messages, norms, emissions, transitions, lengths, *, impl: str = "auto") -> torch.Tensor:
     """`(B, T, K)`, 0 beyond the lengths: the gradient of the log-partition. No gradient of its own."""
-    seed = _last_law(messages, norms, emissions, lengths)
+    seed = last_law(messages, emissions, lengths)
     backward = torch.ops.simctg_fast.dense_filter_backward
     return backward(seed, messages, norms, emissions, transitions, lengths, impl=impl)[0] + seed
 
@@ -180,17 +180,6 @@ def _torch_filter(emissions, transitions, lengths):
     return result if lengths is None else result.masked_fill(lengths == 0, 0), torch.stack(messages, 1), taken_off
 
 
-def _last_law(messages, norms, emissions, lengths):
-    """`(B, T, K)`: softmax(alpha) at the last position of every item, 0 elsewhere."""
-    length = emissions.shape[1]
-    if lengths is None:
-        alpha = messages[:, -1] + emissions[:, -1]
-        return torch.nn.functional.pad(alpha.softmax(1)[:, None], (0, 0, length - 1, 0))
-    items, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
-    law = (messages[items, last] + emissions[items, last]).softmax(1).masked_fill((lengths == 0)[:, None], 0)
-    return torch.zeros_like(emissions).index_put((items, last), law)
-
-
 def _fake_backward(grad, messages, norms, emissions, transitions, lengths, *, impl="auto"):
     return emissions.new_empty(emissions.shape), transitions.new_empty(transitions.shape)
 
@@ -245,7 +234,7 @@ def _autograd(ctx, grad_partition, grad_messages, _grad_norms):
     seed = None
     if grad_partition is not None:
         weight = grad_partition.to(emissions.dtype)[:, None, None]
-        seed = _last_law(messages, norms, emissions, lengths) * weight
+        seed = last_law(messages, emissions, lengths) * weight
     into = seed if grad_messages is None else grad_messages if seed is None else grad_messages + seed
     backward = torch.ops.simctg_fast.dense_filter_backward
     grad_emissions, grad_transitions = backward(into, messages, norms, emissions, transitions, lengths, impl=ctx.impl)

@@ -137,12 +137,13 @@ def _attention(call: Call, impl: str) -> torch.Tensor:
         from simctg_fast.kernels import shared_prefix_attention as kernels
 
         return kernels.shared_prefix_attention(**vars(call))
-    if call.window is not None and call.lengths is None:
-        call = replace(call, window_start=max(call.window_start, call.length + 1 - call.window))
-    elif call.window is not None:
-        first = call.lengths + (1 - call.window)
-        starts = first.clamp(min=0) if call.starts is None else torch.maximum(call.starts, first)
-        call = replace(call, starts=starts)
+    if (window := call.window) is not None:
+        if call.lengths is None:
+            call = replace(call, window_start=max(call.window_start, call.length + 1 - window))
+        else:
+            first = call.lengths + (1 - window)
+            starts = first.clamp(min=0) if call.starts is None else torch.maximum(call.starts, first)
+            call = replace(call, starts=starts)
     return (_cpu if impl == "cpu" else _torch)(call)
 
 
