@@ -118,6 +118,22 @@ def skip_unless_supported(impl: str, arguments: dict) -> None:
         pytest.skip("the C++ kernel does not take these arguments here")
 
 
+def test_the_reference_is_torch_s_attention_over_the_whole_text():
+    """Each candidate's text of its own: prefix, key and all, repeated for grouped-query heads."""
+    arguments = arguments_of(Case(batch=2, k=3, heads=6, kv_heads=2, bias=("rows", "heads"), mask=("batch", "1")))
+    length, groups = arguments["length"], 3
+    key, value = (
+        torch.cat([arguments[name][:, :, :length].repeat_interleave(3, 0), arguments[f"new_{name}"]], dim=2)
+        for name in ("key", "value")
+    )
+    whole = [x.double().repeat_interleave(groups, dim=1) for x in (key, value)]
+    mask = arguments["bias"].double().masked_fill(~arguments["mask"].repeat_interleave(3, 0), -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        arguments["query"].double(), *whole, attn_mask=mask, scale=arguments["scaling"]
+    )
+    torch.testing.assert_close(reference(**arguments), expected.transpose(1, 2), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_definition(impl, case):

@@ -42,28 +42,13 @@ NAN, INF = math.nan, math.inf
 
 
 def naive(states, margin, reduction, mask=None, normalizer=None):
-    """Equation 2 pair by pair, in Python's own floats."""
-    batch, length, _ = states.shape
-    rows = states.double().tolist()
-    real = [[True] * length] * batch if mask is None else [[bool(each) for each in row] for row in mask.tolist()]
-
-    def cosine(a, b):
-        norms = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(x * x for x in b))
-        return math.fsum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
-
-    sums, counts = [], []
-    for b in range(batch):
-        at = [t for t in range(length) if real[b][t]]
-        own = {t: float(any(rows[b][t])) for t in at}
-        hinges = [max(0.0, margin - own[i] + cosine(rows[b][i], rows[b][j])) for i in at for j in at if i != j]
-        sums.append(math.fsum(hinges))
-        counts.append(len(hinges))
-    if reduction == "pairs":
-        return math.fsum(sums) / (normalizer or max(1, sum(counts)))
-    if reduction == "paper":
-        return math.fsum(s / max(1, n) for s, n in zip(sums, counts, strict=True)) / (normalizer or max(1, batch))
-    total = math.fsum(s + length * max(0.0, margin) for s in sums)
-    return total / max(1, length * length) / (normalizer or max(1, batch))
+    """The reference in float64, `normalizer` in place of the count that it divides by."""
+    loss = float(reference(states.double(), mask, margin, reduction))
+    if normalizer is None:
+        return loss
+    tokens = torch.full((len(states),), states.shape[1]) if mask is None else (mask != 0).sum(1)
+    count = int((tokens * (tokens - 1)).sum()) if reduction == "pairs" else len(states)
+    return loss * max(1, count) / normalizer
 
 
 def gradient_of(function, given):
