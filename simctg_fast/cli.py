@@ -150,8 +150,8 @@ def generate(
 
     The first argument is the model, unless --model names it. Exit code 1: some prompts could not be continued.
     """
-    given = list(arguments or ())
-    name = _the_model(given.pop(0) if model is None and given else None, model)
+    words = list(arguments or ())
+    name = _the_model(words.pop(0) if model is None and words else None, model)
     _check_search(penalty_alpha, top_k, max_new_tokens)
     _check(batch_size >= 1, "--batch-size", batch_size, "at least 1")
     _check(temperature is None or temperature >= 0, "--temperature", temperature, "at least 0")
@@ -161,7 +161,7 @@ def generate(
     _check(all(stop or ()), "--stop", "''", "a text")
     if stream and as_json:
         raise typer.BadParameter("--stream shows text as it is written; it cannot be combined with --json")
-    texts, failed = _read_prompts(given)
+    texts, failed = _read_prompts(words)
 
     with _progress("loading the model"):
         from .engine.text_generation import TextGenerator
@@ -398,7 +398,7 @@ def run(
     130 or 143 stopped by SIGINT or SIGTERM, 141 nobody reads standard output any more.
     """
     name, prompts = _model_before(arguments, model, config and "") if arguments else (model, None)
-    given: dict[str, Any] = {
+    flags: dict[str, Any] = {
         "input": prompts,
         "model": name or None,
         "output": output,
@@ -436,7 +436,7 @@ def run(
 
         _quiet_transformers()
         options = make_options(
-            (read_config(config) if config else {}) | {n: v for n, v in given.items() if v is not None}
+            (read_config(config) if config else {}) | {n: v for n, v in flags.items() if v is not None}
         )
     settings: dict[str, Any] = {
         "changed": changed,

@@ -172,5 +172,5 @@ def compute_contrastive_loss(score_matrix: torch.Tensor, margin: float) -> torch
     """
     if score_matrix.dim() != 3 or score_matrix.shape[1] != score_matrix.shape[2]:
         raise ValueError(f"score_matrix has shape {tuple(score_matrix.shape)}, must be (batch, length, length)")
-    own = score_matrix.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    return torch.relu(margin - own + score_matrix).mean()
+    diagonal = score_matrix.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    return torch.relu(margin - diagonal + score_matrix).mean()

@@ -57,9 +57,9 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[T
     if size == 1:
         return rows, 0
     rank = dist.get_rank(group)
-    own = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
-    everyone = [torch.empty_like(own) for _ in range(size)]
-    dist.all_gather(everyone, own, group=group)
+    count = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
+    everyone = [torch.empty_like(count) for _ in range(size)]
+    dist.all_gather(everyone, count, group=group)
     counts: list[int] = torch.cat(everyone).tolist()
     return _GatherRows.apply(rows, counts, rank, group), sum(counts[:rank])
 

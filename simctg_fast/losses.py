@@ -167,7 +167,9 @@ class ContrastiveLoss(nn.Module):
 
 
 class SimCSELoss(nn.Module):
-    """:func:`simctg_fast.simcse_unsup_loss` and :func:`simctg_fast.simcse_sup_loss` as a module.
+    """:func:`simctg_fast.simcse_unsup_loss` and :func:`simctg_fast.simcse_sup_loss` as a module over embeddings.
+
+    The class of the same name in `simctg_fast.integrations.sentence_transformers` encodes the sentences as well.
 
     Args:
         temperature: from 1e-30 to 1e30.

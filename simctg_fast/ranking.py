@@ -103,24 +103,24 @@ def ranking_loss(
             raise ValueError(
                 f"documents[{index}] has shape {tuple(column.shape)}, must be {tuple(anchors.shape)} as anchors has"
             )
-    own = list(documents)
-    documents, first, processes = gather_columns(own, gather_across_devices)
+    local = list(documents)
+    documents, first, processes = gather_columns(local, gather_across_devices)
     everyone = anchors
     if "query_to_query" in directions or "doc_to_query" in directions:
         everyone = gather_columns([anchors], gather_across_devices)[0][0]
     targets = torch.arange(first, first + anchors.shape[0], device=anchors.device)
-    positive = scale * cosines(anchors, own[0])
+    positive = scale * cosines(anchors, local[0])
     # Log-sums relative to the logit of the positive, which is the numerator of every direction.
     sums = _to_documents(
-        anchors, own, documents, first, scale, positive, impl, hardness_mode, hardness_strength, hard_negative_weight
+        anchors, local, documents, first, scale, positive, impl, hardness_mode, hardness_strength, hard_negative_weight
     )
     others: list[Tensor] = []
     if "query_to_query" in directions:
         others.append(pair_lse(anchors, everyone, scale, impl, first) - positive)
     if "doc_to_query" in directions:
-        others.append(pair_loss(own[0], everyone, targets, scale, impl))
+        others.append(pair_loss(local[0], everyone, targets, scale, impl))
     if "doc_to_doc" in directions:
-        others += [pair_lse(own[0], column, scale, impl, first) - positive for column in documents]
+        others += [pair_lse(local[0], column, scale, impl, first) - positive for column in documents]
     if partition_mode == "joint":
         losses = _log_sum([*sums, *others])
     else:
@@ -130,7 +130,7 @@ def ranking_loss(
 
 def _to_documents(
     anchors: Tensor,
-    own: list[Tensor],
+    local: list[Tensor],
     documents: list[Tensor],
     first: int,
     scale: float,
@@ -143,7 +143,7 @@ def _to_documents(
     """Summands of the denominator over all documents, relative to the positive's logit, each `(n,)`."""
     rows = anchors.shape[0]
     targets = torch.arange(first, first + rows, device=anchors.device)
-    own_apart = len(own) > 1 and (weight != 0.0 or (mode == "hard_negatives" and strength > 0))
+    own_apart = len(local) > 1 and (weight != 0.0 or (mode == "hard_negatives" and strength > 0))
     tilted = strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
     if tilted > 0:
         # The positive is never tilted, and is exp(0) beside the others.
@@ -159,7 +159,7 @@ def _to_documents(
         sums += [pair_lse(anchors, column, scale, impl, first) - positive for column in documents[2:]]
     else:
         return [pair_loss(anchors, torch.cat(documents), targets, scale, impl)]
-    for column in own[1:]:
+    for column in local[1:]:
         cosine = cosines(anchors, column)
         harder = strength * cosine.detach() if mode in ("hard_negatives", "all_negatives") else 0.0
         sums.append(scale * cosine + harder + weight - positive)

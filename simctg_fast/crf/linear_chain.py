@@ -132,10 +132,10 @@ class LinearChainCRF(nn.Module):
             forbidden = None
             if allowed is not None:
                 if not isinstance(allowed, torch.Tensor) or allowed.dtype != torch.bool or allowed.shape != shape:
-                    given = type(allowed).__name__
+                    found = type(allowed).__name__
                     if isinstance(allowed, torch.Tensor):
-                        given = f"{allowed.dtype} {tuple(allowed.shape)}"
-                    raise ValueError(f"{name} is {given}, must be a bool tensor of shape {shape}")
+                        found = f"{allowed.dtype} {tuple(allowed.shape)}"
+                    raise ValueError(f"{name} is {found}, must be a bool tensor of shape {shape}")
                 forbidden = ~allowed.to(self.transitions.device)
             self.register_buffer(name.replace("allowed", "_forbidden"), forbidden, persistent=False)
         return self
@@ -346,8 +346,8 @@ class LinearChainCRF(nn.Module):
     ) -> torch.Tensor:
         """KL(self || other), `(B,)`, in nats, differentiable in both; inf where `other` forbids what `self` allows."""
         if not isinstance(other, LinearChainCRF) or other.num_tags != self.num_tags:
-            given = f"{type(other).__name__} of {getattr(other, 'num_tags', 'no')} tags"
-            raise TypeError(f"other is a {given}, must be a LinearChainCRF of {self.num_tags}")
+            found = f"{type(other).__name__} of {getattr(other, 'num_tags', 'no')} tags"
+            raise TypeError(f"other is a {found}, must be a LinearChainCRF of {self.num_tags}")
         p = self._chain(emissions, lengths, mask, temperature)
         if other_emissions is None:
             other_emissions = emissions
@@ -463,8 +463,8 @@ class LinearChainCRF(nn.Module):
         p = self._potentials(emissions, lengths, mask, temperature)
         paths = as_paths("tags", tags, emissions, several=several)
         # Their places are named as they were handed over, without a dimension that `as_paths` added.
-        given = paths.squeeze(2) if tags.dim() == 2 else paths
-        checked = checked_tokens("tags", given, self.num_tags, self._past(p.span)).view(paths.shape)
+        as_passed = paths.squeeze(2) if tags.dim() == 2 else paths
+        checked = checked_tokens("tags", as_passed, self.num_tags, self._past(p.span)).view(paths.shape)
         paths = p.span.front(self._items_first(checked))
         if p.past is not None:
             paths = paths.masked_fill(p.past[:, :, None], 0)

@@ -451,8 +451,8 @@ class LowRankCRF(nn.Module):
                 f"{name} holds {paths.shape[2]} tokens a position, must be at most the {width} of a beam (beam_size)"
             )
         # Their places are named as they were handed over, without a dimension that `as_paths` added.
-        given = paths.squeeze(2) if tokens.dim() == 2 else paths
-        paths = checked_tokens(name, given, self.num_embeddings, span.past).view(paths.shape)
+        as_passed = paths.squeeze(2) if tokens.dim() == 2 else paths
+        paths = checked_tokens(name, as_passed, self.num_embeddings, span.past).view(paths.shape)
         return span.front(paths if span.past is None else paths.masked_fill(span.past[:, :, None], -1))
 
     def _log_prob(

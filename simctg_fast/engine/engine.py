@@ -146,7 +146,9 @@ class Engine:
         ordered: bool = False,
         on_text: OnText | None = None,
     ) -> Iterator[Result]:
-        """Results, errors included: nothing about one request is raised.
+        """Results of many requests for one model, errors included: nothing about one request is raised.
+
+        Within transformers' ``generate`` it is `ContrastiveSearch`, over any other model `simctg_fast.generate`.
 
         Args:
             requests: dicts with the keys of the JSONL format, plain strings (prompts), or `Request` objects, or a
@@ -187,22 +189,22 @@ class Engine:
 
         def sequences() -> Iterator[Sequence]:
             while not embeddings.is_due:
-                given: Any = next(requests, _END)
-                if given is _END:
+                item: Any = next(requests, _END)
+                if item is _END:
                     return
-                if given is IDLE:
+                if item is IDLE:
                     yield IDLE
                     continue
                 place = next(numbers)
                 try:
                     # A copy: the same request may come twice.
-                    request = replace(given) if isinstance(given, Request) else self.parse(given, number=place + 1)
+                    request = replace(item) if isinstance(item, Request) else self.parse(item, number=place + 1)
                     if request.inputs is not None:
                         embeddings.add(request, place)
                         continue
                     prepared = self.prepare(request, None if on_text is None else partial(on_text, request))
                 except RequestError as error:
-                    known = given if isinstance(given, Request) else None
+                    known = item if isinstance(item, Request) else None
                     ready.append(from_request_error(error, known, index=place))
                     continue
                 self.prompt_tokens += sum(len(s.source_ids or s.prompt_ids) for s in prepared[:: request.parameters.n])
@@ -231,18 +233,18 @@ class Engine:
 
     def parse(
         self,
-        given: str | Mapping[str, Any],
+        record: str | Mapping[str, Any],
         *,
         line: int | None = None,
         number: int | None = None,
         digest: str = "",
     ) -> Request:
         """Check one request. Raises `RequestError`."""
-        if isinstance(given, str):
-            given = {"prompt": given}
-        if not isinstance(given, Mapping):
-            raise RequestError("not_an_object", f"a request must be a dict or a string, got {type(given).__name__}")
-        return parse_request(given, self.parameters, self.strategy_name, line=line, number=number, digest=digest)
+        if isinstance(record, str):
+            record = {"prompt": record}
+        if not isinstance(record, Mapping):
+            raise RequestError("not_an_object", f"a request must be a dict or a string, got {type(record).__name__}")
+        return parse_request(record, self.parameters, self.strategy_name, line=line, number=number, digest=digest)
 
     def stop(self) -> None:
         """Begin no further sequence; those in work are finished. What was not begun gets no result."""
@@ -289,8 +291,8 @@ def check_options(
     unknown = [name for name in parameters if name not in NAMES]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; parameters of requests: {', '.join(NAMES)}")
-    given = {name: value for name, value in parameters.items() if value is not None}
-    return defaults(strategy).with_overrides(given, strategy)
+    named = {name: value for name, value in parameters.items() if value is not None}
+    return defaults(strategy).with_overrides(named, strategy)
 
 
 def _finish(siblings: list[Sequence], index: int) -> Result:

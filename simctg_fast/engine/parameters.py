@@ -88,10 +88,10 @@ class Parameters:
                     f"{_NEUTRAL[name]} is the value that changes nothing"
                 )
             del checked[name]
-        made = replace(self, **checked)
-        if made.top_logprobs and not made.logprobs:
-            raise ValueError(f"top_logprobs is {made.top_logprobs}, but logprobs is false: set that as well")
-        return made
+        changed = replace(self, **checked)
+        if changed.top_logprobs and not changed.logprobs:
+            raise ValueError(f"top_logprobs is {changed.top_logprobs}, but logprobs is false: set that as well")
+        return changed
 
 
 def defaults(strategy: str) -> Parameters:

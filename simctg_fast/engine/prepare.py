@@ -240,7 +240,7 @@ class Preparer:
         if config.min_new_tokens is not None:
             config.min_length = prompt + config.min_new_tokens
         encoder_ids = None if source is None else torch.tensor([source], device=self.model.device)
-        made = self.model._get_logits_processor(
+        processors = self.model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=prompt,
             encoder_input_ids=encoder_ids,
@@ -249,7 +249,7 @@ class Preparer:
             device=self.model.device,
             model_kwargs={},
         )
-        return list(made)
+        return list(processors)
 
     def _callables(self, request: Request, prompt: int, source: list[int] | None) -> tuple[list[Any], list[Any]]:
         processors: list[Any] = []
@@ -259,10 +259,10 @@ class Preparer:
         if self.factory is None:
             return processors, criteria
         factory = self.factory
-        made = self._guarded(
+        found = self._guarded(
             lambda: factory(dict(request.raw), self.tokenizer), request, "processor_error", "the processor factory"
         )
-        for item in made if isinstance(made, list | tuple) else [] if made is None else [made]:
+        for item in found if isinstance(found, list | tuple) else [] if found is None else [found]:
             names = {base.__name__ for base in type(item).__mro__}
             (criteria if "StoppingCriteria" in names else processors).append(item)
         bad = [item for item in (*processors, *criteria) if not callable(item)]

@@ -136,13 +136,13 @@ def digest_of(asked: Mapping[str, Any] | str) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def line_id(given: Mapping[str, Any], number: int) -> Any:
+def line_id(record: Mapping[str, Any], number: int) -> Any:
     """The id by which line ``number`` is known, whatever it is: nothing is checked."""
-    return given["custom_id"] if "custom_id" in given else given.get("id", f"line-{number}")
+    return record["custom_id"] if "custom_id" in record else record.get("id", f"line-{number}")
 
 
 def parse_request(
-    given: Mapping[str, Any],
+    record: Mapping[str, Any],
     defaults: Parameters,
     strategy: str,
     *,
@@ -157,49 +157,49 @@ def parse_request(
     Raises:
         RequestError: with its kind and a message that names the key, its value and what is allowed.
     """
-    if "custom_id" in given or "body" in given:
-        return _parse_openai(given, defaults, strategy, line, digest)
-    request_id: Any = given.get("id")
-    if "id" in given and not _is_id(request_id):
+    if "custom_id" in record or "body" in record:
+        return _parse_openai(record, defaults, strategy, line, digest)
+    request_id: Any = record.get("id")
+    if "id" in record and not _is_id(request_id):
         raise RequestError("invalid_id", f"id must be a string with text or an integer, got {short(request_id)}")
-    if "id" not in given:
+    if "id" not in record:
         request_id = f"line-{line}" if line is not None else f"request-{number}"
     request_id = int(request_id) if isinstance(request_id, Integral) else request_id
     fail = _Failure(request_id, openai=False)
-    fail.unless_known(given, ("id", *CONTENT, *NAMES))
-    content = fail.content(given, CONTENT)
-    overrides = {name: value for name, value in given.items() if name in NAMES}
+    fail.unless_known(record, ("id", *CONTENT, *NAMES))
+    content = fail.content(record, CONTENT)
+    overrides = {name: value for name, value in record.items() if name in NAMES}
     return Request(
         id=request_id,
         parameters=fail.parameters(defaults, overrides, strategy),
         line=line,
         digest=digest,
-        raw=given,
+        raw=record,
         **content,
     )
 
 
 def _parse_openai(
-    given: Mapping[str, Any], defaults: Parameters, strategy: str, line: int | None, digest: str
+    record: Mapping[str, Any], defaults: Parameters, strategy: str, line: int | None, digest: str
 ) -> Request:
-    request_id: Any = given.get("custom_id")
+    request_id: Any = record.get("custom_id")
     if not _is_id(request_id):
         message = f"custom_id must be a string with text or an integer, got {short(request_id)}"
         raise RequestError("invalid_id", message, openai=True)
     fail = _Failure(request_id, openai=True)
-    fail.unless_known(given, _OPENAI_KEYS)
-    body: Any = given.get("body")
+    fail.unless_known(record, _OPENAI_KEYS)
+    body: Any = record.get("body")
     if not isinstance(body, dict):
         raise fail("invalid_type", f"body must be an object, got {_kind(body)}")
-    url = given.get("url")
+    url = record.get("url")
     if url not in (None, _CHAT, _COMPLETIONS, EMBEDDINGS):
         raise fail("invalid_value", f"url must be {_CHAT}, {_COMPLETIONS} or {EMBEDDINGS}, got {short(url)}")
-    if given.get("method", "POST") != "POST":
-        raise fail("invalid_value", f"method must be POST, got {short(given['method'])}")
+    if record.get("method", "POST") != "POST":
+        raise fail("invalid_value", f"method must be POST, got {short(record['method'])}")
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise fail("invalid_type", f"body.model must be a string, got {_kind(model)}")
-    facts: dict[str, Any] = {"line": line, "openai": True, "model": model, "digest": digest, "raw": given}
+    facts: dict[str, Any] = {"line": line, "openai": True, "model": model, "digest": digest, "raw": record}
     if url is None and "input" in body:
         url = EMBEDDINGS
     if url == EMBEDDINGS:
@@ -252,19 +252,19 @@ class _Failure:
     def __call__(self, kind: str, message: str) -> RequestError:
         return RequestError(kind, message, request_id=self.request_id, openai=self.openai)
 
-    def unless_known(self, given: Mapping[str, Any], allowed: tuple[str, ...], prefix: str = "") -> None:
-        unknown = [name for name in given if name not in allowed]
+    def unless_known(self, record: Mapping[str, Any], allowed: tuple[str, ...], prefix: str = "") -> None:
+        unknown = [name for name in record if name not in allowed]
         if unknown:
             names = ", ".join(f"{prefix}{name}"[:80] for name in unknown[:10])
             raise self("unknown_key", f"unknown key {names}; allowed: {', '.join(dict.fromkeys(allowed))}")
 
-    def content(self, given: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
-        present = [name for name in names if given.get(name) is not None]
+    def content(self, record: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+        present = [name for name in names if record.get(name) is not None]
         if len(present) != 1:
             wanted = " or ".join(prefix + name for name in names)
             raise self("no_prompt" if not present else "two_prompts", f"exactly one of {wanted}, got {len(present)}")
         name = present[0]
-        value = given[name]
+        value = record[name]
         if name == "messages":
             return {"messages": self.messages(value, prefix)}
         if name == "prompt":
@@ -362,12 +362,12 @@ def _finite(text: str) -> float:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {short(repeated)} stands there twice")
-    return made
+    return mapping
 
 
 def _refuse_constant(name: str) -> float:

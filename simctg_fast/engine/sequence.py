@@ -84,10 +84,10 @@ class Sequence:
     def generator(self) -> torch.Generator:
         """Random numbers of its own, on the CPU: neither batch mates nor the device change them."""
         if self._generator is None:
-            given = self.parameters.seed
+            chosen = self.parameters.seed
             key = (
-                f"request {given} {self.index}"
-                if given is not None
+                f"request {chosen} {self.index}"
+                if chosen is not None
                 else f"run {self._seed} {self.request.id!r} {self.index}"
             )
             seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") & (2**63 - 1)

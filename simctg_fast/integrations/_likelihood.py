@@ -176,9 +176,10 @@ def _scores(logits: Tensor, end: int, row: _Row, dtype: torch.dtype | None) -> I
         part = logits[start:stop].log_softmax(dim=-1, dtype=dtype)
         best = part.argmax(dim=-1)
         for number, (_, tokens) in enumerate(row.continuations):
-            own = end - len(tokens)
-            first = max(start, own)
-            wanted = torch.tensor(tokens[first - own : max(first, stop) - own], dtype=torch.long, device=logits.device)
+            begins = end - len(tokens)
+            first = max(start, begins)
+            there = tokens[first - begins : max(first, stop) - begins]
+            wanted = torch.tensor(there, dtype=torch.long, device=logits.device)
             picked[number].append(part[first - start :].gather(-1, wanted[:, None]).squeeze(-1))
             greedy[number] &= bool((best[first - start :] == wanted).all())
     for number, (index, _) in enumerate(row.continuations):

@@ -150,7 +150,7 @@ class _State:
     def __init__(self, features: Features):
         self.device = next(value.device for value in features.values() if isinstance(value, Tensor))
         self.cpu = torch.get_rng_state()
-        self.own = None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state()
+        self.device_rng = None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state()
         self.autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in {"cpu", self.device.type}
@@ -158,7 +158,7 @@ class _State:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        module = None if self.own is None else torch.get_device_module(self.device)
+        module = None if self.device_rng is None else torch.get_device_module(self.device)
         now = torch.get_rng_state(), None if module is None else module.get_rng_state()
         with contextlib.ExitStack() as stack:
             for kind, (enabled, dtype) in self.autocast.items():
@@ -166,7 +166,7 @@ class _State:
             try:
                 torch.set_rng_state(self.cpu)
                 if module is not None:
-                    module.set_rng_state(self.own)
+                    module.set_rng_state(self.device_rng)
                 yield
             finally:
                 torch.set_rng_state(now[0])

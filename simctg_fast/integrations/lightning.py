@@ -225,26 +225,26 @@ class T5FineTuner(SimCTGModule):
     """
 
     def __init__(self, hparams: Any):
-        given = dict(hparams) if isinstance(hparams, Mapping) else dict(vars(hparams))
-        if "model_name_or_path" not in given:
-            raise ValueError(f"hparams must have model_name_or_path, got {', '.join(given) or 'none'}")
-        name = given["model_name_or_path"]
-        warmup = given.get("warmup_steps")
+        values = dict(hparams) if isinstance(hparams, Mapping) else dict(vars(hparams))
+        if "model_name_or_path" not in values:
+            raise ValueError(f"hparams must have model_name_or_path, got {', '.join(values) or 'none'}")
+        name = values["model_name_or_path"]
+        warmup = values.get("warmup_steps")
         super().__init__(
             name,
-            margin=given.get("margin", 0.5),
-            reduction=given.get("reduction", "dense"),
-            contrastive_weight=given.get("contrastive_weight", 1.0),
-            learning_rate=given.get("learning_rate", 3e-4),
-            weight_decay=given.get("weight_decay", 0.0),
-            adam_epsilon=given.get("adam_epsilon", 1e-8),
+            margin=values.get("margin", 0.5),
+            reduction=values.get("reduction", "dense"),
+            contrastive_weight=values.get("contrastive_weight", 1.0),
+            learning_rate=values.get("learning_rate", 3e-4),
+            weight_decay=values.get("weight_decay", 0.0),
+            adam_epsilon=values.get("adam_epsilon", 1e-8),
             warmup_steps=warmup,
         )
-        self.hparams.update({key: value for key, value in given.items() if key not in self.hparams})
-        self.hparams["hparams"] = given  # what `load_from_checkpoint` hands to this class; a plain dict, loaded safely
+        self.hparams.update({key: value for key, value in values.items() if key not in self.hparams})
+        self.hparams["hparams"] = values  # what `load_from_checkpoint` hands to this class; a plain dict, loaded safely
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(given.get("tokenizer_name_or_path") or name))
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(values.get("tokenizer_name_or_path") or name))
 
     def forward(  # type: ignore[override]
         self,

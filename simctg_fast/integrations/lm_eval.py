@@ -235,9 +235,9 @@ class SimCTGLM(TemplateLM):
         notes: set[str] = set()
         cut = 0
         for index, request in enumerate(requests):
-            context, given = request.args
+            context, kwargs = request.args
             try:
-                line, was_cut = self._line(context, given, notes)
+                line, was_cut = self._line(context, kwargs, notes)
                 line["id"] = index
                 if line["max_new_tokens"] == 0:
                     texts[index] = ""
@@ -261,21 +261,21 @@ class SimCTGLM(TemplateLM):
                 self.max_length,
             )
 
-    def _line(self, context: str, given: Mapping[str, Any], notes: set[str]) -> tuple[dict[str, Any], bool]:
+    def _line(self, context: str, kwargs: Mapping[str, Any], notes: set[str]) -> tuple[dict[str, Any], bool]:
         """The line of one request but for its id, and whether its context was cut. What is to be said about settings
         that do not count is added to ``notes``."""
-        given = {name: value for name, value in given.items() if value is not None}
-        unknown = [name for name in given if name not in _KNOWN]
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        unknown = [name for name in kwargs if name not in _KNOWN]
         if unknown:
             raise ValueError(f"unknown generation setting {unknown[0]!r}; known: {', '.join(_KNOWN)}")
         for name, neutral in _NEUTRAL.items():
-            if given.get(name, neutral) != neutral:
-                raise ValueError(f"{name} must be {neutral!r} with this backend, got {given[name]!r}")
-        lengths = [name for name in _LENGTHS if name in given]
+            if kwargs.get(name, neutral) != neutral:
+                raise ValueError(f"{name} must be {neutral!r} with this backend, got {kwargs[name]!r}")
+        lengths = [name for name in _LENGTHS if name in kwargs]
         if len(lengths) > 1:
-            notes.add(f"of {', '.join(f'{name}={given[name]!r}' for name in lengths)} the first counts")
+            notes.add(f"of {', '.join(f'{name}={kwargs[name]!r}' for name in lengths)} the first counts")
         named = lengths[0] if lengths else None
-        wanted = self.default_new_tokens if named is None else _integer(named, given[named])
+        wanted = self.default_new_tokens if named is None else _integer(named, kwargs[named])
         ids = self._context(context)
         causal = self.backend == "causal"
         room = self.max_length - wanted if causal else self.max_length
@@ -285,14 +285,14 @@ class SimCTGLM(TemplateLM):
             )
         cut = len(ids) > room
         ids = ids[-room:]
-        if "max_length" in given:  # of the context as well, and before the other names
+        if "max_length" in kwargs:  # of the context as well, and before the other names
             before = len(ids) if causal else 1
-            total = _integer("max_length", given["max_length"])
+            total = _integer("max_length", kwargs["max_length"])
             wanted = total - before
             if wanted < 1:
                 raise ValueError(f"max_length must be more than the context's {before} tokens, got {total}")
-        line = {"prompt": ids, "max_new_tokens": wanted, "stop": self._stops(given)}
-        return line | self._settings(given, notes), cut
+        line = {"prompt": ids, "max_new_tokens": wanted, "stop": self._stops(kwargs)}
+        return line | self._settings(kwargs, notes), cut
 
     def _context(self, context: str) -> list[int]:
         """Tokens of a context that is to be continued, as the ``hf`` backend has them."""
@@ -305,24 +305,24 @@ class SimCTGLM(TemplateLM):
                 options["add_special_tokens"] = self.add_bos_token
         return list(self.tokenizer(context, verbose=False, **options)["input_ids"]) or [self.prefix_token_id]
 
-    def _stops(self, given: Mapping[str, Any]) -> list[str]:
+    def _stops(self, kwargs: Mapping[str, Any]) -> list[str]:
         """The stop strings of ``--model_args`` and of a task, and the end of a text by the tokenizer's account."""
         end = "" if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
-        return list(dict.fromkeys(stop for stop in (*self.engine.parameters.stop, *_until(given), end) if stop))
+        return list(dict.fromkeys(stop for stop in (*self.engine.parameters.stop, *_until(kwargs), end) if stop))
 
-    def _settings(self, given: Mapping[str, Any], notes: set[str]) -> dict[str, Any]:
+    def _settings(self, kwargs: Mapping[str, Any], notes: set[str]) -> dict[str, Any]:
         """What the strategy is to be told of a task's settings."""
         strategy = self.engine.strategy_name
         settings: dict[str, Any] = {}
-        sampling = {name: given[name] for name in _SAMPLING if name in given}
-        if "penalty_alpha" in given and (given["penalty_alpha"] != 0 or strategy in CONTRASTIVE):
-            settings["penalty_alpha"] = given["penalty_alpha"]  # the engine refuses it where it is not used
+        sampling = {name: kwargs[name] for name in _SAMPLING if name in kwargs}
+        if "penalty_alpha" in kwargs and (kwargs["penalty_alpha"] != 0 or strategy in CONTRASTIVE):
+            settings["penalty_alpha"] = kwargs["penalty_alpha"]  # the engine refuses it where it is not used
             if strategy in CONTRASTIVE and "top_k" in sampling:  # beside it, the number of candidates
                 settings["top_k"] = sampling.pop("top_k")
-        random = _draws(given)
+        random = _draws(kwargs)
         if random and strategy not in RANDOM:
             raise ValueError(
-                f"the task samples (do_sample={given.get('do_sample')!r}, temperature={given.get('temperature')!r}), "
+                f"the task samples (do_sample={kwargs.get('do_sample')!r}, temperature={kwargs.get('temperature')!r}), "
                 f"strategy {strategy!r} does not: give strategy=sample in --model_args, or --gen_kwargs "
                 "do_sample=False,temperature=0"
             )
@@ -350,10 +350,10 @@ class SimCTGLM(TemplateLM):
 
     def _criteria(self, request: dict[str, Any], tokenizer: Any) -> list[Any]:
         """The engine's factory: a user's own, and stop strings in which there are special tokens."""
-        made = [] if self._user_factory is None else self._user_factory(request, tokenizer)
-        made = list(made) if isinstance(made, list | tuple) else [] if made is None else [made]
+        found = [] if self._user_factory is None else self._user_factory(request, tokenizer)
+        found = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
         stops = [stop for stop in request.get("stop", ()) if any(text in stop for text in self._special_texts)]
-        return [*made, _SpecialStop(tokenizer, stops)] if stops else made
+        return [*found, _SpecialStop(tokenizer, stops)] if stops else found
 
     # ---- likelihoods ------------------------------------------------------------------------------------------------
 
@@ -459,17 +459,17 @@ class _SpecialStop(transformers.StoppingCriteria):
         return torch.tensor([any(stop in tail for stop in self.stops)])
 
 
-def _until(given: Mapping[str, Any]) -> list[str]:
-    until = given.get("until")
+def _until(kwargs: Mapping[str, Any]) -> list[str]:
+    until = kwargs.get("until")
     strings = [until] if isinstance(until, str) else [] if until is None else until
     if not isinstance(strings, list | tuple) or not all(isinstance(stop, str) for stop in strings):
         raise ValueError(f"until must be a string or a list of strings, got {until!r}")
     return [stop for stop in strings if stop]
 
 
-def _draws(given: Mapping[str, Any]) -> bool | None:
+def _draws(kwargs: Mapping[str, Any]) -> bool | None:
     """Whether a task samples; None where it does not say."""
-    do_sample, temperature = given.get("do_sample"), given.get("temperature")
+    do_sample, temperature = kwargs.get("do_sample"), kwargs.get("temperature")
     if do_sample is not None and not isinstance(do_sample, bool):
         raise ValueError(f"do_sample must be true or false, got {do_sample!r}")
     if temperature is not None and (isinstance(temperature, bool) or not isinstance(temperature, int | float)):
@@ -517,19 +517,19 @@ def _dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
 
 def _with_bos(pretrained: str, tokenizer: Any, add_bos_token: bool) -> Any:
     """The tokenizer made anew: it takes this setting only while it is made."""
-    made = transformers.AutoTokenizer.from_pretrained(resolve_model(pretrained), add_bos_token=add_bos_token)
-    made.pad_token, made.padding_side = tokenizer.pad_token, tokenizer.padding_side
-    return made
+    fresh = transformers.AutoTokenizer.from_pretrained(resolve_model(pretrained), add_bos_token=add_bos_token)
+    fresh.pad_token, fresh.padding_side = tokenizer.pad_token, tokenizer.padding_side
+    return fresh
 
 
-def _max_length(model: Any, tokenizer: Any, given: int | None) -> int:
+def _max_length(model: Any, tokenizer: Any, asked: int | None) -> int:
     """Tokens of a context and its continuation, where the ``hf`` backend looks for them too."""
     limit = context_length(model)
-    if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int) or given < 2 or (limit is not None and given > limit):
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 2 or (limit is not None and asked > limit):
             most = "" if limit is None else f" and at most {limit}, the model's own"
-            raise ValueError(f"max_length must be an integer of at least 2{most}, got {given!r}")
-        return given
+            raise ValueError(f"max_length must be an integer of at least 2{most}, got {asked!r}")
+        return asked
     config = getattr(model.config, "text_config", None) or model.config
     named = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
     length = next((value for value in named if value is not None), getattr(tokenizer, "model_max_length", None))

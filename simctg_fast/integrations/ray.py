@@ -90,7 +90,7 @@ class BatchGenerator:
         names = [name for name in ("prompt", "messages", "source", *NAMES) if name in batch]
         count = len(next(iter(batch.values()))) if batch else 0
         # Ids must be unique within a batch; the rows' own need not be, and may be missing.
-        requests = [{"id": row} | _given(batch, names, row) for row in range(count)]
+        requests = [{"id": row} | _fields(batch, names, row) for row in range(count)]
         answers = list(self.engine.generate(requests, ordered=True))
         return dict(batch) | {
             "text": _objects([answer.text for answer in answers]),
@@ -102,7 +102,7 @@ class BatchGenerator:
         }
 
 
-def _given(batch: dict[str, np.ndarray], names: list[str], row: int) -> dict[str, Any]:
+def _fields(batch: dict[str, np.ndarray], names: list[str], row: int) -> dict[str, Any]:
     values = {name: _plain(batch[name][row]) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 

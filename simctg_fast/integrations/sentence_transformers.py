@@ -24,7 +24,8 @@ _COSINES = ("cos_sim", "pytorch_cos_sim")
 class SimCSELoss(nn.Module):
     """Contrastive loss with in-batch negatives, without the matrix of similarities: memory is linear in the batch.
 
-    It takes the arguments of `MultipleNegativesRankingLoss`, in its order, and has its value, so that it can replace it
+    The one for a `SentenceTransformer`, which encodes the sentences; `simctg_fast.SimCSELoss` is that of embeddings. It
+    takes the arguments of `MultipleNegativesRankingLoss`, in its order, and has its value, so that it can replace it
     by name; with ``mini_batch_size`` it is `CachedMultipleNegativesRankingLoss`.
 
     Columns of the data set:

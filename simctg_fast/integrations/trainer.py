@@ -293,8 +293,8 @@ class SimCTGComputeLoss:
 
     @staticmethod
     def _check_decoder_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
-        if not args and all(kwargs.get(name) is None for name in given):
+        inputs = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
+        if not args and all(kwargs.get(name) is None for name in inputs):
             raise ValueError(
                 "the batch has no decoder_input_ids, and Trainer takes the labels out when compute_loss_func is given; "
                 "use DataCollatorForSeq2Seq(tokenizer, model=model), or SimCTGTrainer"

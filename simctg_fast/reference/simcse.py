@@ -48,12 +48,12 @@ def ranking_loss(
     rows, columns = anchors.shape[0], len(documents)
     everything = torch.cat(list(documents))
     same = torch.eye(rows, dtype=torch.bool, device=anchors.device)
-    own = same.repeat(1, columns)
-    own_positive = torch.cat([same, torch.zeros_like(own[:, rows:])], dim=1)
-    own_hard = own & ~own_positive
+    same_anchor = same.repeat(1, columns)
+    own_positive = torch.cat([same, torch.zeros_like(same_anchor[:, rows:])], dim=1)
+    own_hard = same_anchor & ~own_positive
     harder = {
-        None: torch.zeros_like(own),
-        "in_batch_negatives": ~own,
+        None: torch.zeros_like(same_anchor),
+        "in_batch_negatives": ~same_anchor,
         "hard_negatives": own_hard,
         "all_negatives": ~own_positive,
     }[hardness_mode]
@@ -63,7 +63,7 @@ def ranking_loss(
         "query_to_doc": logits,
         "query_to_query": (scale * _cosines(anchors, anchors)).masked_fill(same, -torch.inf),
         "doc_to_query": scale * _cosines(documents[0], anchors),
-        "doc_to_doc": (scale * _cosines(documents[0], everything)).masked_fill(own, -torch.inf),
+        "doc_to_doc": (scale * _cosines(documents[0], everything)).masked_fill(same_anchor, -torch.inf),
     }
     chosen = [part for name, part in parts.items() if name in directions]
     if partition_mode == "joint":

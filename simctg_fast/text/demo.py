@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..metrics import diversity, repetition
 from ..printable import printable
+from .continuation import continuation_pieces
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,7 +133,7 @@ def compare(
         continuations = []
         for method in METHODS:
             tokens, seconds = run(method, inputs, max_new_tokens)
-            pieces = _pieces(tokenizer, tokens)
+            pieces = tuple(continuation_pieces(tokenizer, [], tokens))
             continuations.append(Continuation(method, "".join(pieces), tuple(tokens), pieces, seconds))
             on_progress()
         comparisons.append(Comparison(prompt, tuple(continuations)))
@@ -213,14 +214,3 @@ def _draw_plain(comparison: Comparison, console: Console) -> None:
         for paragraph in filter(str.strip, text.text.splitlines()):
             write(paragraph.strip(), 6)
     console.print()
-
-
-def _pieces(tokenizer: Any, tokens: list[int]) -> tuple[str, ...]:
-    """The text of each token. Decoding grows by prefixes, since one character can be spread over several tokens."""
-    pieces, done = [], ""
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        whole = end == len(tokens) or not text.endswith("\ufffd")
-        pieces.append(text[len(done) :] if whole else "")
-        done = text if whole else done
-    return tuple(pieces)

@@ -118,15 +118,15 @@ class InputLines:
         if self.is_text and not line.endswith("\n") and self._grows():
             return None
         try:
-            given = {"prompt": self._text(line)} if self.is_text else decode_line(line)
-            digest = digest_of(given)
-            request_id = line_id(given, number)
+            record = {"prompt": self._text(line)} if self.is_text else decode_line(line)
+            digest = digest_of(record)
+            request_id = line_id(record, number)
             if isinstance(request_id, str | int) and not isinstance(request_id, bool):
                 first = self._seen.setdefault(id_key(request_id), number)
                 if first != number:
                     message = f"id {short(request_id)} was used by line {first} before"
-                    return BadLine(RequestError("duplicate_id", message, openai="custom_id" in given), number, digest)
-            return self.parse(given, line=number, digest=digest)
+                    return BadLine(RequestError("duplicate_id", message, openai="custom_id" in record), number, digest)
+            return self.parse(record, line=number, digest=digest)
         except RequestError as error:
             if not line.endswith("\n") and error.kind in ("invalid_json", "invalid_utf8") and self._may_grow():
                 return None

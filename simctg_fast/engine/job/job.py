@@ -144,54 +144,54 @@ def _without_repetition(loader: Any) -> Any:
 
     class Loader(loader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            made = super().construct_mapping(node, deep=deep)
-            if len(made) < len(node.value):
+            mapping = super().construct_mapping(node, deep=deep)
+            if len(mapping) < len(node.value):
                 raise ValueError("a key stands there twice")
-            return made
+            return mapping
 
     return Loader
 
 
-def make_options(given: Mapping[str, Any]) -> JobOptions:
+def make_options(settings: Mapping[str, Any]) -> JobOptions:
     """`JobOptions` of a flat mapping, parameters of requests among the rest.
 
     Raises:
         ValueError: a value outside its range, or a missing one.
     """
-    missing = [name for name in ("input", "output", "model") if not given.get(name)]
+    missing = [name for name in ("input", "output", "model") if not settings.get(name)]
     if missing:
         raise ValueError(f"{missing[0]} is missing: give it as an option or in the configuration")
-    given = _with_shard(given)
-    parameters = {name: given[name] for name in NAMES if name != "seed" and given.get(name) is not None}
-    rest = {n: v for n, v in given.items() if n not in parameters and v is not None}
+    settings = _with_shard(settings)
+    parameters = {name: settings[name] for name in NAMES if name != "seed" and settings.get(name) is not None}
+    rest = {n: v for n, v in settings.items() if n not in parameters and v is not None}
     unknown = [name for name in rest if name not in OPTION_NAMES]
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; allowed: {', '.join(OPTION_NAMES)}")
     return JobOptions(parameters=parameters, **rest)
 
 
-def _with_shard(given: Mapping[str, Any]) -> dict[str, Any]:
+def _with_shard(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Under torchrun every process takes the shard of its rank; ``{shard}`` in the output is the shard's number."""
-    given = dict(given)
+    settings = dict(settings)
     launched = "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if launched and given.get("num_shards") is None and given.get("shard_id") is None:
+    if launched and settings.get("num_shards") is None and settings.get("shard_id") is None:
         try:
-            given |= {"num_shards": int(os.environ["WORLD_SIZE"]), "shard_id": int(os.environ["RANK"])}
+            settings |= {"num_shards": int(os.environ["WORLD_SIZE"]), "shard_id": int(os.environ["RANK"])}
         except ValueError as error:
             found = f"RANK={os.environ['RANK']!r} and WORLD_SIZE={os.environ['WORLD_SIZE']!r}"
             raise ValueError(f"torchrun's {found} must be integers") from error
-        if given.get("device") is None and _default_device() == "cuda":
-            given["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        if given["num_shards"] > 1 and "{shard}" not in str(given["output"]):
+        if settings.get("device") is None and _default_device() == "cuda":
+            settings["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if settings["num_shards"] > 1 and "{shard}" not in str(settings["output"]):
             raise ValueError(
-                f"output must hold {{shard}}, which becomes the number of each process, got {given['output']!r}"
+                f"output must hold {{shard}}, which becomes the number of each process, got {settings['output']!r}"
             )
-    if isinstance(given["output"], str | os.PathLike):
-        output = os.fspath(given["output"]).replace("{shard}", str(given.get("shard_id") or 0))
+    if isinstance(settings["output"], str | os.PathLike):
+        output = os.fspath(settings["output"]).replace("{shard}", str(settings.get("shard_id") or 0))
         if output.endswith("/"):
             raise ValueError(f"output must be the name of a file, got {output!r}")
-        given["output"] = output if output == STDOUT else str(user_path(output))
-    return given
+        settings["output"] = output if output == STDOUT else str(user_path(output))
+    return settings
 
 
 class Job:
@@ -367,7 +367,7 @@ class Job:
 
     def _parser(self) -> Callable[..., Request]:
         defaults, strategy = self.options.defaults(), self.options.strategy
-        return lambda given, line, digest: parse_request(given, defaults, strategy, line=line, digest=digest)
+        return lambda record, line, digest: parse_request(record, defaults, strategy, line=line, digest=digest)
 
     @contextmanager
     def _open(self, slots: int | None) -> Iterator[Answers]:
