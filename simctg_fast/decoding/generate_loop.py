@@ -128,7 +128,7 @@ class Run:
         return Routes(call, self.tap, self.strategy.path, self.record.of_model["output_attentions"])
 
     def _begin_again(self) -> None:
-        """What is left of a decoder that gave up is forgotten."""
+        """A decoder gave up: what a subclass has kept of it is to be forgotten."""
 
     @contextmanager
     def _ours(self) -> Iterator[None]:

@@ -188,7 +188,7 @@ class Contrastive(Strategy):
         scores = contrastive_scores(proposal.probs.to(penalty.device), penalty, self.alpha[rows])
         scores = ranked = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))  # a state that overflowed loses
         if proposal.noise is not None:
-            ranked = scores / self.temperature[rows] + proposal.noise.to(scores.device)
+            ranked = scores / self.temperature[rows].to(scores) + proposal.noise.to(scores.device)
         self._count_near_ties(ranked)
         return Choice(ranked.argmax(dim=-1), scores, ranked, penalty, position)
 

@@ -230,6 +230,6 @@ def contrastive_scores(probs: torch.Tensor, penalty: torch.Tensor, penalty_alpha
     be chosen."""
     weight = 1.0 - penalty_alpha
     if isinstance(weight, torch.Tensor) and isinstance(penalty_alpha, torch.Tensor):
-        weight, penalty_alpha = weight.to(probs.dtype), penalty_alpha.to(probs.dtype)
+        weight, penalty_alpha = weight.to(penalty), penalty_alpha.to(penalty)
     scores = weight * probs - penalty_alpha * penalty
     return scores.masked_fill(probs == 0, float("-inf"))
