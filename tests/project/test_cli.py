@@ -18,6 +18,7 @@ from simctg_fast.cli import app
 from simctg_fast.loading import fitting_threads
 from simctg_fast.ops import backend_info
 from simctg_fast.text import demo
+from simctg_fast.text.continuation import continuation_pieces
 from simctg_fast.text.demo import Comparison, Continuation
 
 from ..processes import run_child
@@ -238,7 +239,7 @@ class TestDemo:
         tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
         text = "漢字 🙂 naïve"
         ids = tokenizer(text)["input_ids"]
-        pieces = demo._pieces(tokenizer, ids)
+        pieces = list(continuation_pieces(tokenizer, [], ids))
         assert len(pieces) == len(ids) > len(text)
         assert "".join(pieces) == text
 
