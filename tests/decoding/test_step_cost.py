@@ -144,7 +144,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "a_layer"), [("gpt2", 10), ("llama", 24)])
 def test_launches_a_layer_on_a_gpu(name, a_layer, monkeypatch):
-    """Of a step over static buffers, as many as CONTRIBUTING's floors reckon with."""
+    """Of a step over static buffers, as many as the floors of `docs/measured.md` reckon with."""
     run, counts = decode_step.DecodeStep._run, []
 
     def counted(self):
