@@ -43,6 +43,8 @@ class Engine:
         trace: record the candidates of every token, and why one won.
         batching: ``"slots"`` (rows of different lengths, replaced one by one), ``"static"`` (batches of similar
             length), or ``"auto"``: slots where a trial agrees with the model's own step.
+        share_prefixes: copy what a slot holds already of a prompt, 64 tokens or more, instead of running it again. A
+            prompt is then run in other pieces than alone, which rounds differently.
         parameters: defaults of what requests may set (`Parameters`): ``max_new_tokens``, ``penalty_alpha``, ``top_k``,
             ``logprobs`` …
 
@@ -62,11 +64,14 @@ class Engine:
         seed: int = 0,
         trace: bool = False,
         batching: str = "auto",
+        share_prefixes: bool = True,
         **parameters: Any,
     ):
         self.parameters = check_options(strategy, slots, memory, seed, batching, parameters)
         if not isinstance(trace, bool):
             raise ValueError(f"trace must be True or False, got {trace!r:.80}")
+        if not isinstance(share_prefixes, bool):
+            raise ValueError(f"share_prefixes must be True or False, got {share_prefixes!r:.80}")
         self.model, self.tokenizer, self.strategy_name = model, tokenizer, strategy
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         contrastive = strategy in CONTRASTIVE
@@ -84,7 +89,7 @@ class Engine:
             max_candidates=self.parameters.top_k if contrastive else None,
             trace=trace,
         )
-        self.backend = self._backend(batching, slots, memory)
+        self.backend = self._backend(batching, slots, memory, share_prefixes)
         self.prompt_tokens = 0
         self._is_generating = False
 
@@ -116,7 +121,7 @@ class Engine:
         model, tokenizer = load_model(name, device, dtype, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, **options)
 
-    def _backend(self, batching: str, slots: int | None, memory: float | None) -> Any:
+    def _backend(self, batching: str, slots: int | None, memory: float | None, share_prefixes: bool) -> Any:
         from .scheduler import DEFAULT_SLOTS, SlotScheduler
         from .static import StaticBatches
 
@@ -125,6 +130,7 @@ class Engine:
             with fitting_threads(self.model):
                 scheduler = SlotScheduler.open(self.model, self.strategy, slots, memory, self.parameters.max_new_tokens)
             if isinstance(scheduler, SlotScheduler):
+                scheduler.shares_prefixes = share_prefixes
                 self.reason = "a trial agrees with the model's own steps"
                 return scheduler
             self.reason = scheduler

@@ -64,6 +64,7 @@ class SlotScheduler:
         self.halvings = self.active = self.generated = self.shared_tokens = 0
         self.model_seconds = self.seconds = 0.0
         self.stopping = False
+        self.shares_prefixes = True
         self.on_step: Callable[[], None] | None = None
         self.independent_slots = 1  # up to so many, a row's bits do not depend on how many there are
         self.decoder: SlotDecoder | None = None
@@ -234,7 +235,7 @@ class SlotScheduler:
             if start == 0 and first.source_ids is not None:
                 decoder.encode(first.source_ids)
                 budget -= len(first.source_ids)
-            elif start == 0:
+            elif start == 0 and self.shares_prefixes:
                 start = self._copy_prefix(slot, first.prompt_ids)
             ids = first.prompt_ids[start : start + CHUNK]
             last = start + len(ids) == len(first.prompt_ids)

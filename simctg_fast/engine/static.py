@@ -21,8 +21,9 @@ from ..decoding.own_step import PLAIN
 from ..decoding.strategies import Strategy
 from ..decoding.truth import unknown_token
 from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
+from ..text.batches import padded_rows
 from .observe import StepRecord
-from .padding import change_by_padding, padded_rows
+from .padding import change_by_padding
 from .prepare import apply_processors
 from .sequence import IDLE, Sequence
 

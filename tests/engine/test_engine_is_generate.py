@@ -118,8 +118,8 @@ def test_a_common_prefix_is_run_once(monkeypatch):
         lambda self, slot, ids, start, last: (ran.append((start, len(ids))), prefill(self, slot, ids, start, last))[1],
     )
 
-    def run(slots):
-        engine = Engine(model, tokenizer(), slots=slots, batching="slots", max_new_tokens=NEW)
+    def run(slots, **options):
+        engine = Engine(model, tokenizer(), slots=slots, batching="slots", max_new_tokens=NEW, **options)
         ran.clear()
         results = {result.id: result.token_ids for result in engine.generate(requests)}
         return results, engine
@@ -131,6 +131,11 @@ def test_a_common_prefix_is_run_once(monkeypatch):
     assert {start for start, _ in ran} <= {0, 64, 128}
     assert engine.stats["shared_tokens"] == sum(start for start, _ in ran)
     assert together == alone
+    apart, engine = run(4, share_prefixes=False)
+    assert apart == alone
+    assert engine.stats["shared_tokens"] == 0
+    with pytest.raises(ValueError, match="share_prefixes must be True or False, got 1"):
+        run(4, share_prefixes=1)
 
 
 def test_prefixes_in_multiples():
