@@ -1,11 +1,11 @@
-"""Autograd for the library's operators: right, or an error, under every way of differentiating that torch has.
+"""The library's operators and their autograd: right, or an error, under every way of differentiating that torch has.
 
 `torch.library.register_autograd` leaves three holes. A formula that calls another operator gives wrong second
 derivatives, with a warning, where that operator has no formula of its own; tangents of forward mode are dropped without
 a word; the transforms of `torch.func` are refused. :func:`register` takes its place::
 
-    register(library, "area", _backward, _setup_context)               # the operator; calls area_backward
-    register(library, "area_backward", _second, _second_setup, last=True)
+    register("area", _backward, _setup_context)  # the operator; calls area_backward
+    register("area_backward", _second, _second_setup, last=True)
 
 * An operator whose formula is made of torch's differentiable functions of its inputs can be differentiated as often as
   they can.
@@ -36,8 +36,19 @@ _ORDERS = (
 )
 
 
+_library = torch.library.Library("simctg_fast", "FRAGMENT")
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Makes an operator ``simctg_fast::…`` of a schema: `run` computes it on every device, `fake` gives the shapes and
+    dtypes of its results."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"simctg_fast::{name}", fake, lib=_library)
+
+
 def register(
-    library: torch.library.Library,
     name: str,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
@@ -47,8 +58,8 @@ def register(
     """Gives the operator ``simctg_fast::name`` its derivative.
 
     Args:
-        library: where it was defined; its arguments are tensors, None and constants, no lists of tensors.
-        name: messages take ``x_backward`` for the gradient of ``x``.
+        name: of an operator whose arguments are tensors, None and constants, no lists of tensors; messages take
+            ``x_backward`` for the gradient of ``x``.
         backward, setup_context: as `torch.library.register_autograd` takes them. `backward` runs under the grad mode of
             the backward pass: enabled where the gradient may be differentiated again. None: it is not differentiable.
         last: the results of `backward` cannot be differentiated; it runs without grad mode.
@@ -116,7 +127,7 @@ def register(
         with enable_single_level_autograd_function():
             return super(_BASE, Function).apply(*args, keyset, given)
 
-    library.impl(name, kernel, "Autograd", with_keyset=True)
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def _enclosing_transforms() -> contextlib.AbstractContextManager[Any]:

@@ -9,18 +9,8 @@ from __future__ import annotations
 import torch
 
 from . import _backends
-from ._autograd import register
+from ._autograd import define, register
 from .dispatch import NOT_TAKEN, address, choose, float32_obstacle, lengths_obstacle
-
-_LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
-_LIBRARY.define(
-    "candidate_scan(Tensor hidden_states, Tensor history, int length, Tensor? mask, "
-    "Tensor? lengths=None) -> (Tensor, Tensor)",
-)
-_LIBRARY.define(
-    "candidate_select(Tensor hidden_states, Tensor probs, Tensor(a!) history, Tensor lengths, Tensor? mask, "
-    "float penalty_alpha, bool with_penalty) -> (Tensor, Tensor, Tensor, Tensor)",
-)
 
 
 def candidate_scan(
@@ -197,22 +187,12 @@ def _scan_op(hidden_states, history, length, mask, lengths=None):
     return candidate_scan(hidden_states, history, length, mask, lengths=lengths)
 
 
-torch.library.impl(_LIBRARY, "candidate_scan", "CompositeExplicitAutograd")(_scan_op)
-register(_LIBRARY, "candidate_scan")
-
-
-@torch.library.register_fake("simctg_fast::candidate_scan")
-def _(hidden_states, history, length, mask, lengths=None):
+def _scan_fake(hidden_states, history, length, mask, lengths=None):
     shape, dtype = hidden_states.shape[:2], torch.promote_types(hidden_states.dtype, torch.float32)
     return hidden_states.new_empty(shape, dtype=dtype), hidden_states.new_empty(shape, dtype=torch.int64)
 
 
-torch.library.impl(_LIBRARY, "candidate_select", "CompositeExplicitAutograd")(_select)
-register(_LIBRARY, "candidate_select")
-
-
-@torch.library.register_fake("simctg_fast::candidate_select")
-def _(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty):
+def _select_fake(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty):
     batch, k, width = hidden_states.shape
     shape = (batch, k) if with_penalty else (0,)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -233,3 +213,19 @@ def contrastive_scores(probs: torch.Tensor, penalty: torch.Tensor, penalty_alpha
         weight, penalty_alpha = weight.to(penalty), penalty_alpha.to(penalty)
     scores = weight * probs - penalty_alpha * penalty
     return scores.masked_fill(probs == 0, float("-inf"))
+
+
+define(
+    "candidate_scan(Tensor hidden_states, Tensor history, int length, Tensor? mask, Tensor? lengths=None) "
+    "-> (Tensor, Tensor)",
+    _scan_op,
+    _scan_fake,
+)
+define(
+    "candidate_select(Tensor hidden_states, Tensor probs, Tensor(a!) history, Tensor lengths, Tensor? mask, "
+    "float penalty_alpha, bool with_penalty) -> (Tensor, Tensor, Tensor, Tensor)",
+    _select,
+    _select_fake,
+)
+register("candidate_scan")
+register("candidate_select")

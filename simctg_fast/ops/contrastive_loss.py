@@ -20,25 +20,12 @@ from torch import Tensor
 from ..checks import check_choice, check_margin
 from . import _backends
 from . import _contrastive_loss_torch as _tiled
-from ._autograd import register, tracked
+from ._autograd import define, register, tracked
 from ._contrastive_loss_torch import TILE, WORD, accumulator_dtype, full_precision
 from .dispatch import IMPLS, address, addresses, choose
 
 REDUCTIONS = ("pairs", "paper", "dense")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_tags = (torch.Tag.pt2_compliant_tag,)
-_library.define(
-    "contrastive_loss(Tensor hidden_states, Tensor? attention_mask, Tensor? normalizer, float margin, str reduction, "
-    "bool keep, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_tags,
-)
-_library.define(
-    "contrastive_loss_backward(Tensor grad, Tensor hidden_states, Tensor weights, Tensor inverse_norms, Tensor radial, "
-    "Tensor bits, Tensor flags, str impl) -> Tensor",
-    tags=_tags,
-)
 
 
 def contrastive_loss(
@@ -345,9 +332,17 @@ def _second(ctx, direction):
         return of_grad, pull(scale * moved, scale * sums)
 
 
-_library.impl("contrastive_loss", _forward, "CompositeExplicitAutograd")
-_library.impl("contrastive_loss_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::contrastive_loss", _fake, lib=_library)
-torch.library.register_fake("simctg_fast::contrastive_loss_backward", _fake_backward, lib=_library)
-register(_library, "contrastive_loss", _autograd, _setup)
-register(_library, "contrastive_loss_backward", _second, _second_setup, last=True)
+define(
+    "contrastive_loss(Tensor hidden_states, Tensor? attention_mask, Tensor? normalizer, float margin, str reduction, "
+    "bool keep, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+define(
+    "contrastive_loss_backward(Tensor grad, Tensor hidden_states, Tensor weights, Tensor inverse_norms, Tensor radial, "
+    "Tensor bits, Tensor flags, str impl) -> Tensor",
+    _backward,
+    _fake_backward,
+)
+register("contrastive_loss", _autograd, _setup)
+register("contrastive_loss_backward", _second, _second_setup, last=True)

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _contrastive_loss_torch as _tiled
-from ._autograd import register
+from ._autograd import define, register
 from ._contrastive_loss_torch import full_precision
 from .contrastive_loss import check_states, triton_obstacle
 from .dispatch import choose
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_tags = (torch.Tag.pt2_compliant_tag,)
-_library.define("cosine_similarity_matrix(Tensor hidden_states, str impl) -> (Tensor, Tensor)", tags=_tags)
-_library.define(
-    "cosine_similarity_matrix_backward(Tensor grad, Tensor hidden_states, Tensor inverse_norms) -> Tensor", tags=_tags
-)
 
 
 def cosine_similarity_matrix(hidden_states: Tensor, impl: str) -> Tensor:
@@ -92,13 +85,11 @@ def _second(ctx, direction):
         return *torch.func.grad(along, argnums=(0, 1))(grad, hidden_states), None
 
 
-_library.impl("cosine_similarity_matrix", _forward, "CompositeExplicitAutograd")
-_library.impl("cosine_similarity_matrix_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::cosine_similarity_matrix", _fake, lib=_library)
-torch.library.register_fake(
-    "simctg_fast::cosine_similarity_matrix_backward",
+define("cosine_similarity_matrix(Tensor hidden_states, str impl) -> (Tensor, Tensor)", _forward, _fake)
+define(
+    "cosine_similarity_matrix_backward(Tensor grad, Tensor hidden_states, Tensor inverse_norms) -> Tensor",
+    _backward,
     lambda grad, hidden_states, inverse_norms: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
-    lib=_library,
 )
-register(_library, "cosine_similarity_matrix", _autograd, _setup)
-register(_library, "cosine_similarity_matrix_backward", _second, _second_setup)
+register("cosine_similarity_matrix", _autograd, _setup)
+register("cosine_similarity_matrix_backward", _second, _second_setup)

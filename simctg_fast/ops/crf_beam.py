@@ -9,19 +9,12 @@ from __future__ import annotations
 import torch
 
 from . import _backends
-from ._autograd import register
+from ._autograd import define, register
 from .crf_common import BEAM_LIMIT, choose
 from .dispatch import addresses, contiguous
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ROWS = 64  # rows that the PyTorch path looks at together: bounds its scratch memory
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_library.define(
-    "crf_beam_select(Tensor emissions, int beam_size, Tensor? lengths=None, Tensor? forced=None, *, "
-    'str impl="auto") -> (Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def crf_beam_select(
@@ -172,6 +165,10 @@ def _force(tokens, values, emissions, forced):
     return both.gather(2, order), torch.cat([forced_values, values], dim=2).gather(2, order)
 
 
-_library.impl("crf_beam_select", _select, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::crf_beam_select", _fake, lib=_library)
-register(_library, "crf_beam_select")
+define(
+    "crf_beam_select(Tensor emissions, int beam_size, Tensor? lengths=None, Tensor? forced=None, *, "
+    'str impl="auto") -> (Tensor, Tensor)',
+    _select,
+    _fake,
+)
+register("crf_beam_select")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
+from ._autograd import define
 
 
 def _operator(schema: str, check: Callable[..., None]) -> Callable[..., Tensor]:
@@ -21,17 +21,14 @@ def _operator(schema: str, check: Callable[..., None]) -> Callable[..., Tensor]:
 
     The operator returns a zero that is added to the argument: derivatives of every kind pass by it.
     """
-    name = schema.partition("(")[0]
-    _library.define(f"{schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
     def checked(value: Tensor, *others):
         if value.device.type == "cpu":
             check(value, *others)
         return value.new_zeros(())
 
-    _library.impl(name, checked, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"simctg_fast::{name}", lambda value, *_: value.new_empty(()), lib=_library)
-    operator = getattr(torch.ops.simctg_fast, name)
+    define(f"{schema} -> Tensor", checked, lambda value, *_: value.new_empty(()))
+    operator = getattr(torch.ops.simctg_fast, schema.partition("(")[0])
 
     def call(value: Tensor, *others) -> Tensor:
         if _recorded():
@@ -192,10 +189,6 @@ def checked_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tens
 
 # ---- places in a beam ------------------------------------------------------------------------------------------------
 
-_library.define(
-    "crf_slots_of(Tensor beam_tokens, Tensor tokens, Tensor? past) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-
 
 def slots_of(beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tensor:
     """Where `tokens (B, T, N)` are in `beam_tokens (B, T, K)`: `(B, T, N)` int64.
@@ -219,15 +212,14 @@ def _slots_of(beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tenso
     return order.gather(2, place)
 
 
-_library.impl("crf_slots_of", _slots_of, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "simctg_fast::crf_slots_of", lambda beam_tokens, tokens, past: tokens.new_empty(tokens.shape), lib=_library
+define(
+    "crf_slots_of(Tensor beam_tokens, Tensor tokens, Tensor? past) -> Tensor",
+    _slots_of,
+    lambda beam_tokens, tokens, past: tokens.new_empty(tokens.shape),
 )
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
-
-_library.define("crf_span_of_mask(Tensor mask) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def span_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,9 +249,8 @@ def _span_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     return lengths, starts
 
 
-_library.impl("crf_span_of_mask", _span_of_mask, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "simctg_fast::crf_span_of_mask",
+define(
+    "crf_span_of_mask(Tensor mask) -> (Tensor, Tensor)",
+    _span_of_mask,
     lambda mask: (mask.new_empty(mask.shape[:1], dtype=torch.int64), mask.new_empty(mask.shape[:1], dtype=torch.int64)),
-    lib=_library,
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from . import _backends
-from ._autograd import register, tracked
+from ._autograd import define, register, tracked
 from ._contrastive_loss_torch import full_precision
 from .crf_checks import check_parameter, check_paths, require_paths
 from .crf_common import choose, inside, last_law
@@ -27,22 +27,6 @@ from .viterbi_backtrace import viterbi_backtrace
 
 SPAN = 30.0  # nats that transitions may span for a step in the space of exponentials without a look at the sums
 NEVER = float("-inf")
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_library.define(
-    "dense_filter(Tensor emissions, Tensor transitions, Tensor? lengths=None, bool keep=True, *, "
-    'str impl="auto") -> (Tensor, Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "dense_filter_backward(Tensor grad, Tensor messages, Tensor norms, Tensor emissions, Tensor transitions, "
-    'Tensor? lengths, *, str impl="auto") -> (Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    'dense_viterbi(Tensor emissions, Tensor transitions, Tensor? lengths=None, *, str impl="auto") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def dense_filter(
@@ -315,12 +299,23 @@ def _torch_viterbi(emissions, transitions, lengths):
     return path.masked_fill((top == NEVER)[:, None], -1)
 
 
-_library.impl("dense_filter", _forward, "CompositeExplicitAutograd")
-_library.impl("dense_filter_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("dense_viterbi", _viterbi, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::dense_filter", _fake, lib=_library)
-torch.library.register_fake("simctg_fast::dense_filter_backward", _fake_backward, lib=_library)
-torch.library.register_fake("simctg_fast::dense_viterbi", _fake_viterbi, lib=_library)
-register(_library, "dense_filter", _autograd, _setup_context)
-register(_library, "dense_filter_backward", _second, _second_setup)
-register(_library, "dense_viterbi")
+define(
+    "dense_filter(Tensor emissions, Tensor transitions, Tensor? lengths=None, bool keep=True, *, "
+    'str impl="auto") -> (Tensor, Tensor, Tensor)',
+    _forward,
+    _fake,
+)
+define(
+    "dense_filter_backward(Tensor grad, Tensor messages, Tensor norms, Tensor emissions, Tensor transitions, "
+    'Tensor? lengths, *, str impl="auto") -> (Tensor, Tensor)',
+    _backward,
+    _fake_backward,
+)
+define(
+    'dense_viterbi(Tensor emissions, Tensor transitions, Tensor? lengths=None, *, str impl="auto") -> Tensor',
+    _viterbi,
+    _fake_viterbi,
+)
+register("dense_filter", _autograd, _setup_context)
+register("dense_filter_backward", _second, _second_setup)
+register("dense_viterbi")

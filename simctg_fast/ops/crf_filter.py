@@ -16,21 +16,9 @@ import torch
 
 from . import _backends
 from ._accumulate import add_rows_
-from ._autograd import register
+from ._autograd import define, register
 from .crf_common import check_potentials, choose, inside, product, transition
 from .dispatch import addresses, contiguous
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_library.define(
-    "crf_filter(Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths, float scale, *, "
-    'str impl="auto") -> (Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "crf_filter_backward(Tensor grad, Tensor messages, Tensor norms, Tensor scores, Tensor tokens, Tensor left, "
-    'Tensor right, Tensor? lengths, float scale, bool tables, *, str impl="auto") -> (Tensor, Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def crf_filter(
@@ -200,9 +188,17 @@ def _second(ctx, *directions):
     return by[0], None, None, by[1], None, by[2], by[3]
 
 
-_library.impl("crf_filter", _forward, "CompositeExplicitAutograd")
-_library.impl("crf_filter_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::crf_filter", _fake, lib=_library)
-torch.library.register_fake("simctg_fast::crf_filter_backward", _fake_backward, lib=_library)
-register(_library, "crf_filter", _autograd, _setup_context)
-register(_library, "crf_filter_backward", _second, _second_setup)
+define(
+    "crf_filter(Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths, float scale, *, "
+    'str impl="auto") -> (Tensor, Tensor)',
+    _forward,
+    _fake,
+)
+define(
+    "crf_filter_backward(Tensor grad, Tensor messages, Tensor norms, Tensor scores, Tensor tokens, Tensor left, "
+    'Tensor right, Tensor? lengths, float scale, bool tables, *, str impl="auto") -> (Tensor, Tensor, Tensor)',
+    _backward,
+    _fake_backward,
+)
+register("crf_filter", _autograd, _setup_context)
+register("crf_filter_backward", _second, _second_setup)

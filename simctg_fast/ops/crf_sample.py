@@ -7,15 +7,9 @@ from collections.abc import Callable
 import torch
 
 from . import _backends
+from ._autograd import define
 from .crf_common import check_potentials, choose, inside, pick, uniforms_ffbs
 from .dispatch import address, addresses, contiguous
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_library.define(
-    "crf_ffbs(Tensor messages, Tensor norms, Tensor scores, Tensor tokens, Tensor left, Tensor right, "
-    'Tensor? lengths, float scale, int samples, int seed, Tensor? uniforms=None, *, str impl="auto") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def crf_ffbs(
@@ -125,5 +119,9 @@ def sample_backward(
     return result
 
 
-_library.impl("crf_ffbs", _sample, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::crf_ffbs", _fake, lib=_library)
+define(
+    "crf_ffbs(Tensor messages, Tensor norms, Tensor scores, Tensor tokens, Tensor left, Tensor right, "
+    'Tensor? lengths, float scale, int samples, int seed, Tensor? uniforms=None, *, str impl="auto") -> Tensor',
+    _sample,
+    _fake,
+)

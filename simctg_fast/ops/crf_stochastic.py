@@ -11,20 +11,12 @@ import torch
 
 from . import _backends
 from ._accumulate import add_rows_
-from ._autograd import register
+from ._autograd import define, register
 from .crf_common import add_along_, check_potentials, choose, inside, pick, product, transition, uniforms_stochastic
 from .crf_viterbi import pointer_dtype
 from .dispatch import addresses, contiguous
 
 SCRATCH = 1 << 19  # candidates (source, target, sample) that the PyTorch path holds at a time; one sample at least
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_library.define(
-    "crf_stochastic_viterbi(Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths, "
-    "float temperature, int samples, int seed, Tensor? uniforms=None, *, "
-    'str impl="auto") -> (Tensor, Tensor, Tensor)',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def crf_stochastic_viterbi(
@@ -190,6 +182,11 @@ def _autograd(ctx, grad_slots, grad, grad_backpointers):
     return grad_scores, None, grad_left, grad_right, *[None] * 5
 
 
-_library.impl("crf_stochastic_viterbi", _sample, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::crf_stochastic_viterbi", _fake, lib=_library)
-register(_library, "crf_stochastic_viterbi", _autograd, _setup_context, last=True)
+define(
+    "crf_stochastic_viterbi(Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths, "
+    "float temperature, int samples, int seed, Tensor? uniforms=None, *, "
+    'str impl="auto") -> (Tensor, Tensor, Tensor)',
+    _sample,
+    _fake,
+)
+register("crf_stochastic_viterbi", _autograd, _setup_context, last=True)

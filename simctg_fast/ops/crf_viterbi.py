@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from . import _backends
+from ._autograd import define
 from .crf_beam import topk_in_order
 from .crf_common import check_potentials, choose, inside, transition
 from .dispatch import addresses, contiguous
@@ -14,16 +15,7 @@ from .viterbi_backtrace import viterbi_backtrace
 
 SCRATCH = 1 << 20  # candidates that the PyTorch path of `crf_kbest` holds at a time
 
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
 _POTENTIALS = "Tensor scores, Tensor tokens, Tensor left, Tensor right, Tensor? lengths"
-_library.define(
-    f'crf_viterbi({_POTENTIALS}, *, str impl="auto") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f'crf_kbest({_POTENTIALS}, int paths, *, str impl="auto") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def crf_viterbi(scores, tokens, left, right, lengths=None, *, impl: str = "auto") -> torch.Tensor:
@@ -148,7 +140,5 @@ def list_viterbi(
     return result
 
 
-_library.impl("crf_viterbi", _viterbi, "CompositeExplicitAutograd")
-_library.impl("crf_kbest", _kbest, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::crf_viterbi", _fake, lib=_library)
-torch.library.register_fake("simctg_fast::crf_kbest", _fake_kbest, lib=_library)
+define(f'crf_viterbi({_POTENTIALS}, *, str impl="auto") -> Tensor', _viterbi, _fake)
+define(f'crf_kbest({_POTENTIALS}, int paths, *, str impl="auto") -> Tensor', _kbest, _fake_kbest)

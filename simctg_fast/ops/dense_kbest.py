@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 
 from . import _backends
+from ._autograd import define
 from .crf_common import choose
 from .crf_dense import check_dense, check_on_host
 from .crf_viterbi import list_viterbi
 from .dispatch import addresses, contiguous
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_library.define(
-    'dense_kbest(Tensor emissions, Tensor transitions, Tensor? lengths, int paths, *, str impl="auto") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def dense_kbest(
@@ -60,5 +55,8 @@ def _kbest(emissions, transitions, lengths, paths, *, impl="auto"):
     return result
 
 
-_library.impl("dense_kbest", _kbest, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::dense_kbest", _fake, lib=_library)
+define(
+    'dense_kbest(Tensor emissions, Tensor transitions, Tensor? lengths, int paths, *, str impl="auto") -> Tensor',
+    _kbest,
+    _fake,
+)

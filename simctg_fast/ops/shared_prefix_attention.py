@@ -12,15 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import _backends
-from ._autograd import register
+from ._autograd import define, register
 from .dispatch import NOT_TAKEN, address, choose, contiguous, float32_obstacle, lengths_obstacle
-
-_LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
-_LIBRARY.define(
-    "shared_prefix_attention(Tensor query, Tensor key, Tensor value, SymInt length, Tensor? new_key, "
-    "Tensor? new_value, float scaling, Tensor? mask, Tensor? bias, float? softcap, Tensor? sinks, SymInt window_start, "
-    "Tensor? lengths, Tensor? starts, int? window) -> Tensor"
-)
 
 _NONE = (0, 0, 0)
 _NO_ARRAY = (0, 0, 0, 0)
@@ -145,19 +138,6 @@ def _attention(call: Call, impl: str) -> torch.Tensor:
             starts = first.clamp(min=0) if call.starts is None else torch.maximum(call.starts, first)
             call = replace(call, starts=starts)
     return (_cpu if impl == "cpu" else _torch)(call)
-
-
-@torch.library.impl(_LIBRARY, "shared_prefix_attention", "CompositeExplicitAutograd")
-def _(*arguments):
-    return _attention(Call(*arguments), "auto")
-
-
-register(_LIBRARY, "shared_prefix_attention")
-
-
-@torch.library.register_fake("simctg_fast::shared_prefix_attention")
-def _(query, key, value, *_):
-    return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1]))
 
 
 def _broadcast(name: str, tensor: torch.Tensor | None, call: Call) -> tuple[int, ...]:
@@ -300,3 +280,13 @@ def _pack(x: torch.Tensor, batch: int, k: int, kv_heads: int, groups: int) -> to
     if rows == batch * k and k > 1:
         return x.view(batch, k, *x.shape[1:]).transpose(1, 2)
     return x[:, :, None]
+
+
+define(
+    "shared_prefix_attention(Tensor query, Tensor key, Tensor value, SymInt length, Tensor? new_key, "
+    "Tensor? new_value, float scaling, Tensor? mask, Tensor? bias, float? softcap, Tensor? sinks, SymInt window_start, "
+    "Tensor? lengths, Tensor? starts, int? window) -> Tensor",
+    lambda *arguments: _attention(Call(*arguments), "auto"),
+    lambda query, key, value, *_: query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1])),
+)
+register("shared_prefix_attention")

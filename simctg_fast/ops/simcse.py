@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ._accumulate import add_rows, add_rows_
-from ._autograd import register
+from ._autograd import define, register
 from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype, along, full_precision
 from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
 from .contrastive_loss import dtype_obstacle
@@ -30,24 +30,6 @@ _STRIP_ELEMENTS = 1 << 25
 # reciprocal of it times a gradient.
 _LARGEST_PLAIN_SCALE = 32.0
 _DELEGATE = 2048  # on CUDA, up to here torch's own kernels finish before ours would have been launched
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_tags = (torch.Tag.pt2_compliant_tag,)
-_library.define(
-    "pair_loss(Tensor queries, Tensor keys, Tensor targets, int itself, float scale, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_tags,
-)
-_library.define(
-    "pair_loss_backward(Tensor grad, Tensor queries, Tensor keys, Tensor targets, Tensor lse, Tensor query_inverse, "
-    "Tensor key_inverse, int itself, float scale, str impl) -> (Tensor, Tensor)",
-    tags=_tags,
-)
-_library.define("self_loss(Tensor vectors, float scale, str impl) -> (Tensor, Tensor, Tensor)", tags=_tags)
-_library.define(
-    "self_loss_backward(Tensor grad, Tensor vectors, Tensor lse, Tensor inverse, float scale, str impl) -> Tensor",
-    tags=_tags,
-)
 
 
 def pair_loss(queries: Tensor, keys: Tensor, targets: Tensor, scale: float, impl: str, itself: int = -1) -> Tensor:
@@ -607,21 +589,25 @@ def _second_derivative(
         return changes.to(dtype), left_result, right_result
 
 
-_library.impl("pair_loss", _pair_forward, "CompositeExplicitAutograd")
-_library.impl("pair_loss_backward", _pair_backward, "CompositeExplicitAutograd")
-_library.impl("self_loss", _self_forward, "CompositeExplicitAutograd")
-_library.impl("self_loss_backward", _self_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::pair_loss", _pair_fake, lib=_library)
-torch.library.register_fake(
-    "simctg_fast::pair_loss_backward",
+define(
+    "pair_loss(Tensor queries, Tensor keys, Tensor targets, int itself, float scale, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _pair_forward,
+    _pair_fake,
+)
+define(
+    "pair_loss_backward(Tensor grad, Tensor queries, Tensor keys, Tensor targets, Tensor lse, Tensor query_inverse, "
+    "Tensor key_inverse, int itself, float scale, str impl) -> (Tensor, Tensor)",
+    _pair_backward,
     lambda grad, queries, keys, *_: (_contiguous_like(queries), _contiguous_like(keys)),
-    lib=_library,
 )
-torch.library.register_fake("simctg_fast::self_loss", _self_fake, lib=_library)
-torch.library.register_fake(
-    "simctg_fast::self_loss_backward", lambda grad, vectors, *_: _contiguous_like(vectors), lib=_library
+define("self_loss(Tensor vectors, float scale, str impl) -> (Tensor, Tensor, Tensor)", _self_forward, _self_fake)
+define(
+    "self_loss_backward(Tensor grad, Tensor vectors, Tensor lse, Tensor inverse, float scale, str impl) -> Tensor",
+    _self_backward,
+    lambda grad, vectors, *_: _contiguous_like(vectors),
 )
-register(_library, "pair_loss", _pair_autograd, _pair_setup)
-register(_library, "pair_loss_backward", _pair_second, _pair_second_setup, last=True)
-register(_library, "self_loss", _self_autograd, _self_setup)
-register(_library, "self_loss_backward", _self_second, _self_second_setup, last=True)
+register("pair_loss", _pair_autograd, _pair_setup)
+register("pair_loss_backward", _pair_second, _pair_second_setup, last=True)
+register("self_loss", _self_autograd, _self_setup)
+register("self_loss_backward", _self_second, _self_second_setup, last=True)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import _backends
-from ._autograd import register
+from ._autograd import define, register
 from .dispatch import NOT_TAKEN, choose, float32_obstacle
-
-_LIBRARY = torch.library.Library("simctg_fast", "FRAGMENT")
-_LIBRARY.define("top_k_probs(Tensor logits, int k) -> (Tensor, Tensor)")
 
 _MOST_CANDIDATES = 64  # of the C++ code, which searches the list that it keeps them in from its end
 
@@ -81,11 +78,10 @@ def _torch(logits, k):
     return torch.exp(top - torch.logsumexp(wide, dim=-1, keepdim=True)), tokens
 
 
-torch.library.impl(_LIBRARY, "top_k_probs", "CompositeExplicitAutograd")(_run)
-register(_LIBRARY, "top_k_probs")
-
-
-@torch.library.register_fake("simctg_fast::top_k_probs")
-def _(logits, k):
+def _fake(logits, k):
     shape, dtype = (logits.shape[0], k), torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
+
+
+define("top_k_probs(Tensor logits, int k) -> (Tensor, Tensor)", _run, _fake)
+register("top_k_probs")

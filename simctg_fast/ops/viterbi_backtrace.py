@@ -10,16 +10,11 @@ import torch
 
 from ..checks import check_choice
 from . import _backends
+from ._autograd import define
 from .dispatch import addresses, choose, contiguous
 
 IMPLS = ("auto", "cpu", "torch")
 DTYPES = {torch.uint8: "uint8", torch.uint16: "uint16", torch.int32: "int32", torch.int64: "int64"}
-
-_library = torch.library.Library("simctg_fast", "FRAGMENT")
-_library.define(
-    'viterbi_backtrace(Tensor backpointers, Tensor last, Tensor? lengths=None, *, str impl="auto") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def viterbi_backtrace(
@@ -131,5 +126,8 @@ def _raise(
     raise ValueError(f"{name} is {int(path[b, t])}, must be in 0..{slots - 1}")
 
 
-_library.impl("viterbi_backtrace", _backtrace, "CompositeExplicitAutograd")
-torch.library.register_fake("simctg_fast::viterbi_backtrace", _fake, lib=_library)
+define(
+    'viterbi_backtrace(Tensor backpointers, Tensor last, Tensor? lengths=None, *, str impl="auto") -> Tensor',
+    _backtrace,
+    _fake,
+)
