@@ -123,8 +123,9 @@ def last_law(messages: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor
         law = (messages[:, -1] + scores[:, -1]).softmax(1)
         return torch.nn.functional.pad(law[:, None], (0, 0, scores.shape[1] - 1, 0))
     items, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
-    law = (messages[items, last] + scores[items, last]).softmax(1).masked_fill((lengths == 0)[:, None], 0)
-    return torch.zeros_like(scores).index_put((items, last), law)
+    law = (messages[items, last] + scores[items, last]).softmax(1)
+    ends = torch.arange(scores.shape[1], device=scores.device) == lengths[:, None] - 1  # nowhere, for a length of 0
+    return torch.where(ends[..., None], law[:, None], 0)
 
 
 # ---- gathering, with gradients that are the same in every run -------------------------------------------------------

@@ -274,7 +274,7 @@ def test_without_the_thread_check_the_others_forward_is_wrong(name, monkeypatch)
     steps, others = engine(model), forward(model)
     expected = others()
     blocks = next(part for part in model.get_decoder().children() if isinstance(part, torch.nn.ModuleList))
-    monkeypatch.setattr(forwards, "_thread", types.SimpleNamespace(uses={}))
+    monkeypatch.setattr(forwards, "_thread", types.SimpleNamespace(uses={}, suspended=False))
     found = []
 
     def look():
