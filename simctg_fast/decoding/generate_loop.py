@@ -198,13 +198,13 @@ class Run:
                     raise ValueError(unknown_token(self.model, int(beyond.max()), self.known_tokens))
                 proposal.tokens.clamp_(max=self.known_tokens - 1)
             without = proposal.probs.isnan().any(dim=-1)
-            bad |= _scattered(without, rows, torch.zeros_like(bad)) & unfinished.bool()
+            bad |= _scattered(without, rows, None, len(every)) & unfinished.bool()
             if interval == 1:
                 check_probabilities(bad, step)
             outputs = self._step(input_ids if rows is None else input_ids[rows], proposal)
             tokens = proposal.tokens.gather(1, outputs.selected.to(device)[:, None]).squeeze(1)
-            tokens = _scattered(tokens, rows, torch.zeros_like(unfinished))
-            logits = _scattered(outputs.logits.to(device), rows, logits)
+            tokens = _scattered(tokens, rows, None, len(every))
+            logits = _scattered(outputs.logits.to(device), rows, logits, len(every))
             if self.synced_gpus and finished:
                 continue
             decode = None
@@ -342,9 +342,12 @@ class BatchNoise:
         return noise if len(self.rows) == self.batch else noise[self.rows]
 
 
-def _scattered(values: Tensor, rows: Tensor | None, others: Tensor) -> Tensor:
-    """``others`` of a whole batch with ``values`` at ``rows``; None: ``values``, of all of them."""
-    return values if rows is None else others.index_copy(0, rows, values)
+def _scattered(values: Tensor, rows: Tensor | None, others: Tensor | None, batch: int) -> Tensor:
+    """``others`` of a ``batch``, None for zeros, with ``values`` at ``rows``; None: ``values``, of all of them."""
+    if rows is None:
+        return values
+    others = values.new_zeros(batch, *values.shape[1:]) if others is None else others
+    return others.index_copy(0, rows, values)
 
 
 def check_probabilities(bad: Tensor, step: int) -> None:

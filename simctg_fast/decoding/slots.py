@@ -339,10 +339,10 @@ class Slots:
         """Keep the keys and values of candidate rows ``winners (rows,)`` at ``positions (rows,)``; None: the length of
         all rows. The lengths stay."""
         layers = [layer for layer in self.layers if layer.pending is not None]
-        rows = slice(0, self.extent.rows)
+        rows = None if self.extent.rows == self.extent.slots else slice(0, self.extent.rows)
         run(
             [
-                (buffer[rows], new)
+                (buffer if rows is None else buffer[rows], new)
                 for layer in layers
                 for buffer, new in zip((layer.keys, layer.values), layer.pending or (), strict=True)
             ],

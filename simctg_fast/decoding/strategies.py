@@ -165,8 +165,10 @@ class Contrastive(Strategy):
     def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
         super().bind(rows, device)
         settings = [row.parameters if row is not None else None for row in rows]
-        # In float64, as a number is: its difference from 1 is rounded once.
-        self.alpha = self._column([0.0 if p is None else p.penalty_alpha for p in settings], torch.float64)
+        # One number where rows have one; else in float64, as a number is: its difference from 1 is rounded once.
+        self.alpha: float | Tensor = next((p.penalty_alpha for p in settings if p is not None), 0.0)
+        if any(p is not None and p.penalty_alpha != self.alpha for p in settings):
+            self.alpha = self._column([0.0 if p is None else p.penalty_alpha for p in settings], torch.float64)
         narrow = [self.candidates if p is None or p.top_k is None else p.top_k for p in settings]
         self.beyond: Tensor | None = None  # candidates a row with a smaller top_k must not take
         if min(narrow, default=self.candidates) < self.candidates:
@@ -185,7 +187,8 @@ class Contrastive(Strategy):
     def choose(self, states: Tensor, proposal: Proposal, view: View) -> Choice:
         penalty, position = view.similarity(states)
         rows = slice(0, len(states))
-        scores = contrastive_scores(proposal.probs.to(penalty.device), penalty, self.alpha[rows])
+        alpha = self.alpha[rows] if isinstance(self.alpha, Tensor) else self.alpha
+        scores = contrastive_scores(proposal.probs.to(penalty.device), penalty, alpha)
         scores = ranked = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))  # a state that overflowed loses
         if proposal.noise is not None:
             ranked = scores / self.temperature[rows].to(scores) + proposal.noise.to(scores.device)
