@@ -39,7 +39,7 @@ from .inputs import DirectInputs
 from .report import autocast_dtype, setting_of
 from .slots import Slots, on
 from .slots_decoder import SlotsDecoder
-from .step import Choose, StepResult
+from .step import Choose, StepResult, the_first
 from .truth import RELATIVE_ERROR
 from .unsupported import UnsupportedError
 
@@ -245,7 +245,7 @@ class DecodeStep:
 
         def choose(states: torch.Tensor) -> torch.Tensor:
             if self.history is None:
-                chosen["selected"] = torch.zeros(self.batch, dtype=torch.long, device=states.device)
+                chosen["selected"] = the_first(states)
             else:
                 assert self.history.states is not None
                 chosen["selected"] = candidate_select(

@@ -44,6 +44,12 @@ class SupportReport:
         return "\n".join(lines)
 
 
+def refused_checks(refusals: list[str]) -> list[Check]:
+    """Of reasons why paths are not taken, ``"path: reason"`` each."""
+    parts = (refusal.partition(":") for refusal in refusals)
+    return [Check(name, False, why.strip()) for name, _, why in parts]
+
+
 # What trials have found, by model and by what it depends on beside: a `trial.Verdict`. The last used comes last.
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _listening = threading.local()

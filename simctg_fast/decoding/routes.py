@@ -6,7 +6,7 @@ import logging
 
 from .call import Call
 from .hidden_states import HiddenStatesTap
-from .report import Check, SupportReport, announce, forget, recall, remember
+from .report import SupportReport, announce, forget, recall, refused_checks, remember
 from .trial import DECODERS, Ours, Route, Verdict, judge
 from .unsupported import UnsupportedError
 
@@ -54,8 +54,7 @@ class Routes:
         if verdict is None:
             on = "" if self.path == "auto" else f" on path={self.path!r}"
             reason = f"{type(model).__name__} cannot be decoded by contrastive search{on}: {'; '.join(refusals)}"
-            parts = [refusal.partition(":") for refusal in refusals]
-            checks = tuple(Check(name, False, why.strip()) for name, _, why in parts)
+            checks = tuple(refused_checks(refusals))
             announce(SupportReport(type(model).__name__, "none", reason, False, checks))
             raise ValueError(reason)
         announce(verdict.report)

@@ -36,17 +36,11 @@ class SlotsDecoder(Decoder):
         self.cross: DynamicCache | None = getattr(cache, "cross_attention_cache", None)
         self.text_config = self.model.config.get_text_config(decoder=True)
         self.forward: Step | None = None
-        self.stepped = False
 
     @property
     def slots(self) -> Slots:
         assert self.forward is not None
         return self.forward.slots
-
-    @property
-    def was_used(self) -> bool:
-        """Whether a step has read anything through our attention."""
-        return self.forward is not None and self.forward.was_used
 
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Any]:
         slots = Slots(len(input_ids), self.num_layers, input_ids.device, self.max_length)
@@ -71,7 +65,6 @@ class SlotsDecoder(Decoder):
         assert self.forward is not None
         k = candidates.shape[1]
         self.shape = candidates.shape
-        self.stepped = True
         if not self.expanded:
             self.expanded = expand_kwargs(self.model, self.kwargs, k, input_ids)
             if self.cross is not None:

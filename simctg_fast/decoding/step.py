@@ -77,7 +77,8 @@ class Step:
     def __init__(self, model: Any, tap: HiddenStatesTap, slots: Slots, head: bool = True):
         self.model, self.tap, self.slots, self.head = model, tap, slots, head
         self.switch = AttentionSwitch(model)
-        self.was_used = False  # whether the last forward has read anything through our attention
+        # Whether the last forward has read anything through our attention; None before the first.
+        self.was_used: bool | None = None
 
     def run(
         self,

@@ -26,7 +26,7 @@ from .decoder import Decoder
 from .hidden_states import HiddenStatesTap
 from .own_step import MOST_NOISE, allowed_for_noise, error_of
 from .reorder import ReorderDecoder, UncachedDecoder
-from .report import Check, SupportReport
+from .report import Check, SupportReport, refused_checks
 from .slots_decoder import SlotsDecoder
 from .truth import RELATIVE_ERROR, Truth, sensitivity
 from .unsupported import FAILURES, UnsupportedError
@@ -78,8 +78,8 @@ def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
     try:
         _two_steps(decoder, truth, head, compare)
     except FAILURES as error:
-        stepped = isinstance(decoder, SlotsDecoder) and decoder.stepped and not decoder.was_used
-        if not stepped or isinstance(error, torch.OutOfMemoryError):
+        step = decoder.forward if isinstance(decoder, SlotsDecoder) else None
+        if step is None or step.was_used is not False or isinstance(error, torch.OutOfMemoryError):
             raise
         raise UnsupportedError("it does not use the attention interface") from error
 
@@ -323,8 +323,7 @@ def make_report(
 ) -> SupportReport:
     """``refusals``: why the faster paths were not taken."""
     reason = "; ".join([_REASONS[path], *(f"not {refusal}" for refusal in refusals)])
-    parts = [refusal.partition(":") for refusal in refusals]
-    found = [Check(name, False, why.strip()) for name, _, why in parts]
+    found = refused_checks(refusals)
     untried = any(check.name == "trial" for check in checks)
     if not untried:
         found.append(Check(path, True, _TRIED))

@@ -56,7 +56,6 @@ class SlotDecoder:
             raise UnsupportedError("it has no output embedding whose input could be read")
         self.forward = Step(model, self.tap, self.slots)
         self.inputs = DirectInputs(model)
-        self.stepped = False
         self.windows: dict[int, bool] = {}
 
     def __enter__(self) -> SlotDecoder:
@@ -149,7 +148,6 @@ class SlotDecoder:
             choose: called once, before the output embedding runs on the winners alone.
             advance: which of the rows grow; the others' tokens are there for the shape only.
         """
-        self.stepped = True
         (rows, k), slots = tokens.shape, self.slots
         slots.set_rows(rows)
         slots.reserve(round_up(slots.length + 1), exactly=True)

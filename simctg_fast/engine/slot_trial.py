@@ -102,7 +102,7 @@ def verify(decoder: SlotDecoder, trial: SlotTrial) -> None:
     except FAILURES as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        if decoder.stepped and not decoder.forward.was_used:
+        if decoder.forward.was_used is False:
             raise UnsupportedError("it does not use the attention interface") from error
         raise UnsupportedError(f"a trial step fails ({type(error).__name__}: {error})") from error
     finally:
