@@ -286,6 +286,7 @@ def emulated_cuda(monkeypatch, tensors_of_cpu: bool = True):
             patch.setattr(name, value, raising=False)
         patch.setattr("simctg_fast.decoding.cuda_graph._streams", {})
         patch.setattr("simctg_fast.decoding.cuda_graph._lost", [])
+        patch.setattr("simctg_fast.decoding.cuda_graph._recorded", 0)  # whatever other tests have recorded
         if tensors_of_cpu:
             patch.setattr(decode_step, "_obstacle", lambda *_: None)
             patch.setattr(_backends, "extension", lambda: None)
