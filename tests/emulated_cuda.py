@@ -25,7 +25,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from simctg_fast.decoding import decode_step
+from simctg_fast.decoding import decode_step, generate_loop, graph
+from simctg_fast.engine import slot_decoder
 from simctg_fast.ops import _backends
 
 aten = torch.ops.aten
@@ -288,7 +289,8 @@ def emulated_cuda(monkeypatch, tensors_of_cpu: bool = True):
         patch.setattr("simctg_fast.decoding.cuda_graph._lost", [])
         patch.setattr("simctg_fast.decoding.cuda_graph._recorded", 0)  # whatever other tests have recorded
         if tensors_of_cpu:
-            patch.setattr(decode_step, "_obstacle", lambda *_: None)
+            for module in (decode_step, graph, generate_loop, slot_decoder):
+                patch.setattr(module, "obstacle", lambda *_: None)
             patch.setattr(_backends, "extension", lambda: None)
             patch.setattr(kernels, "table_of", remembered_table_of)
             patch.setattr(kernels, "launch", launch)

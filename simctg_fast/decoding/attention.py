@@ -134,8 +134,8 @@ class Attention:
             if mask is not None and size is not None:
                 self.masks.append((mask, mask, size))
             return mask
-        padding = kwargs.get("attention_mask")  # BART and its kin make one of ones
-        if padding is not None and not bool(padding.all()):
+        padding = kwargs.get("attention_mask")  # BART and its kin make one of ones; where it is static, none is asked
+        if padding is not None and not self.slots.extent.static and not bool(padding.all()):
             raise UnsupportedError("it makes an attention mask of its own")
         function = kwargs.get("mask_function", causal_mask_function)
         if function is causal_mask_function or kwargs.get("q_length") != 1:

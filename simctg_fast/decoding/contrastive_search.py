@@ -100,12 +100,12 @@ class ContrastiveSearch:
         named = ((name, getattr(self, name)) for name in ("penalty_alpha", "top_k", "temperature"))
         return f"ContrastiveSearch({', '.join(f'{n}={v!r}' for n, v in named if v is not None)})"
 
-    def make_strategy(self, candidates: int, noise: Callable[[torch.Tensor], torch.Tensor]) -> Strategy:
-        """What chooses the tokens of one call; ``noise`` is Gumbel noise for what is drawn."""
+    def make_strategy(self, candidates: int, noise: Callable[[int, int], torch.Tensor]) -> Strategy:
+        """What chooses the tokens of one call; ``noise`` makes Gumbel noise ``(rows, k)`` for what is drawn."""
         if candidates == 1:
             return Greedy()
         is_random = self.temperature is not None
-        return Contrastive(candidates, random=is_random, draw=noise if is_random else None)
+        return Contrastive(candidates, random=is_random, noise=noise if is_random else None)
 
     def __call__(
         self,

@@ -21,15 +21,17 @@ from .attention import current_step
 from .caches import fill_cache
 from .call import Call, learned_prompt
 from .compiled_decoder import as_written
-from .decode_step import DecodeStep, open_decode_step
+from .decode_step import DecodeStep, graph_key, open_decode_step
 from .decoder import Decoder
 from .generate_arguments import Arguments, checked_settings, position_table
+from .graph import obstacle, take
 from .hidden_states import HiddenStatesTap
 from .outputs import Record
 from .padding_warning import no_padding_warning
 from .processors import without_sampling_warpers
 from .routes import Routes
 from .settings import TINY
+from .slots_decoder import SlotsDecoder
 from .step import StepResult, the_first
 from .strategies import Choice, Proposal, RowSettings, Strategy, View, gumbel
 from .trial import DECODERS, Verdict
@@ -61,7 +63,7 @@ class Run:
         self.penalty_alpha, self.top_k = checked_settings(strategy, config, model)
         is_random = strategy.temperature is not None
         self.k = 1 if self.penalty_alpha == 0 and not is_random else self.top_k
-        self.noise = BatchNoise(len(input_ids), strategy.generator)
+        self.noise = BatchNoise(len(input_ids), input_ids.device, strategy.generator)
         self.chooser: Strategy = strategy.make_strategy(self.k, self.noise)
         temperature = max(strategy.temperature, TINY) if is_random else 1.0
         self.row = RowSettings(self.penalty_alpha, temperature)
@@ -83,6 +85,8 @@ class Run:
                 config.num_return_sequences,
             )
         self.record = Record(config, self.is_encoder_decoder)
+        asked = strategy.decode_step
+        self.wants_static = input_ids.device.type == "cuda" if asked == "auto" else bool(asked)
         self.choice: Choice | None = None  # of the last step; None where there was none
         self.streamed = 0  # steps whose tokens the streamer has
 
@@ -158,6 +162,10 @@ class Run:
             max_length=self.max_length,
             record=self.record.of_model,
         )
+        self.graph_key = None
+        if self.wants_static and isinstance(self.decoder, SlotsDecoder) and not obstacle(self.model, self.model.device):
+            self.graph_key = graph_key(self)
+            self.decoder.recorded = take(self.model, self.graph_key)
         logits, states, self.prefill_outputs = self.decoder.prefill(self.input_ids)
         self.known_tokens = known_tokens(self.model, logits)
         if self.chooser.needs_history:
@@ -178,11 +186,10 @@ class Run:
         outputs, step, finished = self.prefill_outputs, 0, False
         self.prefill_outputs = None
         bad = torch.zeros_like(unfinished, dtype=torch.bool)  # rows whose logits left no probabilities
-        asked = self.strategy.decode_step
-        static = device.type == "cuda" if asked == "auto" else bool(asked)
+        static = self.wants_static
         every = list(range(len(input_ids)))
         running, may_leave = every, not self._needs_all_rows()  # the rows that the decoder still has, in its order
-        self._bind(running, device)
+        self.bind(running, device)
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
             self._check_room(step)
             processed = self.processors(input_ids, logits)
@@ -229,7 +236,7 @@ class Run:
                     if len(places) < len(running):  # rows that have ended cost nothing from here on
                         may_leave = self.decoder.keep(places)
                         running = [running[place] for place in places] if may_leave else running
-                        self._bind(running, device)
+                        self.bind(running, device)
             if decode is not None and not finished:
                 return self._loop_static(decode, input_ids, unfinished, int(steps_needed), step, interval, closely)
         kept = int(steps_needed)
@@ -237,12 +244,13 @@ class Run:
         self.surplus = step - kept
         self.record.cut(kept)
 
-    def _bind(self, rows: list[int], device: torch.device) -> None:
+    def bind(self, rows: list[int], device: torch.device) -> None:
         """The decoder has these rows of the batch."""
         self.chooser.bind([self.row] * len(rows), device)
         self.noise.rows = rows
 
     def _propose(self, logits: Tensor) -> Proposal:
+        self.chooser.draw(len(logits))
         return self.chooser.propose(logits, View(self.decoder.history))
 
     def _step(self, input_ids: Tensor, proposal: Proposal) -> StepResult:
@@ -272,7 +280,7 @@ class Run:
         try:
             if self.known_tokens is not None:
                 raise UnsupportedError("its output embedding writes tokens that it cannot read")
-            decode = open_decode_step(self, proposal.probs, proposal.tokens, result)
+            decode = open_decode_step(self, proposal, result)
         except UnsupportedError as error:
             if asked != "auto":
                 raise ValueError(f"decode_step={asked!r}, but {error}; allowed: False or 'auto'") from error
@@ -303,6 +311,8 @@ class Run:
         self.input_ids = decode.input_ids[:, : decode.input_ids.shape[1] - (step - kept)].clone()
         self.surplus = step - kept
         self.not_captured, self.static_steps = decode.not_captured, step - first
+        if self.graph_key is not None:
+            decode.graph.keep(self.graph_key)
 
     # ---- small parts ----------------------------------------------------------------------------------------------
 
@@ -334,12 +344,12 @@ class Run:
 class BatchNoise:
     """Gumbel noise of a whole batch from one generator, whichever ``rows`` of it are still there."""
 
-    def __init__(self, batch: int, generator: torch.Generator | None):
-        self.batch, self.generator, self.rows = batch, generator, list(range(batch))
+    def __init__(self, batch: int, device: torch.device, generator: torch.Generator | None):
+        self.batch, self.device, self.generator, self.rows = batch, device, generator, list(range(batch))
 
-    def __call__(self, probs: Tensor) -> Tensor:
-        noise = gumbel(probs.new_empty(self.batch, probs.shape[1]).exponential_(generator=self.generator))
-        return noise if len(self.rows) == self.batch else noise[self.rows]
+    def __call__(self, rows: int, candidates: int) -> Tensor:
+        noise = torch.empty(self.batch, candidates, device=self.device).exponential_(generator=self.generator)
+        return gumbel(noise if rows == self.batch else noise[self.rows])
 
 
 def _scattered(values: Tensor, rows: Tensor | None, others: Tensor | None, batch: int) -> Tensor:

@@ -7,7 +7,8 @@ batch; the engine fills, copies and frees them one by one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from ..ops.candidate_select import candidate_scan
 from ..ops.prefix_commit import prefix_commit
 
+Rows = slice | list[int]
 GROWTH = 512  # positions added when a buffer is full: a copy every 512 tokens, and at most 512 positions unused
 
 
@@ -34,8 +36,8 @@ class Extent:
 
     ``slots``: rows there are; ``rows``: those, from the first on, that a step runs; ``length``: positions of the
     longest of them; ``capacity``: positions there is room for; ``max_length``: that they can reach, if it is known;
-    ``filling``: rows whose prompt is being run, None in a step; ``static``: a step sees whole buffers, whatever their
-    rows' lengths.
+    ``blocks``: room is made in whole blocks, and no further than asked; ``filling``: rows whose prompt is being run,
+    None in a step; ``static``: a step sees whole buffers, whatever their rows' lengths.
     """
 
     slots: int
@@ -43,12 +45,27 @@ class Extent:
     length: int = 0
     capacity: int = 0
     max_length: int | None = None
-    filling: slice | None = None
+    blocks: bool = False
+    filling: Rows | None = None
     static: bool = False
+
+    @property
+    def width(self) -> int:
+        """Positions that a step looks at."""
+        return self.capacity if self.static else self.length
+
+    @contextmanager
+    def seen_whole(self, static: bool = True) -> Iterator[None]:
+        """Steps within the block see whole buffers."""
+        before, self.static = self.static, static
+        try:
+            yield
+        finally:
+            self.static = before
 
     def reserve(self, positions: int) -> None:
         if positions > self.capacity:
-            self.capacity = next_capacity(positions, self.max_length)
+            self.capacity = round_up(positions) if self.blocks else next_capacity(positions, self.max_length)
 
 
 class SlotLayer(CacheLayerMixin):
@@ -93,14 +110,16 @@ class SlotLayer(CacheLayerMixin):
             self.pending = (key_states, value_states)
             if extent.static:
                 return self.keys, self.values
-            rows, end = slice(0, extent.rows), extent.length + 1
-        else:
-            rows, end = extent.filling, self.filled + key_states.shape[2]
-            self.grow()
-            self.keys[rows, :, self.filled : end] = key_states
-            self.values[rows, :, self.filled : end] = value_states
-            self.filled = end
-        return self.keys[rows, :, :end], self.values[rows, :, :end]
+            rows = slice(0, extent.rows)
+            return self.keys[rows, :, : extent.length + 1], self.values[rows, :, : extent.length + 1]
+        filling, start, end = extent.filling, self.filled, self.filled + key_states.shape[2]
+        self.grow()
+        self.keys[filling, :, start:end] = key_states
+        self.values[filling, :, start:end] = value_states
+        self.filled = end
+        if start == 0:
+            return key_states, value_states
+        return self.keys[filling, :, :end], self.values[filling, :, :end]
 
     def get_seq_length(self) -> int:
         if self.extent.filling is not None:
@@ -136,25 +155,36 @@ class History:
             missing = self.extent.capacity - self.mask.shape[1]
             self.mask = torch.nn.functional.pad(self.mask, (0, missing), value=True) if missing > 0 else self.mask
 
-    def write(self, rows: slice, start: int, hidden_states: Tensor, mask: Tensor | None = None) -> None:
-        """States ``(n, T, D)`` of positions from ``start`` on; ``mask (n, T)``: zero at padding."""
-        end = start + hidden_states.shape[1]
-        self.extent.reserve(end)
+    def write(
+        self,
+        rows: Rows,
+        start: int,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        lengths: list[int] | None = None,
+    ) -> None:
+        """States ``(n, T, D)`` of positions from ``start`` on; ``mask (n, T)``: zero at padding; ``lengths``: of each
+        row's text within T, None: all."""
+        count, width, size = hidden_states.shape
+        self.extent.reserve(start + width)
         if self.states is None:
             # Half precision is kept only where it saves bandwidth; a CPU multiplies float32 faster.
             dtype = hidden_states.dtype if hidden_states.is_cuda else _at_least_float32(hidden_states)
-            shape = (self.extent.slots, self.extent.capacity, hidden_states.shape[2])
+            shape = (self.extent.slots, self.extent.capacity, size)
             self.states = torch.zeros(shape, dtype=dtype, device=hidden_states.device)
-            self.last = hidden_states.new_zeros(self.extent.slots, hidden_states.shape[2])
+            self.last = hidden_states.new_zeros(self.extent.slots, size)
         assert self.last is not None
-        self.last[rows] = hidden_states[:, -1]
         if mask is not None and not bool(mask.all()):
-            self.mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
-            self.mask[rows, start:end] = mask.bool()
+            if self.mask is None:
+                self.mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
+            self.mask[rows] = True
+            self.mask[rows, start : start + width] = mask.bool()
         self.grow()
-        for row, states in zip(range(self.extent.slots)[rows], hidden_states, strict=True):
-            self.states[row, start:end] = unit(states)  # one at a time: in float32 a whole prompt may be large
-        self.length = end
+        places = torch.arange(self.extent.slots)[rows].tolist()
+        for row, states, length in zip(places, hidden_states, lengths or [width] * count, strict=True):
+            self.last[row] = states[length - 1]
+            self.states[row, start : start + length] = unit(states[:length])  # a whole batch in float32 may be large
+        self.length = start + width
 
     def append(self, hidden_states: Tensor, positions: Tensor | None = None) -> None:
         """States ``(n, D)`` of the first rows, each at its own position ``(n,)``; None: behind those of all rows."""
@@ -188,32 +218,42 @@ class History:
         if lengths is None:
             return candidate_scan(hidden_states, self.states[:rows], self.length, mask)
         lengths = on(self.states.device, lengths)
-        return candidate_scan(hidden_states, self.states[:rows], self.extent.length, mask, lengths=lengths)
+        return candidate_scan(hidden_states, self.states[:rows], self.extent.width, mask, lengths=lengths)
 
 
 class CrossSlots:
-    """Cross-attention keys and values of slots, each of its own source length."""
+    """Cross-attention keys and values of slots, each of its own source length.
 
-    def __init__(self, slots: int, device: torch.device):
-        self.slots, self.capacity = slots, 0
-        self.host_lengths = [0] * slots
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+    Attributes:
+        like: ``(1, 1, D)``, of the encoder's states, whose width, dtype and device decoders look at.
+    """
+
+    like: Tensor
+
+    def __init__(self, extent: Extent, device: torch.device):
+        self.extent, self.capacity = extent, 0
+        self.host_lengths = [0] * extent.slots
+        self.lengths = torch.zeros(extent.slots, dtype=torch.long, device=device)
         self.buffers: list[list[Tensor]] = []  # keys and values of every layer
 
-    def fill(self, slot: int, cache: DynamicCache) -> None:
-        """Take over what running the first decoder position of one row left in ``cache``."""
-        length = int(cache.layers[0].keys.shape[2])
-        self.capacity = max(self.capacity, round_up(length))
+    def fill(self, first: int, cache: DynamicCache, lengths: Sequence[int] | None = None) -> None:
+        """Take over what running the first decoder position of some rows left in ``cache``, from slot ``first`` on;
+        ``lengths`` of their sources, None: all of what is there."""
         states = [[layer.keys, layer.values] for layer in cache.layers]
+        rows, _, width, _ = states[0][0].shape
+        lengths = [width] * rows if lengths is None else lengths
+        self.capacity = max(self.capacity, round_up(width))
         if not self.buffers:
             self.buffers = [
-                [x.new_zeros(self.slots, x.shape[1], self.capacity, x.shape[3]) for x in layer] for layer in states
+                [x.new_zeros(self.extent.slots, x.shape[1], self.capacity, x.shape[3]) for x in layer]
+                for layer in states
             ]
         for buffers, new in zip(self.buffers, states, strict=True):
             buffers[:] = [longer(buffer, self.capacity, dim=2) for buffer in buffers]
             for buffer, x in zip(buffers, new, strict=True):
-                buffer[slot, :, :length] = x[0]
-        self.host_lengths[slot] = self.lengths[slot] = length
+                buffer[first : first + rows, :, :width] = x
+        self.host_lengths[first : first + rows] = lengths
+        self.lengths[first : first + rows] = torch.tensor(lengths, device=self.lengths.device)
 
     def copy(self, source: int, target: int) -> None:
         for buffer in itertools.chain(*self.buffers):
@@ -228,8 +268,8 @@ class CrossSlots:
                 fill_alternating(buffer[slot, :, length:], value)
 
     def as_cache(self, rows: int) -> DynamicCache:
-        """A cross-attention cache over the first ``rows`` slots, as wide as the longest source among them."""
-        width = max(1, *self.host_lengths[:rows])
+        """A cross-attention cache over the first ``rows`` slots, as wide as the longest source among them, or whole."""
+        width = self.capacity if self.extent.static else max(1, *self.host_lengths[:rows])
         cache = DynamicCache()
         for index, (keys, values) in enumerate(self.buffers):
             cache.update(keys[:0, :, :0], values[:0, :, :0], index)
@@ -245,21 +285,41 @@ class Slots:
         device: of the lengths; buffers are where the model makes their contents.
         max_length: positions the sequences can reach, if that is known; buffers grow in blocks.
 
+        blocks: they grow by whole blocks instead, and no further than asked.
+
     Attributes:
         cache: what the model gets; its layers are `SlotLayer`.
-        lengths: ``(count,)`` int64, positions in use; ``host_lengths`` the same on the host.
+        lengths: ``(count,)`` int64, positions in use; ``host_lengths`` what the host knows of them, never less.
+        starts: ``(count,)`` positions of padding in front, None: none.
         history: hidden states. logits: ``(count, V)`` float32 for the next token of each, once there are any.
+        tokens: ``(count, capacity + 1)`` int64, the texts, where they are kept.
+        active: ``(count,)`` rows that write tokens; ``host_active`` what the host has said of them.
     """
 
-    def __init__(self, count: int, num_layers: int, device: torch.device, max_length: int | None = None):
-        self.extent = Extent(count, count, max_length=max_length, filling=slice(0, count))
+    def __init__(
+        self,
+        count: int,
+        num_layers: int,
+        device: torch.device,
+        max_length: int | None = None,
+        *,
+        blocks: bool = False,
+    ):
+        self.extent = Extent(count, count, max_length=max_length, blocks=blocks, filling=slice(0, count))
         layer = partial(SlotLayer, self.extent)
         self.cache = Cache(layers=[layer() for _ in range(num_layers)]) if num_layers else Cache(None, layer)
         self.host_lengths = [0] * count
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+        self.active, self.host_active = torch.zeros(count, dtype=torch.bool, device=device), [False] * count
         self.history = History(self.extent)
         self.cross: CrossSlots | None = None
+        self.starts: Tensor | None = None
         self.logits: Tensor | None = None
+        self.tokens: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lengths.device
 
     @property
     def layers(self) -> list[SlotLayer]:
@@ -270,15 +330,11 @@ class Slots:
         """Positions of the longest row that a step runs."""
         return self.extent.length
 
-    def reserve(self, positions: int, exactly: bool = False) -> None:
-        """Make room for ``positions`` in every slot, and for some more unless ``exactly``."""
-        if positions <= self.extent.capacity:
-            return
-        if exactly:
-            self.extent.capacity = positions
-        else:
+    def reserve(self, positions: int) -> None:
+        """Make room for ``positions`` in every slot."""
+        if positions > self.extent.capacity:
             self.extent.reserve(positions)
-        self.grow()
+            self.grow()
 
     def grow(self) -> None:
         """All buffers have the same room."""
@@ -286,23 +342,36 @@ class Slots:
             if layer.is_initialized:
                 layer.grow()
         self.history.grow()
+        if self.tokens is not None:
+            self.tokens = longer(self.tokens, self.extent.capacity + 1, dim=1)
+
+    def begin_again(self, max_length: int | None) -> None:
+        """All rows are to be filled with another prompt batch."""
+        self.extent.max_length, self.history.length = max_length, 0
+        self.lengths.zero_()
+        self.host_lengths = [0] * self.extent.slots
+        self.set_rows(self.extent.slots)
+        self.begin_prompt(slice(0, self.extent.slots))
 
     # ---- prompts --------------------------------------------------------------------------------------------------
 
-    def begin_prompt(self, rows: slice, start: int = 0) -> None:
+    def begin_prompt(self, rows: Rows, start: int = 0) -> None:
         """Forwards run the prompts of ``rows`` from now on, behind the ``start`` positions that these hold already."""
         self.extent.filling = rows
         for layer in self.layers:
             layer.filled = start
 
-    def end_prompt(self, length: int | None = None) -> None:
-        """The rows hold ``length`` positions; None: what was run."""
+    def end_prompt(self, lengths: Sequence[int] | int | None = None) -> None:
+        """The rows hold so many positions, each or all; None: what was run."""
         rows, self.extent.filling = self.extent.filling, None
         assert rows is not None
-        length = max((layer.filled for layer in self.layers), default=0) if length is None else length
-        for slot in range(self.extent.slots)[rows]:
+        places = torch.arange(self.extent.slots)[rows].tolist()
+        if lengths is None:
+            lengths = max((layer.filled for layer in self.layers), default=0)
+        each = [lengths] * len(places) if isinstance(lengths, int) else lengths
+        for slot, length in zip(places, each, strict=True):
             self.host_lengths[slot] = length
-        self.lengths[rows] = length
+        self.lengths[rows] = lengths if isinstance(lengths, int) else torch.tensor(lengths, device=self.device)
         self.set_rows(self.extent.rows)
 
     def set_length(self, slot: int, length: int) -> None:
@@ -324,6 +393,8 @@ class Slots:
         self.history.copy(source, target, length)
         if self.logits is not None:
             self.logits[target] = self.logits[source]
+        if self.tokens is not None:
+            self.tokens[target] = self.tokens[source]
         if self.cross is not None:
             self.cross.copy(source, target)
         self.set_length(target, length)
@@ -354,17 +425,21 @@ class Slots:
         for layer in self.layers:
             layer.pending, layer.was_read = None, False
 
-    def advance(self, grows: Sequence[bool] | None = None) -> None:
-        """The rows of a step are longer by the position that was committed; of ``grows``, where that is given."""
-        self.lengths[: self.extent.rows] += 1 if grows is None else torch.tensor(grows, device=self.lengths.device)
-        self.advance_host(grows)
+    def set_active(self, active: list[bool]) -> None:
+        """Which of the first rows write tokens."""
+        if active != self.host_active[: len(active)]:
+            self.host_active[: len(active)] = active
+            upload(torch.tensor(self.host_active), self.active)
 
-    def advance_host(self, grows: Sequence[bool] | None = None) -> None:
-        """The same for what the host knows, where the device has done it."""
-        rows = self.extent.rows
-        grows = [True] * rows if grows is None else grows
-        self.host_lengths[:rows] = [n + g for n, g in zip(self.host_lengths, grows, strict=False)]
-        self.set_rows(rows)
+    def advance(self) -> None:
+        """The rows of a step are longer by the position that was committed."""
+        self.lengths[: self.extent.rows] += 1
+        self.advance_host([True] * self.extent.rows)
+
+    def advance_host(self, grows: Sequence[bool]) -> None:
+        """What the host knows of that, of the rows that grow."""
+        self.host_lengths[: len(grows)] = [n + g for n, g in zip(self.host_lengths, grows, strict=False)]
+        self.set_rows(self.extent.rows)
 
     # ---- for trials and results -----------------------------------------------------------------------------------
 
@@ -419,6 +494,12 @@ def fill_alternating(buffer: Tensor, value: float) -> None:
 
 def on(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device)
+
+
+def upload(values: Tensor, to: Tensor) -> None:
+    """Put what the host has made into a tensor of a device; the host does not wait."""
+    is_cuda = to.device.type == "cuda" and values.device.type == "cpu"
+    to.copy_(values.pin_memory() if is_cuda else values, non_blocking=is_cuda)
 
 
 def unit(hidden_states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from .caches import CACHE_NAME, other_layers, self_attention_cache
 from .decoder import Decoder
+from .graph import Recorded
 from .inputs import encoder_rows, expand_kwargs
 from .slots import History, Slots
 from .step import Choose, Step, StepResult
@@ -35,6 +36,7 @@ class SlotsDecoder(Decoder):
         # As the model wants it: some cut it to a window, some do not.
         self.cross: DynamicCache | None = getattr(cache, "cross_attention_cache", None)
         self.text_config = self.model.config.get_text_config(decoder=True)
+        self.recorded: Recorded | None = None  # a graph of an earlier call, in whose slots this one is to run
         self.forward: Step | None = None
 
     @property
@@ -43,7 +45,11 @@ class SlotsDecoder(Decoder):
         return self.forward.slots
 
     def prefill(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Any]:
-        slots = Slots(len(input_ids), self.num_layers, input_ids.device, self.max_length)
+        if self.recorded is None:
+            slots = Slots(len(input_ids), self.num_layers, input_ids.device, self.max_length)
+        else:
+            slots = self.recorded.slots
+            slots.begin_again(self.max_length)
         self.forward = Step(self.model, self.tap, slots, self.head)
         self.kwargs[CACHE_NAME] = slots.cache if self.cross is None else EncoderDecoderCache(slots.cache, self.cross)
         try:

@@ -1,7 +1,7 @@
 """One decoding step over slots: candidates are tried in one forward, winners chosen inside it, their keys committed.
 
-``generate`` (:mod:`.slots_decoder`), its steps over static buffers (:mod:`.decode_step`) and the engine run this same
-step; they differ in how the model is called, in what the host knows of the rows' lengths, and in who chooses.
+For rows of one length it is ``generate``'s (:mod:`.slots_decoder`); for rows that stand at lengths of their own a
+:class:`~.slot_step.SlotStep` runs it, in the engine and over static buffers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """How the next token is chosen: what is tried, and which of it wins. ``generate`` and the engine ask alike.
 
-A strategy sees the logits ``(rows, V)`` of the rows that are decoded, in their order, and may look at their hidden
-states (:class:`View`). ``propose`` names ``candidates`` tokens a row. With one candidate that is the choice; with more,
-all of them run through the model, and ``choose`` picks by what they lead to. Settings of rows are tensors, made when
-the rows change; nothing in ``propose`` and ``choose`` needs the host.
+A strategy sees the logits ``(rows, V)`` of the rows that are decoded, in their order, and may look at their tokens and
+hidden states (:class:`View`). ``propose`` names ``candidates`` tokens a row. With one candidate that is the choice;
+with more, all of them run through the model, and ``choose`` picks by what they lead to. Then ``advance`` may take note
+of the winners. Settings of rows are tensors, made when the rows change, random numbers are drawn before a step; where
+nothing else asks the host (``asks_host``), steps can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers.generation import logits_process
 
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
-from .slots import History
+from .slots import History, on, upload
 
 NEAR_TIE = 1e-6  # scores nearer than this may be ranked otherwise where sums are taken in another order
 
@@ -49,11 +50,14 @@ class RowSettings:
 
 @dataclass
 class View:
-    """Hidden states of the rows that are decoded: the first rows of ``history``, of which ``lengths (rows,)`` positions
-    are in use; None: as many as were written to all."""
+    """What is there of the rows that are decoded, the first ones of all: of ``history`` and ``tokens (rows, T)`` int64,
+    the prompt's among them, ``lengths (rows,)`` positions are in use (None: as many as were written to all), those from
+    ``starts (rows,)`` on (None: 0); what lies before is padding. ``tokens`` is None unless `Strategy.needs_tokens`."""
 
     history: History
     lengths: Tensor | None = None
+    tokens: Tensor | None = None
+    starts: Tensor | None = None
 
     def similarity(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Largest cosine of ``states (rows, k, D)`` with the rows' histories, and its position, both ``(rows, k)``."""
@@ -71,23 +75,32 @@ class Proposal:
 
     tokens: Tensor
     probs: Tensor
-    noise: Tensor | None = None  # (rows, k), drawn once a step, however often ``choose`` has to be asked
-
-    def first(self, rows: int) -> Proposal:
-        """Those of the first ``rows``."""
-        return Proposal(self.tokens[:rows], self.probs[:rows], None if self.noise is None else self.noise[:rows])
+    near: Tensor | None = None  # (rows,) where rounding may choose otherwise, if that is counted
 
 
 @dataclass
 class Choice:
     """``selected (rows,)``: index of each row's winner; ``scores (rows, k)``, −inf for what cannot be chosen, and what
-    they became with noise, ``ranked``; ``penalty`` and the ``position`` it comes from, both ``(rows, k)``."""
+    they became with noise, ``ranked``; ``penalty`` and the ``position`` it comes from, both ``(rows, k)``; ``near``:
+    as in `Proposal`."""
 
     selected: Tensor
     scores: Tensor
     ranked: Tensor
     penalty: Tensor
     position: Tensor
+    near: Tensor | None = None
+
+
+def decision(proposal: Proposal, choice: Choice | None) -> Tensor:
+    """``(rows, 3)`` int64 on the device of the proposal: the token, whether there were no probabilities to choose it
+    by, and whether it was a near tie."""
+    tokens = proposal.tokens[:, 0]
+    if choice is not None:
+        tokens = proposal.tokens.gather(1, on(tokens.device, choice.selected)[:, None])[:, 0]
+    near = proposal.near if choice is None else choice.near
+    bad = proposal.probs.isnan().any(dim=-1)
+    return torch.stack([tokens, bad.to(tokens), torch.zeros_like(tokens) if near is None else near.to(tokens)], dim=1)
 
 
 class Strategy:
@@ -95,54 +108,85 @@ class Strategy:
 
     Attributes:
         candidates: tokens tried a step, the rows of a forward for each row that is decoded.
-        needs_history: whether hidden states are kept for it.
+        needs_history, needs_tokens: whether hidden states, and the text's tokens, are kept for it.
         looks_ahead: whether candidates are run before one of them is chosen; else the first is the choice.
+        asks_host: whether ``propose``, ``choose`` or ``advance`` read tensors on the host.
         near_ties: choices that rounding may make otherwise, where they are counted (``counts``).
+        static: settings stay in the tensors they were first put into, one for each that there may be.
+        settings: tensors that a captured step reads.
     """
 
     candidates = 1
-    needs_history = False
+    needs_history = needs_tokens = False
     looks_ahead = False
+    asks_host = False
     counts = False
+    static = False
 
     def __init__(self) -> None:
         self.near_ties = 0
+        self.settings: dict[str, Tensor] = {}
+
+    def key(self) -> tuple | None:
+        """What its steps do beside what is in the settings: a graph that was captured with one strategy serves another
+        of the same key. None: no other."""
+        return None
 
     def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
         """These rows are decoded from now on; None: a place where there is none."""
         self.rows, self.device = rows, device
 
+    def draw(self, rows: int) -> None:
+        """Random numbers for the next step of the first ``rows``."""
+
     def propose(self, logits: Tensor, view: View) -> Proposal:
-        """Candidates of all rows that are bound."""
+        """Candidates of the first rows that are bound, as many as there are logits."""
         raise NotImplementedError
 
     def choose(self, states: Tensor, proposal: Proposal, view: View) -> Choice:
-        """Each row's winner, given the candidates' last-layer ``states (rows, k, D)``; of the first ``rows`` of those
-        that are bound."""
+        """Each row's winner, given the candidates' last-layer ``states (rows, k, D)``."""
         raise NotImplementedError
 
-    def _count_near_ties(self, scores: Tensor) -> None:
+    def advance(self, tokens: Tensor, view: View) -> None:
+        """``tokens (rows,)`` were chosen: once a step, when keys and hidden states are in place and lengths are still
+        those before. For state of its own a row, which :meth:`copy` and :meth:`clear` follow."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Row ``target`` goes on from what ``source`` holds."""
+
+    def clear(self, row: int) -> None:
+        """The row begins with another text."""
+
+    def count(self, rows: Sequence[Row | None], near: Sequence[Any]) -> None:
+        """Add what were near ties in ``rows`` that there are."""
+        self.near_ties += sum(bool(hit) for row, hit in zip(rows, near, strict=False) if row is not None)
+
+    def _near(self, scores: Tensor) -> Tensor | None:
         """``scores (rows, k)`` in any order."""
         if not self.counts or scores.shape[1] < 2:
-            return
+            return None
         best = scores.topk(2, dim=-1).values
-        near = (best[:, 0] - best[:, 1]) < NEAR_TIE
-        if bool(near.any()):
-            self.near_ties += sum(
-                1 for row, hit in zip(self.rows, near.tolist(), strict=False) if hit and row is not None
-            )
+        return (best[:, 0] - best[:, 1]) < NEAR_TIE
 
-    def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
+    def _set(self, name: str, values: Tensor) -> Tensor:
+        """A setting, made on the host: in the tensor that it was in before, if that has to stay."""
+        kept = self.settings.get(name)
+        if self.static and kept is not None:
+            upload(values, kept)
+        else:
+            self.settings[name] = values.to(self.device)
+        return self.settings[name]
 
 
 class Greedy(Strategy):
     """The most probable token."""
 
+    def key(self) -> tuple:
+        return ("greedy", self.counts)
+
     def propose(self, logits: Tensor, view: View) -> Proposal:
         probs, tokens = top_k_probs(logits, min(1 + self.counts, logits.shape[-1]))
-        self._count_near_ties(probs)
-        return Proposal(tokens[:, :1], probs[:, :1])
+        return Proposal(tokens[:, :1], probs[:, :1], self._near(probs))
 
 
 class Contrastive(Strategy):
@@ -152,53 +196,59 @@ class Contrastive(Strategy):
     Args:
         candidates: tried a step; rows whose own ``top_k`` is smaller take of the first of them.
         random: draws among them by ``exp(score / temperature)``.
-        draw: makes Gumbel noise ``(rows, k)`` like the probabilities it is given; None: each row's from its own
-            generator.
+        noise: makes Gumbel noise ``(rows, k)`` of so many rows and candidates; None: each row's from its own generator.
     """
 
     needs_history = looks_ahead = True
 
-    def __init__(self, candidates: int, random: bool = False, draw: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, candidates: int, random: bool = False, noise: Callable[[int, int], Tensor] | None = None):
         super().__init__()
-        self.candidates, self.random, self.draw = candidates, random, draw
+        self.candidates, self.random, self.noise = candidates, random, noise or self._noise_of_each
+
+    def key(self) -> tuple:
+        return ("contrastive", self.candidates, self.random, self.counts)
 
     def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
         super().bind(rows, device)
         settings = [row.parameters if row is not None else None for row in rows]
         # One number where rows have one; else in float64, as a number is: its difference from 1 is rounded once.
         self.alpha: float | Tensor = next((p.penalty_alpha for p in settings if p is not None), 0.0)
-        if any(p is not None and p.penalty_alpha != self.alpha for p in settings):
-            self.alpha = self._column([0.0 if p is None else p.penalty_alpha for p in settings], torch.float64)
+        if self.static or any(p is not None and p.penalty_alpha != self.alpha for p in settings):
+            alpha = [0.0 if p is None else p.penalty_alpha for p in settings]
+            self.alpha = self._set("alpha", torch.tensor(alpha, dtype=torch.float64)[:, None])
         narrow = [self.candidates if p is None or p.top_k is None else p.top_k for p in settings]
         self.beyond: Tensor | None = None  # candidates a row with a smaller top_k must not take
-        if min(narrow, default=self.candidates) < self.candidates:
-            width = torch.tensor(narrow, device=device)[:, None]
-            self.beyond = torch.arange(self.candidates, device=device)[None] >= width
+        if self.static or min(narrow, default=self.candidates) < self.candidates:
+            beyond = torch.arange(self.candidates)[None] >= torch.tensor(narrow)[:, None]
+            self.beyond = self._set("beyond", beyond)
         if self.random:
-            self.temperature = self._column([1.0 if p is None or _is_cold(p) else p.temperature for p in settings])
+            temperature = [1.0 if p is None or _is_cold(p) else p.temperature for p in settings]
+            self._set("temperature", torch.tensor(temperature)[:, None])
+
+    def draw(self, rows: int) -> None:
+        if self.random:
+            self._set("noise", self.noise(rows, self.candidates))
 
     def propose(self, logits: Tensor, view: View) -> Proposal:
         probs, tokens = top_k_probs(logits, self.candidates)
         if self.beyond is not None:
-            probs = probs.masked_fill(self.beyond, 0.0)
-        draw = self.draw or self._draw_each
-        return Proposal(tokens, probs, draw(probs) if self.random else None)
+            probs = probs.masked_fill(self.beyond[: len(probs)], 0.0)
+        return Proposal(tokens, probs)
 
     def choose(self, states: Tensor, proposal: Proposal, view: View) -> Choice:
         penalty, position = view.similarity(states)
         rows = slice(0, len(states))
-        alpha = self.alpha[rows] if isinstance(self.alpha, Tensor) else self.alpha
-        scores = contrastive_scores(proposal.probs.to(penalty.device), penalty, alpha)
+        alpha = on(penalty.device, self.alpha[rows]) if isinstance(self.alpha, Tensor) else self.alpha
+        scores = contrastive_scores(on(penalty.device, proposal.probs), penalty, alpha)
         scores = ranked = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))  # a state that overflowed loses
-        if proposal.noise is not None:
-            ranked = scores / self.temperature[rows].to(scores) + proposal.noise.to(scores.device)
-        self._count_near_ties(ranked)
-        return Choice(ranked.argmax(dim=-1), scores, ranked, penalty, position)
+        if self.random:
+            ranked = scores / self.settings["temperature"][rows].to(scores) + self.settings["noise"][rows].to(scores)
+        return Choice(ranked.argmax(dim=-1), scores, ranked, penalty, position, self._near(ranked))
 
-    def _draw_each(self, probs: Tensor) -> Tensor:
+    def _noise_of_each(self, rows: int, candidates: int) -> Tensor:
         """One draw a candidate whatever the row's ``top_k``; none at temperature 0."""
-        noise = torch.ones(probs.shape, dtype=torch.float32)
-        for index, row in enumerate(self.rows):
+        noise = torch.ones(rows, candidates)
+        for index, row in enumerate(self.rows[:rows]):
             if row is not None and not _is_cold(row.parameters):
                 noise[index].exponential_(generator=row.generator)
         return gumbel(noise)
@@ -211,6 +261,8 @@ def gumbel(noise: Tensor) -> Tensor:
 
 class Sample(Strategy):
     """Draws from the model's distribution as transformers' warpers leave it."""
+
+    asks_host = True
 
     def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
         super().bind(rows, device)
@@ -231,7 +283,10 @@ class Sample(Strategy):
             warped[found] = part
         probs = torch.softmax(warped, dim=-1)
         draws = torch.tensor(
-            [0.0 if row is None else torch.rand((), generator=row.generator, dtype=torch.float64) for row in self.rows],
+            [
+                0.0 if row is None else torch.rand((), generator=row.generator, dtype=torch.float64)
+                for row in self.rows[: len(logits)]
+            ],
             dtype=torch.float64,
             device=logits.device,
         )

@@ -7,26 +7,40 @@ from typing import Any
 
 import torch
 
-from ..decoding.strategies import Choice, Proposal
+from ..decoding.strategies import Choice, Proposal, decision
 from .sequence import Sequence
 
 
-class StepRecord:
-    """One step's decision for all rows, read off the device once."""
+class Reading:
+    """A tensor on its way to the host, which does not wait until it asks for it."""
 
-    def __init__(
-        self,
-        proposal: Proposal,
-        choice: Choice | None = None,
-        *,
-        details: bool,
-    ):
-        """``choice``: None if there was none; ``details``: whether any row wants a trace."""
-        if choice is None:
-            self.tokens = proposal.tokens[:, 0].tolist()
-        else:
-            selected = choice.selected.to(proposal.tokens.device)
-            self.tokens = proposal.tokens.gather(1, selected[:, None]).squeeze(1).tolist()
+    def __init__(self, tensor: torch.Tensor):
+        self.event = None
+        if tensor.device.type != "cuda":
+            self.host = tensor.clone()
+            return
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").pin_memory()
+        self.host.copy_(tensor, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def tolist(self) -> list:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
+
+
+class StepRecord:
+    """One step's decision for all rows, read off the device once: ``tokens``, whether there were no probabilities
+    (``bad``), and near ties (``near``)."""
+
+    def __init__(self, proposal: Proposal, choice: Choice | None = None, *, details: bool, reading: Any = None):
+        """``choice``: None if there was none; ``details``: whether any row wants a trace; ``reading``: of the decision,
+        where that is under way."""
+        decided = (decision(proposal, choice) if reading is None else reading).tolist()
+        self.tokens = [token for token, _, _ in decided]
+        self.bad = [bool(bad) for _, bad, _ in decided]
+        self.near = [bool(near) for _, _, near in decided]
         self.candidates: list[list[int]] = proposal.tokens.tolist() if details else []
         self.probs: list[list[float]] = proposal.probs.tolist() if details else []
         self.scores = choice.scores.tolist() if details and choice is not None else None

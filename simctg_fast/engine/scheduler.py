@@ -16,21 +16,22 @@ from ..cpu.modules import fast_linears
 from ..cpu.t5_blocks import fast_t5_blocks
 from ..decoding.attention import current_step
 from ..decoding.compiled_decoder import as_written
+from ..decoding.slot_step import Outcome
 from ..decoding.slots import round_up
-from ..decoding.step import the_first
-from ..decoding.strategies import Proposal, Strategy, View
+from ..decoding.strategies import Strategy
 from ..decoding.unsupported import UnsupportedError
 from ..loading import context_length
 from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
-from .observe import StepRecord
+from .observe import Reading, StepRecord
 from .prepare import apply_processors
 from .sequence import IDLE, Sequence
 from .slot_decoder import SlotDecoder
-from .slot_trial import rows_are_independent, slot_trial, verify
+from .slot_trial import SlotTrial, rows_are_independent, slot_trial, verify
 
 logger = logging.getLogger("simctg_fast")
 
 DEFAULT_SLOTS = 16
+CUDA_SLOTS = 64  # there, if memory allows
 LOOKAHEAD = 4096  # sequences that are known, and put in order, before the first is begun
 CHUNK = 512  # prompt tokens a forward
 PREFILL_BUDGET = 2048  # prompt tokens between two steps
@@ -65,6 +66,8 @@ class SlotScheduler:
         self.model_seconds = self.seconds = 0.0
         self.stopping = False
         self.shares_prefixes = True
+        self.captures = True  # steps are replayed as a CUDA graph, where that can be
+        self.batches_prompts = model.device.type == "cuda" and not model.config.is_encoder_decoder
         self.on_step: Callable[[], None] | None = None
         self.independent_slots = 1  # up to so many, a row's bits do not depend on how many there are
         self.decoder: SlotDecoder | None = None
@@ -81,35 +84,49 @@ class SlotScheduler:
         if model.training:
             return "the model is in training mode"
         budget = None
+        on_cuda = model.device.type == "cuda"
         try:
-            if slots is None and memory is not None:
+            if slots is None and (memory is not None or on_cuda):
                 measured = cls(model, strategy, 3)
                 measured._try()
                 free = free_bytes(model.device) or 0
-                budget = int(memory * free)
+                allowed = int((SPARE_MEMORY if memory is None else memory) * free)
+                budget = None if memory is None else allowed
                 positions = TYPICAL_PROMPT + max_new_tokens
                 limit = context_length(model)
                 positions = positions if limit is None else min(positions, limit)
-                slots = max(1, min(MAX_SLOTS, budget // max(1, measured.bytes_per_position * positions)))
-            made = cls(model, strategy, slots or DEFAULT_SLOTS, budget)
-            made._try()
+                most = CUDA_SLOTS if memory is None else MAX_SLOTS
+                slots = max(1, min(most, allowed // max(1, measured.bytes_per_position * positions)))
+            scheduler = cls(model, strategy, slots or DEFAULT_SLOTS, budget)
+            scheduler._try()
         except UnsupportedError as error:
             return str(error)
-        return made
+        return scheduler
 
     def _try(self) -> None:
         """Raise UnsupportedError where slots do not do what the model does; measure them."""
-        k, self.slots = self.strategy.candidates, min(self.most_slots, TRIAL_SLOTS)
+        self.slots = min(self.most_slots, TRIAL_SLOTS)
         with as_written(self.model):
-            trial = slot_trial(self.model, self.slots, k, context_length(self.model))
+            trial = slot_trial(self.model, self.slots, self.strategy.candidates, context_length(self.model))
+        try:
+            self._verify(trial)
+        except UnsupportedError as error:
+            if not self.captures:
+                raise
+            logger.info("%s is not captured as a CUDA graph: %s", type(self.model).__name__, error)
+            self.captures = False
+            self._verify(trial)
+        self.slots = self.most_slots
+
+    def _verify(self, trial: SlotTrial) -> None:
         with self._running() as decoder:
+            self.captures = decoder.static
             verify(decoder, trial)
             self._measure(decoder)
             on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
-            if on_cpu and self.slots > 1 and rows_are_independent(decoder):
+            if on_cpu and not decoder.static and self.slots > 1 and rows_are_independent(decoder):
                 # As far as one kernel goes: with more rows another takes over.
-                self.independent_slots = max(self.slots, KERNEL_ROWS // k)
-        self.slots = self.most_slots
+                self.independent_slots = max(self.slots, KERNEL_ROWS // self.strategy.candidates)
 
     @contextmanager
     def _running(self) -> Iterator[SlotDecoder]:
@@ -122,8 +139,10 @@ class SlotScheduler:
             try:
                 self._reopen()
                 yield self._decoder
-            finally:
-                self._close()
+            except BaseException as error:
+                self._close(type(error))
+                raise
+            self._close()
 
     @property
     def _decoder(self) -> SlotDecoder:
@@ -172,6 +191,7 @@ class SlotScheduler:
         self.filling: deque[tuple[int, list[Sequence], int]] = deque()  # slot, siblings, positions that are there
         self.taken: set[int] = set()
         self.bound: list[Sequence | None] | None = None
+        self.launched: _Launched | None = None
         self.active = 0
 
     def _pull(self) -> None:
@@ -199,18 +219,14 @@ class SlotScheduler:
     def _admit(self) -> None:
         while not self.stopping and self.waiting and len(self.taken) < self.slots:
             siblings = self.waiting[0][2]
-            needed = siblings[0].total_length + 1
+            needed = self._positions(siblings[0])
             if (reason := self._lacks_memory(1, needed)) is not None:  # fewer slots would not help it
                 heapq.heappop(self.waiting)
                 for sequence in siblings:
                     sequence.fail("out_of_memory", reason)
                 self.ended += siblings
                 continue
-            if (
-                needed > self._decoder.slots.extent.capacity
-                and (reason := self._lacks_memory(self.slots, needed)) is not None
-            ):
-                raise MemoryError(reason)
+            self._make_room(needed)
             heapq.heappop(self.waiting)
             free = [slot for slot in range(self.slots) if slot not in self.taken]
             now, later = siblings[: len(free)], siblings[len(free) :]
@@ -225,108 +241,171 @@ class SlotScheduler:
                 self.reserved[slot] = sequence
             self.active += len(now)
 
+    def _positions(self, sequence: Sequence) -> int:
+        """That a slot needs: one more than its text, and with a graph one for the step made before its end is seen."""
+        return sequence.total_length + 1 + self._decoder.captures
+
+    def _make_room(self, needed: int) -> None:
+        """Raise MemoryError where there is none for so many positions. With a graph, which would have to be captured
+        again, the longest that waits is reckoned with at once."""
+        slots = self._decoder.slots
+        if needed <= slots.extent.capacity:
+            return
+        if self._decoder.captures:
+            longest = max(needed, *(self._positions(siblings[0]) for _, _, siblings in self.waiting))
+            needed = needed if self._lacks_memory(self.slots, longest) else longest
+        if (reason := self._lacks_memory(self.slots, needed)) is not None:
+            raise MemoryError(reason)
+        if self._decoder.captures:
+            slots.reserve(needed)
+
     def _prefill(self) -> None:
         decoder, budget = self._decoder, PREFILL_BUDGET
         while self.filling and budget > 0:
             slot, siblings, start = self.filling[0]
             first = siblings[0]
             began = time.perf_counter()
-            decoder.slots.reserve(round_up(first.total_length + 1), exactly=True)
+            decoder.slots.reserve(self._positions(first))
             if start == 0 and first.source_ids is not None:
                 decoder.encode(first.source_ids)
                 budget -= len(first.source_ids)
             elif start == 0 and self.shares_prefixes:
                 start = self._copy_prefix(slot, first.prompt_ids)
-            ids = first.prompt_ids[start : start + CHUNK]
-            last = start + len(ids) == len(first.prompt_ids)
-            decoder.prefill(slot, ids, start, last)
-            self.model_seconds += time.perf_counter() - began
-            budget -= len(ids)
-            if not last:
+            batch = self._fresh(budget) if start == 0 else []
+            if len(batch) > 1:
+                prompts = [siblings[0].prompt_ids for _, siblings in batch]
+                decoder.prefill_batch([slot for slot, _ in batch], prompts)
+                budget -= len(batch) * max(map(len, prompts))
+            else:
+                ids = first.prompt_ids[start : start + CHUNK]
+                last = start + len(ids) == len(first.prompt_ids)
+                decoder.prefill(slot, ids, start, last)
+                budget -= len(ids)
+                batch = [(slot, siblings)] if last else []
                 self.filling[0] = (slot, siblings, start + len(ids))
-                continue
-            self.filling.popleft()
-            self.rows[slot] = first
-            for sequence in siblings[1:]:
-                target = next(s for s, waiting in self.reserved.items() if waiting is sequence)
-                del self.reserved[target]
-                decoder.copy(slot, target)
-                self.rows[target] = sequence
+            self.model_seconds += time.perf_counter() - began
+            for slot, siblings in batch:
+                self.filling.popleft()
+                self._begin(slot, siblings)
 
-    def _copy_prefix(self, slot: int, prompt: list[int]) -> int:
-        """Give ``slot`` what another one holds of its prompt, a system prompt say; returns how many positions."""
-        shared, source = 0, slot
+    def _fresh(self, budget: int) -> list[tuple[int, list[Sequence]]]:
+        """Whole prompts at the head of the queue that one forward may run, with their slots."""
+        batch: list[tuple[int, list[Sequence]]] = []
+        longest = 0
+        for slot, siblings, start in self.filling if self.batches_prompts else ():
+            length = len(siblings[0].prompt_ids)
+            longest = max(longest, length)
+            if start or length > CHUNK or (len(batch) + 1) * longest > budget:
+                break
+            if batch and self.shares_prefixes and self._donor(siblings[0].prompt_ids)[0]:
+                break
+            self._decoder.slots.reserve(self._positions(siblings[0]))
+            batch.append((slot, siblings))
+        return batch
+
+    def _begin(self, slot: int, siblings: list[Sequence]) -> None:
+        """The prompt is in ``slot``: its first sequence is decoded there, others in copies."""
+        self.rows[slot] = siblings[0]
+        for sequence in siblings[1:]:
+            target = next(s for s, waiting in self.reserved.items() if waiting is sequence)
+            del self.reserved[target]
+            self._decoder.copy(slot, target)
+            self.rows[target] = sequence
+
+    def _donor(self, prompt: list[int]) -> tuple[int, int]:
+        """How many positions of a prompt another slot holds, and which one."""
+        shared, source = 0, 0
         for other, sequence in enumerate(self.rows):
             if sequence is not None and sequence.source_ids is None:
                 length = common_prefix(prompt[:-1], sequence.prompt_ids)  # the last token's logits are wanted
                 shared, source = max((shared, source), (length, other), key=lambda found: found[0])
+        return shared, source
+
+    def _copy_prefix(self, slot: int, prompt: list[int]) -> int:
+        """Give ``slot`` what another one holds of its prompt, a system prompt say; returns how many positions."""
+        shared, source = self._donor(prompt)
         if shared:
             self._decoder.copy(source, slot, shared)
             self.shared_tokens += shared
         return shared
 
     def _step(self) -> None:
-        """One token for every row."""
-        decoder, strategy = self._decoder, self.strategy
+        """One token for every row. Of a graph the next step is launched before the last one is read, unless a row has
+        to see its tokens first."""
+        decoder, step = self._decoder, self._decoder.step
+        patient = any(row is not None and row.needs_each_step for row in self.rows)
+        if patient:
+            self._read()
         if not any(row is not None for row in self.rows):
+            self.launched = None  # a surplus step
             return
         count = self._compact()
-        logits = decoder.logits
+        logits = self._processed()
+        self._bind()
+        began = time.perf_counter()
+        if decoder.static:
+            logits = logits.clone() if patient else logits
+            decoder.launch()
+        else:
+            proposal = decoder.propose(count)
+            if self.strategy.looks_ahead:
+                decoder.proceed(proposal)
+        self.model_seconds += time.perf_counter() - began
+        self.steps += 1
+        self.row_steps += self.slots
+        assert step.outcome is not None
+        overlaps = decoder.graph.recorded is not None and not patient
+        before, self.launched = self.launched, _Launched(list(self.rows), step.outcome, logits)
+        if before is not None:
+            self._write(before)
+        if not overlaps:
+            self._read()
+        if not decoder.static and not self.strategy.looks_ahead and any(row is not None for row in self.rows):
+            began = time.perf_counter()
+            self._bind()
+            decoder.proceed(proposal)
+            self.model_seconds += time.perf_counter() - began
+
+    def _processed(self) -> torch.Tensor:
+        """The logits, as the rows' processors leave them."""
+        logits = self._decoder.logits
         for slot, sequence in enumerate(self.rows):
             if sequence is not None and sequence.processors:
                 with torch.inference_mode():
                     logits[slot] = apply_processors(sequence, logits[slot : slot + 1])[0]
                 if sequence.failure is not None:
                     self._release(slot)
+        return logits
+
+    def _bind(self) -> None:
         if self.rows != self.bound:
-            strategy.bind(list(self.rows), logits.device)
+            self._decoder.bind(list(self.rows))
             self.bound = list(self.rows)
-            self.details = any(r is not None and r.trace is not None for r in self.rows)
+
+    def _read(self) -> None:
+        """Wait for the step that was launched last."""
+        launched, self.launched = self.launched, None
+        if launched is not None:
+            self._write(launched)
+
+    def _write(self, launched: _Launched) -> None:
         began = time.perf_counter()
-        proposal = self._propose(logits)
+        record = launched.record()
         self.model_seconds += time.perf_counter() - began
-        for slot, bad in enumerate(proposal.probs.isnan().any(dim=-1).tolist()):
-            row = self.rows[slot]
-            if bad and row is not None:
-                row.fail("nan_logits", f"the logits left no probabilities at new token {len(row.tokens)}")
-                self._release(slot)
-        self.steps += 1
-        self.row_steps += self.slots
-        self.busy_row_steps += sum(row is not None for row in self.rows)
-        if strategy.looks_ahead:
-            self._write(self._look_ahead(proposal, logits, count), logits)
-        else:
-            self._write(StepRecord(proposal, details=self.details), logits)
-            if any(row is not None for row in self.rows):
-                self._forward(proposal.tokens[:count], the_first, count)
-
-    @torch.inference_mode()
-    def _propose(self, logits: torch.Tensor) -> Proposal:
-        return self.strategy.propose(logits, View(self._decoder.slots.history, self._decoder.slots.lengths))
-
-    def _forward(self, tokens: torch.Tensor, choose: Callable[[torch.Tensor], Any], count: int) -> None:
-        began = time.perf_counter()
-        self._decoder.step(tokens, choose, [row is not None for row in self.rows[:count]])
-        self.model_seconds += time.perf_counter() - began
-
-    def _look_ahead(self, proposal: Proposal, logits: torch.Tensor, count: int) -> StepRecord:
-        """Run all candidates, and let the strategy pick by what they lead to."""
-        slots, part, choices = self._decoder.slots, proposal.first(count), []
-
-        def choose(states: torch.Tensor) -> torch.Tensor:
-            choices.append(self.strategy.choose(states, part, View(slots.history, slots.lengths[:count])))
-            return choices[-1].selected
-
-        self._forward(part.tokens, choose, count)
-        return StepRecord(part, choices[-1], details=self.details)
-
-    def _write(self, record: StepRecord, logits: torch.Tensor) -> None:
-        for slot, sequence in enumerate(self.rows):
-            if sequence is not None:
-                record.write(slot, sequence, logits[slot : slot + 1])
+        rows = [None if row is None or row.finished else row for row in launched.rows]  # others had ended before
+        self.strategy.count(rows, record.near)
+        for slot, sequence in enumerate(rows):
+            if sequence is None:
+                continue
+            if record.bad[slot]:
+                message = f"the logits left no probabilities at new token {len(sequence.tokens)}"
+                sequence.fail("nan_logits", message)
+            else:
+                record.write(slot, sequence, launched.logits[slot : slot + 1])
                 self.generated += 1
-                if sequence.finished:
-                    self._release(slot)
+                self.busy_row_steps += 1
+            if sequence.finished:
+                self._release(slot)
 
     def _release(self, slot: int) -> None:
         """The slot's sequence has ended; it is handed out after the step, whatever becomes of the rest of it."""
@@ -426,16 +505,28 @@ class SlotScheduler:
         self._reopen()
         self.ended += failed
 
-    def _close(self) -> None:
+    def _close(self, error: type[BaseException] | None = None) -> None:
         if self.decoder is not None:
-            self.decoder.__exit__(None, None, None)
+            self.decoder.__exit__(error, None, None)
         self.decoder = None
 
     def _reopen(self) -> None:
         self._close()
         release()
-        self.decoder = SlotDecoder(self.model, self.slots, self.strategy.candidates, self.strategy.needs_history)
+        self.decoder = SlotDecoder(self.model, self.slots, self.strategy, capture=self.captures)
         self.decoder.__enter__()
+
+
+class _Launched:
+    """A step on its way: who was in the slots, and by which ``logits`` tokens are chosen."""
+
+    def __init__(self, rows: list[Sequence | None], outcome: Outcome, logits: torch.Tensor):
+        self.rows, self.outcome, self.logits = rows, outcome, logits
+        self.reading = Reading(outcome.decision)
+
+    def record(self) -> StepRecord:
+        details = any(row is not None and row.trace is not None for row in self.rows)
+        return StepRecord(self.outcome.proposal, self.outcome.choice, details=details, reading=self.reading)
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:

@@ -81,6 +81,11 @@ class Sequence:
         return self.finish_reason is not None or self.failure is not None
 
     @property
+    def needs_each_step(self) -> bool:
+        """Whether its next token waits for this one, or for what is recorded of it."""
+        return bool(self.processors or self.criteria) or self.logprobs is not None or self.trace is not None
+
+    @property
     def generator(self) -> torch.Generator:
         """Random numbers of its own, on the CPU: neither batch mates nor the device change them."""
         if self._generator is None:

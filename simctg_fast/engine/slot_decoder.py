@@ -1,13 +1,15 @@
 """Slots of the engine: every row has its own length, and can be replaced while the others go on.
 
-One forward serves ``rows × k`` candidates at as many different positions. Attention reads each slot's own prefix; masks
-are made from the model's own mask functions; position ids go in by the model's argument for them, or at its position
-embedding; T5's relative bias, which the model makes for the longest row, is shifted for the others. None of this is
-believed: :mod:`.slot_trial` compares it with transformers' own steps before anything is decoded.
+One forward (:mod:`..decoding.slot_step`) serves ``rows × k`` candidates at as many different positions. Attention reads
+each slot's own prefix; masks are made from the model's own mask functions; position ids go in by the model's argument
+for them, or at its position embedding; T5's relative bias, which the model makes for the longest row, is shifted for
+the others. None of this is believed: :mod:`.slot_trial` compares it with transformers' own steps before anything is
+decoded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,47 +18,65 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ..cpu.forwards import suspended
 from ..cpu.modules import at_most
 from ..decoding.caches import CACHE_NAME, new_cache, other_layers
+from ..decoding.graph import Graph, known_of, obstacle, take
 from ..decoding.hidden_states import HiddenStatesTap, last_position
-from ..decoding.inputs import DirectInputs, stand_in_states
 from ..decoding.padding_warning import no_padding_warning
-from ..decoding.slots import CrossSlots, Slots, round_up
-from ..decoding.step import Choose, Step
+from ..decoding.slot_step import SlotStep
+from ..decoding.slots import CrossSlots, Slots
+from ..decoding.step import Step
+from ..decoding.strategies import Proposal, Row, Strategy
 from ..decoding.truth import known_tokens
 from ..decoding.unsupported import UnsupportedError
 from ..ops.linear import MAX_ROWS
 
 
 class SlotDecoder:
-    """Slots over one model. A slot is filled by ``prefill``, and grows by one with each ``step``.
+    """Slots over one model. A slot is filled by ``prefill``, and grows by one with each step while it is active.
 
     Args:
         model: in evaluation mode.
-        count: slots; candidates: tokens tried a step.
-        history: keep hidden states for the degeneration penalty.
+        count: slots.
+        strategy: how tokens are chosen.
+        capture: replay steps as a CUDA graph, where that can be; static: run them as if.
 
     Attributes:
         slots: the buffers, the logits ``(count, V)`` for the next token of each slot among them.
+        graph: of the step.
 
     Raises:
         UnsupportedError: this model cannot; also from every method.
     """
 
-    def __init__(self, model: Any, count: int, candidates: int, history: bool):
-        self.model, self.count, self.candidates, self.keeps_history = model, count, candidates, history
+    def __init__(self, model: Any, count: int, strategy: Strategy, *, capture: bool = True, static: bool = False):
+        self.model, self.count, self.strategy = model, count, strategy
         self.device: torch.device = model.device
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         if (odd := other_layers(cache)) or not cache.layers:
             raise UnsupportedError(f"its cache has layers that are not plain keys and values: {', '.join(odd)}")
-        self.slots = Slots(count, len(cache.layers), self.device)
-        self.slots.end_prompt(0)
-        self.slots.cross = CrossSlots(count, self.device) if self.is_encoder_decoder else None
         self.tap = HiddenStatesTap(model)
         if not self.tap.has_head:
             raise UnsupportedError("it has no output embedding whose input could be read")
+        reason = obstacle(model, self.device) if capture else "capture=False"
+        if reason is None and strategy.asks_host:
+            reason = "its strategy asks the host"
+        self.captures, self.static = reason is None, static or reason is None
+        self.key = ("engine", count, type(strategy), strategy.key())
+        recorded = take(model, self.key) if self.captures else None
+        if recorded is None:
+            self.slots = Slots(count, len(cache.layers), self.device, blocks=True)
+            self.slots.cross = CrossSlots(self.slots.extent, self.device) if self.is_encoder_decoder else None
+            self.slots.end_prompt(0)
+        else:
+            self.slots = recorded.slots
+            for slot in range(count):
+                self.slots.set_length(slot, 0)
+        strategy.static, strategy.settings = self.static, {} if recorded is None else recorded.settings
         self.forward = Step(model, self.tap, self.slots)
-        self.inputs = DirectInputs(model)
-        self.windows: dict[int, bool] = {}
+        self.step = SlotStep(self.forward, strategy, known_of(model).windows)
+        self.graph = Graph(self.step, reason)
+        if recorded is not None:
+            self.graph.adopt(recorded)
 
     def __enter__(self) -> SlotDecoder:
         self.tap.__enter__()
@@ -64,42 +84,95 @@ class SlotDecoder:
 
     def __exit__(self, *exc: object) -> None:
         self.tap.__exit__(*exc)
+        if self.captures and exc[0] in (None, GeneratorExit):
+            self.graph.keep(self.key)
 
     @property
     def logits(self) -> torch.Tensor:
         assert self.slots.logits is not None
         return self.slots.logits
 
-    # ---- one slot -------------------------------------------------------------------------------------------------
+    # ---- slots ----------------------------------------------------------------------------------------------------
 
     @no_padding_warning()
     @torch.inference_mode()
     def prefill(self, slot: int, ids: list[int], start: int, last: bool) -> None:
         """Run ``ids``, which follow the ``start`` positions the slot holds already. ``last``: the prompt ends here, and
         the slot's logits are wanted."""
-        slots, end, rows = self.slots, start + len(ids), slice(slot, slot + 1)
-        slots.reserve(round_up(end + 1), exactly=True)
-        tokens = torch.tensor([ids], device=self.device)
+        slots, end = self.slots, start + len(ids)
+        slots.reserve(end + 1)
         cache, encoder_outputs = self._cache_of_prompt(), self.encoded if self.is_encoder_decoder else None
-        inputs = self.inputs(tokens, torch.arange(start, end, device=self.device)[None], cache, encoder_outputs)
-        slots.begin_prompt(rows, start)
-        self.tap.listen(last_position, all_positions=True)
+        states, logits = self._run([slot], torch.tensor([ids]), start, cache, encoder_outputs, last_position)
+        slots.end_prompt(end)
+        if slots.cross is not None and start == 0:
+            slots.cross.like = self.encoded.last_hidden_state[:1, :1]
+            slots.cross.fill(slot, cache.cross_attention_cache)
+        self._after_prompt([slot], [ids], start, states, logits if last else None)
+
+    @no_padding_warning()
+    @torch.inference_mode()
+    def prefill_batch(self, places: list[int], prompts: list[list[int]]) -> None:
+        """Run whole prompts of slots that hold nothing, in one forward; padding on the right is not read."""
+        lengths = [len(ids) for ids in prompts]
+        width = max(lengths)
+        self.slots.reserve(width + 1)
+        tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in prompts])
+        index = torch.tensor(lengths, device=self.device)[:, None, None] - 1
+
+        def ends(states: torch.Tensor) -> torch.Tensor:
+            return states.gather(1, index.to(states.device).expand(-1, -1, states.shape[2]))
+
+        states, logits = self._run(places, tokens, 0, self.slots.cache, None, ends)
+        self.slots.end_prompt(lengths)
+        self._after_prompt(places, prompts, 0, states, logits)
+
+    def _run(
+        self, places: list[int], tokens: torch.Tensor, start: int, cache: Any, encoder_outputs: Any, select: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States ``(n, T, D)`` and logits ``(n, V)`` of ``tokens (n, T)`` in these slots from ``start`` on."""
+        tokens = tokens.to(self.device)
+        positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand(len(tokens), -1)
+        inputs = self.step.inputs(tokens, positions, cache, encoder_outputs)
+        rows = slice(places[0], places[0] + 1) if len(places) == 1 else places
+        self.slots.begin_prompt(rows, start)
+        self.tap.listen(select, all_positions=True)
         try:
             # A prompt's forward has no other row in it: what `generate` computes it by serves, and is faster.
             with at_most(MAX_ROWS):
                 outputs = self.model(**inputs, return_dict=True)
+        except BaseException:
+            self.slots.end_prompt(start)
+            raise
         finally:
             heard = self.tap.mute().head
-            slots.end_prompt(end)
         if len(heard) != 1 or heard[0].shape[:2] != tokens.shape:
             shapes = [tuple(states.shape) for states in heard]
-            raise UnsupportedError(f"of {len(ids)} tokens, {shapes or 'nothing'} reaches the output embedding")
-        if slots.cross is not None and start == 0:
-            slots.cross.fill(slot, cache.cross_attention_cache)
-        if self.keeps_history:
-            slots.history.write(rows, start, heard[0])
-        if last:
-            self._set_logits(slot, outputs.logits[0, -1])
+            self.slots.end_prompt(start)
+            raise UnsupportedError(f"of {tokens.shape[1]} tokens, {shapes or 'nothing'} reaches the output embedding")
+        return heard[0], outputs.logits[:, -1]
+
+    def _after_prompt(
+        self, places: list[int], prompts: list[list[int]], start: int, states: torch.Tensor, logits: Any
+    ) -> None:
+        """Keep what the strategy asks for; ``logits (n, V)``: of prompts that are whole, None: they are not."""
+        slots, strategy = self.slots, self.strategy
+        if strategy.needs_history:
+            slots.history.write(places, start, states, lengths=[len(ids) for ids in prompts])
+        if strategy.needs_tokens:
+            if slots.tokens is None:
+                shape = (self.count, slots.extent.capacity + 1)
+                slots.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+            for slot, ids in zip(places, prompts, strict=True):
+                slots.tokens[slot, start : start + len(ids)] = torch.tensor(ids, device=self.device)
+        if logits is None:
+            return
+        if slots.logits is None:
+            if known_tokens(self.model, logits) is not None:
+                raise UnsupportedError("its output embedding writes tokens that it cannot read")
+            slots.logits = torch.zeros((self.count, logits.shape[-1]), dtype=torch.float32, device=self.device)
+        slots.logits[places] = logits.to(slots.logits)
+        for slot in places:
+            strategy.clear(slot)
 
     def _cache_of_prompt(self) -> Any:
         if not self.is_encoder_decoder:
@@ -122,62 +195,47 @@ class SlotDecoder:
         """Make slot ``target`` hold what ``source`` holds: its prefix, its history and its logits. With ``length``, no
         more than so many positions of the prefix."""
         self.slots.copy(source, target, length)
+        if length is None:
+            self.strategy.copy(source, target)
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """The slot is free: rows of length 0 cost the least."""
         self.slots.set_length(slot, 0)
 
-    def _set_logits(self, slot: int, logits: torch.Tensor) -> None:
-        if self.slots.logits is None:
-            if known_tokens(self.model, logits) is not None:
-                raise UnsupportedError("its output embedding writes tokens that it cannot read")
-            shape = (self.count, logits.shape[-1])
-            self.slots.logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        self.slots.logits[slot] = logits.to(self.slots.logits)
+    # ---- steps ----------------------------------------------------------------------------------------------------
 
-    # ---- all slots ------------------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def bind(self, rows: list[Row | None]) -> None:
+        """Who is in the slots; None: nobody who writes tokens."""
+        self.strategy.bind(rows, self.device)
+        self.slots.set_active([row is not None for row in rows])
+
+    @torch.inference_mode()
+    def propose(self, count: int) -> Proposal:
+        """Begin a step of the first ``count`` slots."""
+        self.slots.set_rows(count)
+        self.step.strategy.draw(count)
+        return self.step.propose()
 
     @no_padding_warning()
     @torch.inference_mode()
-    def step(self, tokens: torch.Tensor, choose: Choose, advance: list[bool]) -> None:
-        """Try candidates ``tokens (rows, k)`` and keep each row's winner, as ``choose`` picks them.
+    def proceed(self, proposal: Proposal) -> None:
+        """Make the rest of it: the winners are put behind the texts of slots that are active."""
+        self._advance(len(proposal.tokens), lambda: self.step.proceed(proposal))
 
-        Args:
-            tokens: for the first ``rows`` slots; those behind must be free.
-            choose: called once, before the output embedding runs on the winners alone.
-            advance: which of the rows grow; the others' tokens are there for the shape only.
-        """
-        (rows, k), slots = tokens.shape, self.slots
-        slots.set_rows(rows)
-        slots.reserve(round_up(slots.length + 1), exactly=True)
-        lengths = slots.lengths[:rows]
-        positions = lengths.clone()
-        each = positions.repeat_interleave(k)
-        cache: Any = slots.cache
-        known: dict[str, Any] = {}
-        encoder_outputs = None
-        if slots.cross is not None:
-            cross = slots.cross.as_cache(rows)
-            known = {"cross": cross, "cross_lengths": slots.cross.lengths[:rows]}
-            cache = EncoderDecoderCache(cache, cross)
-            cache.is_updated = dict.fromkeys(range(len(slots.layers)), True)
-            width = cross.layers[0].keys.shape[2]
-            encoder_outputs = stand_in_states(self.encoded.last_hidden_state, rows * k, width)
-        result = self.forward.run(
-            self.inputs(tokens.reshape(-1, 1), each[:, None], cache, encoder_outputs),
-            tokens,
-            choose,
-            commit=lambda winners: slots.commit(winners, lengths),
-            around=lambda _: self.inputs.placed(each),
-            lengths=lengths,
-            windows=self.windows,
-            **known,
-        )
-        slots.advance(advance)
-        if self.keeps_history:
-            slots.history.append(result.hidden_states, positions)
-        # A new tensor: what was there before is still asked for by those who record the step.
-        logits = result.logits.to(self.logits)
-        slots.logits = logits if rows == self.count else torch.cat([logits, self.logits[rows:]])
+    @no_padding_warning()
+    @torch.inference_mode()
+    def launch(self) -> None:
+        """A whole step of all slots, replayed if it can be."""
+        self.slots.set_rows(self.count)
+        self.strategy.draw(self.count)
+        self._advance(self.count, self.graph)
+
+    def _advance(self, rows: int, run: Callable[[], None]) -> None:
+        slots = self.slots
+        slots.reserve(slots.length + 1)
+        with slots.extent.seen_whole(self.static):
+            run()
+        slots.advance_host(slots.host_active[:rows])
         slots.set_rows(self.count)

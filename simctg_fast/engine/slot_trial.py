@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..decoding.own_step import (
     own_text,
     wrong_head,
 )
+from ..decoding.strategies import Choice, Proposal, Strategy, View
 from ..decoding.trial import FILLINGS, differs
 from ..decoding.truth import RELATIVE_ERROR
 from ..decoding.unsupported import FAILURES, UnsupportedError
@@ -124,41 +127,62 @@ def _verify(decoder: SlotDecoder, trial: SlotTrial, allowed: float) -> None:
         decoder.prefill(slot, prompt[:half] or prompt[:1], 0, last=False)
         if len(prompt) > 1:
             decoder.prefill(slot, prompt[half or 1 :], half or 1, last=True)
-    for number, filling in enumerate(FILLINGS):  # beyond the rows' ends: who reads it is far off
-        decoder.slots.fill_unused(filling)
-        tokens = trial.tokens[number].to(decoder.device)
-        seen: list[torch.Tensor] = []
-
-        def choose(states: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
-            seen.append(states.clone())
-            return torch.full((len(states),), states.shape[1] - 1, device=states.device)
-
-        decoder.step(tokens, choose, [slot < len(trial.texts) for slot in range(decoder.count)])
-        for slot, text in enumerate(trial.texts):
-            for column, (states, _) in zip(trial.columns, text.rounds[number], strict=True):
-                compare(seen[0][slot, column], states[True], "hidden states")
-            compare(decoder.logits[slot], text.rounds[number][-1][1], "logits")
+    forced = _Forced(decoder.strategy.needs_history)
+    with _chosen_by(forced, decoder):
+        decoder.slots.set_active([slot < len(trial.texts) for slot in range(decoder.count)])
+        for number, filling in enumerate(FILLINGS):  # beyond the rows' ends: who reads it is far off
+            decoder.slots.fill_unused(filling)
+            forced.tokens = trial.tokens[number].to(decoder.device)
+            decoder.proceed(decoder.propose(decoder.count))
+            for slot, text in enumerate(trial.texts):
+                for column, (states, _) in zip(trial.columns, text.rounds[number], strict=True):
+                    compare(forced.seen[slot, column], states[True], "hidden states")
+                compare(decoder.logits[slot], text.rounds[number][-1][1], "logits")
     decoder.slots.fill_unused(0.0)
+
+
+class _Forced(Strategy):
+    """Tries ``tokens`` and keeps the last of each row; what states they lead to is ``seen (rows, k, D)``."""
+
+    looks_ahead = True
+    tokens: torch.Tensor
+    seen: torch.Tensor
+
+    def __init__(self, needs_history: bool):
+        super().__init__()
+        self.needs_history = needs_history
+
+    def propose(self, logits: torch.Tensor, view: View) -> Proposal:
+        tokens = self.tokens[: len(logits)]
+        return Proposal(tokens, torch.ones(tokens.shape, device=tokens.device))
+
+    def choose(self, states: torch.Tensor, proposal: Proposal, view: View) -> Choice:
+        self.seen = states.clone()
+        last = torch.full((len(states),), states.shape[1] - 1, device=states.device)
+        return Choice(last, proposal.probs, proposal.probs, proposal.probs, proposal.tokens)
+
+
+@contextmanager
+def _chosen_by(strategy: Strategy, decoder: SlotDecoder) -> Iterator[None]:
+    decoder.step.strategy, before = strategy, decoder.step.strategy
+    try:
+        yield
+    finally:
+        decoder.step.strategy = before
 
 
 @torch.inference_mode()
 def rows_are_independent(decoder: SlotDecoder) -> bool:
     """Whether a row's bits stay the same when fewer rows are computed with it, as far as a trial can tell."""
-    tokens = draw_tokens(decoder.model)(decoder.count, decoder.candidates)
-    seen: list[torch.Tensor] = []
-
-    def choose(states: torch.Tensor) -> torch.Tensor:
-        seen.append(states.clone())
-        return torch.zeros(len(states), dtype=torch.long)
-
-    logits = []
-    for rows in (decoder.count, max(1, decoder.count // 2), 1):
-        for slot in range(decoder.count):  # what earlier trials have left there, or zeros
-            decoder.slots.set_length(slot, 2 + slot % 2)
-        decoder.step(tokens[:rows], choose, [True] * rows)
-        logits.append(decoder.logits[0].clone())
+    forced, seen = _Forced(decoder.strategy.needs_history), []
+    forced.tokens = draw_tokens(decoder.model)(decoder.count, decoder.strategy.candidates).to(decoder.device)
+    with _chosen_by(forced, decoder):
+        decoder.slots.set_active([True] * decoder.count)
+        for rows in (decoder.count, max(1, decoder.count // 2), 1):
+            for slot in range(decoder.count):  # what earlier trials have left there, or zeros
+                decoder.slots.set_length(slot, 2 + slot % 2)
+            decoder.proceed(decoder.propose(rows))
+            seen.append((forced.seen[0], decoder.logits[0].clone()))
     for slot in range(decoder.count):
         decoder.clear(slot)
-    return all(torch.equal(states[0], seen[0][0]) for states in seen) and all(
-        torch.equal(row, logits[0]) for row in logits
-    )
+    return all(torch.equal(states, seen[0][0]) and torch.equal(row, seen[0][1]) for states, row in seen)

@@ -193,6 +193,7 @@ class _BatchRun(Run):
                 proposal.tokens.clamp_(max=self.known_tokens - 1)
             result = self._step(input_ids, proposal)
             record = StepRecord(proposal, self.choice, details=details)
+            chooser.count([None if s is None or s.finished else s for s in rows], record.near)
             for index, sequence in enumerate(rows):
                 if sequence is not None and not sequence.finished:
                     record.write(index, sequence, logits[index : index + 1], padding[index])

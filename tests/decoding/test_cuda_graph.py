@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 
-from simctg_fast.decoding import cuda_graph, decode_step
+from simctg_fast.decoding import cuda_graph, decode_step, graph
 from simctg_fast.decoding.contrastive_search import ContrastiveSearch
 from simctg_fast.decoding.cuda_graph import record
 from simctg_fast.decoding.decode_step import DecodeStep
+from simctg_fast.decoding.slot_step import SlotStep
+from simctg_fast.decoding.strategies import Contrastive
 from simctg_fast.ops.prefix_commit import CommitPlan
 
 from ..decoding_models import PAD, build
@@ -22,8 +23,10 @@ NEW = 40
 
 @pytest.fixture
 def driver(monkeypatch):
+    graph.release()
     with emulated_cuda(monkeypatch) as driver:
         yield driver
+    graph.release()
 
 
 @pytest.fixture
@@ -58,13 +61,12 @@ def test_replays_give_the_same_tokens(name, pads, driver, steps):
 
 def outliving(step: DecodeStep) -> dict[str, torch.Tensor]:
     """What is read after a replay, or by the next one."""
-    plan, counters = step.kept
-    found = {"table": plan.table, "counters": counters}
-    found |= {name: x for name, x in vars(step).items() if isinstance(x, torch.Tensor)}
-    found["lengths"] = step.slots.lengths
-    for number, layer in enumerate(step.slots.layers):
+    slots, (plan, counters) = step.slots, step.graph.recorded.held
+    found = {"table": plan.table, "counters": counters} | step.strategy.settings
+    for owner in (step.step, slots, slots.history):
+        found |= {name: x for name, x in vars(owner).items() if isinstance(x, torch.Tensor)}
+    for number, layer in enumerate(slots.layers):
         found |= {f"keys {number}": layer.keys, f"values {number}": layer.values}
-    found |= {f"history's {name}": x for name, x in vars(step.history).items() if isinstance(x, torch.Tensor)}
     return found
 
 
@@ -74,23 +76,22 @@ def test_nothing_that_outlives_a_capture_lies_in_its_memory(pads, driver, steps)
     search(build("llama"), prompts(3, pads=pads))
     (step,) = steps
     held = outliving(step)
-    assert {"table", "counters", "logits", "lengths", "sequences", "unfinished", "keys 0", "history's states"} <= set(
-        held
-    )
-    assert step.graph.made
-    assert not [name for name, tensor in held.items() if address(tensor) in step.graph.made]
+    assert {"table", "counters", "logits", "lengths", "tokens", "active", "bad", "keys 0", "states", "alpha"} <= {*held}
+    allocated = step.graph.recorded.graph.made
+    assert allocated
+    assert not [name for name, tensor in held.items() if address(tensor) in allocated]
 
 
 def test_a_table_made_inside_the_capture_is_noticed(driver, monkeypatch):
     """The emulation itself: garbage is what a replay finds there."""
-    run = decode_step.CommitPlan.run
+    run = CommitPlan.run
 
     def inside(self, pairs, position, winners):
         if driver.recording is not None:
             self.table = torch.empty(self.table.numel(), dtype=torch.int64)
         run(self, pairs, position, winners)
 
-    monkeypatch.setattr(decode_step.CommitPlan, "run", inside)
+    monkeypatch.setattr(CommitPlan, "run", inside)
     with pytest.raises(AssertionError, match="an address of nothing"):
         search(build("llama"), prompts(1))
 
@@ -120,6 +121,7 @@ def test_a_second_call_neither_compares_nor_rehearses(driver, steps, monkeypatch
     model, inputs = build("mistral"), prompts(2, pads=(2, 0))
     first = search(model, inputs)
     assert (len(compared), driver.rehearsed, driver.recorded) == (1, 1, 1)
+    graph.release()
     assert torch.equal(search(model, inputs), first)
     assert (len(compared), driver.rehearsed, driver.recorded) == (1, 1, 2)
     search(model, prompts(3, pads=(2, 0)))  # another size: kernels may have to be compiled for it
@@ -138,6 +140,7 @@ def test_short_calls_are_not_captured(driver, steps):
 
 def test_buffers_that_grow_are_captured_again(driver, steps, monkeypatch):
     monkeypatch.setattr("simctg_fast.decoding.slots.next_capacity", lambda needed, _: needed + 10)
+    monkeypatch.setattr(decode_step, "round_up", lambda positions: positions)
     model, inputs = build("llama"), prompts(2)
     ours = search(model, inputs, new_tokens=60)
     assert driver.recorded >= 3
@@ -172,11 +175,11 @@ def test_a_step_that_makes_the_host_wait_is_refused_and_says_where(driver, steps
     same_tokens(ours, search(model, inputs, False), model, inputs)
 
 
-def test_waiting_once_is_no_reason(driver, steps):
+def test_waiting_once_is_no_reason(driver, steps, monkeypatch):
     """Something that is made on first use, and kept."""
     model, inputs = build("llama"), prompts(2)
     search(model, inputs, False)  # the trial
-    rehearse = decode_step.rehearse
+    rehearse = graph.rehearse
     waited = []
 
     def first(run, device):
@@ -184,11 +187,8 @@ def test_waiting_once_is_no_reason(driver, steps):
         waited.append(found)
         return "somewhere.py:1" if len(waited) == 1 else found
 
-    decode_step.rehearse, kept = first, rehearse
-    try:
-        search(model, inputs)
-    finally:
-        decode_step.rehearse = kept
+    monkeypatch.setattr(graph, "rehearse", first)
+    search(model, inputs)
     assert (driver.rehearsed, driver.recorded) == (2, 1)
     assert steps[0].not_captured is None
 
@@ -196,7 +196,7 @@ def test_waiting_once_is_no_reason(driver, steps):
 @pytest.mark.parametrize("how", ["it raises", "the host reads"])
 def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkeypatch):
     """The call goes on without a graph, the next one does not try again, and one of a sound model is captured."""
-    run, broken = DecodeStep._run, [True]
+    run, broken = SlotStep.__call__, [True]
 
     def fails(self):
         run(self)
@@ -205,7 +205,7 @@ def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkey
                 raise RuntimeError("it broke")
             self.slots.lengths.sum().item()
 
-    monkeypatch.setattr(DecodeStep, "_run", fails)
+    monkeypatch.setattr(SlotStep, "__call__", fails)
     model, inputs = build("llama"), prompts(2)
     ours = search(model, inputs)
     assert driver.as_before()
@@ -219,13 +219,13 @@ def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkey
     assert (steps[-1].not_captured, driver.rehearsed) == (steps[0].not_captured, tried)
     broken[0] = False
     search(build("gpt2"), inputs)
-    assert steps[-1].graph is not None
+    assert steps[-1].graph.recorded is not None
 
 
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_capture_that_runs_out_of_memory(fails, driver, steps, monkeypatch):
     """It is tried again without what torch keeps for later; if that does not help, by the next call."""
-    run, left = DecodeStep._run, [fails]
+    run, left = SlotStep.__call__, [fails]
 
     def short_of_memory(self):
         if driver.recording is not None and left[0]:
@@ -233,12 +233,12 @@ def test_a_capture_that_runs_out_of_memory(fails, driver, steps, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         run(self)
 
-    monkeypatch.setattr(DecodeStep, "_run", short_of_memory)
+    monkeypatch.setattr(SlotStep, "__call__", short_of_memory)
     model, inputs = build("llama"), prompts(2)
     ours = search(model, inputs)
     assert driver.emptied == 1
     assert driver.as_before()
-    assert (steps[0].graph is None) == (fails == 2)
+    assert (steps[0].graph.recorded is None) == (fails == 2)
     if fails == 2:
         assert "out of memory" in steps[0].not_captured
         assert not driver.held
@@ -253,33 +253,37 @@ def test_memory_of_graphs_that_are_gone_is_given_back(driver):
 
 
 def test_what_refuses_one_kind_of_call_says_nothing_of_others(driver, steps, monkeypatch):
-    """A processor that reads a tensor on the host, say."""
+    """A strategy that reads a tensor on the host, say."""
 
-    class Asks(SuppressTokensLogitsProcessor):
-        def __call__(self, input_ids, scores):
-            float(scores.sum())
-            return super().__call__(input_ids, scores)
+    class Asks(Contrastive):
+        def propose(self, logits, view):
+            float(logits.sum())
+            return super().propose(logits, view)
 
-    monkeypatch.setattr(decode_step, "GRAPH_SAFE", (*decode_step.GRAPH_SAFE, Asks))
     model, inputs = build("llama"), prompts(2)
+    make = ContrastiveSearch.make_strategy
     for _ in range(2):
-        search(model, inputs, logits_processor=[Asks([90])])
+        monkeypatch.setattr(ContrastiveSearch, "make_strategy", lambda *_: Asks(4))
+        search(model, inputs)
         assert "makes the host wait" in steps[-1].not_captured
     assert driver.rehearsed == 2
+    monkeypatch.setattr(ContrastiveSearch, "make_strategy", make)
     search(model, inputs)
-    assert steps[-1].graph is not None
+    assert steps[-1].graph.recorded is not None
 
 
 def test_each_size_has_its_own_rehearsals(driver, steps, monkeypatch):
     """A wait in the first of the second size is no more a reason than one in the first of all."""
     monkeypatch.setattr("simctg_fast.decoding.slots.next_capacity", lambda needed, _: needed + 20)
-    rehearse, waits = decode_step.rehearse, ["somewhere.py:1", None, "somewhere.py:2", None]
+    monkeypatch.setattr(decode_step, "round_up", lambda positions: positions)
+    rehearse, waits = graph.rehearse, ["somewhere.py:1", None, "somewhere.py:2", None]
     monkeypatch.setattr(
-        decode_step, "rehearse", lambda run, device: (rehearse(run, device), waits.pop(0) if waits else None)[1]
+        graph, "rehearse", lambda run, device: (rehearse(run, device), waits.pop(0) if waits else None)[1]
     )
     search(build("llama"), prompts(2), new_tokens=70)
     assert driver.recorded >= 2
-    assert (waits, steps[0].not_captured) == ([], None)
+    assert not waits
+    assert steps[0].not_captured in (None, "too few tokens are left to capture it again")
 
 
 def test_a_recording_of_which_no_graph_can_be_made(driver, monkeypatch):
@@ -299,14 +303,14 @@ def test_a_recording_of_which_no_graph_can_be_made(driver, monkeypatch):
 
 
 def test_an_interrupt_during_a_capture_is_raised(driver, monkeypatch):
-    run = DecodeStep._run
+    run = SlotStep.__call__
 
     def interrupted(self):
         if driver.recording is not None:
             raise KeyboardInterrupt
         run(self)
 
-    monkeypatch.setattr(DecodeStep, "_run", interrupted)
+    monkeypatch.setattr(SlotStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search(build("llama"), prompts(1))
     assert driver.as_before()

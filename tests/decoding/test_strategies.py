@@ -75,12 +75,11 @@ def test_what_the_engine_counts():
     logits = torch.tensor([[1.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
     for strategy in (greedy, contrastive):
         strategy.bind([RowSettings(0.0)] * 2, logits.device)
-    view = View(None)
-    greedy.propose(logits, view)
-    assert greedy.near_ties == 0
+    assert greedy.propose(logits, View(None)).near is None
     greedy.counts = True
-    greedy.propose(logits, view)
+    near = greedy.propose(logits, View(None)).near.tolist()
+    assert near == [True, False]
+    greedy.count([RowSettings(0.0)] * 2, near)
     assert greedy.near_ties == 1
-    greedy.bind([None, RowSettings(0.0)], logits.device)  # nobody's row
-    greedy.propose(logits, view)
+    greedy.count([None, RowSettings(0.0)], near)  # nobody's row
     assert greedy.near_ties == 1

@@ -69,7 +69,7 @@ def test_a_batch_from_one_state(name, batch):
     ids = prompt(batch, length)
     config = model.generation_config
     kwargs = {CACHE_NAME: new_cache(model, config, batch, None), "use_cache": True}
-    with HiddenStatesTap(model) as tap, SlotDecoder(model, batch, k, True) as engine, fast_linears(model):
+    with HiddenStatesTap(model) as tap, SlotDecoder(model, batch, Contrastive(k)) as engine, fast_linears(model):
         ours = SlotsDecoder(
             model, tap, head=True, generation_config=config, model_kwargs=kwargs, max_length=None, record={}
         )
@@ -84,6 +84,7 @@ def test_a_batch_from_one_state(name, batch):
         engine.slots.logits = logits.clone()
         strategy = Contrastive(k)
         strategy.bind([RowSettings(alpha)] * batch, ids.device)
+        engine.bind([RowSettings(alpha)] * batch)
         for _ in range(NEW):
             proposal = strategy.propose(logits, View(ours.history))
             candidates = proposal.tokens
@@ -91,13 +92,9 @@ def test_a_batch_from_one_state(name, batch):
             def choose(states, proposal=proposal):
                 return strategy.choose(states, proposal, View(ours.history)).selected
 
-            def choose_too(states, proposal=proposal):
-                view = View(engine.slots.history, engine.slots.lengths)
-                return strategy.choose(states, proposal, view).selected
-
             result = ours.step(ids, candidates, choose)
             ours.history.append(result.hidden_states)
-            engine.step(candidates, choose_too, [True] * batch)
+            engine.proceed(engine.propose(batch))
             logits = result.logits
             ids = torch.cat([ids, candidates.gather(1, result.selected[:, None])], dim=1)
             assert torch.equal(engine.logits, logits)

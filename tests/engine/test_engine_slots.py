@@ -12,6 +12,7 @@ import transformers
 
 import simctg_fast.engine.scheduler as scheduler_module
 from simctg_fast import ContrastiveSearch
+from simctg_fast.decoding.strategies import Contrastive
 from simctg_fast.decoding.unsupported import UnsupportedError
 from simctg_fast.engine import Engine
 from simctg_fast.engine.scheduler import SlotScheduler
@@ -379,9 +380,9 @@ def test_the_trial_is_needed():
     rotary = model.model.rotary_emb
     plain = rotary.forward
     rotary.forward = lambda x, position_ids: plain(x, position_ids=position_ids.amax().expand_as(position_ids))
-    made = SlotDecoder(model, 3, 2, True)
-    with made, pytest.raises(UnsupportedError, match="differ from those of transformers' own step"):
-        verify(made, truth)
+    decoder = SlotDecoder(model, 3, Contrastive(2))
+    with decoder, pytest.raises(UnsupportedError, match="differ from those of transformers' own step"):
+        verify(decoder, truth)
 
 
 def test_too_long_requests_and_foreign_keys():
@@ -413,7 +414,7 @@ def test_chat_templates():
 
 
 @pytest.mark.parametrize("strategy", ["contrastive", "greedy"])
-@pytest.mark.parametrize("where", ["step", "prefill"])
+@pytest.mark.parametrize("where", ["proceed", "prefill"])
 def test_out_of_memory_halves_the_slots_and_goes_on(where, strategy, monkeypatch, caplog):
     """Some rows have ended in the very step that fails: they are not written again, nor lost."""
     model = shared("gpt2")
@@ -565,7 +566,7 @@ def test_what_is_reckoned_is_what_a_decoder_holds():
     scheduler = engine.backend
     with scheduler._running():
         decoder = scheduler._decoder
-        decoder.slots.reserve(256, exactly=True)
+        decoder.slots.reserve(256)
         decoder.prefill(0, [5, 6, 7], 0, last=True)
         held = sum(b.nbytes for layer in decoder.slots.layers for b in (layer.keys, layer.values))
         held += decoder.slots.history.states.nbytes + decoder.logits.nbytes
