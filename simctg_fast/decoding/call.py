@@ -61,7 +61,7 @@ class Call:
                 padded = name.endswith("mask") and value.ndim == 2 and not bool(value.all())
                 kind.append((name, value.ndim, value.dtype, padded))
             elif isinstance(value, dict):
-                kind.append((name, tuple(key for key, given in value.items() if given is not None)))
+                kind.append((name, tuple(key for key, part in value.items() if part is not None)))
             else:
                 kind.append((name, value if isinstance(value, (bool, int, float, str)) else type(value).__name__))
         return tuple(kind)
@@ -127,8 +127,8 @@ def copy_of(call: Call) -> Rows:
     batch = len(ids)
     if batch == 1 or not all(has_rows(name, value, batch) for name, value in kwargs.items()):
         return Rows(ids, kwargs)
-    given = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
-    masks = [mask for mask in given if isinstance(mask, torch.Tensor) and mask.ndim == 2]
+    masks = [kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")]
+    masks = [mask for mask in masks if isinstance(mask, torch.Tensor) and mask.ndim == 2]
     real = sum((mask.sum(dim=-1).cpu() for mask in masks), torch.zeros(batch, dtype=torch.int64))
     first, second = int(real.argmax()), int(real.argmin())
     if first == second:  # rows of one length; those of num_return_sequences are one text

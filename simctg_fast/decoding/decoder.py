@@ -13,7 +13,8 @@ from .caches import without_caches
 from .hidden_states import HiddenStatesTap, last_position
 from .inputs import has_rows, take_rows, with_own_states
 from .slots import Extent, History
-from .step import Choose, StepResult, try_candidates
+from .step import Choose, StepResult, the_first, try_candidates
+from .strategies import Choice, Proposal, Strategy, View
 from .unsupported import UnsupportedError
 
 
@@ -90,21 +91,50 @@ class Decoder:
         """Try ``candidates (B, k)`` after ``input_ids (B, L)``, and keep the winners."""
         raise NotImplementedError
 
-    def keep(self, rows: list[int]) -> bool:
-        """Go on with these rows alone, in this order. False where the model's arguments cannot be taken apart."""
+    def propose(self, strategy: Strategy, logits: Tensor) -> Proposal:
+        """Candidates of all rows, by their ``logits (B, V)``."""
+        strategy.draw(len(logits))
+        return strategy.propose(logits, View(self.history))
+
+    def decide(self, strategy: Strategy, input_ids: Tensor, proposal: Proposal) -> tuple[StepResult, Choice | None]:
+        """Step with what ``strategy`` proposed after ``input_ids (B, L)``. Returns also why it chose, if it did so."""
+        choice: Choice | None = None
+        view = View(self.history)
+
+        def choose(states: Tensor) -> Tensor:
+            nonlocal choice
+            choice = strategy.choose(states, proposal, view)
+            return choice.selected
+
+        result = self.step(input_ids, proposal.tokens, choose if strategy.looks_ahead else the_first)
+        if strategy.needs_history:
+            self.history.append(result.hidden_states)
+        return result, choice
+
+    def keep(self, kept: list[bool]) -> list[int]:
+        """Go on without the rows that are not ``kept``, which cost nothing from here on, if the model's arguments can
+        be taken apart. Returns, of the rows that there are then, the places they had."""
+        places, every = places_kept(kept), list(range(len(kept)))
+        if places == every or not self.expanded:  # before the first step all of them are to be expanded
+            return every
         batch, k = self.shape
         arguments = without_caches(self.expanded)
         if not all(has_rows(name, value, batch * k) for name, value in arguments.items()):
-            return False
-        each = [row * k + candidate for row in rows for candidate in range(k)]
+            return every
+        each = [row * k + candidate for row in places for candidate in range(k)]
         self.expanded |= {name: take_rows(value, each, name) for name, value in arguments.items()}
-        self._keep(rows)
-        return True
-
-    def _keep(self, rows: list[int]) -> None:
-        for target, source in enumerate(rows):
+        for target, source in enumerate(places):
             if source != target:
-                self.history.copy(source, target, self.history.length)
+                self._copy(source, target)
+        self._keep(places)
+        return places
+
+    def _copy(self, source: int, target: int) -> None:
+        """Row ``target`` becomes what ``source`` is."""
+        self.history.copy(source, target, self.history.length)
+
+    def _keep(self, places: list[int]) -> None:
+        """What rows at ``places`` were is in the first ones now; what else is to follow."""
 
     def result_cache(self, input_ids: Tensor, surplus: int) -> Cache | None:
         """A cache of all but the last token of ``input_ids``, as plain ``generate`` returns one; ``surplus`` steps were
@@ -125,3 +155,11 @@ class Decoder:
 
     def _try(self, inputs: dict[str, Any], candidates: Tensor, choose: Choose) -> StepResult:
         return try_candidates(self.model, self.tap, inputs, candidates, choose, self.head)
+
+
+def places_kept(kept: list[bool]) -> list[int]:
+    """For each of the first places, the one whose row it gets when those that are not ``kept`` leave: its own, or for a
+    place that is free one from the end."""
+    count = sum(kept)
+    moved = [place for place in range(count, len(kept)) if kept[place]]
+    return [place if kept[place] else moved.pop() for place in range(count)]

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.configuration_utils import GenerationConfig
 
 from .caches import CACHE_NAME, new_cache, self_attention_cache
+from .call import learned_prompt
 from .settings import check_penalty_alpha, check_settings, check_top_k
 
 logger = logging.getLogger("simctg_fast")
@@ -55,6 +56,7 @@ class Arguments:
     Attributes:
         kwargs: for the model, with a cache that is still empty.
         callers_cache: one that the caller passed in, to be filled at the end.
+        positions: size of the model's table of them, or None; virtual: how many a prompt that PEFT has learned takes.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Arguments:
         self.model, self.input_ids, self.config, self.bound = model, input_ids, config, bound
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.callers_cache: Cache | None = None
+        self.positions, wrapper = position_table(model), learned_prompt(model)
+        self.virtual = 0 if wrapper is None else wrapper.active_peft_config.num_virtual_tokens
         self.kwargs = self._checked({n: v for n, v in kwargs.items() if n not in _RECORDED})
         self.prompt_mask = self._prompt_mask()
 
@@ -73,15 +77,16 @@ class Arguments:
     @property
     def max_length(self) -> int | None:
         """Positions the sequences can reach, where a criterion bounds them (inputs_embeds are not counted in ids)."""
-        if self.bound is None or self.embeds is None:
-            return self.bound
-        return self.bound + self.embeds.shape[1] - self.input_ids.shape[1]
+        if self.bound is None:
+            return None
+        more = 0 if self.embeds is None else self.embeds.shape[1] - self.input_ids.shape[1]
+        return self.bound + more + self.virtual
 
     @property
     def longest_prompt(self) -> int:
         if self.prompt_mask is not None:
-            return int(self.prompt_mask.sum(dim=-1).max())
-        return self.input_ids.shape[1] if self.embeds is None else self.embeds.shape[1]
+            return self.virtual + int(self.prompt_mask.sum(dim=-1).max())
+        return self.virtual + (self.input_ids if self.embeds is None else self.embeds).shape[1]
 
     def renew_cache(self) -> None:
         """For a decoder that begins again."""
@@ -115,12 +120,12 @@ class Arguments:
     def _check_callers_cache(self, name: str, cache: Any, kwargs: dict[str, Any]) -> None:
         """A cache that the caller passed in is filled at the end. One that holds tokens lacks their hidden states, so
         the prompt is run again, provided it is all there."""
-        own = self_attention_cache(cache) if isinstance(cache, Cache) else cache
-        if type(own) not in (DynamicCache, StaticCache):
+        part = self_attention_cache(cache) if isinstance(cache, Cache) else cache
+        if type(part) not in (DynamicCache, StaticCache):
             raise ValueError(
-                f"{name} must be a DynamicCache, StaticCache or EncoderDecoderCache of these, got {type(own).__name__}"
+                f"{name} must be a DynamicCache, StaticCache or EncoderDecoderCache of these, got {type(part).__name__}"
             )
-        if type(own) is StaticCache and any(own.is_sliding):
+        if type(part) is StaticCache and any(part.is_sliding):
             raise ValueError(f"{name} must not be a StaticCache for a model with sliding windows; pass a DynamicCache")
         held = int(cache.get_seq_length())
         if not held:
@@ -150,13 +155,13 @@ class Arguments:
             )
         return mask
 
-    def mask_of(self, states: torch.Tensor, virtual: int) -> torch.Tensor | None:
-        """Which positions of the prompt's ``states (B, L, D)`` are real; ``virtual`` of them are a learned prompt's."""
+    def mask_of(self, states: torch.Tensor) -> torch.Tensor | None:
+        """Which positions of the prompt's ``states (B, L, D)`` are real."""
         mask = self.prompt_mask
         more = 0 if mask is None else states.shape[1] - mask.shape[1]
         if mask is None or more == 0:
             return mask
-        if more == virtual:  # it stands in front
+        if more == self.virtual:  # it stands in front
             return torch.cat([mask.new_ones(len(mask), more), mask], dim=1)
         if more > 0 and bool(mask.all()):  # an image's positions, say: all are real, wherever they stand
             return None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,27 +13,20 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from ..cpu.modules import fast_linears
-from ..cpu.t5_blocks import fast_t5_blocks
-from ..ops import _backends
-from .attention import current_step
 from .caches import fill_cache
-from .call import Call, learned_prompt
-from .compiled_decoder import as_written
 from .decode_step import DecodeStep, graph_key, open_decode_step
 from .decoder import Decoder
-from .generate_arguments import Arguments, checked_settings, position_table
+from .generate_arguments import Arguments, checked_settings
 from .graph import obstacle, take
-from .hidden_states import HiddenStatesTap
 from .outputs import Record
 from .padding_warning import no_padding_warning
 from .processors import without_sampling_warpers
 from .routes import Routes
 from .settings import TINY
 from .slots_decoder import SlotsDecoder
-from .step import StepResult, the_first
-from .strategies import Choice, Proposal, RowSettings, Strategy, View, gumbel
-from .trial import DECODERS, Verdict
+from .step import StepResult
+from .strategies import Choice, Proposal, RowSettings, Strategy, gumbel
+from .trial import Verdict
 from .truth import known_tokens, unknown_token
 from .unsupported import UnsupportedError
 
@@ -73,10 +65,8 @@ class Run:
         self.input_ids = input_ids
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.arguments = Arguments(model, input_ids, config, criteria.max_length, model_kwargs)
-        self.positions = position_table(model)
-        wrapper = learned_prompt(model)
-        self.virtual = 0 if wrapper is None else wrapper.active_peft_config.num_virtual_tokens
-        self.longest_prompt = self.virtual + self.arguments.longest_prompt
+        self.positions, self.max_length = self.arguments.positions, self.arguments.max_length
+        self.longest_prompt = self.arguments.longest_prompt
         self.known_tokens: int | None = None  # those that the model can read, where it can write more
         if config.do_sample and not is_random and (config.num_return_sequences or 1) > 1:
             logger.warning(
@@ -89,89 +79,26 @@ class Run:
         self.wants_static = input_ids.device.type == "cuda" if asked == "auto" else bool(asked)
         self.choice: Choice | None = None  # of the last step; None where there was none
         self.streamed = 0  # steps whose tokens the streamer has
-
-    @property
-    def max_length(self) -> int | None:
-        """Positions the sequences can reach, where that is bounded."""
-        bound = self.arguments.max_length
-        return bound if bound is None else bound + self.virtual
+        self.routes = Routes(self.arguments, self.k, self.record.of_model, strategy)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     @no_padding_warning()
     def __call__(self) -> Any:
-        _backends.extension()  # an instruction set that is not there is said as such, not as a path's failure
-        with ExitStack() as stack:
-            if self.strategy.decode_step != "compiled":
-                stack.enter_context(as_written(self.model))
-            self.tap = stack.enter_context(HiddenStatesTap(self.model))
-            self.routes = self._routes()
-            while True:
-                verdict = self.routes.verdict(self._ours)
-                try:
-                    with self._ours():
-                        self._run(verdict)
-                    break
-                except UnsupportedError as error:  # another one takes the call from its start
-                    self.routes.refuse(verdict, error)
-                    self.arguments.renew_cache()
-                    self.record.clear()
-                    self._begin_again()
+        self.routes.serve(self._run)
         return self._result()
 
-    def _routes(self) -> Routes:
-        call = Call(
-            model=self.model,
-            input_ids=self.input_ids,
-            model_kwargs=self.arguments.kwargs,
-            generation_config=self.config,
-            top_k=self.k,
-            max_length=self.max_length,
-            table=self.positions,
-        )
-        return Routes(call, self.tap, self.strategy.path, self.record.of_model["output_attentions"])
-
-    def _begin_again(self) -> None:
-        """A decoder gave up: what a subclass has kept of it is to be forgotten."""
-
-    @contextmanager
-    def _ours(self) -> Iterator[None]:
-        """What stands in for the model's modules while a decoder runs."""
-        with ExitStack() as stack:
-            if self.strategy.fast_linear:
-                rows = self.input_ids.shape[0] * self.k
-                stack.enter_context(fast_linears(self.model, rows, pack=self.strategy.pack))
-                stack.enter_context(fast_t5_blocks(self.model, current_step))
-            yield
-
-    def _run(self, verdict: Verdict) -> None:
-        logits = self._open(verdict)
-        with getattr(self.model, "_optimize_model_for_decode", nullcontext)():
-            self._loop(logits)
-
-    def _open(self, verdict: Verdict) -> Tensor:
-        """Run the prompt by the decoder that was found to serve. Returns its logits."""
-        name, head = verdict.route
-        self.whole_steps = verdict.whole_steps
-        self.decoder: Decoder = DECODERS[name](
-            self.model,
-            self.tap,
-            head=head,
-            generation_config=self.config,
-            model_kwargs=self.arguments.kwargs,
-            max_length=self.max_length,
-            record=self.record.of_model,
-        )
+    def _run(self, decoder: Decoder, verdict: Verdict) -> None:
+        self.decoder, self.whole_steps = decoder, verdict.whole_steps
+        self.record.cut(0)
         self.graph_key = None
         if self.wants_static and isinstance(self.decoder, SlotsDecoder) and not obstacle(self.model, self.model.device):
             self.graph_key = graph_key(self)
             self.decoder.recorded = take(self.model, self.graph_key)
-        logits, states, self.prefill_outputs = self.decoder.prefill(self.input_ids)
+        logits, self.prefill_outputs = self.routes.prefill(decoder, self.chooser)
         self.known_tokens = known_tokens(self.model, logits)
-        if self.chooser.needs_history:
-            mask = self.arguments.mask_of(states, self.virtual)
-            self.decoder.history.write(slice(0, len(states)), 0, states, mask)
-        return logits.to(self.input_ids.device)
+        with getattr(self.model, "_optimize_model_for_decode", nullcontext)():
+            self._loop(logits)
 
     def _loop(self, logits: Tensor) -> None:
         input_ids, device = self.input_ids, self.input_ids.device
@@ -197,7 +124,7 @@ class Run:
             if self.k > processed.shape[-1]:
                 raise ValueError(f"top_k must be at most the {processed.shape[-1]} logits of the model, got {self.k}")
             rows = None if len(running) == len(every) else torch.tensor(running, device=device)
-            proposal = self._propose(processed if rows is None else processed[rows])
+            proposal = self.decoder.propose(self.chooser, processed if rows is None else processed[rows])
             if self.known_tokens is not None:
                 left = unfinished if rows is None else unfinished[rows]
                 beyond = proposal.tokens.masked_fill(left[:, None] == 0, 0)
@@ -208,7 +135,8 @@ class Run:
             bad |= _scattered(without, rows, None, len(every)) & unfinished.bool()
             if interval == 1:
                 check_probabilities(bad, step)
-            outputs = self._step(input_ids if rows is None else input_ids[rows], proposal)
+            running_ids = input_ids if rows is None else input_ids[rows]
+            outputs, self.choice = self.decoder.decide(self.chooser, running_ids, proposal)
             tokens = proposal.tokens.gather(1, outputs.selected.to(device)[:, None]).squeeze(1)
             tokens = _scattered(tokens, rows, None, len(every))
             logits = _scattered(outputs.logits.to(device), rows, logits, len(every))
@@ -232,10 +160,9 @@ class Run:
                 left = unfinished.tolist()
                 finished = not any(left)
                 if may_leave and decode is None and not finished:
-                    places = places_kept([bool(left[row]) for row in running])
+                    places = self.decoder.keep([bool(left[row]) for row in running])
                     if len(places) < len(running):  # rows that have ended cost nothing from here on
-                        may_leave = self.decoder.keep(places)
-                        running = [running[place] for place in places] if may_leave else running
+                        running = [running[place] for place in places]
                         self.bind(running, device)
             if decode is not None and not finished:
                 return self._loop_static(decode, input_ids, unfinished, int(steps_needed), step, interval, closely)
@@ -248,24 +175,6 @@ class Run:
         """The decoder has these rows of the batch."""
         self.chooser.bind([self.row] * len(rows), device)
         self.noise.rows = rows
-
-    def _propose(self, logits: Tensor) -> Proposal:
-        self.chooser.draw(len(logits))
-        return self.chooser.propose(logits, View(self.decoder.history))
-
-    def _step(self, input_ids: Tensor, proposal: Proposal) -> StepResult:
-        """Try candidates after ``input_ids (rows, L)`` of the rows that the decoder has."""
-        view = View(self.decoder.history)
-        self.choice = None
-
-        def choose(states: Tensor) -> Tensor:
-            self.choice = self.chooser.choose(states, proposal, view)
-            return self.choice.selected
-
-        result = self.decoder.step(input_ids, proposal.tokens, choose if self.chooser.looks_ahead else the_first)
-        if self.chooser.needs_history:
-            self.decoder.history.append(result.hidden_states)
-        return result
 
     def _needs_all_rows(self) -> bool:
         """Whether rows that have ended are written on (as transformers does without an end-of-text token), wanted in
@@ -367,14 +276,6 @@ def check_probabilities(bad: Tensor, step: int) -> None:
             f"the logits of row {int(bad.nonzero()[0])} left no probabilities at new token {step} or before (NaN, or "
             "every token banned); allowed: finite numbers, and −inf for banned tokens while one token is left"
         )
-
-
-def places_kept(kept: list[bool]) -> list[int]:
-    """For each of the first places, the one whose row it gets when those that are not ``kept`` leave: its own, or for a
-    place that is free one from the end."""
-    count = sum(kept)
-    moved = [place for place in range(count, len(kept)) if kept[place]]
-    return [place if kept[place] else moved.pop() for place in range(count)]
 
 
 def stop_check_interval(device: torch.device) -> int:

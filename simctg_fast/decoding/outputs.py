@@ -34,9 +34,6 @@ class Record:
         lists: list = [self.scores, self.logits, self.layers, self.attentions, self.cross_attentions]
         return [each for each in lists if each]
 
-    def clear(self) -> None:
-        self.cut(0)
-
     def cut(self, steps: int) -> None:
         """Keep the first ``steps``."""
         for each in self._lists():

@@ -53,9 +53,8 @@ class ReorderDecoder(Decoder):
         self.expanded = self._advance(result.outputs, self.expanded)
         return result
 
-    def _keep(self, rows: list[int]) -> None:
-        super()._keep(rows)
-        self.rows = self.rows[rows]
+    def _keep(self, places: list[int]) -> None:
+        self.rows = self.rows[places]
 
     def result_cache(self, input_ids: Tensor, surplus: int) -> Cache:
         cache = self.kwargs[self.cache_name]

@@ -85,14 +85,14 @@ class SlotsDecoder(Decoder):
         self.expanded = _last_positions_only(self._advance(result.outputs, self.expanded))
         return result
 
-    def _keep(self, rows: list[int]) -> None:
-        for target, source in enumerate(rows):
-            if source != target:
-                self.slots.copy(source, target)
-        self.slots.set_rows(len(rows))
+    def _copy(self, source: int, target: int) -> None:
+        self.slots.copy(source, target)
+
+    def _keep(self, places: list[int]) -> None:
+        self.slots.set_rows(len(places))
         for layer in () if self.cross is None else self.cross.layers:
             if layer.keys is not None:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+                layer.keys, layer.values = layer.keys[places], layer.values[places]
 
     @contextmanager
     def undone(self, filling: float) -> Iterator[None]:

@@ -10,16 +10,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from ..decoding.contrastive_search import ContrastiveSearch
-from ..decoding.generate_arguments import position_table
-from ..decoding.generate_loop import Run, places_kept
+from ..decoding.decoder import Decoder
+from ..decoding.generate_arguments import Arguments, position_table
 from ..decoding.own_step import PLAIN
+from ..decoding.padding_warning import no_padding_warning
+from ..decoding.routes import Routes
 from ..decoding.strategies import Strategy
-from ..decoding.truth import unknown_token
+from ..decoding.trial import Verdict
+from ..decoding.truth import known_tokens, unknown_token
 from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
 from ..text.batches import padded_rows
 from .observe import StepRecord
@@ -119,8 +123,6 @@ class StaticBatches:
             self.halvings += 1
             self.slots = max(1, len(batch) // 2)
             logger.warning("out of memory with %d rows: going on with %d", len(batch), self.slots)
-            for sequence in batch:
-                sequence.restart()
             for start in range(0, len(batch), self.slots):
                 yield from self._run_batch(batch[start : start + self.slots])
             return
@@ -129,40 +131,38 @@ class StaticBatches:
         yield from batch
 
     @torch.inference_mode()
+    @no_padding_warning()
     def _generate(self, batch: list[Sequence]) -> None:
         inputs = padded_rows(self.model, [_prompt(sequence) for sequence in batch], self.pad)
         if self.model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.tensor([s.prompt_ids for s in batch], device=self.model.device)
 
-        def run(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            arguments = (logits_processor, stopping_criteria, generation_config, model_kwargs)
-            _BatchRun(self, batch, model, input_ids, *arguments)()
+        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+            arguments = Arguments(model, input_ids, generation_config, stopping_criteria.max_length, kwargs)
+            routes = Routes(arguments, self.strategy.candidates, {}, ContrastiveSearch())
+
+            def run(decoder: Decoder, _: Verdict) -> None:
+                for sequence in batch:
+                    sequence.restart()
+                logits = routes.prefill(decoder, self.strategy)[0]
+                with getattr(model, "_optimize_model_for_decode", nullcontext)():
+                    self._decode(batch, decoder, input_ids, logits)
+
+            routes.serve(run)
             return input_ids
 
+        # Masks, positions, the encoder's states and a cache, as transformers and PEFT prepare them for a decoding loop.
         self.model.generate(
             **inputs,
             **PLAIN,
-            custom_generate=run,
+            custom_generate=decode,
             max_new_tokens=max(s.parameters.max_new_tokens for s in batch),
             pad_token_id=self.pad,
         )
 
-
-def _prompt(sequence: Sequence) -> list[int]:
-    return sequence.prompt_ids if sequence.source_ids is None else sequence.source_ids
-
-
-class _BatchRun(Run):
-    """The loop of contrastive search with the engine's strategies and sequences in the place of ``generate``'s."""
-
-    def __init__(self, owner: StaticBatches, batch: list[Sequence], model, input_ids, *rest):
-        search = ContrastiveSearch(penalty_alpha=0.5, top_k=owner.strategy.candidates)
-        super().__init__(search, model, input_ids, *rest)
-        self.owner, self.batch, self.chooser = owner, batch, owner.strategy
-
-    def _loop(self, logits: torch.Tensor) -> None:
-        batch, input_ids, chooser, owner = self.batch, self.input_ids, self.chooser, self.owner
-        self.prefill_outputs = None
+    def _decode(self, batch: list[Sequence], decoder: Decoder, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """Continue ``input_ids (B, L)``, whose ``logits (B, V)`` are given, until all of ``batch`` have ended."""
+        everyone, strategy, known = batch, self.strategy, known_tokens(decoder.model, logits)
         padding = [input_ids.shape[1] - len(s.prompt_ids) for s in batch]
         details = any(s.trace is not None for s in batch)
         bound: list[Sequence | None] = []
@@ -170,49 +170,44 @@ class _BatchRun(Run):
             for index, one in enumerate(batch):
                 if one.processors and not one.finished:
                     logits[index] = apply_processors(one, logits[index : index + 1])[0]
-            rows: list[Sequence | None] = [None if s.finished else s for s in batch]
-            if not any(row is not None for row in rows):
+            if all(s.finished for s in batch):
                 break
-            places = places_kept([row is not None for row in rows])
-            if len(places) < len(batch) and self.decoder.keep(places):  # who has ended costs nothing from here on
+            places = decoder.keep([not s.finished for s in batch])
+            if len(places) < len(batch):
                 input_ids, logits = input_ids[places], logits[places]
                 batch, padding = [batch[p] for p in places], [padding[p] for p in places]
-                rows = list(batch)
+            rows = [None if s.finished else s for s in batch]
             if rows != bound:
-                chooser.bind(rows, logits.device)
+                strategy.bind(rows, logits.device)
                 bound = rows
-            proposal = self._propose(logits)
+            proposal = decoder.propose(strategy, logits)
             bad = proposal.probs.isnan().any(dim=-1).tolist()
             for index, sequence in enumerate(rows):
                 if sequence is not None and bad[index]:
                     sequence.fail("nan_logits", f"the logits left no probabilities at new token {len(sequence.tokens)}")
-            if self.known_tokens is not None:
+            if known is not None:
                 for index, token in enumerate(proposal.tokens.amax(dim=-1).tolist()):
-                    if (sequence := rows[index]) is not None and token >= self.known_tokens:
-                        sequence.fail("unknown_token", unknown_token(self.model, token, self.known_tokens))
-                proposal.tokens.clamp_(max=self.known_tokens - 1)
-            result = self._step(input_ids, proposal)
-            record = StepRecord(proposal, self.choice, details=details)
-            chooser.count([None if s is None or s.finished else s for s in rows], record.near)
+                    if (sequence := rows[index]) is not None and token >= known:
+                        sequence.fail("unknown_token", unknown_token(decoder.model, token, known))
+                proposal.tokens.clamp_(max=known - 1)
+            result, choice = decoder.decide(strategy, input_ids, proposal)
+            record = StepRecord(proposal, choice, details=details)
+            strategy.count([None if s is None or s.finished else s for s in rows], record.near)
             for index, sequence in enumerate(rows):
                 if sequence is not None and not sequence.finished:
                     record.write(index, sequence, logits[index : index + 1], padding[index])
             written = sum(row is not None for row in rows)
-            owner.steps += 1
-            owner.generated += written
-            owner.row_steps += len(batch)
-            owner.busy_row_steps += written
-            owner.active = sum(not s.finished for s in self.batch)
+            self.steps += 1
+            self.generated += written
+            self.row_steps += len(batch)
+            self.busy_row_steps += written
+            self.active = sum(not s.finished for s in everyone)
             tokens = torch.tensor(record.tokens, device=input_ids.device)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             logits = result.logits.to(input_ids.device, copy=True)
-            if owner.on_step is not None:
-                owner.on_step()
-        self.surplus = 0
+            if self.on_step is not None:
+                self.on_step()
 
-    def _begin_again(self) -> None:
-        for sequence in self.batch:
-            sequence.restart()
 
-    def _result(self) -> None:
-        """The sequences have it."""
+def _prompt(sequence: Sequence) -> list[int]:
+    return sequence.prompt_ids if sequence.source_ids is None else sequence.source_ids

@@ -162,7 +162,7 @@ def test_what_cannot_be_compiled_says_why(monkeypatch):
     monkeypatch.setattr(DecodeStep, "begin", lambda self, *args: (kept.append(self), begin(self, *args)))
     same_tokens(generate(model, inputs), expected, model, inputs)
     assert kept[0].not_compiled.startswith("its decoder cannot be compiled (")
-    assert not kept[0].compiled
+    assert not kept[0].step.compiled
     model = build("llama")
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
@@ -174,7 +174,9 @@ def test_what_cannot_be_compiled_says_why(monkeypatch):
 def test_failing_later_is_noticed_as_well(monkeypatch):
     """By name, a step that has to go on without compiled code raises."""
     begin = DecodeStep.begin
-    monkeypatch.setattr(DecodeStep, "begin", lambda self, *args: (self._do_not_compile("it broke"), begin(self, *args)))
+    monkeypatch.setattr(
+        DecodeStep, "begin", lambda self, *args: (self.step.do_not_compile("it broke"), begin(self, *args))
+    )
     with pytest.raises(ValueError, match="decode_step='compiled', but it broke; allowed: True, False or 'auto'"):
         generate(build("llama"), plain())
 
@@ -262,7 +264,7 @@ def test_captured_and_compiled_with_inductor(name, steps):
     ours = generate(model, inputs, max_new_tokens=60)
     hook.remove()
     assert kept[-1].not_captured is kept[-1].not_compiled is None
-    assert kept[-1].graph is not None
+    assert kept[-1].graph.recorded is not None
     same_tokens(
         ours.cpu(), generate(build(name), left_padded(7, 4, 2), decode_step=False, max_new_tokens=60), model, inputs
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from simctg_fast.decoding.contrastive_search import ContrastiveSearch
-from simctg_fast.decoding.generate_loop import places_kept
+from simctg_fast.decoding.decoder import places_kept
 from simctg_fast.decoding.step import Step
 
 from ..decoding_models import PAD, build, inputs_for

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from simctg_fast import ContrastiveSearch
 from simctg_fast.cpu import modules
-from simctg_fast.decoding import attention, decode_step
+from simctg_fast.decoding import attention, slot_step, slots, strategies
 from simctg_fast.decoding.slots import SlotLayer
 from simctg_fast.ops import _backends
 
@@ -145,20 +145,20 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(("name", "a_layer"), [("gpt2", 10), ("llama", 24)])
 def test_launches_a_layer_on_a_gpu(name, a_layer, monkeypatch):
     """Of a step over static buffers, as many as the floors of `docs/measured.md` reckon with."""
-    run, counts = decode_step.DecodeStep._run, []
+    run, counts = slot_step.SlotStep.__call__, []
 
     def counted(self):
         with monkeypatch.context() as patch, Launches() as launches:
             for module, function in (
-                (attention, "shared_prefix_attention"), (decode_step, "prefix_commit"),
-                (decode_step, "top_k_probs"), (decode_step, "candidate_select"),
+                (attention, "shared_prefix_attention"), (slot_step, "prefix_commit"),
+                (strategies, "top_k_probs"), (slots, "candidate_scan"),
                 (torch.nn.functional, "rms_norm"),  # one kernel of torch's on CUDA
             ):  # fmt: skip
                 patch.setattr(module, function, launches.one(getattr(module, function)))
             run(self)
         counts.append(launches.count)
 
-    monkeypatch.setattr(decode_step.DecodeStep, "_run", counted)
+    monkeypatch.setattr(slot_step.SlotStep, "__call__", counted)
     monkeypatch.setattr(modules, "_on_cuda", lambda x: True)
     monkeypatch.setattr(modules, "_is_on_cuda", lambda model: True)
     monkeypatch.setattr(_backends, "extension", lambda: None)

@@ -286,8 +286,11 @@ class StopAfter(transformers.StoppingCriteria):
 
 
 class Raise(transformers.LogitsProcessor):
+    def __init__(self, length):
+        self.length = length
+
     def __call__(self, input_ids, scores):
-        if input_ids.shape[1] == 12:
+        if input_ids.shape[1] == self.length:
             raise KeyError("broken")
         return scores
 
@@ -299,7 +302,7 @@ def factory(request: dict, tokenizer) -> object:
     if kind == "stop":
         return [StopAfter(13)]
     if kind == "raise":
-        return Raise()
+        return Raise(int(str(request["id"]).split("-")[1]))
     if kind == "refuse":
         raise ValueError("not this one")
     return None
@@ -309,7 +312,7 @@ def factory(request: dict, tokenizer) -> object:
 def test_processors_of_single_requests(batching):
     model = shared("gpt2")
     plain = tokens(run(model, [{"id": "x", "prompt": text(9)}]))["x"]
-    names = ["x", f"ban-{plain[2]}", "stop-1", "raise-1", "refuse-1"]
+    names = ["x", f"ban-{plain[2]}", "stop-1", "raise-9", "raise-12", "refuse-1"]
     requests = [{"id": name, "prompt": text(9)} for name in names]
     results = run(model, requests, processor=factory, batching=batching)
     assert results["x"].token_ids == plain
@@ -319,8 +322,9 @@ def test_processors_of_single_requests(batching):
     check(model, requests[1:2], {names[1]: banned}, expected, logits_processor=Ban(plain[2]))
     assert results["stop-1"].token_ids == plain[:4]
     assert results["stop-1"].finish_reason == "stop"
-    assert results["raise-1"].error["type"] == "processor_error"
-    assert "KeyError: 'broken'" in results["raise-1"].error["message"]
+    for name in ("raise-9", "raise-12"):  # at the first token, before any step, and at a later one
+        assert results[name].error["type"] == "processor_error"
+        assert "KeyError: 'broken'" in results[name].error["message"]
     assert "ValueError: not this one" in results["refuse-1"].error["message"]
 
 
