@@ -60,6 +60,14 @@ class Stream:
         pass
 
 
+class Event:
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class Driver(threading.local):
     """What torch and the driver know; the allocator's part is of the process, and the tests use one thread."""
 
@@ -271,6 +279,7 @@ def emulated_cuda(monkeypatch, tensors_of_cpu: bool = True):
         "torch.cuda.is_current_stream_capturing": lambda: driver.recording is not None,
         "torch.cuda.CUDAGraph": graph_type,
         "torch.cuda.Stream": Stream,
+        "torch.cuda.Event": Event,
         "torch.cuda.current_stream": lambda device=None: driver.current,
         "torch.cuda.stream": stream,
         "torch.cuda.device": lambda device: nullcontext(),

@@ -203,7 +203,7 @@ class Contrastive(Strategy):
 
     def __init__(self, candidates: int, random: bool = False, noise: Callable[[int, int], Tensor] | None = None):
         super().__init__()
-        self.candidates, self.random, self.noise = candidates, random, noise or self._noise_of_each
+        self.candidates, self.random, self.noise = candidates, random, noise
 
     def key(self) -> tuple:
         return ("contrastive", self.candidates, self.random, self.counts)
@@ -227,7 +227,7 @@ class Contrastive(Strategy):
 
     def draw(self, rows: int) -> None:
         if self.random:
-            self._set("noise", self.noise(rows, self.candidates))
+            self._set("noise", (self.noise or self._noise_of_each)(rows, self.candidates))
 
     def propose(self, logits: Tensor, view: View) -> Proposal:
         probs, tokens = top_k_probs(logits, self.candidates)

@@ -169,4 +169,4 @@ def test_launches_a_layer_on_a_gpu(name, a_layer, monkeypatch):
         model.generate(prompt(2), custom_generate=strategy, max_new_tokens=4, do_sample=False)
         per_step.append(counts[-1])
     assert per_step[1] - per_step[0] == 2 * a_layer
-    assert per_step[0] - 2 * a_layer <= 36
+    assert per_step[0] - 2 * a_layer <= 54
