@@ -235,6 +235,7 @@ class CrossSlots:
         self.host_lengths = [0] * extent.slots
         self.lengths = torch.zeros(extent.slots, dtype=torch.long, device=device)
         self.buffers: list[list[Tensor]] = []  # keys and values of every layer
+        self.cache = DynamicCache()  # of views of them; one for all steps, as making its layers asks the host
 
     def fill(self, first: int, cache: DynamicCache, lengths: Sequence[int] | None = None) -> None:
         """Take over what running the first decoder position of some rows left in ``cache``, from slot ``first`` on;
@@ -270,11 +271,12 @@ class CrossSlots:
     def as_cache(self, rows: int) -> DynamicCache:
         """A cross-attention cache over the first ``rows`` slots, as wide as the longest source among them, or whole."""
         width = self.capacity if self.extent.static else max(1, *self.host_lengths[:rows])
-        cache = DynamicCache()
         for index, (keys, values) in enumerate(self.buffers):
-            cache.update(keys[:0, :, :0], values[:0, :, :0], index)
-            cache.layers[index].keys, cache.layers[index].values = keys[:rows, :, :width], values[:rows, :, :width]
-        return cache
+            if index == len(self.cache.layers):
+                self.cache.update(keys[:0, :, :0], values[:0, :, :0], index)
+            layer = self.cache.layers[index]
+            layer.keys, layer.values = keys[:rows, :, :width], values[:rows, :, :width]
+        return self.cache
 
 
 class Slots:
