@@ -113,6 +113,19 @@ def _fresh_state() -> None:
     torch.set_flush_denormal(False)  # training scripts that a test ran in this process switch it on
 
 
+@pytest.fixture
+def driver(monkeypatch):
+    """CUDA's graphs, emulated, with none that other tests have kept."""
+    from simctg_fast.decoding import graph
+
+    from .emulated_cuda import emulated_cuda
+
+    graph.release()
+    with emulated_cuda(monkeypatch) as driver:
+        yield driver
+    graph.release()
+
+
 @pytest.fixture(params=("neon",) if platform.machine() in ("aarch64", "arm64") else ("generic", "avx2", "avx512"))
 def isa(request):
     """Runs the test's C++ kernels on one instruction set."""

@@ -129,10 +129,6 @@ class Graph:
         if self.recorded is not None:
             self.recorded.graph.replay()
 
-    def refuse(self, reason: str) -> None:
-        self.reason = reason
-        logger.info("%s: %s", type(self.model).__name__, reason)
-
     def _rehearse_or_record(self) -> None:
         """Make a step of a size that is new as a rehearsal, or record the next one. Nothing runs while it is recorded,
         so what fails leaves the buffers as they are, and the step is made without a graph."""
@@ -157,17 +153,18 @@ class Graph:
         step, slots = self.step, self.slots
         plan = step.plan = CommitPlan(2 * len(slots.layers), slots.device)
         counters = torch.zeros(1 << 16, dtype=torch.int32, device=slots.device)
+        graph = None
         try:
             with own_counters(counters):
                 graph = record(step, slots.device)
             plan.finish()
         except CaptureError as error:
             self._do_not_capture(kind, f"its step cannot be captured ({error})")
-            step.plan = None
-            step()
-            return
         finally:
             step.plan = None
+        if graph is None:
+            step()
+            return
         tensors = {name: getattr(step, name) for name in self._TENSORS}
         # The outcome's tensors are the graph's own, and nobody else's as long as they are held.
         held = (plan, counters)  # the table, and the tensors it points at
@@ -176,7 +173,8 @@ class Graph:
     def _do_not_capture(self, kind: tuple[Any, ...], reason: str) -> None:
         if "out of memory" not in reason:  # which is of this call alone
             self.known.not_captured[kind] = reason
-        self.refuse(reason)
+        self.reason = reason
+        logger.info("%s: %s", type(self.model).__name__, reason)
 
     # ---- from call to call ----------------------------------------------------------------------------------------
 

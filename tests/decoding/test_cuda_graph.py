@@ -14,19 +14,11 @@ from simctg_fast.decoding.strategies import Contrastive
 from simctg_fast.ops.prefix_commit import CommitPlan
 
 from ..decoding_models import PAD, build
-from ..emulated_cuda import address, emulated_cuda
+from ..emulated_cuda import address
 from ..near_ties import same_tokens
 from .test_decode_step import prompts
 
 NEW = 40
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    graph.release()
-    with emulated_cuda(monkeypatch) as driver:
-        yield driver
-    graph.release()
 
 
 @pytest.fixture

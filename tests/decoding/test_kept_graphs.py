@@ -12,19 +12,10 @@ from simctg_fast.decoding import graph
 from simctg_fast.decoding.contrastive_search import ContrastiveSearch
 
 from ..decoding_models import PAD, build, inputs_for
-from ..emulated_cuda import emulated_cuda
 from ..near_ties import same_tokens
 from .test_decode_step import prompts
 
 NEW = 40
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    graph.release()
-    with emulated_cuda(monkeypatch) as driver:
-        yield driver
-    graph.release()
 
 
 def search(model, inputs, step=True, alpha=0.6, k=4, new=NEW, options=None, **more):

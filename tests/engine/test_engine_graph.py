@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from simctg_fast.decoding import graph
 from simctg_fast.decoding.slot_step import SlotStep
 from simctg_fast.engine import Engine
 from simctg_fast.engine.observe import Reading
 
 from ..decoding.test_strategies import Opposite
 from ..decoding_models import build, tokenizer
-from ..emulated_cuda import emulated_cuda
 from .test_engine_slots import lines
 
 HOST = {
@@ -31,8 +29,8 @@ class NoHost(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def driver(monkeypatch):
+@pytest.fixture(autouse=True)
+def _no_host_in_a_recording(driver, monkeypatch):
     call = SlotStep.__call__
 
     def watched(self):
@@ -41,11 +39,7 @@ def driver(monkeypatch):
         with NoHost():
             return call(self)
 
-    graph.release()
     monkeypatch.setattr(SlotStep, "__call__", watched)
-    with emulated_cuda(monkeypatch) as driver:
-        yield driver
-    graph.release()
 
 
 def _rounded(logprobs):
@@ -97,7 +91,7 @@ def test_one_reading_a_step(driver, monkeypatch):
     assert len(read) in (engine.stats["steps"], engine.stats["steps"] - 1)  # nobody reads a surplus step
 
 
-def test_sampling_is_not_captured_and_says_why(driver):
+def test_sampling_is_not_captured(driver):
     model = build("llama")
     ours, _ = results(model, lines(model, (5, 9)), strategy="sample", temperature=0.8)
     assert not driver.recorded
