@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass
@@ -100,11 +101,11 @@ def resident_megabytes() -> tuple[float, float]:
 
 
 class Worker:
-    """A process of its own for one provider, maybe in another environment: `script` with `arguments` answers one JSON
-    line when it is ready (`ready`) and one for every JSON line it reads."""
+    """A process of its own for one provider, maybe in another environment, or with the library of another checkout
+    (`root`): `script` with `arguments` answers one JSON line when it is ready (`ready`) and one for every JSON line it
+    reads."""
 
-    def __init__(self, python: str, script: str, *arguments: object, threads: int):
-        root = Path(__file__).resolve().parent.parent
+    def __init__(self, python: str, script: str, *arguments: object, threads: int, root: Path = ROOT):
         environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
         command = [python, str(Path(script).resolve()), *map(str, arguments)]
         self.process = subprocess.Popen(
