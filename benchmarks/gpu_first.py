@@ -37,7 +37,7 @@ def watched() -> Iterator[list[tuple[str | None, bool]]]:
         result = original(self, *args, **kwargs)
         place = places.setdefault(self, len(seen))
         had = place < len(seen) and seen[place][1]  # buffers that move near the end are not worth another capture
-        seen[place : place + 1] = [(self.not_captured, had or self.graph.recorded is not None)]
+        seen[place : place + 1] = [(self.graph.reason, had or self.graph.recorded is not None)]
         return result
 
     DecodeStep.__call__ = call  # type: ignore[method-assign]

@@ -67,7 +67,7 @@ def generated(driver, name: str, new_tokens: int = 8, strategy: dict | None = No
 
 def captured(driver, name: str):
     generated(driver, name, 30)
-    assert STEPS[-1].not_captured is None
+    assert STEPS[-1].graph.reason is None
     assert (driver.recorded, driver.as_before()) == (1, True)
     assert driver.replayed >= 27
 

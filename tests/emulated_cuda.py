@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from simctg_fast.decoding import decode_step, generate_loop, graph
+from simctg_fast.decoding import graph, slots_decoder
 from simctg_fast.engine import slot_decoder
 from simctg_fast.ops import _backends
 
@@ -298,7 +298,7 @@ def emulated_cuda(monkeypatch, tensors_of_cpu: bool = True):
         patch.setattr("simctg_fast.decoding.cuda_graph._lost", [])
         patch.setattr("simctg_fast.decoding.cuda_graph._recorded", 0)  # whatever other tests have recorded
         if tensors_of_cpu:
-            for module in (decode_step, graph, generate_loop, slot_decoder):
+            for module in (graph, slots_decoder, slot_decoder):
                 patch.setattr(module, "obstacle", lambda *_: None)
             patch.setattr(_backends, "extension", lambda: None)
             patch.setattr(kernels, "table_of", remembered_table_of)

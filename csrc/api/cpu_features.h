@@ -29,4 +29,7 @@ void set_isa(const char* name);
 
 const char* isa_name(Isa isa);
 
+// Whether AMD made this processor: how fast other libraries are on it is not a matter of instruction sets alone.
+bool is_amd();
+
 }  // namespace simctg

@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
         return names;
     });
     m.def("active_isa", [] { return simctg::isa_name(simctg::active_isa()); });
+    m.def("is_amd", &simctg::is_amd);
     m.def("set_isa", &simctg::set_isa, py::arg("name").none(false));
     // What `name` would mean on a processor whose best one is `best`: so that tests reach the other processors' errors.
     m.def(

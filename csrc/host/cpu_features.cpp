@@ -61,6 +61,15 @@ Isa parse_isa(const char* name, const char* source, Isa best) {
     throw std::invalid_argument(source + (" is '" + wanted) + "'" + lacking + "; it must be one of auto" + allowed);
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 void set_isa(const char* name) { active().store(parse_isa(name, "isa", best_isa()), std::memory_order_relaxed); }

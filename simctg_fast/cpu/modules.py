@@ -31,7 +31,7 @@ from ..memory import free_bytes
 from ..ops import _backends
 from ..ops.block_layers import native_layer
 from ..ops.gelu import run_kernel as run_gelu
-from ..ops.linear import MAX_ROWS, packed_size, run_kernel
+from ..ops.linear import most_rows, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
 from ..ops.rms_norm import run_kernel as run_rms_norm
 from .forwards import Forwards, Use, has_own_forward, here
@@ -148,8 +148,8 @@ class NativeLinear:
         if weight.dtype is not torch.float32 or not weight.is_contiguous():
             return None
         use = here(self.module)
-        packed, most_rows = (None, MAX_ROWS) if use is None else use.value.current(weight)
-        if rows > most_rows:
+        packed, limit = (None, most_rows()) if use is None else use.value.current(weight)
+        if rows > limit:
             return None
         data: Tensor = weight if packed is None else packed
         state = self.state
@@ -373,7 +373,7 @@ def packing_pays(model: Module, rows: int) -> bool:
 
 @contextmanager
 def fast_linears(
-    model: Module, rows_hint: int = 1, pack: bool | str = "auto", max_rows: int = MAX_ROWS
+    model: Module, rows_hint: int = 1, pack: bool | str = "auto", max_rows: int | None = None
 ) -> Iterator[int]:
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
@@ -392,8 +392,8 @@ def fast_linears(
             seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost memory,
             and time at the beginning; see :func:`packing_pays`.
 
-        max_rows: products of more rows than this are left to the modules. A caller to whom it matters that a row's
-            result does not depend on the other rows may go above `MAX_ROWS`, where the kernel is no longer faster.
+        max_rows: products of more rows than this are left to the modules; None: up to where the kernel is faster. A
+            caller to whom it matters that a row's result does not depend on the other rows may go further.
 
     Yields:
         The number of modules that were routed: 0 without the C++ extension, unless part of the model is on CUDA.
@@ -405,6 +405,7 @@ def fast_linears(
         raise ValueError(f"pack is {pack!r}, must be one of {', '.join(map(repr, PACK))}")
     if rows_hint < 1:
         raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
+    max_rows = most_rows() if max_rows is None else max_rows
     uses: list[Use] = []
     with Forwards() as forwards:
         wanted = rows_hint <= max_rows or (pack is True and _packed_wins())

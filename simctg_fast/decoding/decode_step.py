@@ -16,10 +16,10 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .caches import CACHE_NAME
-from .graph import Graph, known_of, obstacle
+from .graph import MIN_CAPTURED, Graph, known_of
 from .report import autocast_dtype
 from .slot_step import SlotStep
-from .slots import CrossSlots, Slots, on, round_up
+from .slots import CrossSlots, on, round_up
 from .slots_decoder import SlotsDecoder
 from .step import StepResult
 from .strategies import Proposal, Strategy
@@ -32,7 +32,6 @@ _KNOWN_KWARGS = frozenset(
 )
 _KNOWN_CRITERIA = frozenset({MaxLengthCriteria.__name__, EosTokenCriteria.__name__})
 _ROUNDING = 4  # times what the winners' logits are off, candidates' states may be
-MIN_CAPTURED = 24  # tokens that have to follow for a graph to pay: opening one costs the host some eager steps
 
 
 class DecodeStep:
@@ -47,10 +46,7 @@ class DecodeStep:
         ends: ids ``(n,)`` that end a row, or None; pad ``(1,)``: what follows them.
         max_length: positions the sequences can reach, if that is known.
 
-    Attributes:
-        unfinished: ``(B,)`` bool; bad: ``(B,)`` rows whose logits left no probabilities while they were unfinished.
-        steps_needed: how many of the steps began with an unfinished row.
-        not_captured: why there is no CUDA graph, or None.
+    Rows whose text has not ended are ``slots.active``; what is counted of them on the way is in ``step``.
     """
 
     def __init__(
@@ -66,76 +62,36 @@ class DecodeStep:
         max_length: int | None,
     ):
         assert decoder.forward is not None
-        self.decoder, self.slots, self.strategy = decoder, decoder.slots, strategy
-        self.model, self.processors, self.max_length = decoder.model, processors, max_length
-        slots = self.slots
-        if slots.logits is None or slots.tokens is None:
-            slots.logits = logits.to(torch.float32, copy=True)
-            slots.tokens = input_ids.new_zeros(len(input_ids), slots.extent.capacity + 1)
-        slots.logits.copy_(logits)
-        self.known = known_of(self.model)
-        self.step = SlotStep(decoder.forward, strategy, self.known.windows, ends=ends, pad=pad, all_grow=True)
-        reason = obstacle(self.model, slots.device)
-        if reason is None and self._tokens_left() < MIN_CAPTURED:
-            reason = f"{self._tokens_left()} tokens are left, a graph pays from {MIN_CAPTURED} on"
-        self.graph = Graph(self.step, reason)
-        self.offset = slots.length - 1 - input_ids.shape[1]  # positions in front that are no tokens: images, prompts
-        self.begin(input_ids, torch.ones_like(slots.active))
+        self.slots, self.processors, self.key = decoder.slots, processors, decoder.graph_key
+        windows = known_of(decoder.model).windows
+        self.step = SlotStep(decoder.forward, strategy, windows, ends=ends, pad=pad, all_grow=True)
+        self.graph = Graph(self.step, decoder.obstacle, max_length)
+        # Positions in front that are no tokens: images, prompts.
+        self.offset = self.slots.length - 1 - input_ids.shape[1]
+        self.slots.keep_logits(slice(None), logits)
+        self.begin(input_ids, torch.ones_like(self.slots.active))
 
     def begin(self, input_ids: Tensor, unfinished: Tensor) -> None:
         """The ids ``(B, L)`` to go on from, and which rows are unfinished ``(B,)``."""
-        assert self.slots.tokens is not None
-        self.width, self.steps = input_ids.shape[1], 0
-        self.slots.tokens[:, self.offset : self.offset + self.width] = input_ids
+        self.end = self.offset + input_ids.shape[1]
+        self.slots.keep_tokens(slice(None), self.offset, input_ids)
         self.slots.active.copy_(unfinished)
 
     @property
     def input_ids(self) -> Tensor:
-        """``(B, L + steps)``, the prompt included."""
+        """``(B, L)``, with all that was written since."""
         assert self.slots.tokens is not None
-        return self.slots.tokens[:, self.offset : self.offset + self.width + self.steps]
-
-    @property
-    def unfinished(self) -> Tensor:
-        return self.slots.active
-
-    @property
-    def bad(self) -> Tensor:
-        return self.step.bad
-
-    @property
-    def steps_needed(self) -> Tensor:
-        return self.step.steps_needed
-
-    @property
-    def not_captured(self) -> str | None:
-        return self.graph.reason
-
-    @property
-    def not_compiled(self) -> str | None:
-        return self.step.not_compiled
+        return self.slots.tokens[:, self.offset : self.end]
 
     @torch.no_grad()
     def __call__(self) -> None:
         """One token for every row."""
-        slots, rows = self.slots, len(self.slots.active)
-        if slots.length == slots.extent.capacity:
-            slots.reserve(slots.length + 1)
-            if self.step.compiled:
-                self.step.let_capacity_vary()
-            if self._tokens_left() < MIN_CAPTURED and self.graph.reason is None:
-                self.graph.reason = "too few tokens are left to capture it again"
+        slots = self.slots
         if self.processors:
             assert slots.logits is not None
             slots.logits.copy_(self.processors(self.input_ids, slots.logits))
-        self.strategy.draw(rows)
-        with slots.extent.seen_whole():
-            self.graph()
-        self.steps += 1
-        slots.advance_host([True] * rows)
-
-    def _tokens_left(self) -> float:
-        return math.inf if self.max_length is None else self.max_length - self.slots.length
+        self.graph([True] * slots.extent.rows)
+        self.end += 1
 
     @torch.no_grad()
     def reproduces(self, proposal: Proposal, result: StepResult, scores: Tensor | None, weight: float) -> bool:
@@ -144,7 +100,7 @@ class DecodeStep:
         rounding makes of these (None: there is no choice), in which a cosine has this ``weight``."""
         slots, device = self.slots, self.slots.device
         slots.lengths -= 1
-        with slots.extent.seen_whole():
+        with slots.extent.seen_whole(True):
             choice, ours = self.step.run(proposal, keep=on(result.hidden_states.device, result.selected))
         slots.lengths += 1
         logits = on(device, ours.logits)
@@ -227,11 +183,11 @@ def open_decode_step(run: Any, proposal: Proposal, result: StepResult) -> Decode
 def _over(run: Any, decoder: SlotsDecoder, logits: Tensor) -> DecodeStep:
     """Steps over the decoder's slots, with all that these need."""
     slots, chooser, device = decoder.slots, run.chooser, logits.device
-    starts = _starts(run, slots)
+    starts = _starts(run, slots.length - 1)
     if starts is not None and slots.starts is not None:
         slots.starts.copy_(starts)
     else:
-        slots.starts = starts
+        slots.starts = None if starts is None else starts.to(device)
     if decoder.cross is not None:
         slots.cross = slots.cross or CrossSlots(slots.extent, device)
         slots.cross.fill(0, decoder.cross, _source_lengths(decoder))
@@ -257,18 +213,13 @@ def _over(run: Any, decoder: SlotsDecoder, logits: Tensor) -> DecodeStep:
     )
 
 
-def _starts(run: Any, slots: Slots) -> Tensor | None:
-    """``(B,)`` positions of padding in front; None where there is none."""
-    mask = run.arguments.prompt_mask
-    if slots.history.states is not None:
-        mask = slots.history.mask
-    elif mask is not None:
-        mask = torch.nn.functional.pad(mask.bool(), (0, slots.length - mask.shape[1]), value=True)
+def _starts(run: Any, positions: int) -> Tensor | None:
+    """``(B,)`` positions of padding in front of a prompt of so many; None where there is none."""
+    mask = run.arguments.mask_of(positions)
     if mask is None or bool(mask.all()):
         return None
-    used = mask[:, : slots.length].to(slots.device)
-    starts = used.int().argmax(dim=-1)
-    if not bool((used.sum(dim=-1) == slots.length - starts).all()):
+    starts = mask.int().argmax(dim=-1)
+    if not bool((mask.sum(dim=-1) == positions - starts).all()):
         raise UnsupportedError("attention_mask has gaps")
     return starts
 

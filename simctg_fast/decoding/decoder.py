@@ -27,10 +27,13 @@ class Decoder:
         record: ``output_hidden_states`` and ``output_attentions``, as wanted.
 
     Attributes:
-        history: of hidden states, to be filled by whoever needs it once the prompt has run.
+        history: of hidden states, empty unless the strategy needs them.
+        strategy: bound to the rows; starts: ``(B,)`` positions of padding in front of them, None: none.
     """
 
     name = ""
+    strategy: Strategy
+    starts: Tensor | None = None
 
     def __init__(
         self,
@@ -91,15 +94,27 @@ class Decoder:
         """Try ``candidates (B, k)`` after ``input_ids (B, L)``, and keep the winners."""
         raise NotImplementedError
 
-    def propose(self, strategy: Strategy, logits: Tensor) -> Proposal:
-        """Candidates of all rows, by their ``logits (B, V)``."""
-        strategy.draw(len(logits))
-        return strategy.propose(logits, View(self.history))
+    def begin(self, strategy: Strategy, states: Tensor, mask: Tensor | None) -> None:
+        """From here on ``strategy``, which is bound, chooses. ``states (B, L, D)`` are the prompt's; of these ``mask
+        (B, L)`` says which are of real tokens, None: all."""
+        self.strategy = strategy
+        if mask is not None and not bool(mask.all()):
+            self.starts = mask.int().argmax(dim=-1)
+        if strategy.needs_history:
+            self.history.write(slice(0, len(states)), 0, states, mask)
+        for row in range(len(states)):
+            strategy.clear(row)
 
-    def decide(self, strategy: Strategy, input_ids: Tensor, proposal: Proposal) -> tuple[StepResult, Choice | None]:
-        """Step with what ``strategy`` proposed after ``input_ids (B, L)``. Returns also why it chose, if it did so."""
+    def propose(self, input_ids: Tensor, logits: Tensor) -> Proposal:
+        """Candidates of all rows, by the ``logits (B, V)`` after ``input_ids (B, L)``."""
+        self.strategy.draw(len(logits))
+        self.view = self._view(input_ids)
+        return self.strategy.propose(logits, self.view)
+
+    def decide(self, input_ids: Tensor, proposal: Proposal) -> tuple[StepResult, Choice | None]:
+        """Step with what was just proposed. Returns also why the strategy chose, if it did so."""
         choice: Choice | None = None
-        view = View(self.history)
+        strategy, view = self.strategy, self.view
 
         def choose(states: Tensor) -> Tensor:
             nonlocal choice
@@ -109,7 +124,14 @@ class Decoder:
         result = self.step(input_ids, proposal.tokens, choose if strategy.looks_ahead else the_first)
         if strategy.needs_history:
             self.history.append(result.hidden_states)
+        strategy.advance(result.tokens, view)
         return result, choice
+
+    def _view(self, input_ids: Tensor) -> View:
+        rows, length = input_ids.shape
+        used = self.history.length if self.strategy.needs_history else length
+        tokens = torch.nn.functional.pad(input_ids, (used - length, 0)) if self.strategy.needs_tokens else None
+        return View(self.history, input_ids.new_full((rows,), used), tokens, self.starts, even=True)
 
     def keep(self, kept: list[bool]) -> list[int]:
         """Go on without the rows that are not ``kept``, which cost nothing from here on, if the model's arguments can
@@ -126,6 +148,8 @@ class Decoder:
         for target, source in enumerate(places):
             if source != target:
                 self._copy(source, target)
+                self.strategy.copy(source, target)
+        self.starts = None if self.starts is None else self.starts[places]
         self._keep(places)
         return places
 

@@ -155,10 +155,10 @@ class Arguments:
             )
         return mask
 
-    def mask_of(self, states: torch.Tensor) -> torch.Tensor | None:
-        """Which positions of the prompt's ``states (B, L, D)`` are real."""
+    def mask_of(self, positions: int) -> torch.Tensor | None:
+        """Which positions ``(B, positions)`` are real of those that the model made of the prompt; None: all."""
         mask = self.prompt_mask
-        more = 0 if mask is None else states.shape[1] - mask.shape[1]
+        more = 0 if mask is None else positions - mask.shape[1]
         if mask is None or more == 0:
             return mask
         if more == self.virtual:  # it stands in front
@@ -169,7 +169,7 @@ class Arguments:
             return torch.cat([mask, mask.new_ones(len(mask), more)], dim=1)
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} positions, but {type(self.model).__name__} made hidden states for "
-            f"{states.shape[1]}: which of them are padding cannot be told; allowed: prompts of one length, unpadded"
+            f"{positions}: which of them are padding cannot be told; allowed: prompts of one length, unpadded"
         )
 
     def _appends(self, count: int) -> bool:

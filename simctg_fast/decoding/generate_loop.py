@@ -17,7 +17,6 @@ from .caches import fill_cache
 from .decode_step import DecodeStep, graph_key, open_decode_step
 from .decoder import Decoder
 from .generate_arguments import Arguments, checked_settings
-from .graph import obstacle, take
 from .outputs import Record
 from .padding_warning import no_padding_warning
 from .processors import without_sampling_warpers
@@ -91,10 +90,9 @@ class Run:
     def _run(self, decoder: Decoder, verdict: Verdict) -> None:
         self.decoder, self.whole_steps = decoder, verdict.whole_steps
         self.record.cut(0)
-        self.graph_key = None
-        if self.wants_static and isinstance(self.decoder, SlotsDecoder) and not obstacle(self.model, self.model.device):
-            self.graph_key = graph_key(self)
-            self.decoder.recorded = take(self.model, self.graph_key)
+        if self.wants_static and isinstance(decoder, SlotsDecoder):
+            decoder.look_for_graph(graph_key(self))
+        self.bind(list(range(len(self.input_ids))), self.input_ids.device)
         logits, self.prefill_outputs = self.routes.prefill(decoder, self.chooser)
         self.known_tokens = known_tokens(self.model, logits)
         with getattr(self.model, "_optimize_model_for_decode", nullcontext)():
@@ -116,7 +114,6 @@ class Run:
         static = self.wants_static
         every = list(range(len(input_ids)))
         running, may_leave = every, not self._needs_all_rows()  # the rows that the decoder still has, in its order
-        self.bind(running, device)
         while self.model._has_unfinished_sequences(finished, self.synced_gpus, device=device):
             self._check_room(step)
             processed = self.processors(input_ids, logits)
@@ -124,7 +121,8 @@ class Run:
             if self.k > processed.shape[-1]:
                 raise ValueError(f"top_k must be at most the {processed.shape[-1]} logits of the model, got {self.k}")
             rows = None if len(running) == len(every) else torch.tensor(running, device=device)
-            proposal = self.decoder.propose(self.chooser, processed if rows is None else processed[rows])
+            running_ids = input_ids if rows is None else input_ids[rows]
+            proposal = self.decoder.propose(running_ids, processed if rows is None else processed[rows])
             if self.known_tokens is not None:
                 left = unfinished if rows is None else unfinished[rows]
                 beyond = proposal.tokens.masked_fill(left[:, None] == 0, 0)
@@ -135,10 +133,8 @@ class Run:
             bad |= _scattered(without, rows, None, len(every)) & unfinished.bool()
             if interval == 1:
                 check_probabilities(bad, step)
-            running_ids = input_ids if rows is None else input_ids[rows]
-            outputs, self.choice = self.decoder.decide(self.chooser, running_ids, proposal)
-            tokens = proposal.tokens.gather(1, outputs.selected.to(device)[:, None]).squeeze(1)
-            tokens = _scattered(tokens, rows, None, len(every))
+            outputs, self.choice = self.decoder.decide(running_ids, proposal)
+            tokens = _scattered(outputs.tokens, rows, None, len(every))
             logits = _scattered(outputs.logits.to(device), rows, logits, len(every))
             if self.synced_gpus and finished:
                 continue
@@ -199,8 +195,9 @@ class Run:
         return decode
 
     def _check_compiled(self, decode: DecodeStep) -> None:
-        if self.strategy.decode_step == "compiled" and decode.not_compiled is not None:
-            raise ValueError(f"decode_step='compiled', but {decode.not_compiled}; allowed: True, False or 'auto'")
+        reason = decode.step.not_compiled
+        if self.strategy.decode_step == "compiled" and reason is not None:
+            raise ValueError(f"decode_step='compiled', but {reason}; allowed: True, False or 'auto'")
 
     def _loop_static(self, decode: DecodeStep, input_ids, unfinished, needed, step, interval, closely) -> None:
         """The rest of the loop, with the host looking at the device every ``interval`` steps only."""
@@ -214,14 +211,13 @@ class Run:
             step += 1
             at_end = decode.input_ids.shape[1] == bound
             if step % interval == 0 or step >= closely or at_end:
-                check_probabilities(decode.bad, step - 1)
-                finished = at_end or not bool(decode.unfinished.any())
-        kept = needed + int(decode.steps_needed)
+                check_probabilities(decode.step.bad, step - 1)
+                finished = at_end or not bool(decode.slots.active.any())
+        kept = needed + int(decode.step.steps_needed)
         self.input_ids = decode.input_ids[:, : decode.input_ids.shape[1] - (step - kept)].clone()
         self.surplus = step - kept
-        self.not_captured, self.static_steps = decode.not_captured, step - first
-        if self.graph_key is not None:
-            decode.graph.keep(self.graph_key)
+        self.not_captured, self.static_steps = decode.graph.reason, step - first
+        decode.graph.keep(decode.key)
 
     # ---- small parts ----------------------------------------------------------------------------------------------
 

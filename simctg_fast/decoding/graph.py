@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,7 @@ from .slots import Slots
 logger = logging.getLogger("simctg_fast")
 
 _REHEARSALS = 2  # the host may wait in the first, for something that is made once
+MIN_CAPTURED = 24  # tokens that have to follow for a graph to pay: opening one costs the host some eager steps
 MOST_KEPT = 2  # graphs, with their buffers, between calls
 SHARE_KEPT = 0.25  # of the free memory, at most
 
@@ -92,6 +95,7 @@ class Graph:
 
     Args:
         reason: why there is to be no graph, or None.
+        max_length: positions that the rows can reach, if that is known.
 
     Attributes:
         reason: why there is none, or None.
@@ -99,12 +103,17 @@ class Graph:
 
     _TENSORS = ("bad", "steps_needed", "ends", "pad")
 
-    def __init__(self, step: SlotStep, reason: str | None):
+    def __init__(self, step: SlotStep, reason: str | None, max_length: int | None = None):
         self.step, self.slots, self.reason = step, step.slots, reason
-        self.model = step.forward.model
+        self.model, self.max_length = step.forward.model, max_length
         self.known = known_of(self.model)
         self.recorded: Recorded | None = None
         self.rehearsals = 0
+        if reason is None and self._tokens_left() < MIN_CAPTURED:
+            self.reason = f"{self._tokens_left()} tokens are left, a graph pays from {MIN_CAPTURED} on"
+
+    def _tokens_left(self) -> float:
+        return math.inf if self.max_length is None else self.max_length - self.slots.length
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -118,8 +127,21 @@ class Graph:
         strategy = (type(step.strategy), step.strategy.key())
         return (slots.device, strategy, step.all_grow, step.compiled, *(part is None for part in parts))
 
-    def __call__(self) -> None:
-        """A step."""
+    def __call__(self, grows: Sequence[bool]) -> None:
+        """A step over whole buffers, of the first rows; ``grows``: which of them, as far as the host knows."""
+        slots = self.slots
+        if slots.length == slots.extent.capacity:
+            slots.reserve(slots.length + 1)
+            if self.step.compiled:
+                self.step.let_capacity_vary()
+            if self.reason is None and self._tokens_left() < MIN_CAPTURED:
+                self.reason = "too few tokens are left to capture it again"
+        self.step.strategy.draw(len(grows))
+        with slots.extent.seen_whole(True):
+            self._run()
+        slots.advance_host(grows)
+
+    def _run(self) -> None:
         if self.recorded is not None and self.recorded.size != self.size:  # buffers have moved
             self.recorded, self.rehearsals = None, 0
         if self.recorded is None and self.reason is None:
@@ -190,8 +212,8 @@ class Graph:
         self.recorded = recorded
 
     def keep(self, key: Any) -> None:
-        """The call is over: the graph, if there is one, is kept for the next of its ``key``."""
-        if self.recorded is None or self.recorded.size != self.size or self.step.strategy.key() is None:
+        """The call is over: the graph, if there is one, is kept for the next of its ``key``, None: for no other."""
+        if key is None or self.recorded is None or self.recorded.size != self.size or self.step.strategy.key() is None:
             return
         self.recorded.weights = state_of(self.model)
         with _lock:

@@ -91,11 +91,11 @@ class Routes:
             yield
 
     def prefill(self, decoder: Decoder, strategy: Strategy) -> tuple[Tensor, Any]:
-        """Run the prompt. Returns its logits ``(B, V)`` and the model's output; hidden states are in the history, where
-        ``strategy`` needs them."""
+        """Run the prompt, behind which ``strategy``, bound to the rows, is to choose. Returns its logits ``(B, V)`` and
+        the model's output."""
         logits, states, outputs = decoder.prefill(self.call.input_ids)
-        if strategy.needs_history:
-            decoder.history.write(slice(0, len(states)), 0, states, self.arguments.mask_of(states))
+        needs_mask = strategy.needs_history or strategy.needs_tokens
+        decoder.begin(strategy, states, self.arguments.mask_of(states.shape[1]) if needs_mask else None)
         return logits.to(self.call.input_ids.device), outputs
 
     def _verdict(self) -> Verdict:

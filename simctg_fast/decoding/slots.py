@@ -55,8 +55,8 @@ class Extent:
         return self.capacity if self.static else self.length
 
     @contextmanager
-    def seen_whole(self, static: bool = True) -> Iterator[None]:
-        """Steps within the block see whole buffers."""
+    def seen_whole(self, static: bool) -> Iterator[None]:
+        """Whether steps within the block see whole buffers."""
         before, self.static = self.static, static
         try:
             yield
@@ -400,6 +400,20 @@ class Slots:
         if self.cross is not None:
             self.cross.copy(source, target)
         self.set_length(target, length)
+
+    def keep_logits(self, rows: Rows, logits: Tensor) -> None:
+        """``(n, V)`` for the next token of these rows."""
+        if self.logits is None:
+            shape = (self.extent.slots, logits.shape[-1])
+            self.logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self.logits[rows] = logits.to(self.logits)
+
+    def keep_tokens(self, rows: Rows, start: int, tokens: Tensor) -> None:
+        """``(n, T)`` of these rows, from position ``start`` on."""
+        if self.tokens is None:
+            shape = (self.extent.slots, self.extent.capacity + 1)
+            self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.tokens[rows, start : start + tokens.shape[1]] = tokens
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from .caches import CACHE_NAME, other_layers, self_attention_cache
 from .decoder import Decoder
-from .graph import Recorded
+from .graph import Recorded, obstacle, take
 from .inputs import encoder_rows, expand_kwargs
 from .slots import History, Slots
 from .step import Choose, Step, StepResult
@@ -36,8 +36,16 @@ class SlotsDecoder(Decoder):
         # As the model wants it: some cut it to a window, some do not.
         self.cross: DynamicCache | None = getattr(cache, "cross_attention_cache", None)
         self.text_config = self.model.config.get_text_config(decoder=True)
-        self.recorded: Recorded | None = None  # a graph of an earlier call, in whose slots this one is to run
         self.forward: Step | None = None
+        self.obstacle: str | None = f"it is on {self.model.device}"
+        self.graph_key: Any = None
+        self.recorded: Recorded | None = None
+
+    def look_for_graph(self, key: Any) -> None:
+        """Steps may be captured, for calls of this ``key``: run in the slots of one that was, if there is one."""
+        self.obstacle = obstacle(self.model, self.model.device)
+        if self.obstacle is None:
+            self.graph_key, self.recorded = key, take(self.model, key)
 
     @property
     def slots(self) -> Slots:

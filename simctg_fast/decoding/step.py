@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention import Attention, AttentionSwitch
 from .hidden_states import HiddenStatesTap
-from .slots import Slots
+from .slots import Slots, on
 from .unsupported import UnsupportedError
 
 Choose = Callable[[Tensor], Tensor]  # candidates' states (rows, k, D) -> index of the winner (rows,)
@@ -31,11 +31,16 @@ def the_first(states: Tensor) -> Tensor:
 class StepResult:
     """Of the winners, one row a sequence."""
 
-    selected: Tensor  # (rows,) index among the candidates
+    candidates: Tensor  # (rows, k), as they were tried
+    selected: Tensor  # (rows,) index among them
     hidden_states: Tensor  # (rows, D) last layer
     logits: Tensor  # (rows, V) float32, for the token after
     outputs: Any  # the model's output; per-layer tensors still have a row a candidate
     rows: Tensor  # (rows,) of the winners in ``outputs``
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.candidates.gather(1, on(self.candidates.device, self.selected)[:, None])[:, 0]
 
 
 def try_candidates(
@@ -68,7 +73,7 @@ def try_candidates(
         logits = logits.index_select(0, chosen["rows"].to(logits.device))
     elif len(heard.head) != 1:
         raise UnsupportedError(f"the output embedding ran {len(heard.head)} times in one forward", head=True)
-    return StepResult(chosen["selected"], chosen["hidden_states"], logits, outputs, chosen["rows"])
+    return StepResult(candidates, chosen["selected"], chosen["hidden_states"], logits, outputs, chosen["rows"])
 
 
 class Step:

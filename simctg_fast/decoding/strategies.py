@@ -51,17 +51,20 @@ class RowSettings:
 @dataclass
 class View:
     """What is there of the rows that are decoded, the first ones of all: of ``history`` and ``tokens (rows, T)`` int64,
-    the prompt's among them, ``lengths (rows,)`` positions are in use (None: as many as were written to all), those from
-    ``starts (rows,)`` on (None: 0); what lies before is padding. ``tokens`` is None unless `Strategy.needs_tokens`."""
+    the prompt's among them, ``lengths (rows,)`` positions are in use (0 where there is no row), those from
+    ``starts (rows,)`` on (None: 0); what lies before is padding. ``tokens`` is None unless `Strategy.needs_tokens`;
+    positions that are no tokens (images, learned prompts) hold 0. ``even``: all rows have as many positions, those
+    written to the history."""
 
     history: History
-    lengths: Tensor | None = None
+    lengths: Tensor
     tokens: Tensor | None = None
     starts: Tensor | None = None
+    even: bool = False
 
     def similarity(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Largest cosine of ``states (rows, k, D)`` with the rows' histories, and its position, both ``(rows, k)``."""
-        return self.history.penalty(states, self.lengths)
+        return self.history.penalty(states, None if self.even else self.lengths)
 
     def last(self, rows: int) -> Tensor:
         """The state ``(rows, D)`` of each row's newest token, as the model made it."""

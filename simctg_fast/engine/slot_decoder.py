@@ -9,7 +9,6 @@ decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from ..decoding.step import Step
 from ..decoding.strategies import Proposal, Row, Strategy
 from ..decoding.truth import known_tokens
 from ..decoding.unsupported import UnsupportedError
-from ..ops.linear import MAX_ROWS
+from ..ops.linear import most_rows
 
 
 class SlotDecoder:
@@ -72,6 +71,7 @@ class SlotDecoder:
             for slot in range(count):
                 self.slots.set_length(slot, 0)
         strategy.static, strategy.settings = self.static, {} if recorded is None else recorded.settings
+        strategy.bind([None] * count, self.device)
         self.forward = Step(model, self.tap, self.slots)
         self.step = SlotStep(self.forward, strategy, known_of(model).windows)
         self.graph = Graph(self.step, reason)
@@ -102,12 +102,13 @@ class SlotDecoder:
         slots, end = self.slots, start + len(ids)
         slots.reserve(end + 1)
         cache, encoder_outputs = self._cache_of_prompt(), self.encoded if self.is_encoder_decoder else None
-        states, logits = self._run([slot], torch.tensor([ids]), start, cache, encoder_outputs, last_position)
+        tokens = torch.tensor([ids], device=self.device)
+        states, logits = self._run([slot], tokens, start, cache, encoder_outputs, last_position)
         slots.end_prompt(end)
         if slots.cross is not None and start == 0:
             slots.cross.like = self.encoded.last_hidden_state[:1, :1]
             slots.cross.fill(slot, cache.cross_attention_cache)
-        self._after_prompt([slot], [ids], start, states, logits if last else None)
+        self._after_prompt([slot], tokens, [len(ids)], start, states, logits if last else None)
 
     @no_padding_warning()
     @torch.inference_mode()
@@ -116,7 +117,7 @@ class SlotDecoder:
         lengths = [len(ids) for ids in prompts]
         width = max(lengths)
         self.slots.reserve(width + 1)
-        tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in prompts])
+        tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in prompts], device=self.device)
         index = torch.tensor(lengths, device=self.device)[:, None, None] - 1
 
         def ends(states: torch.Tensor) -> torch.Tensor:
@@ -124,13 +125,12 @@ class SlotDecoder:
 
         states, logits = self._run(places, tokens, 0, self.slots.cache, None, ends)
         self.slots.end_prompt(lengths)
-        self._after_prompt(places, prompts, 0, states, logits)
+        self._after_prompt(places, tokens, lengths, 0, states, logits)
 
     def _run(
         self, places: list[int], tokens: torch.Tensor, start: int, cache: Any, encoder_outputs: Any, select: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States ``(n, T, D)`` and logits ``(n, V)`` of ``tokens (n, T)`` in these slots from ``start`` on."""
-        tokens = tokens.to(self.device)
         positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand(len(tokens), -1)
         inputs = self.step.inputs(tokens, positions, cache, encoder_outputs)
         rows = slice(places[0], places[0] + 1) if len(places) == 1 else places
@@ -138,7 +138,7 @@ class SlotDecoder:
         self.tap.listen(select, all_positions=True)
         try:
             # A prompt's forward has no other row in it: what `generate` computes it by serves, and is faster.
-            with at_most(MAX_ROWS):
+            with at_most(most_rows()):
                 outputs = self.model(**inputs, return_dict=True)
         except BaseException:
             self.slots.end_prompt(start)
@@ -152,25 +152,25 @@ class SlotDecoder:
         return heard[0], outputs.logits[:, -1]
 
     def _after_prompt(
-        self, places: list[int], prompts: list[list[int]], start: int, states: torch.Tensor, logits: Any
+        self,
+        places: list[int],
+        tokens: torch.Tensor,
+        lengths: list[int],
+        start: int,
+        states: torch.Tensor,
+        logits: torch.Tensor | None,
     ) -> None:
         """Keep what the strategy asks for; ``logits (n, V)``: of prompts that are whole, None: they are not."""
         slots, strategy = self.slots, self.strategy
         if strategy.needs_history:
-            slots.history.write(places, start, states, lengths=[len(ids) for ids in prompts])
+            slots.history.write(places, start, states, lengths=lengths)
         if strategy.needs_tokens:
-            if slots.tokens is None:
-                shape = (self.count, slots.extent.capacity + 1)
-                slots.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
-            for slot, ids in zip(places, prompts, strict=True):
-                slots.tokens[slot, start : start + len(ids)] = torch.tensor(ids, device=self.device)
+            slots.keep_tokens(places, start, tokens)
         if logits is None:
             return
-        if slots.logits is None:
-            if known_tokens(self.model, logits) is not None:
-                raise UnsupportedError("its output embedding writes tokens that it cannot read")
-            slots.logits = torch.zeros((self.count, logits.shape[-1]), dtype=torch.float32, device=self.device)
-        slots.logits[places] = logits.to(slots.logits)
+        if slots.logits is None and known_tokens(self.model, logits) is not None:
+            raise UnsupportedError("its output embedding writes tokens that it cannot read")
+        slots.keep_logits(places, logits)
         for slot in places:
             strategy.clear(slot)
 
@@ -222,20 +222,16 @@ class SlotDecoder:
     @torch.inference_mode()
     def proceed(self, proposal: Proposal) -> None:
         """Make the rest of it: the winners are put behind the texts of slots that are active."""
-        self._advance(len(proposal.tokens), lambda: self.step.proceed(proposal))
+        slots = self.slots
+        slots.reserve(slots.length + 1)
+        with slots.extent.seen_whole(self.static):
+            self.step.proceed(proposal)
+        slots.advance_host(slots.host_active[: len(proposal.tokens)])
+        slots.set_rows(self.count)
 
     @no_padding_warning()
     @torch.inference_mode()
     def launch(self) -> None:
         """A whole step of all slots, replayed if it can be."""
         self.slots.set_rows(self.count)
-        self.strategy.draw(self.count)
-        self._advance(self.count, self.graph)
-
-    def _advance(self, rows: int, run: Callable[[], None]) -> None:
-        slots = self.slots
-        slots.reserve(slots.length + 1)
-        with slots.extent.seen_whole(self.static):
-            run()
-        slots.advance_host(slots.host_active[:rows])
-        slots.set_rows(self.count)
+        self.graph(self.slots.host_active)

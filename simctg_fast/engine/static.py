@@ -144,6 +144,7 @@ class StaticBatches:
             def run(decoder: Decoder, _: Verdict) -> None:
                 for sequence in batch:
                     sequence.restart()
+                self.strategy.bind(batch, input_ids.device)
                 logits = routes.prefill(decoder, self.strategy)[0]
                 with getattr(model, "_optimize_model_for_decode", nullcontext)():
                     self._decode(batch, decoder, input_ids, logits)
@@ -165,7 +166,7 @@ class StaticBatches:
         everyone, strategy, known = batch, self.strategy, known_tokens(decoder.model, logits)
         padding = [input_ids.shape[1] - len(s.prompt_ids) for s in batch]
         details = any(s.trace is not None for s in batch)
-        bound: list[Sequence | None] = []
+        bound: list[Sequence | None] = list(batch)
         while True:
             for index, one in enumerate(batch):
                 if one.processors and not one.finished:
@@ -180,7 +181,7 @@ class StaticBatches:
             if rows != bound:
                 strategy.bind(rows, logits.device)
                 bound = rows
-            proposal = decoder.propose(strategy, logits)
+            proposal = decoder.propose(input_ids, logits)
             bad = proposal.probs.isnan().any(dim=-1).tolist()
             for index, sequence in enumerate(rows):
                 if sequence is not None and bad[index]:
@@ -190,7 +191,7 @@ class StaticBatches:
                     if (sequence := rows[index]) is not None and token >= known:
                         sequence.fail("unknown_token", unknown_token(decoder.model, token, known))
                 proposal.tokens.clamp_(max=known - 1)
-            result, choice = decoder.decide(strategy, input_ids, proposal)
+            result, choice = decoder.decide(input_ids, proposal)
             record = StepRecord(proposal, choice, details=details)
             strategy.count([None if s is None or s.finished else s for s in rows], record.near)
             for index, sequence in enumerate(rows):
@@ -202,8 +203,7 @@ class StaticBatches:
             self.row_steps += len(batch)
             self.busy_row_steps += written
             self.active = sum(not s.finished for s in everyone)
-            tokens = torch.tensor(record.tokens, device=input_ids.device)
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            input_ids = torch.cat([input_ids, result.tokens[:, None]], dim=-1)
             logits = result.logits.to(input_ids.device, copy=True)
             if self.on_step is not None:
                 self.on_step()

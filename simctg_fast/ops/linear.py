@@ -1,8 +1,7 @@
 """A linear layer for a few rows, as a decoding step has them.
 
-With few rows the time goes into reading the weight. C++ (`csrc/api/linear.h`) reads it once, in place, for up
-to `MAX_ROWS` rows; a general matrix product repacks it first. What it computes for a row does not depend on the other
-rows.
+With few rows the time goes into reading the weight. C++ (`csrc/api/linear.h`) reads it once, in place; a general matrix
+product repacks it first, which pays from `most_rows` on. What it computes for a row does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -16,6 +15,15 @@ from torch import Tensor
 from . import _backends
 
 MAX_ROWS = 64  # above, a general matrix product is as good
+_MAX_ROWS_AMD = 256  # with AVX-512 there: PyTorch's is slower on AMD's processors (`benchmarks/linear.py`)
+
+
+def most_rows() -> int:
+    """Rows up to which the kernel is faster than a general matrix product on this machine."""
+    extension = _backends.extension()
+    if extension is not None and extension.active_isa() == "avx512" and extension.is_amd():
+        return _MAX_ROWS_AMD
+    return MAX_ROWS
 
 
 @functools.cache

@@ -161,13 +161,13 @@ def test_what_cannot_be_compiled_says_why(monkeypatch):
     kept, begin = [], DecodeStep.begin
     monkeypatch.setattr(DecodeStep, "begin", lambda self, *args: (kept.append(self), begin(self, *args)))
     same_tokens(generate(model, inputs), expected, model, inputs)
-    assert kept[0].not_compiled.startswith("its decoder cannot be compiled (")
+    assert kept[0].step.not_compiled.startswith("its decoder cannot be compiled (")
     assert not kept[0].step.compiled
     model = build("llama")
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     same_tokens(generate(model, inputs), generate(model, inputs, decode_step=False), model, inputs)
-    assert kept[-1].not_compiled == "the forward of its LlamaModel was replaced"
+    assert kept[-1].step.not_compiled == "the forward of its LlamaModel was replaced"
     assert model.model.__dict__["forward"] is not forward
 
 
@@ -263,7 +263,7 @@ def test_captured_and_compiled_with_inductor(name, steps):
     hook = model.lm_head.register_forward_pre_hook(lambda *_: kept.extend(step() for step in steps))
     ours = generate(model, inputs, max_new_tokens=60)
     hook.remove()
-    assert kept[-1].not_captured is kept[-1].not_compiled is None
+    assert kept[-1].graph.reason is kept[-1].step.not_compiled is None
     assert kept[-1].graph.recorded is not None
     same_tokens(
         ours.cpu(), generate(build(name), left_padded(7, 4, 2), decode_step=False, max_new_tokens=60), model, inputs

@@ -44,7 +44,7 @@ def search(model, inputs, step=True, new_tokens=NEW, **options):
 def test_replays_give_the_same_tokens(name, pads, driver, steps):
     model, inputs = build(name), prompts(3, pads=pads)
     ours = search(model, inputs)
-    assert steps[0].not_captured is None
+    assert steps[0].graph.reason is None
     assert (driver.recorded, driver.rehearsed) == (1, 1)
     assert driver.replayed >= NEW - 3
     same_tokens(ours, search(model, inputs, False), model, inputs)
@@ -54,7 +54,7 @@ def test_replays_give_the_same_tokens(name, pads, driver, steps):
 def outliving(step: DecodeStep) -> dict[str, torch.Tensor]:
     """What is read after a replay, or by the next one."""
     slots, (plan, counters) = step.slots, step.graph.recorded.held
-    found = {"table": plan.table, "counters": counters} | step.strategy.settings
+    found = {"table": plan.table, "counters": counters} | step.step.strategy.settings
     for owner in (step.step, slots, slots.history):
         found |= {name: x for name, x in vars(owner).items() if isinstance(x, torch.Tensor)}
     for number, layer in enumerate(slots.layers):
@@ -124,7 +124,7 @@ def test_short_calls_are_not_captured(driver, steps):
     model, inputs = build("llama"), prompts(2)
     out = search(model, inputs, new_tokens=decode_step.MIN_CAPTURED)
     assert not driver.recorded
-    assert steps[0].not_captured == "23 tokens are left, a graph pays from 24 on"
+    assert steps[0].graph.reason == "23 tokens are left, a graph pays from 24 on"
     same_tokens(out, search(model, inputs, False, decode_step.MIN_CAPTURED), model, inputs)
     search(model, inputs, new_tokens=decode_step.MIN_CAPTURED + 1)
     assert driver.recorded == 1
@@ -161,9 +161,9 @@ def test_a_step_that_makes_the_host_wait_is_refused_and_says_where(driver, steps
     ours = search(model, inputs)
     assert not driver.recorded
     assert driver.rehearsed == 2
-    assert "makes the host wait for the device" in steps[0].not_captured
-    assert "test_cuda_graph.py:" in steps[0].not_captured
-    assert steps[0].not_captured in caplog.text
+    assert "makes the host wait for the device" in steps[0].graph.reason
+    assert "test_cuda_graph.py:" in steps[0].graph.reason
+    assert steps[0].graph.reason in caplog.text
     same_tokens(ours, search(model, inputs, False), model, inputs)
 
 
@@ -182,7 +182,7 @@ def test_waiting_once_is_no_reason(driver, steps, monkeypatch):
     monkeypatch.setattr(graph, "rehearse", first)
     search(model, inputs)
     assert (driver.rehearsed, driver.recorded) == (2, 1)
-    assert steps[0].not_captured is None
+    assert steps[0].graph.reason is None
 
 
 @pytest.mark.parametrize("how", ["it raises", "the host reads"])
@@ -203,12 +203,12 @@ def test_a_failed_capture_leaves_everything_as_it_was(how, driver, steps, monkey
     assert driver.as_before()
     assert not driver.held
     expected = "it broke" if how == "it raises" else "operation not permitted"
-    assert "its step cannot be captured" in steps[0].not_captured
-    assert expected in steps[0].not_captured
+    assert "its step cannot be captured" in steps[0].graph.reason
+    assert expected in steps[0].graph.reason
     same_tokens(ours, search(model, inputs, False), model, inputs)
     tried = driver.rehearsed
     assert torch.equal(search(model, inputs), ours)
-    assert (steps[-1].not_captured, driver.rehearsed) == (steps[0].not_captured, tried)
+    assert (steps[-1].graph.reason, driver.rehearsed) == (steps[0].graph.reason, tried)
     broken[0] = False
     search(build("gpt2"), inputs)
     assert steps[-1].graph.recorded is not None
@@ -232,10 +232,10 @@ def test_a_capture_that_runs_out_of_memory(fails, driver, steps, monkeypatch):
     assert driver.as_before()
     assert (steps[0].graph.recorded is None) == (fails == 2)
     if fails == 2:
-        assert "out of memory" in steps[0].not_captured
+        assert "out of memory" in steps[0].graph.reason
         assert not driver.held
     assert torch.equal(search(model, inputs), ours)
-    assert steps[-1].not_captured is None
+    assert steps[-1].graph.reason is None
 
 
 def test_memory_of_graphs_that_are_gone_is_given_back(driver):
@@ -257,7 +257,7 @@ def test_what_refuses_one_kind_of_call_says_nothing_of_others(driver, steps, mon
     for _ in range(2):
         monkeypatch.setattr(ContrastiveSearch, "make_strategy", lambda *_: Asks(4))
         search(model, inputs)
-        assert "makes the host wait" in steps[-1].not_captured
+        assert "makes the host wait" in steps[-1].graph.reason
     assert driver.rehearsed == 2
     monkeypatch.setattr(ContrastiveSearch, "make_strategy", make)
     search(model, inputs)
@@ -275,7 +275,7 @@ def test_each_size_has_its_own_rehearsals(driver, steps, monkeypatch):
     search(build("llama"), prompts(2), new_tokens=70)
     assert driver.recorded >= 2
     assert not waits
-    assert steps[0].not_captured in (None, "too few tokens are left to capture it again")
+    assert steps[0].graph.reason in (None, "too few tokens are left to capture it again")
 
 
 def test_a_recording_of_which_no_graph_can_be_made(driver, monkeypatch):

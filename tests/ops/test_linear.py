@@ -16,7 +16,7 @@ from simctg_fast.cpu import modules
 from simctg_fast.cpu.forwards import _held
 from simctg_fast.cpu.modules import fast_linears
 from simctg_fast.ops import _backends
-from simctg_fast.ops.linear import MAX_ROWS, pack, run_kernel
+from simctg_fast.ops.linear import MAX_ROWS, most_rows, pack, run_kernel
 
 extension = _backends.extension()
 needs_extension = pytest.mark.skipif(extension is None, reason="the C++ extension is not built")
@@ -252,11 +252,11 @@ def test_a_model_computes_the_same(make, pack, kernel_calls):
             assert routed >= LAYERS[make]
             logits = model(IDS).logits
             assert kernel_calls == [(12, pack is True)] * LAYERS[make]
-            many = model(torch.zeros(1, MAX_ROWS + 1, dtype=torch.long)).logits
+            many = model(torch.zeros(1, most_rows() + 1, dtype=torch.long)).logits
             # Too many rows: the modules' own forward, but for packed layers where these are faster for more.
             takes_more = pack is True and extension.active_isa() == "avx2"
             assert len(kernel_calls) == LAYERS[make] * (2 if takes_more else 1)
-        assert torch.allclose(many, model(torch.zeros(1, MAX_ROWS + 1, dtype=torch.long)).logits, atol=1e-5)
+        assert torch.allclose(many, model(torch.zeros(1, most_rows() + 1, dtype=torch.long)).logits, atol=1e-5)
     assert torch.allclose(logits, expected, atol=1e-5)
     assert not torch.equal(logits, torch.zeros_like(logits))
     assert inside(model) == before
@@ -499,7 +499,7 @@ def test_arguments():
         pass
     with pytest.raises(ValueError, match="rows_hint is 0, must be at least 1"), fast_linears(layer, 0):
         pass
-    with fast_linears(layer, MAX_ROWS + 1) as routed:
+    with fast_linears(layer, most_rows() + 1) as routed:
         assert routed == 0
 
 
