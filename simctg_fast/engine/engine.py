@@ -258,7 +258,8 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What was done so far: forwards, how full they were, and how often memory ran out."""
+        """What was done so far: forwards, how full they were, how often memory ran out, and why the last steps were not
+        replayed as a CUDA graph (None: they were)."""
         backend = self.backend
         busy = backend.busy_row_steps / backend.row_steps if backend.row_steps else 0.0
         return {
@@ -269,6 +270,7 @@ class Engine:
             "slots_busy": round(busy, 4),
             "near_ties": self.strategy.near_ties,
             "out_of_memory": backend.halvings,
+            "not_captured": backend.not_captured,
             "prompt_tokens": self.prompt_tokens,
             "shared_tokens": backend.shared_tokens,
             "generated_tokens": backend.generated,

@@ -7,79 +7,93 @@ from typing import Any
 
 import torch
 
-from ..decoding.strategies import Choice, Proposal, decision
+from ..decoding.strategies import Choice, Proposal, Strategy
 from .sequence import Sequence
 
 
-class Reading:
-    """A tensor on its way to the host, which does not wait until it asks for it."""
+class StepRecord:
+    """One step's decision for ``rows`` (None: nobody's), on its way to the host, which does not wait until it writes.
 
-    def __init__(self, tensor: torch.Tensor):
-        self.event = None
-        if tensor.device.type != "cuda":
-            self.host = tensor.clone()
-            return
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").pin_memory()
-        self.host.copy_(tensor, non_blocking=True)
-        self.event = torch.cuda.Event()
-        self.event.record()
+    Args:
+        decided: as `strategies.decision` makes it, of ``proposal`` and ``choice``.
+        logits: ``(rows, V)``, by which the tokens are chosen.
+        padding: of each row, positions of the history before its first.
+    """
 
-    def tolist(self) -> list:
+    def __init__(
+        self,
+        rows: list[Sequence | None],
+        proposal: Proposal,
+        choice: Choice | None,
+        decided: torch.Tensor,
+        logits: torch.Tensor,
+        padding: list[int] | None = None,
+    ):
+        self.rows, self.proposal, self.choice, self.logits = rows, proposal, choice, logits
+        self.padding = padding or [0] * len(rows)
+        is_cuda = decided.device.type == "cuda"
+        host = torch.empty(decided.shape, dtype=decided.dtype)
+        self.host = host.pin_memory() if is_cuda else host
+        self.host.copy_(decided, non_blocking=is_cuda)
+        self.event = torch.cuda.Event() if is_cuda else None
+        if self.event is not None:
+            self.event.record()
+
+    def wait(self) -> None:
         if self.event is not None:
             self.event.synchronize()
-        return self.host.tolist()
 
+    def write(self, strategy: Strategy) -> int:
+        """Give every row that has not ended its token, or say why there is none; ``strategy`` is told of near ties.
+        Returns how many got one."""
+        self.wait()
+        decided: list[list[int]] = self.host.tolist()
+        rows = [None if row is None or row.finished else row for row in self.rows]
+        strategy.count(rows, [near for _, _, near in decided])
+        if any(row is not None and row.trace is not None for row in rows):
+            self._read_details()
+        written = 0
+        for place, sequence in enumerate(rows):
+            if sequence is None:
+                continue
+            token, is_bad, _ = decided[place]
+            if is_bad:
+                sequence.fail("nan_logits", f"the logits left no probabilities at new token {len(sequence.tokens)}")
+            else:
+                self._write(place, token, sequence)
+                written += 1
+        return written
 
-class StepRecord:
-    """One step's decision for all rows, read off the device once: ``tokens``, whether there were no probabilities
-    (``bad``), and near ties (``near``)."""
+    def _read_details(self) -> None:
+        self.candidates: list[list[int]] = self.proposal.tokens.tolist()
+        self.probs: list[list[float]] = self.proposal.probs.tolist()
+        parts = ("scores", "penalty", "position")
+        self.why = None if self.choice is None else {part: getattr(self.choice, part).tolist() for part in parts}
 
-    def __init__(self, proposal: Proposal, choice: Choice | None = None, *, details: bool, reading: Any = None):
-        """``choice``: None if there was none; ``details``: whether any row wants a trace; ``reading``: of the decision,
-        where that is under way."""
-        decided = (decision(proposal, choice) if reading is None else reading).tolist()
-        self.tokens = [token for token, _, _ in decided]
-        self.bad = [bool(bad) for _, bad, _ in decided]
-        self.near = [bool(near) for _, _, near in decided]
-        self.candidates: list[list[int]] = proposal.tokens.tolist() if details else []
-        self.probs: list[list[float]] = proposal.probs.tolist() if details else []
-        self.scores = choice.scores.tolist() if details and choice is not None else None
-        self.penalty = choice.penalty.tolist() if details and choice is not None else None
-        self.position = choice.position.tolist() if details and choice is not None else None
-
-    def write(self, row: int, sequence: Sequence, logits: torch.Tensor, padding: int = 0) -> None:
-        """Give ``sequence`` the token of ``row``. ``logits (1, V)``: what it was chosen by; ``padding``: positions of
-        the history before its first."""
-        token = self.tokens[row]
+    def _write(self, row: int, token: int, sequence: Sequence) -> None:
+        logits = self.logits[row : row + 1]
         if sequence.logprobs is not None:
             sequence.logprobs.append(_logprobs(sequence, token, logits[0]))
         if sequence.trace is not None:
-            sequence.trace.append(
-                {
-                    "token_id": token,
-                    "token": sequence.piece(token),
-                    "candidates": [
-                        self._candidate(row, column, sequence, padding)
-                        for column in range(len(self.candidates[row]))
-                        if self.probs[row][column] > 0
-                    ],
-                }
-            )
+            columns = [column for column, probability in enumerate(self.probs[row]) if probability > 0]
+            candidates = [self._candidate(row, column, sequence) for column in columns]
+            piece = sequence.piece(token)
+            sequence.trace.append({"token_id": token, "token": piece, "candidates": candidates})
         sequence.accept(token, logits)
 
-    def _candidate(self, row: int, column: int, sequence: Sequence, padding: int) -> dict[str, Any]:
+    def _candidate(self, row: int, column: int, sequence: Sequence) -> dict[str, Any]:
         token = self.candidates[row][column]
         record: dict[str, Any] = {
             "token_id": token,
             "token": sequence.piece(token),
             "probability": self.probs[row][column],
         }
-        if self.penalty is not None and self.position is not None and self.scores is not None:
-            position = self.position[row][column] - padding
+        if self.why is not None:
+            position = self.why["position"][row][column] - self.padding[row]
             earlier = sequence.token_at(position)
             record |= {
-                "penalty": _finite(self.penalty[row][column]),
-                "score": _finite(self.scores[row][column]),
+                "penalty": _finite(self.why["penalty"][row][column]),
+                "score": _finite(self.why["scores"][row][column]),
                 "because": {
                     "position": position,
                     "token_id": earlier,

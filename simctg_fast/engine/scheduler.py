@@ -16,13 +16,12 @@ from ..cpu.modules import fast_linears
 from ..cpu.t5_blocks import fast_t5_blocks
 from ..decoding.attention import current_step
 from ..decoding.compiled_decoder import as_written
-from ..decoding.slot_step import Outcome
 from ..decoding.slots import round_up
 from ..decoding.strategies import Strategy
 from ..decoding.unsupported import UnsupportedError
 from ..loading import context_length
 from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
-from .observe import Reading, StepRecord
+from .observe import StepRecord
 from .prepare import apply_processors
 from .sequence import IDLE, Sequence
 from .slot_decoder import SlotDecoder
@@ -53,6 +52,7 @@ class SlotScheduler:
         steps, row_steps, busy_row_steps: decoding steps, slots in them, and slots that wrote a token.
         generated: tokens written; active: sequences in work; halvings: how often memory ran out.
         shared_tokens: of prompts, that were copied from other slots.
+        not_captured: why the last steps were not replayed as a CUDA graph, None if they were.
         model_seconds: time inside forwards and the choice of tokens; seconds: of ``run`` as a whole.
     """
 
@@ -66,7 +66,8 @@ class SlotScheduler:
         self.model_seconds = self.seconds = 0.0
         self.stopping = False
         self.shares_prefixes = True
-        self.captures = True  # steps are replayed as a CUDA graph, where that can be
+        self.no_graph: str | None = None  # what is known to be in the way of one
+        self.not_captured: str | None = None
         self.batches_prompts = model.device.type == "cuda" and not model.config.is_encoder_decoder
         self.on_step: Callable[[], None] | None = None
         self.independent_slots = 1  # up to so many, a row's bits do not depend on how many there are
@@ -111,16 +112,16 @@ class SlotScheduler:
         try:
             self._verify(trial)
         except UnsupportedError as error:
-            if not self.captures:
+            if self.no_graph is not None:
                 raise
+            self.no_graph = f"its step over whole buffers does not serve: {error}"
             logger.info("%s is not captured as a CUDA graph: %s", type(self.model).__name__, error)
-            self.captures = False
             self._verify(trial)
         self.slots = self.most_slots
 
     def _verify(self, trial: SlotTrial) -> None:
         with self._running() as decoder:
-            self.captures = decoder.static
+            self.no_graph = decoder.graph.reason
             verify(decoder, trial)
             self._measure(decoder)
             on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
@@ -191,7 +192,7 @@ class SlotScheduler:
         self.filling: deque[tuple[int, list[Sequence], int]] = deque()  # slot, siblings, positions that are there
         self.taken: set[int] = set()
         self.bound: list[Sequence | None] | None = None
-        self.launched: _Launched | None = None
+        self.launched: StepRecord | None = None  # the step on its way
         self.active = 0
 
     def _pull(self) -> None:
@@ -243,7 +244,7 @@ class SlotScheduler:
 
     def _positions(self, sequence: Sequence) -> int:
         """That a slot needs: one more than its text, and with a graph one for the step made before its end is seen."""
-        return sequence.total_length + 1 + self._decoder.captures
+        return sequence.total_length + 1 + self._decoder.static
 
     def _make_room(self, needed: int) -> None:
         """Raise MemoryError where there is none for so many positions. With a graph, which would have to be captured
@@ -251,12 +252,12 @@ class SlotScheduler:
         slots = self._decoder.slots
         if needed <= slots.extent.capacity:
             return
-        if self._decoder.captures:
+        if self._decoder.static:
             longest = max(needed, *(self._positions(siblings[0]) for _, _, siblings in self.waiting))
             needed = needed if self._lacks_memory(self.slots, longest) else longest
         if (reason := self._lacks_memory(self.slots, needed)) is not None:
             raise MemoryError(reason)
-        if self._decoder.captures:
+        if self._decoder.static:
             slots.reserve(needed)
 
     def _prefill(self) -> None:
@@ -353,9 +354,11 @@ class SlotScheduler:
         self.model_seconds += time.perf_counter() - began
         self.steps += 1
         self.row_steps += self.slots
-        assert step.outcome is not None
+        outcome = step.outcome
+        assert outcome is not None
         overlaps = decoder.graph.recorded is not None and not patient
-        before, self.launched = self.launched, _Launched(list(self.rows), step.outcome, logits)
+        record = StepRecord(list(self.rows), outcome.proposal, outcome.choice, outcome.decision, logits)
+        before, self.launched = self.launched, record
         if before is not None:
             self._write(before)
         if not overlaps:
@@ -388,23 +391,15 @@ class SlotScheduler:
         if launched is not None:
             self._write(launched)
 
-    def _write(self, launched: _Launched) -> None:
+    def _write(self, record: StepRecord) -> None:
         began = time.perf_counter()
-        record = launched.record()
+        record.wait()
         self.model_seconds += time.perf_counter() - began
-        rows = [None if row is None or row.finished else row for row in launched.rows]  # others had ended before
-        self.strategy.count(rows, record.near)
-        for slot, sequence in enumerate(rows):
-            if sequence is None:
-                continue
-            if record.bad[slot]:
-                message = f"the logits left no probabilities at new token {len(sequence.tokens)}"
-                sequence.fail("nan_logits", message)
-            else:
-                record.write(slot, sequence, launched.logits[slot : slot + 1])
-                self.generated += 1
-                self.busy_row_steps += 1
-            if sequence.finished:
+        written = record.write(self.strategy)
+        self.generated += written
+        self.busy_row_steps += written
+        for slot, sequence in enumerate(record.rows):
+            if sequence is not None and sequence.finished and self.rows[slot] is sequence:
                 self._release(slot)
 
     def _release(self, slot: int) -> None:
@@ -507,26 +502,15 @@ class SlotScheduler:
 
     def _close(self, error: type[BaseException] | None = None) -> None:
         if self.decoder is not None:
+            self.not_captured = self.decoder.graph.reason
             self.decoder.__exit__(error, None, None)
         self.decoder = None
 
     def _reopen(self) -> None:
         self._close()
         release()
-        self.decoder = SlotDecoder(self.model, self.slots, self.strategy, capture=self.captures)
+        self.decoder = SlotDecoder(self.model, self.slots, self.strategy, no_graph=self.no_graph)
         self.decoder.__enter__()
-
-
-class _Launched:
-    """A step on its way: who was in the slots, and by which ``logits`` tokens are chosen."""
-
-    def __init__(self, rows: list[Sequence | None], outcome: Outcome, logits: torch.Tensor):
-        self.rows, self.outcome, self.logits = rows, outcome, logits
-        self.reading = Reading(outcome.decision)
-
-    def record(self) -> StepRecord:
-        details = any(row is not None and row.trace is not None for row in self.rows)
-        return StepRecord(self.outcome.proposal, self.outcome.choice, details=details, reading=self.reading)
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:

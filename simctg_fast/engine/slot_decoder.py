@@ -36,7 +36,7 @@ class SlotDecoder:
         model: in evaluation mode.
         count: slots.
         strategy: how tokens are chosen.
-        capture: replay steps as a CUDA graph, where that can be; static: run them as if.
+        no_graph: why steps are not to be replayed as a CUDA graph; None: they are, where that can be.
 
     Attributes:
         slots: the buffers, the logits ``(count, V)`` for the next token of each slot among them.
@@ -46,7 +46,7 @@ class SlotDecoder:
         UnsupportedError: this model cannot; also from every method.
     """
 
-    def __init__(self, model: Any, count: int, strategy: Strategy, *, capture: bool = True, static: bool = False):
+    def __init__(self, model: Any, count: int, strategy: Strategy, *, no_graph: str | None = None):
         self.model, self.count, self.strategy = model, count, strategy
         self.device: torch.device = model.device
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -56,12 +56,12 @@ class SlotDecoder:
         self.tap = HiddenStatesTap(model)
         if not self.tap.has_head:
             raise UnsupportedError("it has no output embedding whose input could be read")
-        reason = obstacle(model, self.device) if capture else "capture=False"
+        reason = no_graph or obstacle(model, self.device)
         if reason is None and strategy.asks_host:
-            reason = "its strategy asks the host"
-        self.captures, self.static = reason is None, static or reason is None
+            reason = f"{type(strategy).__name__} asks the host"
+        self.static = reason is None  # steps see whole buffers
         self.key = ("engine", count, type(strategy), strategy.key())
-        recorded = take(model, self.key) if self.captures else None
+        recorded = take(model, self.key) if reason is None else None
         if recorded is None:
             self.slots = Slots(count, len(cache.layers), self.device, blocks=True)
             self.slots.cross = CrossSlots(self.slots.extent, self.device) if self.is_encoder_decoder else None
@@ -84,7 +84,7 @@ class SlotDecoder:
 
     def __exit__(self, *exc: object) -> None:
         self.tap.__exit__(*exc)
-        if self.captures and exc[0] in (None, GeneratorExit):
+        if exc[0] in (None, GeneratorExit):
             self.graph.keep(self.key)
 
     @property

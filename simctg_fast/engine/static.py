@@ -21,7 +21,7 @@ from ..decoding.generate_arguments import Arguments, position_table
 from ..decoding.own_step import PLAIN
 from ..decoding.padding_warning import no_padding_warning
 from ..decoding.routes import Routes
-from ..decoding.strategies import Strategy
+from ..decoding.strategies import Strategy, decision
 from ..decoding.trial import Verdict
 from ..decoding.truth import known_tokens, unknown_token
 from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
@@ -54,6 +54,7 @@ class StaticBatches:
         self.one_length = None if slots == 1 else change_by_padding(model, self.pad)
         self.steps = self.row_steps = self.busy_row_steps = 0
         self.halvings = self.active = self.generated = self.shared_tokens = 0
+        self.not_captured = "static batches are decoded step by step"
         self.on_step: Callable[[], None] | None = None
         self.lookahead = LOOKAHEAD * slots
         self.positions = position_table(model)
@@ -165,7 +166,6 @@ class StaticBatches:
         """Continue ``input_ids (B, L)``, whose ``logits (B, V)`` are given, until all of ``batch`` have ended."""
         everyone, strategy, known = batch, self.strategy, known_tokens(decoder.model, logits)
         padding = [input_ids.shape[1] - len(s.prompt_ids) for s in batch]
-        details = any(s.trace is not None for s in batch)
         bound: list[Sequence | None] = list(batch)
         while True:
             for index, one in enumerate(batch):
@@ -182,22 +182,14 @@ class StaticBatches:
                 strategy.bind(rows, logits.device)
                 bound = rows
             proposal = decoder.propose(input_ids, logits)
-            bad = proposal.probs.isnan().any(dim=-1).tolist()
-            for index, sequence in enumerate(rows):
-                if sequence is not None and bad[index]:
-                    sequence.fail("nan_logits", f"the logits left no probabilities at new token {len(sequence.tokens)}")
             if known is not None:
                 for index, token in enumerate(proposal.tokens.amax(dim=-1).tolist()):
                     if (sequence := rows[index]) is not None and token >= known:
                         sequence.fail("unknown_token", unknown_token(decoder.model, token, known))
                 proposal.tokens.clamp_(max=known - 1)
             result, choice = decoder.decide(input_ids, proposal)
-            record = StepRecord(proposal, choice, details=details)
-            strategy.count([None if s is None or s.finished else s for s in rows], record.near)
-            for index, sequence in enumerate(rows):
-                if sequence is not None and not sequence.finished:
-                    record.write(index, sequence, logits[index : index + 1], padding[index])
-            written = sum(row is not None for row in rows)
+            decided = decision(proposal, choice)
+            written = StepRecord(rows, proposal, choice, decided, logits, padding).write(strategy)
             self.steps += 1
             self.generated += written
             self.row_steps += len(batch)

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from simctg_fast.decoding.slot_step import SlotStep
 from simctg_fast.engine import Engine
-from simctg_fast.engine.observe import Reading
+from simctg_fast.engine.observe import StepRecord
 
 from ..decoding.test_strategies import Opposite
 from ..decoding_models import build, tokenizer
@@ -48,7 +48,7 @@ def _rounded(logprobs):
 
 def results(model, requests, captures=True, **options):
     engine = Engine(model, tokenizer(), **{"slots": 3, "batching": "slots", "max_new_tokens": 12} | options)
-    engine.backend.captures = captures
+    engine.backend.no_graph = None if captures else "not to be"
     found = {r.id: (r.token_ids, r.finish_reason, r.error, _rounded(r.logprobs)) for r in engine.generate(requests)}
     return found, engine
 
@@ -85,16 +85,17 @@ def test_a_strategy_of_somebodys_own(driver, monkeypatch):
 
 
 def test_one_reading_a_step(driver, monkeypatch):
-    read, tolist = [], Reading.tolist
-    monkeypatch.setattr(Reading, "tolist", lambda self: (read.append(1), tolist(self))[1])
+    read, write = [], StepRecord.write
+    monkeypatch.setattr(StepRecord, "write", lambda *args: (read.append(1), write(*args))[1])
     _, engine = results(build("llama"), lines(build("llama"), (5, 9, 13)))
     assert len(read) in (engine.stats["steps"], engine.stats["steps"] - 1)  # nobody reads a surplus step
 
 
 def test_sampling_is_not_captured(driver):
     model = build("llama")
-    ours, _ = results(model, lines(model, (5, 9)), strategy="sample", temperature=0.8)
+    ours, engine = results(model, lines(model, (5, 9)), strategy="sample", temperature=0.8)
     assert not driver.recorded
+    assert engine.stats["not_captured"] == "Sample asks the host"
     assert all(error is None for _, _, error, _ in ours.values())
 
 

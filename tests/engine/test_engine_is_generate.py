@@ -10,7 +10,7 @@ from simctg_fast.cpu.modules import fast_linears
 from simctg_fast.decoding.caches import CACHE_NAME, new_cache
 from simctg_fast.decoding.hidden_states import HiddenStatesTap
 from simctg_fast.decoding.slots_decoder import SlotsDecoder
-from simctg_fast.decoding.strategies import Contrastive, RowSettings, View
+from simctg_fast.decoding.strategies import Contrastive, RowSettings
 from simctg_fast.engine import observe, scheduler
 from simctg_fast.engine.slot_decoder import SlotDecoder
 
@@ -24,13 +24,13 @@ MODELS = ("gpt2", "llama", "mistral", "gemma2", "t5", "bart", "mbart")
 def seen(monkeypatch):
     """The logits that the engine chose by, of every token."""
     logits: list[torch.Tensor] = []
-    write = observe.StepRecord.write
+    write = observe.StepRecord._write
 
-    def remember(self, row, sequence, scores, padding=0):
-        logits.append(scores.clone())
-        return write(self, row, sequence, scores, padding)
+    def remember(self, row, token, sequence):
+        logits.append(self.logits[row : row + 1].clone())
+        return write(self, row, token, sequence)
 
-    monkeypatch.setattr(observe.StepRecord, "write", remember)
+    monkeypatch.setattr(observe.StepRecord, "_write", remember)
     return logits
 
 
@@ -74,7 +74,9 @@ def test_a_batch_from_one_state(name, batch):
             model, tap, head=True, generation_config=config, model_kwargs=kwargs, max_length=None, record={}
         )
         logits, states, _ = ours.prefill(ids)
-        ours.history.write(slice(0, batch), 0, states)
+        strategy = Contrastive(k)
+        strategy.bind([RowSettings(alpha)] * batch, ids.device)
+        ours.begin(strategy, states, None)
         for slot in range(batch):
             engine.prefill(slot, ids[slot].tolist(), 0, last=True)
         for mine, its in zip(ours.slots.layers, engine.slots.layers, strict=True):
@@ -82,21 +84,12 @@ def test_a_batch_from_one_state(name, batch):
             its.values[:, :, :length] = mine.values[:, :, :length]
         engine.slots.history.states[:, :length] = ours.history.states[:, :length]
         engine.slots.logits = logits.clone()
-        strategy = Contrastive(k)
-        strategy.bind([RowSettings(alpha)] * batch, ids.device)
         engine.bind([RowSettings(alpha)] * batch)
         for _ in range(NEW):
-            proposal = strategy.propose(logits, View(ours.history))
-            candidates = proposal.tokens
-
-            def choose(states, proposal=proposal):
-                return strategy.choose(states, proposal, View(ours.history)).selected
-
-            result = ours.step(ids, candidates, choose)
-            ours.history.append(result.hidden_states)
+            result, _ = ours.decide(ids, ours.propose(ids, logits))
             engine.proceed(engine.propose(batch))
             logits = result.logits
-            ids = torch.cat([ids, candidates.gather(1, result.selected[:, None])], dim=1)
+            ids = torch.cat([ids, result.tokens[:, None]], dim=1)
             assert torch.equal(engine.logits, logits)
 
 
