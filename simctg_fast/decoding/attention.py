@@ -150,12 +150,12 @@ class Attention:
                 mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
                 self.masks.append((mask, None, size))
                 return mask
-        own = self.lengths[:, None, None, None]
+        ends = self.lengths[:, None, None, None]
         place = torch.arange(width + 1, device=device)[None, None, None]
-        place = torch.where(place == width, own, place)  # the last column is the candidate itself
+        place = torch.where(place == width, ends, place)  # the last column is the candidate itself
         rows = torch.arange(len(self.lengths), device=device)[:, None, None, None]
         offset = 0 if self.starts is None else self.starts[:, None, None, None]
-        mask = function(rows, torch.zeros_like(rows), own - offset, place - offset)
+        mask = function(rows, torch.zeros_like(rows), ends - offset, place - offset)
         mask = mask.expand(len(self.lengths), 1, 1, width + 1).contiguous()
         self.masks.append((mask, mask, None))
         return mask

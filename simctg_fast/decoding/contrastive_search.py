@@ -147,7 +147,7 @@ def _is_word(value: Any, *words: str) -> bool:
     return isinstance(value, str) and value in words
 
 
-def _wanted(strategy: Any, given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _wanted(strategy: Any, arguments: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The first look at the arguments of a call of ``generate``: transformers computes with them next."""
     if isinstance(strategy, ContrastiveSearch) or strategy is contrastive_search:
         check_settings(settings)
@@ -155,8 +155,8 @@ def _wanted(strategy: Any, given: dict[str, Any], settings: dict[str, Any]) -> d
             if getattr(strategy, name, None) is None and settings.get(name) is not None:
                 check(settings[name])
     if isinstance(strategy, ContrastiveSearch):
-        return given | {"tokenizer": strategy.tokenizer or given["tokenizer"]}
-    return given if strategy is contrastive_search else {}
+        return arguments | {"tokenizer": strategy.tokenizer or arguments["tokenizer"]}
+    return arguments if strategy is contrastive_search else {}
 
 
 keep_arguments(_wanted)

@@ -103,8 +103,8 @@ def _try_to_record(
     run: Callable[[], Any], device: torch.device
 ) -> tuple[torch.cuda.CUDAGraph, None] | tuple[None, BaseException]:
     index = torch.cuda.current_device()
-    own = torch.zeros(16, 16, device=device)
-    torch.mm(own, own)  # the workspace of this thread's BLAS, which must not come from the graph's memory
+    scratch = torch.zeros(16, 16, device=device)
+    torch.mm(scratch, scratch)  # the workspace of this thread's BLAS, which must not come from the graph's memory
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     error: BaseException | None = None
     try:
@@ -121,13 +121,13 @@ def _try_to_record(
     try:
         graph.pool()
     except RuntimeError:  # it did not come to its end
-        _abandon(graph, pool, index, own)
+        _abandon(graph, pool, index, scratch)
     else:
         graph.reset()
     return None, error
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, index: int, own: torch.Tensor) -> None:
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, index: int, scratch: torch.Tensor) -> None:
     """Undo what a recording began that did not come to its end. (The allocator of pinned memory goes on asking the
     graph, which costs little; nothing in Python ends that.)"""
     _lost.append(graph)
@@ -137,7 +137,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, index: int, own: torch.Tens
     with suppress(RuntimeError):  # one that ends takes the random numbers out of recording
         other = torch.cuda.CUDAGraph()
         other.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
-        own.zero_()
+        scratch.zero_()
         other.capture_end()
         other.reset()
 

@@ -13,8 +13,8 @@ from transformers.generation.utils import GenerationMixin
 
 
 def keep_arguments(wanted: Callable[[Any, dict[str, Any], dict[str, Any]], dict[str, Any]]) -> None:
-    """From now on ``generate`` hands on what ``wanted(custom_generate, given, kwargs)`` returns of its arguments
-    ``given``; ``kwargs`` are its others, settings among them."""
+    """From now on ``generate`` hands on what ``wanted(custom_generate, bound, kwargs)`` returns of its arguments
+    ``bound``; ``kwargs`` are its others, settings among them."""
     original = getattr(GenerationMixin, "_extract_generation_mode_kwargs", None)
     if original is None or hasattr(original, "__wrapped__"):
         return
@@ -22,10 +22,10 @@ def keep_arguments(wanted: Callable[[Any, dict[str, Any], dict[str, Any]], dict[
 
     @functools.wraps(original)
     def extract(self, *args: Any, **more: Any) -> dict[str, Any]:
-        given = signature.bind(self, *args, **more).arguments
-        tokenizer = given["kwargs"].get("tokenizer")
+        bound = signature.bind(self, *args, **more).arguments
+        tokenizer = bound["kwargs"].get("tokenizer")
         kept = wanted(
-            given["custom_generate"], {"tokenizer": tokenizer, "streamer": given["streamer"]}, given["kwargs"]
+            bound["custom_generate"], {"tokenizer": tokenizer, "streamer": bound["streamer"]}, bound["kwargs"]
         )
         return original(self, *args, **more) | {name: value for name, value in kept.items() if value is not None}
 

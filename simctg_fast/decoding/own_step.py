@@ -145,10 +145,11 @@ def own_text(model: Any, inputs: dict[str, Any], rounds: list[torch.Tensor]) -> 
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         call = Call(model, input_ids, kwargs, generation_config, top_k=1, max_length=None, table=None)
-        own = OwnStep(call, tap, Rows(input_ids, without_caches(kwargs)), replay=False)
-        own.prefill()
+        own_step = OwnStep(call, tap, Rows(input_ids, without_caches(kwargs)), replay=False)
+        own_step.prefill()
         steps = [
-            [own.step(tokens[:, i], keep=i == tokens.shape[1] - 1) for i in range(tokens.shape[1])] for tokens in rounds
+            [own_step.step(tokens[:, i], keep=i == tokens.shape[1] - 1) for i in range(tokens.shape[1])]
+            for tokens in rounds
         ]
         found.append(OwnText(inputs, rounds, input_ids, steps))
         return input_ids

@@ -34,14 +34,14 @@ _OTHER_MODES = {
 class _Patch:
     """What :func:`patch_transformers` returns: leaving the ``with`` block undoes the patch this object made."""
 
-    def __init__(self, made: bool):
-        self._made = made
+    def __init__(self, installed: bool):
+        self._installed = installed
 
     def __enter__(self) -> _Patch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._made:
+        if self._installed:
             unpatch_transformers()
 
 
@@ -57,10 +57,10 @@ def patch_transformers() -> _Patch:
     """
     global _original
     if _original is not None:
-        return _Patch(made=False)
+        return _Patch(installed=False)
     _original = GenerationMixin.generate
     GenerationMixin.generate = _wrap(_original)
-    return _Patch(made=True)
+    return _Patch(installed=True)
 
 
 def unpatch_transformers() -> None:
@@ -77,32 +77,32 @@ def _wrap(original):
     @functools.wraps(original)
     def generate(self, *args: Any, **kwargs: Any):
         bound = signature.bind_partial(self, *args, **kwargs)
-        given = dict(bound.arguments)
-        extra = given.pop("kwargs", {})
-        given.pop("self")
-        strategy = _strategy_asked_for(self, given | extra)
+        arguments = dict(bound.arguments)
+        extra = arguments.pop("kwargs", {})
+        arguments.pop("self")
+        strategy = _strategy_asked_for(self, arguments | extra)
         if strategy is None:
-            value, typed = _setting("penalty_alpha", self, given | extra)
-            if not value or typed or given.get("custom_generate") is not None:
+            value, typed = _setting("penalty_alpha", self, arguments | extra)
+            if not value or typed or arguments.get("custom_generate") is not None:
                 return original(self, *args, **kwargs)
             # The checkpoint's: left there, it would have ``generate`` look for contrastive search beside an assistant.
-            return original(self, **_with_penalty_alpha(0.0, given, extra))
+            return original(self, **_with_penalty_alpha(0.0, arguments, extra))
         for name in ("penalty_alpha", "top_k", "low_memory", "trust_remote_code"):
             extra.pop(name, None)
-            given.pop(name, None)
-        return original(self, **given | extra | {"custom_generate": strategy})
+            arguments.pop(name, None)
+        return original(self, **arguments | extra | {"custom_generate": strategy})
 
     return generate
 
 
-def _with_penalty_alpha(value: float, given: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def _with_penalty_alpha(value: float, arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """The arguments with this ``penalty_alpha``, in the configuration where one is passed: both would be deprecated."""
-    config = given.get("generation_config")
+    config = arguments.get("generation_config")
     if config is None:
-        return given | extra | {"penalty_alpha": value}
+        return arguments | extra | {"penalty_alpha": value}
     config = copy.deepcopy(config)
     config.penalty_alpha = value
-    return given | extra | {"generation_config": config}
+    return arguments | extra | {"generation_config": config}
 
 
 def _strategy_asked_for(model, arguments: dict[str, Any]) -> ContrastiveSearch | None:

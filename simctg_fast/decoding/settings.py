@@ -79,14 +79,14 @@ _SAMPLED = {  # read where do_sample is
 }
 
 
-def check_settings(given: Mapping[str, Any], *, sampled: bool = False) -> None:
+def check_settings(settings: Mapping[str, Any], *, sampled: bool = False) -> None:
     """``given``: settings by name, of which others than those above are not looked at; ``sampled``: tokens are drawn.
 
     Raises:
         ValueError: a value that its setting cannot have.
     """
     for name, (valid, allowed) in (_READ | _SAMPLED if sampled else _READ).items():
-        value = given.get(name)
+        value = settings.get(name)
         if value is not None and not valid(value):
             raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
 

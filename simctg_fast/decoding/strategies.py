@@ -314,18 +314,18 @@ def _is_cold(p: Any) -> bool:
 
 def _warpers(p: Any) -> list:
     """In the order in which ``generate`` applies them."""
-    made: list = []
+    warpers: list = []
     if p.temperature != 1.0 and not _is_cold(p):
-        made.append(logits_process.TemperatureLogitsWarper(float(p.temperature)))
+        warpers.append(logits_process.TemperatureLogitsWarper(float(p.temperature)))
     if p.top_k is not None:
-        made.append(logits_process.TopKLogitsWarper(top_k=int(p.top_k)))
+        warpers.append(logits_process.TopKLogitsWarper(top_k=int(p.top_k)))
     if p.top_p is not None and p.top_p < 1.0:
-        made.append(logits_process.TopPLogitsWarper(top_p=float(p.top_p)))
+        warpers.append(logits_process.TopPLogitsWarper(top_p=float(p.top_p)))
     if p.min_p is not None:
-        made.append(logits_process.MinPLogitsWarper(min_p=float(p.min_p)))
+        warpers.append(logits_process.MinPLogitsWarper(min_p=float(p.min_p)))
     if p.typical_p is not None and p.typical_p < 1.0:
-        made.append(logits_process.TypicalLogitsWarper(mass=float(p.typical_p)))
-    return made
+        warpers.append(logits_process.TypicalLogitsWarper(mass=float(p.typical_p)))
+    return warpers
 
 
 def make_strategy(name: str, top_k: int | None) -> Strategy:

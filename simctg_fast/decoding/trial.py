@@ -45,10 +45,13 @@ _MOST_CANDIDATES = 8
 _SECONDS, _SHARE, _STEP, _POSITIONS = 1.0, 0.1, 12, 400
 
 
-def differs(what: str, error: float, allowed: float) -> UnsupportedError:
-    return UnsupportedError(
-        f"{what} differ from those of transformers' own step by {error:.2g} (allowed {allowed:.2g})", error=error
-    )
+def check_close(what: str, ours: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:
+    """Raise UnsupportedError unless the relative error of ``ours`` is ``allowed``."""
+    error = error_of(ours, expected)
+    if not error <= allowed:
+        raise UnsupportedError(
+            f"{what} differ from those of transformers' own step by {error:.2g} (allowed {allowed:.2g})", error=error
+        )
 
 
 def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
@@ -57,7 +60,7 @@ def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
     Raises:
         UnsupportedError: it cannot, or the outcome differs; the message says how.
     """
-    call, ids, kwargs = truth.call, truth.ids, dict(truth.own.rows.kwargs)
+    call, ids, kwargs = truth.call, truth.ids, dict(truth.own_step.rows.kwargs)
     if kwargs.get("use_cache", True) and (cache := call.new_cache()) is not None:
         kwargs[CACHE_NAME] = cache
     config = copy.deepcopy(call.generation_config)
@@ -70,13 +73,8 @@ def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
     if head and truth.head is not None:
         raise UnsupportedError(truth.head, head=True)
 
-    def compare(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-        error = error_of(ours, expected)
-        if not error <= truth.allowed:
-            raise differs(what, error, truth.allowed)
-
     try:
-        _two_steps(decoder, truth, head, compare)
+        _two_steps(decoder, truth, head)
     except FAILURES as error:
         step = decoder.forward if isinstance(decoder, SlotsDecoder) else None
         if step is None or step.was_used is not False or isinstance(error, torch.OutOfMemoryError):
@@ -84,10 +82,10 @@ def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
         raise UnsupportedError("it does not use the attention interface") from error
 
 
-def _two_steps(decoder: Decoder, truth: Truth, head: bool, compare: Callable[..., None]) -> None:
+def _two_steps(decoder: Decoder, truth: Truth, head: bool) -> None:
     ids = truth.ids
     logits, _, _ = decoder.prefill(ids)
-    compare(logits, truth.prefill_logits, "logits of the prompt")
+    check_close("logits of the prompt", logits, truth.prefill_logits, truth.allowed)
     for step in truth.rounds:
         candidates, winners = step.candidates, step.winners
         if head not in step.states:
@@ -107,9 +105,9 @@ def _two_steps(decoder: Decoder, truth: Truth, head: bool, compare: Callable[...
         if filled is not None and not (_same_bits(seen[0], seen[1]) and _same_bits(filled.logits, result.logits)):
             raise UnsupportedError("it reads keys or values beyond the end of its text")
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        compare(seen[-1][rows, step.columns], step.states[head], "hidden states")
-        compare(result.logits, step.logits, "logits")
-        ids = torch.cat([ids, candidates.gather(1, winners[:, None])], dim=1)
+        check_close("hidden states", seen[-1][rows, step.columns], step.states[head], truth.allowed)
+        check_close("logits", result.logits, step.logits, truth.allowed)
+        ids = torch.cat([ids, result.tokens[:, None]], dim=1)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -56,8 +56,8 @@ class Truth:
     ):
         self.call, self.ids = call, rows.ids
         self.allowed = allowed_error(call.model, self.ids.device)
-        self.own = own = OwnStep(call, tap, rows, replay)
-        self.prefill_logits = own.prefill()
+        self.own_step = own_step = OwnStep(call, tap, rows, replay)
+        self.prefill_logits = own_step.prefill()
         self.asks = bool(tap.arguments)
         self.head: str | None = None
         self.whole_steps = False
@@ -72,20 +72,20 @@ class Truth:
             states: dict[bool, list[torch.Tensor]] = {True: [], False: []}
             for place in range(columns.shape[1]):
                 last = place == columns.shape[1] - 1
-                seen, logits = own.step(candidates.gather(1, columns[:, place, None])[:, 0], keep=last)
+                seen, logits = own_step.step(candidates.gather(1, columns[:, place, None])[:, 0], keep=last)
                 self.head = self.head or wrong_head(seen)
                 for head in states:
                     if seen[head] is not None:
                         states[head].append(seen[head])  # type: ignore[arg-type]
-            self.whole_steps |= own.positions > 1
+            self.whole_steps |= own_step.positions > 1
             stacked = {h: torch.stack(found, dim=1) for h, found in states.items() if len(found) == columns.shape[1]}
             self.rounds.append(_Round(candidates, columns, stacked, columns[:, -1], logits))
         self.tokens = torch.cat([r.candidates.gather(1, r.winners[:, None]) for r in self.rounds], dim=1)
-        own.kwargs = rows.kwargs  # and not its cache: one at a time is enough
+        own_step.kwargs = rows.kwargs  # and not its cache: one at a time is enough
 
     def again(self, tap: HiddenStatesTap, k: int, replay: bool = False) -> Truth:
         """What transformers' own step makes of the same text once more."""
-        return Truth(self.call, tap, self.own.rows, k, replay, like=self)
+        return Truth(self.call, tap, self.own_step.rows, k, replay, like=self)
 
     def differs_from(self, other: Truth) -> bool:
         """Whether transformers' own step makes something else of the same text: ``other`` is :meth:`again` of it."""
@@ -99,10 +99,10 @@ class Truth:
     def compare_whole(self) -> Check:
         """How a forward over the same text without a cache compares."""
         name = "same as recomputing every sequence in full"
-        if not self.own.cached:
+        if not self.own_step.cached:
             return Check(name, True, "no cache was used")
         try:
-            _, expected = self.own.whole(self.tokens)
+            _, expected = self.own_step.whole(self.tokens)
         except FAILURES as error:
             return Check(name, False, f"could not be tried ({type(error).__name__}: {error})")
         logits = self.rounds[-1].logits
@@ -117,14 +117,14 @@ class Truth:
         """Relative error against the forward of a PEFT model with a learned prompt, over the whole text."""
         errors = []
         for tokens, logits in ((self.tokens[:, :0], self.prefill_logits), (self.tokens, self.rounds[-1].logits)):
-            kwargs = grow_kwargs(self.call.model, self.own.rows.kwargs, tokens)
+            kwargs = grow_kwargs(self.call.model, self.own_step.rows.kwargs, tokens)
             names = ["attention_mask", "decoder_attention_mask", "task_ids", "encoder_outputs"]
             names += ["position_ids"] if wrapper.active_peft_config.peft_type in PREFIXES else []
-            given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             ids = torch.cat([self.ids, tokens], dim=1)
             if self.call.is_encoder_decoder:
-                given["decoder_input_ids"] = ids
-            expected = wrapper(input_ids=ids, use_cache=False, return_dict=True, **given).logits[:, -1]
+                arguments["decoder_input_ids"] = ids
+            expected = wrapper(input_ids=ids, use_cache=False, return_dict=True, **arguments).logits[:, -1]
             errors.append(error_of(logits, expected))
         return max(errors)
 
@@ -132,7 +132,7 @@ class Truth:
 def sensitivity(truth: Truth, tap: HiddenStatesTap, k: int) -> float:
     """How far the smallest noise moves the model's logits, see `moved_by_noise`."""
 
-    return moved_by_noise(truth.call.model, lambda: truth.again(tap, k, truth.own.replay).logits, truth.logits)
+    return moved_by_noise(truth.call.model, lambda: truth.again(tap, k, truth.own_step.replay).logits, truth.logits)
 
 
 def known_tokens(model: Any, logits: torch.Tensor) -> int | None:

@@ -15,13 +15,12 @@ from ..decoding.own_step import (
     OwnText,
     allowed_for_noise,
     draw_tokens,
-    error_of,
     moved_by_noise,
     own_text,
     wrong_head,
 )
 from ..decoding.strategies import Choice, Proposal, Strategy, View
-from ..decoding.trial import FILLINGS, differs
+from ..decoding.trial import FILLINGS, check_close
 from ..decoding.truth import RELATIVE_ERROR
 from ..decoding.unsupported import FAILURES, UnsupportedError
 from .slot_decoder import SlotDecoder
@@ -114,11 +113,7 @@ def verify(decoder: SlotDecoder, trial: SlotTrial) -> None:
 
 
 def _verify(decoder: SlotDecoder, trial: SlotTrial, allowed: float) -> None:
-    def compare(ours: torch.Tensor, expected: torch.Tensor | None, what: str) -> None:
-        assert expected is not None
-        if not (error := error_of(ours, expected.view(ours.shape))) <= allowed:
-            raise differs(f"{what} of rows of different lengths", error, allowed)
-
+    unequal = "of rows of different lengths"
     for slot, (source, text) in enumerate(zip(trial.sources, trial.texts, strict=True)):
         if source is not None:
             decoder.encode(source)
@@ -136,8 +131,10 @@ def _verify(decoder: SlotDecoder, trial: SlotTrial, allowed: float) -> None:
             decoder.proceed(decoder.propose(decoder.count))
             for slot, text in enumerate(trial.texts):
                 for column, (states, _) in zip(trial.columns, text.rounds[number], strict=True):
-                    compare(forced.seen[slot, column], states[True], "hidden states")
-                compare(decoder.logits[slot], text.rounds[number][-1][1], "logits")
+                    expected = states[True]
+                    assert expected is not None
+                    check_close(f"hidden states {unequal}", forced.seen[slot, column], expected[0], allowed)
+                check_close(f"logits {unequal}", decoder.logits[slot], text.rounds[number][-1][1][0], allowed)
     decoder.slots.fill_unused(0.0)
 
 
