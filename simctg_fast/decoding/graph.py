@@ -250,7 +250,9 @@ def _forget(gone: weakref.ref) -> None:
 
 def state_of(model: Any) -> tuple[Any, ...]:
     """What a recorded step depends on: where the weights lie, and what modules look at to decide what they do. Equal to
-    nothing where somebody has put hooks or forwards of their own into the model."""
+    nothing where somebody has put hooks or forwards of their own into the model, or into all modules."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return (object(),)
     state: list[Any] = [setting_of(model)]
     for module in model.modules():
         hooks = itertools.chain(module._forward_pre_hooks.values(), module._forward_hooks.values())

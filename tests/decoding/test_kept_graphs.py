@@ -106,6 +106,15 @@ def test_a_model_that_has_changed_is_captured_again(how, driver):
     assert not torch.equal(search(model, inputs), before)
 
 
+def test_a_hook_in_all_modules_is_heard(driver):
+    model, inputs, heard = build("llama"), prompts(3), []
+    search(model, inputs)
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: heard.append(module)):
+        search(model, inputs)
+    assert driver.recorded == 2
+    assert model.model.layers[0].mlp in heard
+
+
 def test_weights_that_are_written_to_in_place_are_read(driver):
     model, inputs = build("llama"), prompts(3)
     before = search(model, inputs)
