@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import crf_transitions
-from .crf_common import as_lengths, exp_or_zero, load_rows, power, precision, registers, transitions
+from .crf_common import as_lengths, exp_or_zero, length_of, load_rows, power, precision, registers, transitions
 
 
 @triton.jit
@@ -42,9 +42,7 @@ def _flow_kernel(
     b = item + own
     j = tl.arange(0, BLOCK_J)
     inside = j < K
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     if first + STEPS + 1 == T:
         base = (b * T + T - 1) * K
         flow = tl.load(grad_ptr + base + j, mask=inside, other=0.0)
@@ -88,9 +86,7 @@ def _table_kernel(
     """Gradients of the rows of `left` (SOURCES) or of `right`, for BLOCK_K slots of one position."""
     position = tl.program_id(0).to(tl.int64)
     b, t = position // (T - 1), position % (T - 1)
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     base = (b * T + t) * K
     norm = tl.load(norms_ptr + b * T + t)
     own = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -138,37 +134,31 @@ def table_config(beam: int, rank: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def filter_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables: bool, add_rows_):
+def filter_backward(grad, messages, norms, p, scale: float, tables: bool, add_rows_):
     """Gradients of `scores`, `left` and `right`, fp32; the last two empty unless `tables`. Everything contiguous.
     `add_rows_(table, index, rows)` adds rows to those of a table in one order, whatever repeats."""
-    batch, length, beam = scores.shape
-    rank = left.shape[1]
-    into, flow = torch.empty_like(scores), torch.empty_like(scores)
-    grads = [torch.zeros_like(x) if tables else x.new_zeros((0,)) for x in (left, right)]
+    batch, length, beam = p.scores.shape
+    rank = p.left.shape[1]
+    into, flow = torch.empty_like(p.scores), torch.empty_like(p.scores)
+    grads = [torch.zeros_like(x) if tables else x.new_zeros((0,)) for x in (p.left, p.right)]
     if batch == 0:
         return into, *grads
-    pointer, has_lengths = as_lengths(lengths, tokens)
-    tiles = crf_transitions.buffer(scores)
-    with torch.cuda.device_of(scores):
-        for items, runs in crf_transitions.groups(batch, length, beam):
-            for first, steps in reversed(runs):
-                crf_transitions.form(tiles, tokens, left, right, pointer, has_lengths, scale, items, first, steps)
-                _flow_kernel[(items.stop - items.start,)](
-                    tiles, grad, messages, norms, scores, pointer, into, flow, items.start, first, steps, length, beam,
-                    crf_transitions.wide(beam), HAS_LENGTHS=has_lengths, **flow_config(beam),
-                )  # fmt: skip
+    lengths, has_lengths = as_lengths(p.lengths, p.tokens)
+    with torch.cuda.device_of(p.scores):
+        for tiles, items, place in crf_transitions.formed(p, scale, last_first=True):
+            _flow_kernel[(items,)](
+                tiles, grad, messages, norms, p.scores, lengths, into, flow, *place, length, beam, tiles.shape[3],
+                HAS_LENGTHS=has_lengths, **flow_config(beam),
+            )  # fmt: skip
         del tiles
         if tables and length > 1:
             launch = table_config(beam, rank)
-            grid = (
-                batch * (length - 1),
-                triton.cdiv(beam, launch["BLOCK_K"]),
-                triton.cdiv(rank, launch["BLOCK_O"]),
-            )
-            for sources, table, own in ((True, grads[0], tokens[:, :-1]), (False, grads[1], tokens[:, 1:])):
-                out = scores.new_empty((batch, length - 1, beam, rank))
+            columns = triton.cdiv(rank, launch["BLOCK_O"])
+            grid = (batch * (length - 1), triton.cdiv(beam, launch["BLOCK_K"]), columns)
+            for sources, table, own in ((True, grads[0], p.tokens[:, :-1]), (False, grads[1], p.tokens[:, 1:])):
+                out = p.scores.new_empty((batch, length - 1, beam, rank))
                 _table_kernel[grid](
-                    messages, norms, scores, tokens, left, right, pointer, flow, out, scale, length, beam, rank,
+                    messages, norms, p.scores, p.tokens, p.left, p.right, lengths, flow, out, scale, length, beam, rank,
                     HAS_LENGTHS=has_lengths, SOURCES=sources, PRECISION=precision(), **launch,
                 )  # fmt: skip
                 add_rows_(table, own.reshape(-1), out.view(-1, rank))

@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .crf_common import as_lengths, registers
-
-BEAM_LIMIT = 1024
+from ._launch import last_dimension_contiguous
+from .crf_common import as_lengths, length_of, registers
 
 
 @triton.jit
@@ -22,6 +21,13 @@ def _order(x):
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(x == x, key.to(tl.int64) + 2147483648, 4294967295)
+
+
+@triton.jit
+def _keys(row_ptr, v, V):
+    """What orders the elements `v` of a row; -1 beyond its end."""
+    x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+    return tl.where(v < V, _order(x), -1)
 
 
 @triton.jit
@@ -39,9 +45,7 @@ def _select_kernel(
     row = tl.program_id(0).to(tl.int64)
     b, t = row // T, row % T
     k = tl.arange(0, BLOCK_K)
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     if t >= length:
         tl.store(tokens_ptr + row * K + k, k.to(tl.int64), mask=k < K)
         tl.store(values_ptr + row * K + k, tl.zeros([BLOCK_K], tl.float32), mask=k < K)
@@ -50,9 +54,7 @@ def _select_kernel(
         lane = tl.arange(0, CAP)
         top = tl.full([CAP], -1, tl.int64)
         for v0 in range(0, V, CAP):
-            v = v0 + lane
-            x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-            top = tl.maximum(top, tl.where(v < V, _order(x), -1))
+            top = tl.maximum(top, _keys(row_ptr, v0 + lane, V))
         limit = tl.sum(tl.zeros([CAP], tl.int64), axis=0)
         for bit in range(32):
             wanted = limit + (tl.full([], 1, tl.int64) << (31 - bit))
@@ -60,8 +62,7 @@ def _select_kernel(
         count = tl.sum(tl.zeros([CAP], tl.int32), axis=0)
         for v0 in range(0, V, CAP):
             v = v0 + lane
-            x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-            key = tl.where(v < V, _order(x), -1)
+            key = _keys(row_ptr, v, V)
             taken = (key >= limit).to(tl.int32)
             place = count + tl.cumsum(taken, axis=0) - 1
             entry = _entry(key, v)
@@ -73,22 +74,17 @@ def _select_kernel(
                 wanted = limit + (tl.full([], 1, tl.int64) << (31 - bit))
                 above = tl.sum(tl.zeros([CAP], tl.int32), axis=0)
                 for v0 in range(0, V, CAP):
-                    v = v0 + lane
-                    x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                    above += tl.sum((tl.where(v < V, _order(x), -1) >= wanted).to(tl.int32), axis=0)
+                    above += tl.sum((_keys(row_ptr, v0 + lane, V) >= wanted).to(tl.int32), axis=0)
                 limit = tl.where(above >= K, wanted, limit)
             above = tl.sum(tl.zeros([CAP], tl.int32), axis=0)
             for v0 in range(0, V, CAP):
-                v = v0 + lane
-                x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                above += tl.sum((tl.where(v < V, _order(x), -1) > limit).to(tl.int32), axis=0)
+                above += tl.sum((_keys(row_ptr, v0 + lane, V) > limit).to(tl.int32), axis=0)
             room = K - above  # for the lowest tokens among those of the limit's value
             count = count * 0
             equal = count
             for v0 in range(0, V, CAP):
                 v = v0 + lane
-                x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                key = tl.where(v < V, _order(x), -1)
+                key = _keys(row_ptr, v, V)
                 same = (key == limit).to(tl.int32)
                 fits = (same > 0) & (equal + tl.cumsum(same, axis=0) <= room)
                 taken = ((key > limit) | fits).to(tl.int32)
@@ -115,15 +111,10 @@ def config(beam_size: int) -> dict[str, int]:
     return {"BLOCK_K": side, "CAP": cap, "num_warps": warps, "maxnreg": registers(warps)}
 
 
-def supports(emissions: torch.Tensor, beam_size: int) -> bool:
-    return beam_size <= BEAM_LIMIT and emissions.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
 def beam_select(emissions, beam_size: int, lengths):
     """tokens `(B, T, K)` int64 and values, fp32; see `simctg_fast/ops/crf_beam.py`."""
     batch, length, vocabulary = emissions.shape
-    if emissions.stride(2) != 1:
-        emissions = emissions.contiguous()
+    emissions = last_dimension_contiguous(emissions)
     shape = (batch, length, beam_size)
     tokens = torch.empty(shape, dtype=torch.int64, device=emissions.device)
     values = torch.empty(shape, dtype=torch.float32, device=emissions.device)

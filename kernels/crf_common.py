@@ -8,6 +8,15 @@ import triton.language as tl
 
 
 @triton.jit
+def length_of(lengths_ptr, b, T, HAS_LENGTHS: tl.constexpr):
+    """How many of its T positions item b has."""
+    if HAS_LENGTHS:
+        return tl.load(lengths_ptr + b).to(tl.int32)
+    else:
+        return T
+
+
+@triton.jit
 def load_rows(table_ptr, tokens, row_mask, d0, D, BLOCK_D: tl.constexpr):
     """Columns from d0 on of a table's rows, for a vector of tokens: [tokens, BLOCK_D], zeros where masked off."""
     d = d0 + tl.arange(0, BLOCK_D)

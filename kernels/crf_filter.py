@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import crf_transitions
-from .crf_common import as_lengths, exp_or_zero, power, registers
+from .crf_common import as_lengths, exp_or_zero, length_of, power, registers
 
 
 @triton.jit(do_not_specialize=["T", "item", "first", "STEPS"])
@@ -28,9 +28,7 @@ def _filter_kernel(
     b = item + own
     k = tl.arange(0, BLOCK_K)
     inside = k < K
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     if first == 0:
         base = b * T * K
         tl.store(messages_ptr + base + k, tl.zeros([BLOCK_K], tl.float32), mask=inside)
@@ -78,9 +76,7 @@ def _filter_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _backtrace_kernel(pointers_ptr, last_ptr, lengths_ptr, path_ptr, T, K, HAS_LENGTHS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     slot = tl.load(last_ptr + b)
     for step in range(T):
         t = T - 1 - step
@@ -99,34 +95,31 @@ def config(beam: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _launch(scores, tokens, left, right, lengths, scale, messages, norms, pointers, last, maximum: bool) -> None:
-    batch, length, beam = scores.shape
-    lengths, has_lengths = as_lengths(lengths, tokens)
-    tiles = crf_transitions.buffer(scores)
-    with torch.cuda.device_of(scores):
-        for items, runs in crf_transitions.groups(batch, length, beam):
-            for first, steps in runs:
-                crf_transitions.form(tiles, tokens, left, right, lengths, has_lengths, scale, items, first, steps)
-                _filter_kernel[(items.stop - items.start,)](
-                    tiles, scores, lengths, messages, norms, pointers, last, items.start, first, steps, length, beam,
-                    crf_transitions.wide(beam), HAS_LENGTHS=has_lengths, MAX=maximum, **config(beam),
-                )  # fmt: skip
+def _launch(p, scale: float, messages, norms, pointers, last, maximum: bool) -> None:
+    _, length, beam = p.scores.shape
+    lengths, has_lengths = as_lengths(p.lengths, p.tokens)
+    with torch.cuda.device_of(p.scores):
+        for tiles, items, place in crf_transitions.formed(p, scale):
+            _filter_kernel[(items,)](
+                tiles, p.scores, lengths, messages, norms, pointers, last, *place, length, beam, tiles.shape[3],
+                HAS_LENGTHS=has_lengths, MAX=maximum, **config(beam),
+            )  # fmt: skip
 
 
-def filter_forward(scores, tokens, left, right, lengths, scale):
-    """`messages (B, T, K)` and `norms (B, T)`, fp32; everything contiguous."""
-    messages, norms = torch.empty_like(scores), scores.new_empty(scores.shape[:2])
-    _launch(scores, tokens, left, right, lengths, scale, messages, norms, tokens, tokens, False)
+def filter_forward(p, scale: float):
+    """`messages (B, T, K)` and `norms (B, T)`, fp32, of contiguous potentials (`simctg_fast/ops/crf_common.py`)."""
+    messages, norms = torch.empty_like(p.scores), p.scores.new_empty(p.scores.shape[:2])
+    _launch(p, scale, messages, norms, p.tokens, p.tokens, False)
     return messages, norms
 
 
-def max_forward(scores, tokens, left, right, lengths):
+def max_forward(p):
     """Back-pointers `(B, T, K)`, uint8 or uint16, and the best last slot `(B,)`, int64."""
-    messages, norms = torch.empty_like(scores), scores.new_empty(scores.shape[:2])
-    dtype = torch.uint8 if scores.shape[2] <= 256 else torch.uint16
-    pointers = torch.empty(scores.shape, dtype=dtype, device=scores.device)
-    last = torch.zeros(scores.shape[:1], dtype=torch.int64, device=scores.device)
-    _launch(scores, tokens, left, right, lengths, 1.0, messages, norms, pointers, last, True)
+    messages, norms = torch.empty_like(p.scores), p.scores.new_empty(p.scores.shape[:2])
+    dtype = torch.uint8 if p.scores.shape[2] <= 256 else torch.uint16
+    pointers = torch.empty(p.scores.shape, dtype=dtype, device=p.scores.device)
+    last = torch.zeros(p.scores.shape[:1], dtype=torch.int64, device=p.scores.device)
+    _launch(p, 1.0, messages, norms, pointers, last, True)
     return pointers, last
 
 

@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 
 from ._launch import before_triton
-from .crf_common import as_lengths, exp_or_zero, pick, power, precision, products, registers, to_uniform, transitions
+from .crf_common import (
+    as_lengths,
+    exp_or_zero,
+    length_of,
+    pick,
+    power,
+    precision,
+    products,
+    registers,
+    to_uniform,
+    transitions,
+)
 
 # Narrower slices of the rank spare high tiles a few spilled registers; `tl.dot` takes none below 16 before triton 3.8.
 _NARROW = 16 if before_triton(3, 8) else 8
@@ -28,9 +39,7 @@ def _ffbs_kernel(
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     k = tl.arange(0, BLOCK_K)
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     slot = tl.zeros([WIDTH], tl.int32)
     for step in range(T):
         t = T - 1 - step
@@ -70,9 +79,7 @@ def _stochastic_kernel(
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1)
     k = tl.arange(0, BLOCK_K)
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     slot = tl.zeros([1], tl.int32)
     for t in range(T):
         base = (b * T + t) * K
@@ -145,36 +152,33 @@ def stochastic_config(beam: int) -> dict[str, int]:
     return _config(beam, 16 if beam <= 256 else 8 if beam <= 512 else 2, 1024)
 
 
-def ffbs(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms):
+def ffbs(messages, norms, p, scale: float, samples: int, seed: int, uniforms):
     """Slots `(B, T, N)` int64 of exact samples. Everything contiguous, fp32."""
-    batch, length, beam = scores.shape
-    slots = torch.empty((batch, length, samples), dtype=torch.int64, device=scores.device)
-    pointer, has_lengths = as_lengths(lengths, tokens)
+    batch, length, beam = p.scores.shape
+    slots = torch.empty((batch, length, samples), dtype=torch.int64, device=p.scores.device)
+    lengths, has_lengths = as_lengths(p.lengths, p.tokens)
     launch = ffbs_config(beam)
     if batch:
-        with torch.cuda.device_of(scores):
+        with torch.cuda.device_of(p.scores):
             _ffbs_kernel[(batch, triton.cdiv(samples, launch["WIDTH"]))](
-                messages, norms, scores, tokens, left, right, pointer, scores if uniforms is None else uniforms,
-                slots, seed, scale, length, beam, left.shape[1], samples,
+                messages, norms, p.scores, p.tokens, p.left, p.right, lengths,
+                p.scores if uniforms is None else uniforms,
+                slots, seed, scale, length, beam, p.left.shape[1], samples,
                 HAS_LENGTHS=has_lengths, HAS_UNIFORMS=uniforms is not None, PRECISION=precision(),
                 **launch,
             )  # fmt: skip
     return slots
 
 
-def stochastic_viterbi(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, pointer_dtype):
-    """Slots `(B, T, N)`, prefix scores and back-pointers `(B, T, K, N)` of the published sampler."""
-    batch, length, beam = scores.shape
-    slots = torch.empty((batch, length, samples), dtype=torch.int64, device=scores.device)
-    prefixes = scores.new_empty((batch, length, beam, samples))
-    pointers = torch.empty(prefixes.shape, dtype=pointer_dtype, device=scores.device)
-    pointer, has_lengths = as_lengths(lengths, tokens)
+def stochastic_viterbi(p, temperature: float, seed: int, uniforms, slots, prefixes, pointers) -> None:
+    """Fills slots `(B, T, N)`, prefix scores and back-pointers `(B, T, K, N)` of the published sampler."""
+    batch, length, beam = p.scores.shape
+    lengths, has_lengths = as_lengths(p.lengths, p.tokens)
     if batch:
-        with torch.cuda.device_of(scores):
-            _stochastic_kernel[(batch, samples)](
-                scores, tokens, left, right, pointer, scores if uniforms is None else uniforms,
-                slots, prefixes, pointers, seed, 1.0 / temperature, length, beam, left.shape[1], samples,
+        with torch.cuda.device_of(p.scores):
+            _stochastic_kernel[(batch, slots.shape[2])](
+                p.scores, p.tokens, p.left, p.right, lengths, p.scores if uniforms is None else uniforms,
+                slots, prefixes, pointers, seed, 1.0 / temperature, length, beam, p.left.shape[1], slots.shape[2],
                 HAS_LENGTHS=has_lengths, HAS_UNIFORMS=uniforms is not None, PRECISION=precision(),
                 **stochastic_config(beam),
             )  # fmt: skip
-    return slots, prefixes, pointers

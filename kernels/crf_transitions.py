@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .crf_common import precision, transitions
+from .crf_common import as_lengths, length_of, precision, transitions
 
 MEMORY = 256 << 20  # bytes of transitions that exist at a time, at most
 CACHE = 32 << 20  # what surely stays in the second cache until it is read
@@ -30,9 +30,7 @@ def _transition_kernel(
     """From positions first, first + 1, … of items item, item + 1, … to those after them."""
     row = tl.program_id(0).to(tl.int64)
     b, t = item + row // STEPS, first + row % STEPS
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
+    length = length_of(lengths_ptr, b, T, HAS_LENGTHS)
     if t + 1 < length:
         k = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
         j = tl.program_id(2) * SIDE + tl.arange(0, SIDE)
@@ -59,30 +57,26 @@ def pieces(batch: int, length: int, beam: int) -> tuple[int, int]:
     return items, max(1, min(steps, length - 1))
 
 
-def groups(batch: int, length: int, beam: int) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
-    """Items, and the steps (first, number) that are to be taken together; one of no steps where there is no second
-    position."""
-    items, steps = pieces(batch, length, beam)
-    for item in range(0, batch, items):
-        runs = [(first, min(steps, length - 1 - first)) for first in range(0, length - 1, steps)]
-        yield slice(item, min(item + items, batch)), runs or [(0, 0)]
+def formed(p, scale: float, *, last_first: bool = False) -> Iterator[tuple[torch.Tensor, int, tuple[int, int, int]]]:
+    """Forms the transitions of potentials, of some items and some of their steps at a time.
 
-
-def buffer(scores: torch.Tensor) -> torch.Tensor:
-    """Room for the tiles of any group."""
-    batch, length, beam = scores.shape
-    items, steps = pieces(batch, length, beam)
-    return scores.new_empty((items, steps, beam, wide(beam)))
-
-
-def form(tiles, tokens, left, right, lengths, has_lengths, scale, items: slice, first: int, steps: int) -> None:
-    """Writes the transitions of a group: `tiles` as [items, steps, K, columns]."""
-    _, length, beam = tokens.shape
+    Yields the tiles [items, steps, K, columns], the number of items, and the first item, the first step and the number
+    of steps: none where there is no second position.
+    """
+    batch, length, beam = p.scores.shape
+    items, most = pieces(batch, length, beam)
+    tiles = p.scores.new_empty((items, most, beam, wide(beam)))
+    lengths, has_lengths = as_lengths(p.lengths, p.tokens)
     launch = config()
     rows, columns = (triton.cdiv(n, launch["SIDE"]) for n in (beam, wide(beam)))
-    if steps:
-        _transition_kernel[((items.stop - items.start) * steps, rows, columns)](
-            tokens, left, right, lengths, tiles, scale, items.start, first, steps, length, beam,
-            wide(beam), left.shape[1],
-            HAS_LENGTHS=has_lengths, PRECISION=precision(), **launch,
-        )  # fmt: skip
+    starts = range(0, length - 1, most) or range(1)
+    for item in range(0, batch, items):
+        count = min(items, batch - item)
+        for first in reversed(starts) if last_first else starts:
+            steps = min(most, length - 1 - first)
+            if steps:
+                _transition_kernel[(count * steps, rows, columns)](
+                    p.tokens, p.left, p.right, lengths, tiles, scale, item, first, steps, length, beam, wide(beam),
+                    p.left.shape[1], HAS_LENGTHS=has_lengths, PRECISION=precision(), **launch,
+                )  # fmt: skip
+            yield tiles, count, (item, first, steps)

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "check_choice",
+    "check_devices",
     "check_margin",
     "check_positive",
     "check_real",
@@ -43,6 +44,13 @@ def check_margin(value: Any) -> None:
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r:.80}, must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_devices(owner: str, value: Any, **others: Any) -> None:
+    """Raises a ValueError unless every other tensor, or None, is on the device of `value`, the argument `owner`."""
+    for name, other in others.items():
+        if other is not None and other.device != value.device:
+            raise ValueError(f"{name} is on {other.device}, {owner} on {value.device}; one device is needed")
 
 
 def check_positive(name: str, value: Any) -> float:

@@ -12,9 +12,13 @@ from ..checks import check_real
 LOWEST_TEMPERATURE = 1e-20  # scores of up to 1e9 over it stay below the 1e30 that stands for infinity in the kernels
 
 
+def check_tensor(name: str, value: object, what: str = "a tensor") -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, must be {what}")
+
+
 def check_emissions(emissions: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    if not isinstance(emissions, torch.Tensor):
-        raise TypeError(f"emissions is {type(emissions).__name__}, must be a tensor")
+    check_tensor("emissions", emissions)
     if emissions.dim() != 3 or emissions.shape[2] != vocabulary or emissions.shape[1] < 1:
         raise ValueError(f"emissions has shape {tuple(emissions.shape)}, must be (batch, length >= 1, {vocabulary})")
     if not emissions.dtype.is_floating_point:
@@ -44,8 +48,7 @@ def check_no_count(lengths: object, example: str) -> None:
 
 def as_paths(name: str, paths: torch.Tensor, emissions: torch.Tensor, *, several: bool = True) -> torch.Tensor:
     """`(B, T)` or, with `several`, `(B, T, N)` integers as `(B, T, N)` int64."""
-    if not isinstance(paths, torch.Tensor):
-        raise TypeError(f"{name} is {type(paths).__name__}, must be a tensor")
+    check_tensor(name, paths)
     number = paths.dtype.is_floating_point or paths.dtype.is_complex or paths.dtype == torch.bool
     if number or paths.dim() not in ((2, 3) if several else (2,)) or paths.shape[:2] != emissions.shape[:2]:
         batch, length = emissions.shape[:2]
@@ -72,8 +75,7 @@ def checked_uniforms(
     """As numbers of the scores' dtype; values are looked at on the CPU."""
     if uniforms is None:
         return None
-    if not isinstance(uniforms, torch.Tensor):
-        raise TypeError(f"uniforms is {type(uniforms).__name__}, must be a tensor or None")
+    check_tensor("uniforms", uniforms, "a tensor or None")
     if uniforms.shape != shape or not uniforms.dtype.is_floating_point:
         raise ValueError(f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}, must be floating point {shape}")
     check_device("uniforms", uniforms, scores.device)

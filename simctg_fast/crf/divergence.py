@@ -11,27 +11,11 @@ A score of -inf forbids. It is a very low number here (`_lowest`), which no othe
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.crf_common import inside
-
-
-class Chain(Protocol):
-    """The potentials of a CRF, of low rank or dense."""
-
-    @property
-    def scores(self) -> torch.Tensor:
-        """`(B, T, K)`."""
-
-    @property
-    def lengths(self) -> torch.Tensor | None:
-        """`(B,)`, from 0 on."""
-
-    def step(self, t: int) -> torch.Tensor:
-        """Transitions from position t - 1 to t, source first: `(B, K, K)` or `(K, K)`."""
+from .forward import Chain
 
 
 def entropy(p: Chain) -> torch.Tensor:

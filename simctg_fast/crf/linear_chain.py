@@ -21,8 +21,7 @@ from ..ops.crf_checks import (
     checked_scores,
     checked_tokens,
 )
-from ..ops.crf_dense import dense_ffbs, dense_filter, dense_log_partition, dense_marginals, dense_viterbi
-from ..ops.dense_kbest import dense_kbest
+from ..ops.crf_dense import dense_ffbs, dense_filter, dense_kbest, dense_log_partition, dense_marginals, dense_viterbi
 from ..ops.dispatch import IMPLS
 from .arguments import (
     as_paths,
@@ -30,12 +29,13 @@ from .arguments import (
     check_device,
     check_no_count,
     check_temperature,
+    check_tensor,
     checked_uniforms,
     draw_seed,
 )
 from .divergence import entropy as _entropy
 from .divergence import kl as _kl
-from .forward import Filtered, along, conditionals, filtered, missing_paths, reduced
+from .forward import Chain, Filtered, conditionals, filtered, missing_paths, path_scores, reduced
 from .results import LogProb, TagPath, TagPaths, TagSample
 from .spans import Span, as_span
 
@@ -43,23 +43,20 @@ PARAMETERS = ("start_transitions", "end_transitions", "transitions")
 
 
 @dataclass(frozen=True)
-class Potentials:
-    """What the operators take, items first and each from position 0 on; see `ops.crf_dense`."""
+class Potentials(Chain):
+    """What the operators take, see `ops.crf_dense`; the scores are emissions with the start and end transitions added,
+    over the temperature."""
 
-    scores: torch.Tensor  # (B, T, K): emissions, with the start and end transitions added, over the temperature
     transitions: torch.Tensor  # (K, K)
-    span: Span
-    past: torch.Tensor | None  # (B, T): positions that do not exist
-
-    @property
-    def lengths(self) -> torch.Tensor | None:
-        return self.span.lengths
 
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return self.scores, self.transitions, self.span.lengths
+        return self.scores, self.transitions, self.lengths
 
     def step(self, t: int) -> torch.Tensor:
         return self.transitions
+
+    def edges(self, paths: torch.Tensor) -> torch.Tensor:
+        return self.transitions[paths[:, :-1], paths[:, 1:]]
 
 
 class LinearChainCRF(nn.Module):
@@ -201,15 +198,14 @@ class LinearChainCRF(nn.Module):
             ValueError: also where a position allows no tag, or an item no path.
         """
         p = self._potentials(emissions, lengths, mask)
-        if not isinstance(allowed_tags, torch.Tensor):
-            raise TypeError(f"allowed_tags is {type(allowed_tags).__name__}, must be a tensor")
+        check_tensor("allowed_tags", allowed_tags)
         if allowed_tags.dtype != torch.bool or allowed_tags.shape != emissions.shape:
             raise ValueError(
                 f"allowed_tags is {allowed_tags.dtype} {tuple(allowed_tags.shape)}, must be a bool tensor of shape "
                 f"{tuple(emissions.shape)}"
             )
         check_device("allowed_tags", allowed_tags, emissions.device)
-        allowed = p.span.front(self._items_first(checked_rows("allowed_tags", allowed_tags, self._past(p.span))))
+        allowed = p.span.front(self._items_first(checked_rows(allowed_tags, self._past(p.span), "allowed_tags")))
         restricted = p.scores.masked_fill(~allowed, float("-inf"))
         loss = dense_log_partition(*p.arguments(), impl=self.impl)
         try:
@@ -227,7 +223,7 @@ class LinearChainCRF(nn.Module):
         """The best path; -1 and scores of 0 at padding. The scores are differentiable."""
         p = self._potentials(emissions, lengths, mask)
         tags = dense_viterbi(*p.arguments(), impl=self.impl)
-        position_scores = self._path_scores(p, tags[:, :, None]).squeeze(2)
+        position_scores = path_scores(p, tags[:, :, None]).squeeze(2)
         return TagPath(self._back(p, tags, -1), position_scores.sum(1), self._back(p, position_scores, 0))
 
     def kbest(
@@ -246,7 +242,7 @@ class LinearChainCRF(nn.Module):
         check_count("n", n)
         p = self._potentials(emissions, lengths, mask)
         tags = checked_paths(dense_kbest(*p.arguments(), n, impl=self.impl), p.lengths)
-        position_scores = self._path_scores(p, tags)
+        position_scores = path_scores(p, tags)
         score = position_scores.sum(1).masked_fill(missing_paths(tags, p.lengths), float("-inf"))
         return TagPaths(self._back(p, tags, -1), score, self._back(p, position_scores, 0))
 
@@ -275,7 +271,7 @@ class LinearChainCRF(nn.Module):
         f = self._filter(p)
         with torch.no_grad():
             tags = dense_ffbs(f.messages, f.norms, *p.arguments(), num_samples, seed, uniforms)
-        token_log_probs = self._conditionals(p, f, tags)
+        token_log_probs = conditionals(p, f, tags)
         return TagSample(self._back(p, tags, -1), token_log_probs.sum(1), self._back(p, token_log_probs, 0))
 
     # ---- probabilities -----------------------------------------------------------------------------------------------
@@ -351,8 +347,7 @@ class LinearChainCRF(nn.Module):
         p = self._chain(emissions, lengths, mask, temperature)
         if other_emissions is None:
             other_emissions = emissions
-        if not isinstance(other_emissions, torch.Tensor):
-            raise TypeError(f"other_emissions is {type(other_emissions).__name__}, must be a tensor or None")
+        check_tensor("other_emissions", other_emissions, "a tensor or None")
         if other_emissions.shape != emissions.shape:
             hint = "; lengths are named: lengths=" if other_emissions.dim() == 1 else ""
             raise ValueError(
@@ -374,8 +369,7 @@ class LinearChainCRF(nn.Module):
         return self._items_first(p.span.back(values, fill))
 
     def _check_emissions(self, emissions: torch.Tensor) -> None:
-        if not isinstance(emissions, torch.Tensor):
-            raise TypeError(f"emissions is {type(emissions).__name__}, must be a tensor")
+        check_tensor("emissions", emissions)
         first = ("batch", "length") if self.batch_first else ("length", "batch")
         shape = tuple(emissions.shape)
         if len(shape) != 3 or shape[2] != self.num_tags or shape[first.index("length")] < 1:
@@ -384,11 +378,7 @@ class LinearChainCRF(nn.Module):
             )
         if not emissions.dtype.is_floating_point:
             raise ValueError(f"emissions has dtype {emissions.dtype}, must be floating point")
-        if emissions.device != self.transitions.device:
-            raise ValueError(
-                f"emissions is on {emissions.device}, the CRF's parameters are on {self.transitions.device}; "
-                "one device is needed"
-            )
+        check_device("emissions", emissions, self.transitions.device)
 
     def _span(self, emissions, lengths, mask) -> Span:
         if isinstance(mask, torch.Tensor):
@@ -431,30 +421,16 @@ class LinearChainCRF(nn.Module):
             scores = scores.index_put((items, torch.cat([torch.zeros_like(last), last])), values, accumulate=True)
         if temperature != 1.0:
             scores, transitions = scores / temperature, transitions / temperature
-        return Potentials(scores, transitions, span, past)
+        return Potentials(scores, span, past, transitions)
 
     def _chain(self, emissions, lengths, mask, temperature) -> Potentials:
         """For the recursions of `divergence`, which no operator with checks of its own runs."""
         p = self._potentials(emissions, lengths, mask, temperature)
-        return replace(p, transitions=checked_parameter("transitions", p.transitions))
+        return replace(p, transitions=checked_parameter(p.transitions, "transitions"))
 
     def _filter(self, p: Potentials) -> Filtered:
         _, messages, norms = dense_filter(*p.arguments(), impl=self.impl)
-        return filtered(messages, norms, p.scores, p.lengths)
-
-    def _edges(self, p: Potentials, paths: torch.Tensor) -> torch.Tensor:
-        """Transitions along paths `(B, T, N)`: `(B, T - 1, N)`."""
-        return p.transitions[paths[:, :-1], paths[:, 1:]]
-
-    def _path_scores(self, p: Potentials, paths: torch.Tensor) -> torch.Tensor:
-        """What each position adds to the score of paths `(B, T, N)`; 0 where they hold -1."""
-        inside = paths.clamp(min=0)
-        scores = along(p.scores, inside) + nn.functional.pad(self._edges(p, inside), (0, 0, 1, 0))
-        return scores.masked_fill(paths < 0, 0)
-
-    def _conditionals(self, p: Potentials, f: Filtered, paths: torch.Tensor) -> torch.Tensor:
-        inside = paths.clamp(min=0)
-        return conditionals(f, inside, self._edges(p, inside), p.lengths, p.past)
+        return filtered(messages, norms, p)
 
     def _log_prob(
         self, emissions, tags, lengths, mask, temperature, *, several: bool
@@ -464,9 +440,9 @@ class LinearChainCRF(nn.Module):
         paths = as_paths("tags", tags, emissions, several=several)
         # Their places are named as they were handed over, without a dimension that `as_paths` added.
         as_passed = paths.squeeze(2) if tags.dim() == 2 else paths
-        checked = checked_tokens("tags", as_passed, self.num_tags, self._past(p.span)).view(paths.shape)
+        checked = checked_tokens(as_passed, self.num_tags, self._past(p.span), "tags").view(paths.shape)
         paths = p.span.front(self._items_first(checked))
         if p.past is not None:
             paths = paths.masked_fill(p.past[:, :, None], 0)
-        result = self._conditionals(p, self._filter(p), paths)
+        result = conditionals(p, self._filter(p), paths)
         return result.squeeze(2) if tags.dim() == 2 else result, p

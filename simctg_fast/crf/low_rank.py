@@ -29,34 +29,28 @@ from .arguments import (
     check_emissions,
     check_no_count,
     check_temperature,
+    check_tensor,
     checked_uniforms,
     draw_seed,
 )
 from .divergence import entropy as _entropy
 from .divergence import kl as _kl
-from .forward import Filtered, along, conditionals, filtered, missing_paths, reduced
+from .forward import Chain, Filtered, conditionals, filtered, missing_paths, path_scores, reduced
 from .results import Beam, KBest, LogProb, Marginals, Sample, ViterbiPath
-from .spans import Span, as_span
+from .spans import as_span
 
 MODES = ("ffbs", "stochastic_viterbi")
 EDGES = 1 << 18  # numbers gathered at a time where no gradient keeps them
 
 
 @dataclass(frozen=True)
-class Potentials:
-    """The arguments of the operators (see `ops.crf_common`), every item from position 0 on."""
+class Potentials(Chain):
+    """The arguments of the operators, see `ops.crf_common`."""
 
-    scores: torch.Tensor
     tokens: torch.Tensor
     left: torch.Tensor
     right: torch.Tensor
-    span: Span
-    past: torch.Tensor | None  # (B, T): positions that do not exist
     scale: float
-
-    @property
-    def lengths(self) -> torch.Tensor | None:
-        return self.span.lengths
 
     @property
     def beam_tokens(self) -> torch.Tensor:
@@ -67,8 +61,21 @@ class Potentials:
         return self.scores, self.tokens, self.left, self.right, self.lengths
 
     def step(self, t: int) -> torch.Tensor:
-        """Transitions from position t - 1 to t, `(B, K, K)`."""
         return transition(self.tokens, t - 1, self.left, self.right, self.scale)
+
+    def edges(self, paths: torch.Tensor) -> torch.Tensor:
+        tokens = self.tokens.gather(2, paths)
+
+        def products(tokens: torch.Tensor) -> torch.Tensor:
+            source = nn.functional.embedding(tokens[:, :-1], self.left)
+            target = nn.functional.embedding(tokens[:, 1:], self.right)
+            return self.scale * (source * target).sum(-1)
+
+        if torch.is_grad_enabled() and (self.left.requires_grad or self.right.requires_grad):
+            return products(tokens)
+        # The rows of all paths at once would be 2 N T D numbers.
+        each = max(1, EDGES // max(1, tokens[:, :, 0].numel() * self.left.shape[1]))
+        return torch.cat([products(part) for part in tokens.split(each, 2)], 2)
 
 
 class LowRankCRF(nn.Module):
@@ -241,7 +248,7 @@ class LowRankCRF(nn.Module):
                 slots = crf_stochastic_viterbi(
                     *p.arguments(), temperature, num_samples, seed, uniforms, impl=self.impl
                 )[0]
-        token_log_probs = p.span.back(self._conditionals(p, f, slots), 0)
+        token_log_probs = p.span.back(conditionals(p, f, slots), 0)
         tokens = p.span.back(self._tokens(p, slots), self.pad_id)
         return Sample(tokens, p.span.back(slots, -1), token_log_probs.sum(1), token_log_probs, p.beam_tokens)
 
@@ -417,14 +424,13 @@ class LowRankCRF(nn.Module):
         dtype = torch.float64 if emissions.dtype == torch.float64 else torch.float32
         values = None
         if beam_tokens is not None:
-            if not isinstance(beam_tokens, torch.Tensor):
-                raise TypeError(f"beam_tokens is {type(beam_tokens).__name__}, must be a tensor or None")
+            check_tensor("beam_tokens", beam_tokens, "a tensor or None")
             if beam_size is not None and beam_size != beam_tokens.shape[-1]:
                 raise ValueError(f"beam_size is {beam_size}, but beam_tokens holds {beam_tokens.shape[-1]} a position")
             if beam_tokens.dim() != 3 or beam_tokens.shape[2] < 1:
                 raise ValueError(f"beam_tokens has shape {tuple(beam_tokens.shape)}, must be (batch, length, beam)")
             tokens = as_paths("beam_tokens", beam_tokens, emissions)
-            tokens = span.front(checked_tokens("beam_tokens", tokens, self.num_embeddings, None))
+            tokens = span.front(checked_tokens(tokens, self.num_embeddings, None, "beam_tokens"))
             emissions = span.front(emissions)
         else:
             width = min(
@@ -441,7 +447,7 @@ class LowRankCRF(nn.Module):
         scale = 1.0 / temperature
         left, right = self.E1.weight.to(dtype), self.E2.weight.to(dtype)
         scores = values if temperature == 1.0 else values * scale
-        return Potentials(scores, tokens, left, right, span, past, scale)
+        return Potentials(scores, span, past, tokens, left, right, scale)
 
     def _forced(self, name, tokens, emissions, span, width):
         """`(B, T, N)`, every item from position 0 on, -1 at positions that do not exist."""
@@ -452,7 +458,7 @@ class LowRankCRF(nn.Module):
             )
         # Their places are named as they were handed over, without a dimension that `as_paths` added.
         as_passed = paths.squeeze(2) if tokens.dim() == 2 else paths
-        paths = checked_tokens(name, as_passed, self.num_embeddings, span.past).view(paths.shape)
+        paths = checked_tokens(as_passed, self.num_embeddings, span.past, name).view(paths.shape)
         return span.front(paths if span.past is None else paths.masked_fill(span.past[:, :, None], -1))
 
     def _log_prob(
@@ -472,40 +478,19 @@ class LowRankCRF(nn.Module):
             if slots.shape != paths.shape:
                 raise ValueError(f"slots has shape {tuple(slots.shape)}, must be {tuple(paths.shape)} as tokens has")
             slots = checked_slots(slots, p.beam_tokens, paths, p.span.past)
-        result = p.span.back(self._conditionals(p, self._filter(p), p.span.front(slots)), 0)
+        result = p.span.back(conditionals(p, self._filter(p), p.span.front(slots)), 0)
         if tokens.dim() == 2:
             result = result.squeeze(2)
         return LogProb(result.sum(1), result), p
 
     def _filter(self, p: Potentials) -> Filtered:
         messages, norms = crf_filter(*p.arguments(), p.scale, impl=self.impl)
-        return filtered(messages, norms, p.scores, p.lengths)
-
-    def _conditionals(self, p: Potentials, f: Filtered, slots: torch.Tensor) -> torch.Tensor:
-        inside = slots.clamp(min=0)
-        return conditionals(f, inside, p.scale * self._edges(p, inside), p.lengths, p.past)
-
-    def _edges(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
-        """Transitions along the paths, unscaled: `(B, T - 1, N)`."""
-        tokens = p.tokens.gather(2, slots)
-
-        def products(tokens: torch.Tensor) -> torch.Tensor:
-            source = nn.functional.embedding(tokens[:, :-1], p.left)
-            target = nn.functional.embedding(tokens[:, 1:], p.right)
-            return (source * target).sum(-1)
-
-        if torch.is_grad_enabled() and (p.left.requires_grad or p.right.requires_grad):
-            return products(tokens)
-        # The rows of all paths at once would be 2 N T D numbers.
-        each = max(1, EDGES // max(1, tokens[:, :, 0].numel() * p.left.shape[1]))
-        return torch.cat([products(part) for part in tokens.split(each, 2)], 2)
+        return filtered(messages, norms, p)
 
     def _path(self, p: Potentials, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, slots and per-position scores of paths `(B, T, N)` of slots, at the caller's positions."""
-        inside = slots.clamp(min=0)
-        scores = along(p.scores, inside) + nn.functional.pad(self._edges(p, inside), (0, 0, 1, 0))
         back = p.span.back
-        return back(self._tokens(p, slots), self.pad_id), back(slots, -1), back(scores.masked_fill(slots < 0, 0), 0)
+        return back(self._tokens(p, slots), self.pad_id), back(slots, -1), back(path_scores(p, slots), 0)
 
     def _tokens(self, p: Potentials, slots: torch.Tensor) -> torch.Tensor:
         return p.tokens.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, self.pad_id)

@@ -18,7 +18,7 @@ from .spans import Span, as_span
 
 
 class _Published(nn.Module):
-    def __init__(self, num_embedding: int, low_rank: int, beam_size: int, temp: float) -> None:
+    def __init__(self, num_embedding: int, low_rank: int = 32, beam_size: int = 256, temp: float = 1.0) -> None:
         super().__init__()
         for name, value in (("num_embedding", num_embedding), ("low_rank", low_rank), ("beam_size", beam_size)):
             check_count(name, value)
@@ -78,9 +78,6 @@ class StochasticViterbiSample(_Published):
         num_embedding: vocabulary size. low_rank: rank of the transitions. beam_size: tokens kept per position.
         temp: divides the softmax that draws the back-pointers, and nothing else.
     """
-
-    def __init__(self, num_embedding: int, low_rank: int = 32, beam_size: int = 256, temp: float = 1.0) -> None:
-        super().__init__(num_embedding, low_rank, beam_size, temp)
 
     def forward(self, emissions: torch.Tensor, beam: int | None = None, *, generator=None, uniforms=None):
         """`(beam_probs (B, T, K), sampled_beam_idx (B, T, 1), tokens (B, T))` for `emissions (B, T, V)`.

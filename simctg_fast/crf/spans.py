@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops.crf_checks import checked_lengths, span_of_mask
-from .arguments import check_device
+from .arguments import check_device, check_tensor
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def as_span(lengths: torch.Tensor | None, mask: torch.Tensor | None, emissions: 
     if mask is None:
         if lengths is None:
             return Span(None)
-        if not isinstance(lengths, torch.Tensor):
-            raise TypeError(f"lengths is {type(lengths).__name__}, must be a tensor of shape ({batch},) or None")
+        check_tensor("lengths", lengths, f"a tensor of shape ({batch},) or None")
         if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
             hint = "; mask= takes a mask" if lengths.shape == (batch, length) else ""
             raise ValueError(
@@ -78,8 +77,7 @@ def as_span(lengths: torch.Tensor | None, mask: torch.Tensor | None, emissions: 
         return Span(lengths, None, torch.arange(length, device=lengths.device) >= lengths[:, None])
     if lengths is not None:
         raise ValueError("lengths and mask are both given; they say the same, pass one")
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"mask is {type(mask).__name__}, must be a tensor of shape ({batch}, {length}) or None")
+    check_tensor("mask", mask, f"a tensor of shape ({batch}, {length}) or None")
     if mask.shape != (batch, length) or mask.dtype.is_complex:
         raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}, must be of shape ({batch}, {length})")
     check_device("mask", mask, emissions.device)

@@ -10,10 +10,9 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .crf_common import BEAM_LIMIT, choose
-from .dispatch import addresses, contiguous
+from .crf_common import BEAM_LIMIT, check_beside, choose
+from .dispatch import addresses, contiguous, rows_contiguous
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ROWS = 64  # rows that the PyTorch path looks at together: bounds its scratch memory
 
 
@@ -46,8 +45,6 @@ def _check(emissions: torch.Tensor, beam_size: int, lengths: torch.Tensor | None
         raise ValueError(f"emissions has dtype {emissions.dtype}, must be floating point")
     if not 1 <= beam_size <= min(emissions.shape[2], BEAM_LIMIT):
         raise ValueError(f"beam_size is {beam_size}, must be in 1..{min(emissions.shape[2], BEAM_LIMIT)}")
-    if lengths is not None and (lengths.shape != emissions.shape[:1] or lengths.dtype != torch.int64):
-        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be int64 ({emissions.shape[0]},)")
     if forced is not None:
         if forced.dim() != 3 or forced.shape[:2] != emissions.shape[:2] or forced.dtype != torch.int64:
             raise ValueError(
@@ -58,9 +55,7 @@ def _check(emissions: torch.Tensor, beam_size: int, lengths: torch.Tensor | None
             raise ValueError(
                 f"forced holds {forced.shape[2]} tokens a position, must be at most the beam's {beam_size}"
             )
-    for name, other in (("lengths", lengths), ("forced", forced)):
-        if other is not None and other.device != emissions.device:
-            raise ValueError(f"{name} is on {other.device}, emissions on {emissions.device}; one device is needed")
+    check_beside("emissions", emissions, lengths, forced=forced)
 
 
 def _result_dtype(emissions: torch.Tensor) -> torch.dtype:
@@ -79,11 +74,9 @@ def _select(emissions, beam_size, lengths=None, forced=None, *, impl="auto"):
     if backend == "triton":
         from ..kernels import crf_beam
 
-        if crf_beam.supports(emissions, beam_size):
-            tokens, values = crf_beam.beam_select(emissions, beam_size, lengths)
-            return _force(tokens, values, emissions, forced)
-        backend = "torch"
-    if backend == "cpu" and emissions.dtype in DTYPES:
+        tokens, values = crf_beam.beam_select(emissions, beam_size, lengths)
+        return _force(tokens, values, emissions, forced)
+    if backend == "cpu":
         return _cpu(emissions, beam_size, lengths, forced)
     tokens, values = _torch(emissions, beam_size)
     tokens, values = _force(tokens, values, emissions, forced)
@@ -95,14 +88,13 @@ def _select(emissions, beam_size, lengths=None, forced=None, *, impl="auto"):
 
 
 def _cpu(emissions, beam_size, lengths, forced):
-    if emissions.stride(2) != 1:
-        emissions = emissions.contiguous()
+    emissions = rows_contiguous(emissions)
     shape = (*emissions.shape[:2], beam_size)
     tokens = emissions.new_empty(shape, dtype=torch.int64)
     values = emissions.new_empty(shape, dtype=torch.float32)
     lengths, forced = contiguous(lengths, None if forced is None or forced.shape[2] == 0 else forced)
     _backends.require_extension().crf_beam_select(
-        DTYPES[emissions.dtype],
+        str(emissions.dtype).removeprefix("torch."),
         emissions.data_ptr(),
         tuple(emissions.shape),
         tuple(emissions.stride()[:2]),

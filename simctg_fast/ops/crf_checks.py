@@ -7,6 +7,7 @@ graphs and of `torch.func` the argument itself comes back, no copy.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -16,29 +17,34 @@ from torch import Tensor
 from ._autograd import define
 
 
-def _operator(schema: str, check: Callable[..., None]) -> Callable[..., Tensor]:
-    """A function that runs `check` of its arguments and returns the first of them.
+def _operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., Tensor]]:
+    """Makes of a check a function that returns the first of its arguments, once it has passed.
 
-    The operator returns a zero that is added to the argument: derivatives of every kind pass by it.
+    In a graph it is the operator of the schema, which returns a zero that is added to the argument: derivatives of
+    every kind pass by it.
     """
 
-    def checked(value: Tensor, *others):
-        if value.device.type == "cpu":
-            check(value, *others)
-        return value.new_zeros(())
+    def make(check: Callable[..., None]) -> Callable[..., Tensor]:
+        def checked(value: Tensor, *others):
+            if value.device.type == "cpu":
+                check(value, *others)
+            return value.new_zeros(())
 
-    define(f"{schema} -> Tensor", checked, lambda value, *_: value.new_empty(()))
-    operator = getattr(torch.ops.simctg_fast, schema.partition("(")[0])
+        define(f"{schema} -> Tensor", checked, lambda value, *_: value.new_empty(()))
+        operator = getattr(torch.ops.simctg_fast, schema.partition("(")[0])
 
-    def call(value: Tensor, *others) -> Tensor:
-        if _recorded():
-            zero = operator(value.detach(), *others)
-            return value | zero if value.dtype == torch.bool else value + zero
-        if value.device.type == "cpu":
-            check(value.detach(), *others)
-        return value
+        @functools.wraps(check)
+        def call(value: Tensor, *others) -> Tensor:
+            if _recorded():
+                zero = operator(value.detach(), *others)
+                return value | zero if value.dtype == torch.bool else value + zero
+            if value.device.type == "cpu":
+                check(value.detach(), *others)
+            return value
 
-    return call
+        return call
+
+    return make
 
 
 def _recorded() -> bool:
@@ -59,20 +65,26 @@ def first_wrong(wrong: Tensor, past: Tensor | None = None) -> list[int] | None:
     return wrong.nonzero()[0].tolist()
 
 
-def _check_lengths(lengths: Tensor, limit: int) -> None:
+@_operator("crf_checked_lengths(Tensor lengths, int limit)")
+def checked_lengths(lengths: Tensor, limit: int) -> None:
+    """`lengths (B,)`, each in 0..limit."""
     where = first_wrong((lengths < 0) | (lengths > limit))
     if where is not None:
         raise ValueError(f"lengths[{where[0]}] is {int(lengths[where[0]])}, must be in 0..{limit}")
 
 
-def _check_tokens(tokens: Tensor, vocabulary: int, past: Tensor | None, name: str) -> None:
+@_operator("crf_checked_tokens(Tensor tokens, int vocabulary, Tensor? past, str name)")
+def checked_tokens(tokens: Tensor, vocabulary: int, past: Tensor | None, name: str) -> None:
+    """`tokens (B, T)` or `(B, T, N)`, each outside of `past (B, T)` in 0..vocabulary - 1."""
     where = first_wrong((tokens < 0) | (tokens >= vocabulary), past)
     if where is not None:
         value = int(tokens[tuple(where)])
         raise ValueError(f"{name}[{', '.join(map(str, where))}] is {value}, must be in 0..{vocabulary - 1}")
 
 
-def _check_scores(scores: Tensor, past: Tensor | None, what: str) -> None:
+@_operator('crf_checked_scores(Tensor scores, Tensor? past, str what="token of the beam")')
+def checked_scores(scores: Tensor, past: Tensor | None, what: str = "token of the beam") -> None:
+    """Emissions `(B, T, K)` without NaN and +inf, one above -inf at every position outside of `past (B, T)`."""
     top = scores.amax(2)  # a NaN carries through
     where = first_wrong(~torch.isfinite(top), past)
     if where is not None:
@@ -83,14 +95,16 @@ def _check_scores(scores: Tensor, past: Tensor | None, what: str) -> None:
         )
 
 
-def _check_rows(allowed: Tensor, past: Tensor | None, name: str) -> None:
+@_operator("crf_checked_rows(Tensor allowed, Tensor? past, str name)")
+def checked_rows(allowed: Tensor, past: Tensor | None, name: str) -> None:
+    """`allowed (B, T, K)` bool, with one true value at every position outside of `past (B, T)`."""
     where = first_wrong(~allowed.any(2), past)
     if where is not None:
         raise ValueError(f"{name}[{where[0]}, {where[1]}] allows nothing; a position needs one tag that is allowed")
 
 
 def check_parameter(parameter: Tensor, name: str) -> None:
-    """Raises for NaN and +inf."""
+    """Raises for scores, of any shape, that are neither finite nor -inf."""
     if not bool(parameter.amax() < math.inf):  # a NaN carries through
         where = (parameter.isnan() | (parameter == math.inf)).nonzero()[0].tolist()
         raise ValueError(
@@ -98,7 +112,9 @@ def check_parameter(parameter: Tensor, name: str) -> None:
         )
 
 
-def _check_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> None:
+@_operator("crf_checked_slots(Tensor slots, Tensor beam_tokens, Tensor tokens, Tensor? past)")
+def checked_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> None:
+    """`slots (B, T, N)` that hold `tokens (B, T, N)` in `beam_tokens (B, T, K)` outside of `past (B, T)`."""
     size = beam_tokens.shape[2]
     wrong = (slots < 0) | (slots >= size) | (beam_tokens.gather(2, slots.clamp(0, size - 1)) != tokens)
     where = first_wrong(wrong, past)
@@ -125,66 +141,22 @@ def require_paths(missing: Tensor) -> None:
         )
 
 
-def _check_ends(ends: Tensor) -> None:
+@_operator("crf_checked_expectations(Tensor values)")
+def checked_expectations(values: Tensor) -> None:
+    """Expectations over the paths of each item, `(B,)`, which are NaN where there is none."""
+    require_paths(values.isnan())
+
+
+@_operator("crf_checked_ends(Tensor ends)")
+def checked_ends(ends: Tensor) -> None:
+    """`(N, K)`, start transitions first and end transitions last, that are finite or -inf."""
     if not bool(ends.amax() < math.inf):
         check_parameter(ends[0], "start_transitions")
         check_parameter(ends[-1], "end_transitions")
 
 
-_lengths = _operator("crf_checked_lengths(Tensor lengths, int limit)", _check_lengths)
-_tokens = _operator("crf_checked_tokens(Tensor tokens, int vocabulary, Tensor? past, str name)", _check_tokens)
-_scores = _operator("crf_checked_scores(Tensor scores, Tensor? past, str what)", _check_scores)
-_rows = _operator("crf_checked_rows(Tensor allowed, Tensor? past, str name)", _check_rows)
-_ends = _operator("crf_checked_ends(Tensor ends)", _check_ends)
-_parameter = _operator("crf_checked_parameter(Tensor parameter, str name)", check_parameter)
-_expectations = _operator("crf_checked_expectations(Tensor values)", lambda values: require_paths(values.isnan()))
-_paths = _operator("crf_checked_paths(Tensor slots, Tensor? lengths)", check_paths)
-_slots = _operator("crf_checked_slots(Tensor slots, Tensor beam_tokens, Tensor tokens, Tensor? past)", _check_slots)
-
-
-def checked_lengths(lengths: Tensor, limit: int) -> Tensor:
-    """`lengths (B,)`, each in 0..limit."""
-    return _lengths(lengths, limit)
-
-
-def checked_tokens(name: str, tokens: Tensor, vocabulary: int, past: Tensor | None) -> Tensor:
-    """`tokens (B, T)` or `(B, T, N)`, each outside of `past (B, T)` in 0..vocabulary - 1."""
-    return _tokens(tokens, vocabulary, past, name)
-
-
-def checked_scores(scores: Tensor, past: Tensor | None, what: str = "token of the beam") -> Tensor:
-    """Emissions `(B, T, K)` without NaN and +inf, one above -inf at every position outside of `past (B, T)`."""
-    return _scores(scores, past, what)
-
-
-def checked_rows(name: str, allowed: Tensor, past: Tensor | None) -> Tensor:
-    """`allowed (B, T, K)` bool, with one true value at every position outside of `past (B, T)`."""
-    return _rows(allowed, past, name)
-
-
-def checked_ends(ends: Tensor) -> Tensor:
-    """`(N, K)`, start transitions first and end transitions last, that are finite or -inf."""
-    return _ends(ends)
-
-
-def checked_parameter(name: str, parameter: Tensor) -> Tensor:
-    """Scores that are finite or -inf, of any shape."""
-    return _parameter(parameter, name)
-
-
-def checked_paths(slots: Tensor, lengths: Tensor | None) -> Tensor:
-    """`slots (B, T, N)`, -1 at the first position of paths that do not exist, of which every item has one."""
-    return _paths(slots, lengths)
-
-
-def checked_expectations(values: Tensor) -> Tensor:
-    """Expectations over the paths of each item, `(B,)`, which are NaN where there is none."""
-    return _expectations(values)
-
-
-def checked_slots(slots: Tensor, beam_tokens: Tensor, tokens: Tensor, past: Tensor | None) -> Tensor:
-    """`slots (B, T, N)` that hold `tokens (B, T, N)` in `beam_tokens (B, T, K)` outside of `past (B, T)`."""
-    return _slots(slots, beam_tokens, tokens, past)
+checked_parameter = _operator("crf_checked_parameter(Tensor parameter, str name)")(check_parameter)
+checked_paths = _operator("crf_checked_paths(Tensor slots, Tensor? lengths)")(check_paths)
 
 
 # ---- places in a beam ------------------------------------------------------------------------------------------------

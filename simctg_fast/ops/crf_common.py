@@ -12,13 +12,39 @@ Names used in all of them, for `B` items of `T` positions with a beam of `K` tok
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.nn.functional import embedding
 
+from ..checks import check_devices
 from . import _accumulate, dispatch
 
+SINGLE = (torch.float32, torch.bfloat16, torch.float16)  # what C++ and the kernels compute in float32
 TILE_LIMIT = 1024  # widest beam of the Triton kernels, which hold one in a tile
 BEAM_LIMIT = 65536  # back-pointers are uint16 at most
+
+
+class Potentials(NamedTuple):
+    """What the recursions of the low-rank CRF run over."""
+
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    lengths: torch.Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """B, T, K, V and D."""
+        return (*self.scores.shape, *self.left.shape)
+
+    def contiguous(self) -> Potentials:
+        return Potentials(*dispatch.contiguous(*self))
+
+    def step(self, t: int, scale: float = 1.0) -> torch.Tensor:
+        """Transitions from position t - 1 to t: `(B, K, K)`, source slot first."""
+        return transition(self.tokens, t - 1, self.left, self.right, scale)
 
 
 def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | None = None) -> str:
@@ -26,7 +52,9 @@ def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | 
     beam = scores.shape[2] if beam is None else beam
 
     def cpu() -> str | None:
-        return "computes in float32; float64 needs impl='torch'" if scores.dtype == torch.float64 else None
+        if scores.dtype in SINGLE:
+            return None
+        return f"computes in float32; {str(scores.dtype).removeprefix('torch.')} needs impl='torch'"
 
     def kernel() -> str | None:
         if beam > TILE_LIMIT:
@@ -36,13 +64,23 @@ def choose(impl: str, scores: torch.Tensor, *, triton: bool = True, beam: int | 
     return dispatch.choose(impl, scores.device, cpu=cpu, triton=kernel if triton else None)
 
 
+def check_beside(name: str, values: torch.Tensor, lengths: torch.Tensor | None, **others: torch.Tensor | None) -> None:
+    """Raises a ValueError for lengths that are not those of the items in `values`, the argument `name`, and for tensors
+    on another device."""
+    if lengths is not None and (lengths.shape != values.shape[:1] or lengths.dtype != torch.int64):
+        raise ValueError(
+            f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be int64 ({values.shape[0]},) as {name} has"
+        )
+    check_devices(name, values, **others, lengths=lengths)
+
+
 def check_potentials(
     scores: torch.Tensor,
     tokens: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
     lengths: torch.Tensor | None,
-) -> None:
+) -> Potentials:
     """Raises a ValueError that names the argument for a wrong shape, dtype or device."""
     if scores.dim() != 3 or scores.shape[1] < 1 or scores.shape[2] < 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}, must be (batch, length >= 1, beam >= 1)")
@@ -61,13 +99,18 @@ def check_potentials(
     for name, tensor in (("left", left), ("right", right)):
         if tensor.dtype != scores.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be {scores.dtype} as scores has")
-    if lengths is not None and (lengths.shape != scores.shape[:1] or lengths.dtype != torch.int64):
-        raise ValueError(
-            f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be int64 ({scores.shape[0]},) as scores has"
-        )
-    for name, other in (("tokens", tokens), ("left", left), ("right", right), ("lengths", lengths)):
-        if other is not None and other.device != scores.device:
-            raise ValueError(f"{name} is on {other.device}, scores on {scores.device}; one device is needed")
+    check_beside("scores", scores, lengths, tokens=tokens, left=left, right=right)
+    return Potentials(scores, tokens, left, right, lengths)
+
+
+def check_draws(scores: torch.Tensor, samples: int, uniforms: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError for a number of samples or for uniforms, `shape`, that do not belong to `scores`."""
+    if samples < 1:
+        raise ValueError(f"num_samples is {samples}, must be at least 1")
+    if uniforms is not None and (uniforms.shape != shape or uniforms.dtype != scores.dtype):
+        raise ValueError(f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}, must be {scores.dtype} {shape}")
+    if uniforms is not None and uniforms.device != scores.device:
+        raise ValueError(f"uniforms is on {uniforms.device}, must be on {scores.device} as the emissions are")
 
 
 def transition(tokens: torch.Tensor, t: int, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
@@ -199,15 +242,14 @@ def to_uniform(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (words >> 8).to(dtype) * (1.0 / (1 << 24))
 
 
+def _indices(device: torch.device, *sizes: int) -> tuple[torch.Tensor, ...]:
+    """The index along each dimension, everywhere in a tensor of these sizes."""
+    return torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
+
+
 def uniforms_ffbs(seed: int, batch: int, length: int, samples: int, device: torch.device, dtype: torch.dtype):
     """`(B, T, N)`: word 0 of the counter (0, t, n, b)."""
-
-    def axis(size: int, dim: int) -> torch.Tensor:
-        shape = [1, 1, 1]
-        shape[dim] = size
-        return torch.arange(size, device=device).view(shape).expand(batch, length, samples)
-
-    t, n, b = axis(length, 1), axis(samples, 2), axis(batch, 0)
+    b, t, n = _indices(device, batch, length, samples)
     return to_uniform(philox(seed, (torch.zeros_like(t), t, n, b))[0], dtype)
 
 
@@ -215,16 +257,9 @@ def uniforms_stochastic(
     seed: int, batch: int, t: int, slots: int, samples: int, device: torch.device, dtype: torch.dtype
 ):
     """`(B, K, N)` for step t: word ``j % 4`` of the counter (1 + j // 4, t, n, b)."""
-    groups = (slots + 3) // 4
-
-    def axis(size: int, dim: int) -> torch.Tensor:
-        shape = [1, 1, 1]
-        shape[dim] = size
-        return torch.arange(size, device=device).view(shape).expand(batch, groups, samples)
-
-    group, n, b = axis(groups, 1) + 1, axis(samples, 2), axis(batch, 0)
-    words = philox(seed, (group, torch.full_like(group, t), n, b))
-    return to_uniform(torch.stack(words, dim=2).reshape(batch, groups * 4, samples)[:, :slots], dtype)
+    b, group, n = _indices(device, batch, (slots + 3) // 4, samples)
+    words = philox(seed, (group + 1, torch.full_like(group, t), n, b))
+    return to_uniform(torch.stack(words, dim=2).flatten(1, 2)[:, :slots], dtype)
 
 
 def pick(weights: torch.Tensor, uniform: torch.Tensor, dim: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The operators `simctg_fast::dense_filter` and `simctg_fast::dense_viterbi`: one matrix of transitions for all steps.
+"""The operators `simctg_fast::dense_filter`, `dense_viterbi` and `dense_kbest`: one matrix of transitions, all steps.
 
 A score of -inf, in emissions or transitions, is a forbidden move: it has no weight and no gradient.
 
@@ -19,9 +19,10 @@ from . import _backends
 from ._autograd import define, register, tracked
 from ._contrastive_loss_torch import full_precision
 from .crf_checks import check_parameter, check_paths, require_paths
-from .crf_common import choose, inside, last_law
+from .crf_common import check_beside, choose, inside, last_law
+from .crf_filter import reverse_sweep, second_derivative
 from .crf_sample import sample_backward, uniforms_of
-from .crf_viterbi import pointer_dtype
+from .crf_viterbi import best_prefixes, list_viterbi
 from .dispatch import addresses, contiguous
 from .viterbi_backtrace import viterbi_backtrace
 
@@ -52,6 +53,25 @@ def dense_log_partition(emissions, transitions, lengths=None, *, impl: str = "au
 def dense_viterbi(emissions, transitions, lengths=None, *, impl: str = "auto") -> torch.Tensor:
     """The best path, `(B, T)` int64, -1 beyond the lengths. Raises as `dense_filter`."""
     return torch.ops.simctg_fast.dense_viterbi(emissions, transitions, lengths, impl=impl)
+
+
+def dense_kbest(
+    emissions: torch.Tensor,
+    transitions: torch.Tensor,
+    lengths: torch.Tensor | None,
+    paths: int,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Tags of the `paths` best paths, best first: `(B, T, paths)` int64, -1 beyond the lengths.
+
+    Args:
+        emissions: `(B, T, K)`, float32 or float64. transitions: `(K, K)`, from row to column; -inf in either forbids.
+        lengths: `(B,)` int64.
+
+    Order, memory and paths that do not exist are as in `crf_kbest`.
+    """
+    return torch.ops.simctg_fast.dense_kbest(emissions, transitions, lengths, paths, impl=impl)
 
 
 def dense_marginals(messages, norms, emissions, transitions, lengths, *, impl: str = "auto") -> torch.Tensor:
@@ -91,11 +111,7 @@ def check_dense(emissions: torch.Tensor, transitions: torch.Tensor, lengths: tor
         raise ValueError(
             f"transitions is {transitions.dtype} {tuple(transitions.shape)}, must be {emissions.dtype} ({tags}, {tags})"
         )
-    if lengths is not None and (lengths.shape != emissions.shape[:1] or lengths.dtype != torch.int64):
-        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}, must be int64 ({emissions.shape[0]},)")
-    for name, other in (("transitions", transitions), ("lengths", lengths)):
-        if other is not None and other.device != emissions.device:
-            raise ValueError(f"{name} is on {other.device}, emissions on {emissions.device}; one device is needed")
+    check_beside("emissions", emissions, lengths, transitions=transitions)
 
 
 def check_on_host(transitions: torch.Tensor) -> None:
@@ -183,21 +199,12 @@ def _backward(grad, messages, norms, emissions, transitions, lengths, *, impl="a
 
 
 def _torch_backward(grad, messages, norms, emissions, transitions, lengths):
-    grad_emissions, grad_transitions = (x.new_zeros(x.shape) for x in (emissions, transitions))
-    flow = grad[:, -1]
-    for t in range(emissions.shape[1] - 1, 0, -1):
-        message = messages[:, t]
-        alpha = messages[:, t - 1] + emissions[:, t - 1] - norms[:, t - 1, None]
-        # alpha + transition never exceeds the message but for rounding; where it was -inf it stays without weight.
-        share = (alpha[:, :, None] + transitions - message[:, None]).clamp(max=0).exp()
-        live = message[:, None] > NEVER
-        here = inside(lengths, t)
-        share = torch.where(live if here is None else live & here[:, None], share * flow[:, None], 0)
-        grad_transitions += share.sum(0)
-        into = share.sum(2)
-        grad_emissions[:, t - 1] = into
-        flow = grad[:, t - 1] + into
-    return grad_emissions, grad_transitions
+    total = torch.zeros_like(transitions)
+
+    def take(t: int, share: torch.Tensor) -> None:
+        total.add_(share.sum(0))
+
+    return reverse_sweep(grad, messages, norms, emissions, lambda t: transitions, lengths, take), total
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -230,14 +237,8 @@ def _second_setup(ctx, inputs, keyword_only_inputs, output) -> None:
 
 
 def _second(ctx, *directions):
-    """By the recursion in PyTorch, differentiated twice: memory of T K² numbers, whatever the implementation."""
     grad, _, _, emissions, transitions, lengths = ctx.saved_tensors
-
-    def along(grad, *potentials):
-        gradients = torch.func.vjp(lambda e, m: _messages(e, m, lengths), *potentials)[1](grad)
-        return sum((d * g).sum() for d, g in zip(directions, gradients, strict=True))
-
-    by = torch.func.grad(along, argnums=(0, 1, 2))(grad, emissions, transitions)
+    by = second_derivative(lambda e, m: _messages(e, m, lengths), directions, grad, emissions, transitions)
     return by[0], None, None, by[1], by[2], None
 
 
@@ -260,7 +261,7 @@ def _messages(emissions, transitions, lengths):
     return torch.stack(messages, 1)
 
 
-# ---- the best path ---------------------------------------------------------------------------------------------------
+# ---- the best paths --------------------------------------------------------------------------------------------------
 
 
 def _fake_viterbi(emissions, transitions, lengths=None, *, impl="auto"):
@@ -277,26 +278,36 @@ def _viterbi(emissions, transitions, lengths=None, *, impl="auto"):
         )
     else:
         check_on_host(transitions)
-        path = _torch_viterbi(emissions, transitions, lengths)
+        backpointers, best = best_prefixes(emissions, lambda t: transitions, lengths)
+        top, last = best.max(1)
+        path = viterbi_backtrace(backpointers, last, lengths, impl="torch").masked_fill((top == NEVER)[:, None], -1)
     if path.device.type == "cpu":
         check_paths(path[:, :, None], lengths)
     return path
 
 
-def _torch_viterbi(emissions, transitions, lengths):
-    best, pointers = emissions[:, 0], [torch.zeros(emissions[:, 0].shape, dtype=torch.int64, device=emissions.device)]
-    for t in range(1, emissions.shape[1]):
-        value, pointer = (best[:, :, None] + transitions).max(1)
-        value = value + emissions[:, t]
-        top = value.amax(1, keepdim=True)
-        value = torch.where(top > NEVER, value - top, value)
-        here = inside(lengths, t)
-        best = value if here is None else torch.where(here, value, best)
-        pointers.append(pointer)
-    backpointers = torch.stack(pointers, 1).to(pointer_dtype(emissions.shape[2]))
-    top, last = best.max(1)
-    path = viterbi_backtrace(backpointers, last, lengths, impl="torch")
-    return path.masked_fill((top == NEVER)[:, None], -1)
+def _fake_kbest(emissions, transitions, lengths, paths, *, impl="auto"):
+    check_dense(emissions, transitions, lengths)
+    batch, length, _ = emissions.shape
+    if paths < 1:
+        raise ValueError(f"n is {paths}, must be at least 1")
+    return emissions.new_empty((batch, length, paths), dtype=torch.int64)
+
+
+def _kbest(emissions, transitions, lengths, paths, *, impl="auto"):
+    result = _fake_kbest(emissions, transitions, lengths, paths)
+    if choose(impl, emissions, triton=False) == "torch":
+        check_on_host(transitions)
+        return list_viterbi(emissions, lambda t: transitions, lengths, paths)
+    emissions, transitions, lengths = contiguous(emissions, transitions, lengths)
+    _backends.require_extension().dense_kbest(
+        tuple(emissions.shape),
+        *addresses(emissions, transitions, lengths),
+        paths,
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result
 
 
 define(
@@ -315,6 +326,11 @@ define(
     'dense_viterbi(Tensor emissions, Tensor transitions, Tensor? lengths=None, *, str impl="auto") -> Tensor',
     _viterbi,
     _fake_viterbi,
+)
+define(
+    'dense_kbest(Tensor emissions, Tensor transitions, Tensor? lengths, int paths, *, str impl="auto") -> Tensor',
+    _kbest,
+    _fake_kbest,
 )
 register("dense_filter", _autograd, _setup_context)
 register("dense_filter_backward", _second, _second_setup)

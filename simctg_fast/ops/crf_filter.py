@@ -12,12 +12,15 @@ constants to autograd, which changes no derivative since they cancel.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 
 from . import _backends
 from ._accumulate import add_rows_
 from ._autograd import define, register
-from .crf_common import check_potentials, choose, inside, product, transition
+from .crf_common import Potentials, check_potentials, choose, inside, product
 from .dispatch import addresses, contiguous
 
 
@@ -57,37 +60,32 @@ def _fake_backward(grad, messages, norms, scores, tokens, left, right, lengths, 
 
 
 def _forward(scores, tokens, left, right, lengths, scale, *, impl="auto"):
-    check_potentials(scores, tokens, left, right, lengths)
+    p = check_potentials(scores, tokens, left, right, lengths)
     backend = choose(impl, scores)
     if backend == "torch":
-        return _torch(scores, tokens, left, right, lengths, scale)
-    scores, tokens, left, right, lengths = contiguous(scores, tokens, left, right, lengths)
+        return _torch(p, scale)
+    p = p.contiguous()
     if backend == "triton":
         from ..kernels import crf_filter as kernel
 
-        return kernel.filter_forward(scores, tokens, left, right, lengths, scale)
-    messages, norms = scores.new_empty(scores.shape), scores.new_empty(scores.shape[:2])
+        return kernel.filter_forward(p, scale)
+    messages, norms = _fake(*p, scale)
     _backends.require_extension().crf_filter(
-        (*scores.shape, *left.shape),
-        *addresses(scores, tokens, left, right, lengths),
-        scale,
-        *addresses(messages, norms),
-        torch.get_num_threads(),
+        p.sizes, *addresses(*p), scale, *addresses(messages, norms), torch.get_num_threads()
     )
     return messages, norms
 
 
-def _torch(scores, tokens, left, right, lengths, scale):
-    length = scores.shape[1]
-    alpha = message = torch.zeros_like(scores[:, 0])
+def _torch(p: Potentials, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    alpha = message = torch.zeros_like(p.scores[:, 0])
     messages, norms = [], []
-    for t in range(length):
+    for t in range(p.scores.shape[1]):
         if t > 0:
-            message = torch.logsumexp(alpha[:, :, None] + transition(tokens, t - 1, left, right, scale), dim=1)
-        here = inside(lengths, t)
+            message = torch.logsumexp(alpha[:, :, None] + p.step(t, scale), dim=1)
+        here = inside(p.lengths, t)
         if here is not None:
             message = message.masked_fill(~here, 0)
-        total = message + scores[:, t]
+        total = message + p.scores[:, t]
         norm = total.detach().amax(1, keepdim=True)
         if here is not None:
             norm = norm.masked_fill(~here, 0)
@@ -99,24 +97,22 @@ def _torch(scores, tokens, left, right, lengths, scale):
 
 
 def _backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables, *, impl="auto"):
+    p = Potentials(scores, tokens, left, right, lengths)
     backend = choose(impl, scores)
     if backend == "torch":
-        return _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables)
-    grad, messages, norms, scores, tokens, left, right, lengths = contiguous(
-        grad, messages, norms, scores, tokens, left, right, lengths
-    )
+        return _torch_backward(grad, messages, norms, p, scale, tables)
+    grad, messages, norms = contiguous(grad, messages, norms)
+    p = p.contiguous()
     if backend == "triton":
         from ..kernels import crf_backward as kernel
 
-        return kernel.filter_backward(
-            grad, messages, norms, scores, tokens, left, right, lengths, scale, tables, add_rows_
-        )
+        return kernel.filter_backward(grad, messages, norms, p, scale, tables, add_rows_)
     grad_scores = scores.new_empty(scores.shape)
     size = left.shape if tables else (0,)
     grad_left, grad_right = left.new_zeros(size), right.new_zeros(size)
     _backends.require_extension().crf_filter_backward(
-        (*scores.shape, *left.shape),
-        *addresses(grad, messages, norms, scores, tokens, left, right, lengths),
+        p.sizes,
+        *addresses(grad, messages, norms, *p),
         scale,
         *addresses(grad_scores, *((grad_left, grad_right) if tables else (None, None))),
         torch.get_num_threads(),
@@ -124,29 +120,50 @@ def _backward(grad, messages, norms, scores, tokens, left, right, lengths, scale
     return grad_scores, grad_left, grad_right
 
 
-def _torch_backward(grad, messages, norms, scores, tokens, left, right, lengths, scale, tables):
-    rank = left.shape[1]
-    grad_scores = scores.new_zeros(scores.shape)
-    grad_left, grad_right = (torch.zeros_like(x) if tables else x.new_zeros((0,)) for x in (left, right))
-    flow = grad[:, -1]
-    for t in range(scores.shape[1] - 2, -1, -1):
-        alpha = messages[:, t] + scores[:, t] - norms[:, t, None]
-        # alpha + transition never exceeds the message but for rounding; where it was -inf it stays without weight.
-        step = transition(tokens, t, left, right, scale)
-        share = (alpha[:, :, None] + step - messages[:, t + 1, None, :]).clamp(max=0).exp() * flow[:, None, :]
-        here = inside(lengths, t + 1)
-        if here is not None:
-            share = share.masked_fill(~here[:, :, None], 0)
-        into = share.sum(2)
-        grad_scores[:, t] = into
-        if tables:
-            source, target = tokens[:, t], tokens[:, t + 1]
-            into_left = product(share, right[target]).view(-1, rank) * scale
-            into_right = product(share.transpose(1, 2), left[source]).view(-1, rank) * scale
-            add_rows_(grad_left, source.reshape(-1), into_left)
-            add_rows_(grad_right, target.reshape(-1), into_right)
-        flow = grad[:, t] + into
+def _torch_backward(grad, messages, norms, p: Potentials, scale: float, tables: bool):
+    rank = p.left.shape[1]
+    grad_left, grad_right = (torch.zeros_like(x) if tables else x.new_zeros((0,)) for x in (p.left, p.right))
+
+    def take(t: int, share: torch.Tensor) -> None:
+        source, target = p.tokens[:, t - 1], p.tokens[:, t]
+        into_left = product(share, p.right[target]).view(-1, rank) * scale
+        into_right = product(share.transpose(1, 2), p.left[source]).view(-1, rank) * scale
+        add_rows_(grad_left, source.reshape(-1), into_left)
+        add_rows_(grad_right, target.reshape(-1), into_right)
+
+    step = functools.partial(p.step, scale=scale)
+    grad_scores = reverse_sweep(grad, messages, norms, p.scores, step, p.lengths, take if tables else None)
     return grad_scores, grad_left, grad_right
+
+
+def reverse_sweep(
+    grad: torch.Tensor,
+    messages: torch.Tensor,
+    norms: torch.Tensor,
+    scores: torch.Tensor,
+    step: Callable[[int], torch.Tensor],
+    lengths: torch.Tensor | None,
+    take: Callable[[int, torch.Tensor], None] | None,
+) -> torch.Tensor:
+    """The gradient of the scores for one of the messages, `(B, T, K)` both; `step(t)`: transitions from t - 1 to t.
+
+    `take(t, share)` gets the gradient of these transitions, `(B, K, K)`.
+    """
+    grad_scores = scores.new_zeros(scores.shape)
+    flow = grad[:, -1]
+    for t in range(scores.shape[1] - 1, 0, -1):
+        message = messages[:, t, None]
+        alpha = messages[:, t - 1] + scores[:, t - 1] - norms[:, t - 1, None]
+        # alpha + transition never exceeds the message but for rounding; where it was -inf it stays without weight.
+        share = (alpha[:, :, None] + step(t) - message).clamp(max=0).exp()
+        live, here = message > float("-inf"), inside(lengths, t)
+        share = torch.where(live if here is None else live & here[:, None], share * flow[:, None], 0)
+        if take is not None:
+            take(t, share)
+        into = share.sum(2)
+        grad_scores[:, t - 1] = into
+        flow = grad[:, t - 1] + into
+    return grad_scores
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -173,19 +190,33 @@ def _second_setup(ctx, inputs, keyword_only_inputs, output) -> None:
 
 
 def _second(ctx, *directions):
-    """By the recursion in PyTorch, differentiated twice: memory of T K² numbers, whatever the implementation."""
     grad, _, _, scores, tokens, left, right, lengths = ctx.saved_tensors
 
-    def along(grad, *potentials):
-        def recursion(scores, left, right):
-            return _torch(scores, tokens, left, right, lengths, ctx.scale)[0]
+    def recursion(scores, left, right):
+        return _torch(Potentials(scores, tokens, left, right, lengths), ctx.scale)[0]
 
+    by = second_derivative(recursion, directions, grad, scores, left, right)
+    return by[0], None, None, by[1], None, by[2], by[3]
+
+
+def second_derivative(
+    recursion: Callable[..., torch.Tensor],
+    directions: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    *potentials: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Of the messages that `recursion` makes of the potentials: the derivatives, with respect to `grad` and to the
+    potentials, of the gradient's product with the directions.
+
+    By the recursion in PyTorch, differentiated twice: memory of T K² numbers, whatever the implementation.
+    """
+
+    def along(grad, *potentials):
         gradients = torch.func.vjp(recursion, *potentials)[1](grad)
         # Without `tables` two of the operator's gradients, and so their directions, are empty.
         return sum((d * g).sum() for d, g in zip(directions, gradients, strict=True) if d.shape == g.shape)
 
-    by = torch.func.grad(along, argnums=(0, 1, 2, 3))(grad, scores, left, right)
-    return by[0], None, None, by[1], None, by[2], by[3]
+    return torch.func.grad(along, argnums=tuple(range(1 + len(potentials))))(grad, *potentials)
 
 
 define(

@@ -8,7 +8,7 @@ import torch
 
 from . import _backends
 from ._autograd import define
-from .crf_common import check_potentials, choose, inside, pick, uniforms_ffbs
+from .crf_common import Potentials, check_draws, check_potentials, choose, inside, pick, uniforms_ffbs
 from .dispatch import address, addresses, contiguous
 
 
@@ -38,51 +38,38 @@ def crf_ffbs(
     )
 
 
-def _check(scores, tokens, left, right, lengths, samples, uniforms):
-    check_potentials(scores, tokens, left, right, lengths)
-    if samples < 1:
-        raise ValueError(f"num_samples is {samples}, must be at least 1")
-    shape = (*scores.shape[:2], samples)
-    if uniforms is not None and (uniforms.shape != shape or uniforms.dtype != scores.dtype):
-        raise ValueError(f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}, must be {scores.dtype} {shape}")
-    if uniforms is not None and uniforms.device != scores.device:
-        raise ValueError(f"uniforms is on {uniforms.device}, must be on {scores.device} as the emissions are")
-
-
 def _fake(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms=None, *, impl="auto"):
-    _check(scores, tokens, left, right, lengths, samples, uniforms)
-    return scores.new_empty((*scores.shape[:2], samples), dtype=torch.int64)
+    check_potentials(scores, tokens, left, right, lengths)
+    shape = (*scores.shape[:2], samples)
+    check_draws(scores, samples, uniforms, shape)
+    return scores.new_empty(shape, dtype=torch.int64)
 
 
 def _sample(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms=None, *, impl="auto"):
-    _check(scores, tokens, left, right, lengths, samples, uniforms)
+    slots = _fake(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms)
+    p = Potentials(scores, tokens, left, right, lengths)
     backend = choose(impl, scores)
     if backend == "torch":
-        return _torch(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms)
-    messages, norms, scores, tokens, left, right, lengths, uniforms = contiguous(
-        messages, norms, scores, tokens, left, right, lengths, uniforms
-    )
+
+        def into(t: int, slot: torch.Tensor) -> torch.Tensor:
+            chosen = right[tokens[:, t + 1].gather(1, slot)]  # (B, N, D)
+            return torch.matmul(left[tokens[:, t]] * scale, chosen.transpose(1, 2))
+
+        alpha = messages + scores - norms[:, :, None]
+        return sample_backward(alpha, into, lengths, uniforms_of(scores, samples, seed, uniforms))
+    messages, norms, uniforms = contiguous(messages, norms, uniforms)
+    p = p.contiguous()
     if backend == "triton":
         from ..kernels import crf_sample as kernel
 
-        return kernel.ffbs(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms)
-    slots = scores.new_empty((*scores.shape[:2], samples), dtype=torch.int64)
+        return kernel.ffbs(messages, norms, p, scale, samples, seed, uniforms)
     _backends.require_extension().crf_ffbs(
-        (*scores.shape, *left.shape),
-        *addresses(messages, norms, scores, tokens, left, right, lengths),
+        p.sizes,
+        *addresses(messages, norms, *p),
         *(scale, samples, seed, address(uniforms), address(slots)),
         torch.get_num_threads(),
     )
     return slots
-
-
-def _torch(messages, norms, scores, tokens, left, right, lengths, scale, samples, seed, uniforms):
-    def into(t: int, slot: torch.Tensor) -> torch.Tensor:
-        chosen = right[tokens[:, t + 1].gather(1, slot)]  # (B, N, D)
-        return torch.matmul(left[tokens[:, t]] * scale, chosen.transpose(1, 2))
-
-    alpha = messages + scores - norms[:, :, None]
-    return sample_backward(alpha, into, lengths, uniforms_of(scores, samples, seed, uniforms))
 
 
 def uniforms_of(scores: torch.Tensor, samples: int, seed: int, uniforms: torch.Tensor | None) -> torch.Tensor:

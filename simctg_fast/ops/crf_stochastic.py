@@ -12,7 +12,17 @@ import torch
 from . import _backends
 from ._accumulate import add_rows_
 from ._autograd import define, register
-from .crf_common import add_along_, check_potentials, choose, inside, pick, product, transition, uniforms_stochastic
+from .crf_common import (
+    Potentials,
+    add_along_,
+    check_draws,
+    check_potentials,
+    choose,
+    inside,
+    pick,
+    product,
+    uniforms_stochastic,
+)
 from .crf_viterbi import pointer_dtype
 from .dispatch import addresses, contiguous
 
@@ -46,56 +56,44 @@ def crf_stochastic_viterbi(
     )
 
 
-def _check(scores, tokens, left, right, lengths, temperature, samples, uniforms):
+def _fake(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms=None, *, impl="auto"):
     check_potentials(scores, tokens, left, right, lengths)
-    batch, length, slots = scores.shape
-    if samples < 1:
-        raise ValueError(f"num_samples is {samples}, must be at least 1")
+    batch, length, size = scores.shape
+    check_draws(scores, samples, uniforms, (batch, length - 1, size, samples))
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, must be positive")
-    shape = (batch, length - 1, slots, samples)
-    if uniforms is not None and (uniforms.shape != shape or uniforms.dtype != scores.dtype):
-        raise ValueError(f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}, must be {scores.dtype} {shape}")
-    if uniforms is not None and uniforms.device != scores.device:
-        raise ValueError(f"uniforms is on {uniforms.device}, must be on {scores.device} as the emissions are")
-
-
-def _fake(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms=None, *, impl="auto"):
-    _check(scores, tokens, left, right, lengths, temperature, samples, uniforms)
-    shape = (*scores.shape, samples)
+    shape = (batch, length, size, samples)
     return (
-        scores.new_empty((*scores.shape[:2], samples), dtype=torch.int64),
+        scores.new_empty((batch, length, samples), dtype=torch.int64),
         scores.new_empty(shape),
-        scores.new_empty(shape, dtype=pointer_dtype(scores.shape[2])),
+        scores.new_empty(shape, dtype=pointer_dtype(size)),
     )
 
 
 def _sample(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms=None, *, impl="auto"):
-    _check(scores, tokens, left, right, lengths, temperature, samples, uniforms)
+    results = _fake(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms)
+    p = Potentials(scores, tokens, left, right, lengths)
     backend = choose(impl, scores)
     if backend == "torch":
-        return _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms)
-    scores, tokens, left, right, lengths, uniforms = contiguous(scores, tokens, left, right, lengths, uniforms)
+        return _torch(p, temperature, samples, seed, uniforms)
+    p, (uniforms,) = p.contiguous(), contiguous(uniforms)
     if backend == "triton":
         from ..kernels import crf_sample as kernel
 
-        return kernel.stochastic_viterbi(
-            scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, pointer_dtype(scores.shape[2])
-        )
-    slots, prefixes, backpointers = _fake(
-        scores, tokens, left, right, lengths, temperature, samples, seed, uniforms, impl=impl
-    )
+        kernel.stochastic_viterbi(p, temperature, seed, uniforms, *results)
+        return results
     _backends.require_extension().crf_stochastic_viterbi(
-        (*scores.shape, *left.shape),
-        *addresses(scores, tokens, left, right, lengths),
+        p.sizes,
+        *addresses(*p),
         *(temperature, samples, seed),
-        *addresses(uniforms, slots, prefixes, backpointers),
+        *addresses(uniforms, *results),
         torch.get_num_threads(),
     )
-    return slots, prefixes, backpointers
+    return results
 
 
-def _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uniforms):
+def _torch(p: Potentials, temperature: float, samples: int, seed: int, uniforms: torch.Tensor | None):
+    scores, lengths = p.scores, p.lengths
     batch, length, size = scores.shape
     dtype = pointer_dtype(size)
     chunk = max(1, SCRATCH // max(1, batch * size * size))
@@ -108,7 +106,7 @@ def _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uni
     pointers = [torch.zeros((batch, size, samples), dtype=dtype, device=scores.device)]
     last = score
     for t in range(1, length):
-        step = transition(tokens, t - 1, left, right, 1.0)
+        step = p.step(t)
         if uniforms is None:
             uniform = uniforms_stochastic(seed, batch, t - 1, size, samples, scores.device, scores.dtype)
         else:
@@ -134,7 +132,7 @@ def _torch(scores, tokens, left, right, lengths, temperature, samples, seed, uni
         prefixes.append(following)
         pointers.append(chosen.to(dtype))
     slot = last.argmax(1)  # (B, N)
-    slots = tokens.new_full((batch, length, samples), -1)
+    slots = p.tokens.new_full((batch, length, samples), -1)
     for t in range(length - 1, -1, -1):
         here = inside(lengths, t)
         slots[:, t] = slot if here is None else torch.where(here, slot, -1)

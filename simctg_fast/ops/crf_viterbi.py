@@ -9,8 +9,8 @@ import torch
 from . import _backends
 from ._autograd import define
 from .crf_beam import topk_in_order
-from .crf_common import check_potentials, choose, inside, transition
-from .dispatch import addresses, contiguous
+from .crf_common import check_potentials, choose, inside
+from .dispatch import addresses
 from .viterbi_backtrace import viterbi_backtrace
 
 SCRATCH = 1 << 20  # candidates that the PyTorch path of `crf_kbest` holds at a time
@@ -44,22 +44,18 @@ def _fake_kbest(scores, tokens, left, right, lengths, paths, *, impl="auto"):
 
 
 def _viterbi(scores, tokens, left, right, lengths, *, impl="auto"):
-    check_potentials(scores, tokens, left, right, lengths)
+    p = check_potentials(scores, tokens, left, right, lengths)
     backend = choose(impl, scores)
     if backend == "torch":
-        return _torch(scores, tokens, left, right, lengths)
-    scores, tokens, left, right, lengths = contiguous(scores, tokens, left, right, lengths)
+        backpointers, best = best_prefixes(scores, p.step, lengths)
+        return viterbi_backtrace(backpointers, best.argmax(1), lengths, impl="torch")
+    p = p.contiguous()
     if backend == "triton":
         from ..kernels import crf_filter as kernel
 
-        backpointers, last = kernel.max_forward(scores, tokens, left, right, lengths)
-        return kernel.backtrace(backpointers, last, lengths)
+        return kernel.backtrace(*kernel.max_forward(p), p.lengths)
     slots = scores.new_empty(scores.shape[:2], dtype=torch.int64)
-    _backends.require_extension().crf_viterbi(
-        (*scores.shape, *left.shape),
-        *addresses(scores, tokens, left, right, lengths, slots),
-        torch.get_num_threads(),
-    )
+    _backends.require_extension().crf_viterbi(p.sizes, *addresses(*p, slots), torch.get_num_threads())
     return slots
 
 
@@ -67,39 +63,33 @@ def pointer_dtype(slots: int) -> torch.dtype:
     return torch.uint8 if slots <= 256 else torch.uint16
 
 
-def _torch(scores, tokens, left, right, lengths):
-    best, pointers = scores[:, 0], [torch.zeros_like(tokens[:, 0])]
+def best_prefixes(
+    scores: torch.Tensor, step: Callable[[int], torch.Tensor], lengths: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Back-pointers `(B, T, K)`, and the score of the best prefix into each item's last slots, `(B, K)`, whose largest
+    value is 0 or -inf. `step(t)`: transitions from t - 1 to t, `(B, K, K)` or `(K, K)`."""
+    best, pointers = scores[:, 0], [torch.zeros_like(scores[:, 0], dtype=torch.int64)]
     for t in range(1, scores.shape[1]):
-        value, pointer = (best[:, :, None] + transition(tokens, t - 1, left, right, 1.0)).max(dim=1)
+        value, pointer = (best[:, :, None] + step(t)).max(dim=1)
         value = value + scores[:, t]
-        value = value - value.amax(1, keepdim=True)
+        top = value.amax(1, keepdim=True)
+        value = torch.where(top > float("-inf"), value - top, value)
         here = inside(lengths, t)
         best = value if here is None else torch.where(here, value, best)
         pointers.append(pointer)
-    backpointers = torch.stack(pointers, 1).to(pointer_dtype(scores.shape[2]))
-    return viterbi_backtrace(backpointers, best.argmax(1), lengths, impl="torch")
+    return torch.stack(pointers, 1).to(pointer_dtype(scores.shape[2])), best
 
 
 def _kbest(scores, tokens, left, right, lengths, paths, *, impl="auto"):
-    check_potentials(scores, tokens, left, right, lengths)
+    p = check_potentials(scores, tokens, left, right, lengths)
     if paths < 1:
         raise ValueError(f"n is {paths}, must be at least 1")
     if choose(impl, scores, triton=False) == "torch":
-        return _torch_kbest(scores, tokens, left, right, lengths, paths)
-    scores, tokens, left, right, lengths = contiguous(scores, tokens, left, right, lengths)
+        return list_viterbi(scores, p.step, lengths, paths)
+    p = p.contiguous()
     slots = scores.new_empty((*scores.shape[:2], paths), dtype=torch.int64)
-    _backends.require_extension().crf_kbest(
-        (*scores.shape, *left.shape),
-        *addresses(scores, tokens, left, right, lengths),
-        paths,
-        slots.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _backends.require_extension().crf_kbest(p.sizes, *addresses(*p), paths, slots.data_ptr(), torch.get_num_threads())
     return slots
-
-
-def _torch_kbest(scores, tokens, left, right, lengths, paths):
-    return list_viterbi(scores, lambda t: transition(tokens, t - 1, left, right, 1.0), lengths, paths)
 
 
 def list_viterbi(

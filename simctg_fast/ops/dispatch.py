@@ -71,6 +71,12 @@ def choose(
     return impl
 
 
+def is_deferred(impl: str) -> bool:
+    """Whether a call becomes an operator of the graph that `torch.compile` is tracing, which chooses when it runs.
+    PyTorch's code asked for by name is traced itself."""
+    return impl != "torch" and torch.compiler.is_dynamo_compiling()
+
+
 def float32_obstacle(mask: Tensor | None = None, **tensors: Tensor | None) -> str | None:
     """What keeps tensors from the C++ code of the decoding step: they have to be float32 on the CPU, `mask` bool, the
     last dimension contiguous; no gradient is wanted, and nothing follows the computation."""
@@ -104,6 +110,11 @@ def lengths_obstacle(batch: int, **tensors: Tensor | None) -> str | None:
 
 def contiguous(*tensors: Tensor | None) -> tuple:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, a copy if its last dimension is not contiguous."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def address(tensor: Tensor | None) -> int:

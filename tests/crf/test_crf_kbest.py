@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from simctg_fast.ops import _backends
+from simctg_fast.ops.crf_dense import dense_kbest
 from simctg_fast.ops.crf_viterbi import crf_kbest
-from simctg_fast.ops.dense_kbest import dense_kbest
 
 from ..processes import run_child
 from ..repository import INSTALLED
@@ -123,7 +123,7 @@ def test_backends_agree_where_sums_are_exact(kind):
 MEMORY = """
 import resource, sys, torch
 from simctg_fast.ops.crf_viterbi import crf_kbest
-from simctg_fast.ops.dense_kbest import dense_kbest
+from simctg_fast.ops.crf_dense import dense_kbest
 
 torch.set_num_threads(1)
 impl, kind = sys.argv[1:3]

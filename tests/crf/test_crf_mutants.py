@@ -11,7 +11,7 @@ from simctg_fast.ops import crf_common, crf_filter, crf_sample, crf_stochastic, 
 
 from .. import crf_cases as cases
 
-STEPS = (crf_filter, crf_viterbi, crf_stochastic, low_rank)
+STEPS = (crf_common, low_rank)
 LENGTHS = (crf_filter, crf_viterbi, crf_stochastic, divergence)
 transition, inside, pick = crf_common.transition, crf_common.inside, crf_common.pick
 
