@@ -31,7 +31,6 @@ from ._launch import (
 TILE = 128
 _PLANES_BYTES = 24 << 20  # of unit vectors in two planes that exist at one time
 _IN_KERNEL_SUMS = 512  # up to this length full tiles are summed where they are met: one launch less
-_SPLIT_SCALE = 256.0
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _READ = (torch.bool, *_INTEGERS, torch.float16, torch.float32)  # as masks and counts, by every triton's interpreter too
 _REDUCTIONS = {"pairs": 0, "paper": 1, "dense": 2}

@@ -26,6 +26,8 @@ from ._launch import (
 )
 from .contrastive_loss import norms_kernel
 
+Term = tuple[Tensor, Tensor]  # log-sum-exps and incoming gradients of the rows, or of the columns
+
 TILE = 128
 # Where the two exponentials of the weights do not fit the registers of a tile of 128: tiles of 64, four warps.
 _SMALL_WEIGHTS = {(80, 4), (100, 2), (100, 4)}
@@ -237,14 +239,7 @@ def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Ten
 
 
 def _gradient(
-    rows: Tensor,
-    columns: Tensor,
-    scale: float,
-    row_lse: Tensor | None,
-    row_grad: Tensor | None,
-    column_lse: Tensor | None,
-    column_grad: Tensor | None,
-    itself: int | None,
+    rows: Tensor, columns: Tensor, scale: float, row_term: Term | None, column_term: Term | None, itself: int | None
 ) -> Tensor:
     """The gradient of `rows`, strip by strip."""
     rows, columns = last_dimension_contiguous(rows), last_dimension_contiguous(columns)
@@ -264,10 +259,8 @@ def _gradient(
                 columns,
                 rows.stride(0),
                 columns.stride(0),
-                weights if row_lse is None else row_lse,
-                weights if row_grad is None else row_grad,
-                weights if column_lse is None else column_lse,
-                weights if column_grad is None else column_grad,
+                *(row_term or (weights, weights)),
+                *(column_term or (weights, weights)),
                 weights,
                 first,
                 end,
@@ -276,8 +269,8 @@ def _gradient(
                 rows.shape[1],
                 scale,
                 itself or 0,
-                ROW_TERM=row_lse is not None,
-                COLUMN_TERM=column_lse is not None,
+                ROW_TERM=row_term is not None,
+                COLUMN_TERM=column_term is not None,
                 SELF=itself is not None,
                 PRECISION=_precision(rows),
                 TILE=tile,
@@ -303,15 +296,12 @@ def pair_backward(
     grad: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, scale: float, itself: int = -1
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the queries and of the keys."""
-    grad = grad.float().contiguous()
+    term = lse, grad.float().contiguous()
     forth, back = (itself, -itself) if itself >= 0 else (None, None)
-    return (
-        _gradient(queries, keys, scale, lse, grad, None, None, forth),
-        _gradient(keys, queries, scale, None, None, lse, grad, back),
-    )
+    return _gradient(queries, keys, scale, term, None, forth), _gradient(keys, queries, scale, None, term, back)
 
 
 def self_backward(grad: Tensor, vectors: Tensor, lse: Tensor, scale: float) -> Tensor:
     """Gradient of the vectors, from both of their roles."""
-    grad = grad.float().contiguous()
-    return _gradient(vectors, vectors, scale, lse, grad, lse, grad, 0)
+    term = lse, grad.float().contiguous()
+    return _gradient(vectors, vectors, scale, term, term, 0)

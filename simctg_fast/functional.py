@@ -55,9 +55,8 @@ def viterbi_backtrace(
             into a slot outside ``0..slots - 1`` (the text names the item, the step and the value).
         RuntimeError: ``impl="cpu"`` where the extension is absent.
     """
-    for name, value in (("backpointers", backpointers), ("last", last)):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} is {value!r}, must be a tensor")
+    require_tensor("backpointers", backpointers)
+    require_tensor("last", last)
     if lengths is not None and not isinstance(lengths, torch.Tensor):
         raise TypeError(f"lengths is {lengths!r}, must be a tensor or None")
     check_choice("impl", impl, _VITERBI_IMPLS)
@@ -113,9 +112,9 @@ def contrastive_loss(
     differentiable, also under `torch.func` (grad, vjp, jacrev, vmap); a third derivative and forward mode raise a
     RuntimeError. The second derivative takes a hinge's derivative, 0 or 1, as constant, as PyTorch does for a relu.
     """
-    _require_tensor("hidden_states", hidden_states)
+    require_tensor("hidden_states", hidden_states)
     if attention_mask is not None:
-        _require_tensor("attention_mask", attention_mask)
+        require_tensor("attention_mask", attention_mask)
     check_margin(margin)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("impl", impl, IMPLS)
@@ -154,7 +153,7 @@ def contrastive_loss_items(attention_mask: Tensor, reduction: str = "pairs") -> 
     Raises:
         TypeError: the mask is no tensor. ValueError: another shape, a complex dtype, another reduction.
     """
-    _require_tensor("attention_mask", attention_mask)
+    require_tensor("attention_mask", attention_mask)
     check_choice("reduction", reduction, REDUCTIONS)
     check_mask(attention_mask)
     if attention_mask.dim() != 2:
@@ -189,7 +188,7 @@ def cosine_similarity_matrix(hidden_states: Tensor | Sequence[Tensor], *, impl: 
     if not hidden_states:
         raise ValueError("hidden_states is an empty sequence, must hold at least one layer")
     for index, layer in enumerate(hidden_states):
-        _require_tensor(f"hidden_states[{index}]", layer)
+        require_tensor(f"hidden_states[{index}]", layer)
         if layer.shape != hidden_states[0].shape or layer.dtype != hidden_states[0].dtype:
             raise ValueError(
                 f"hidden_states[{index}] has shape {tuple(layer.shape)} and dtype {layer.dtype}, must be "
@@ -433,13 +432,13 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
     return losses.sum() / (max(1, losses.shape[0]) if reduction == "mean" else 1)
 
 
-def _require_tensor(name: str, value: Any) -> None:
+def require_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {value!r:.80}, must be a tensor")
 
 
 def _check_embeddings(name: str, value: Any, multiple: int = 1) -> None:
-    _require_tensor(name, value)
+    require_tensor(name, value)
     if value.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, must be (rows, width)")
     if value.shape[0] % multiple:

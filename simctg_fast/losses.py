@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_choice, check_margin, check_positive, check_weight, is_integer
-from .functional import contrastive_loss, simcse_sup_loss, simcse_unsup_loss
+from .checks import check_choice, check_devices, check_margin, check_positive, check_weight, is_integer
+from .functional import contrastive_loss, require_tensor, simcse_sup_loss, simcse_unsup_loss
 from .ops.contrastive_loss import REDUCTIONS
 from .ops.dispatch import IMPLS
 
@@ -38,13 +38,8 @@ def _check_integer(name: str, value: Any, low: float = -(2**63)) -> None:
         raise ValueError(f"{name} is {value!r:.80}, must be an integer{f' of at least {low}' if low > 0 else ''}")
 
 
-def _require_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {value!r:.80}, must be a tensor")
-
-
 def _check_tokens(name: str, value: Any) -> None:
-    _require_tensor(name, value)
+    require_tensor(name, value)
     if value.dim() != 2 or value.dtype == torch.bool or value.dtype.is_floating_point or value.dtype.is_complex:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}, must be (batch, length) of integers"
@@ -105,7 +100,7 @@ class SimCTGLoss(nn.Module):
         """
         floats = (("logits", logits), ("last_hidden_states", last_hidden_states))
         for name, value in floats:
-            _require_tensor(name, value)
+            require_tensor(name, value)
         for name, value in floats:
             if value.dim() != 3 or not value.dtype.is_floating_point or value.layout != torch.strided:
                 raise ValueError(
@@ -123,9 +118,7 @@ class SimCTGLoss(nn.Module):
                 f"last_hidden_states has shape {tuple(last_hidden_states.shape)}, must begin with {(batch, length)} "
                 "as logits does"
             )
-        for name, value in (("labels", labels), ("last_hidden_states", last_hidden_states)):
-            if value.device != logits.device:
-                raise ValueError(f"{name} is on {value.device}, logits on {logits.device}; one device is needed")
+        check_devices("logits", logits, labels=labels, last_hidden_states=last_hidden_states)
         wide = torch.promote_types(logits.dtype, torch.float32)  # as autocast has it
         rows, targets = logits.reshape(-1, vocab_size).to(wide), labels.reshape(-1).long()
         try:
@@ -134,7 +127,7 @@ class SimCTGLoss(nn.Module):
             raise ValueError(f"labels must be in 0..{vocab_size - 1}, or -100 where ignored: {error}") from error
         mle_loss = mle_loss.masked_fill((targets == -100).all(), 0.0)  # no NaN for the mean over no label
         if attention_mask is None:
-            _require_tensor("input_ids", input_ids)
+            require_tensor("input_ids", input_ids)
             assert input_ids is not None
             tokens = input_ids if input_ids.shape == labels.shape else labels
             _check_tokens("input_ids", tokens)

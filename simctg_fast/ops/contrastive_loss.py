@@ -14,15 +14,17 @@ backward pass multiplies that 0/1 matrix by the unit vectors. What passes betwee
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_margin
+from ..checks import check_choice, check_devices, check_margin
 from . import _backends
 from . import _contrastive_loss_torch as _tiled
 from ._autograd import define, register, tracked
 from ._contrastive_loss_torch import TILE, WORD, accumulator_dtype, full_precision
-from .dispatch import IMPLS, address, addresses, choose
+from .dispatch import IMPLS, address, addresses, choose, rows_contiguous
 
 REDUCTIONS = ("pairs", "paper", "dense")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,20 +119,27 @@ def _check(hidden_states: Tensor, attention_mask: Tensor | None, margin: float, 
             f"attention_mask has shape {tuple(attention_mask.shape)}, must be {tuple(hidden_states.shape[:2])} "
             "as hidden_states has"
         )
-    if attention_mask.device != hidden_states.device:
-        raise ValueError(
-            f"attention_mask is on {attention_mask.device}, hidden_states on {hidden_states.device}; "
-            "one device is needed"
-        )
+    check_devices("hidden_states", hidden_states, attention_mask=attention_mask)
 
 
-def _outputs(hidden_states: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The six results, uninitialised."""
+class Results(NamedTuple):
+    """What the operator returns; bits and flags are of no size where nothing is kept."""
+
+    loss: Tensor
+    weights: Tensor
+    inverse_norms: Tensor
+    radial: Tensor
+    bits: Tensor
+    flags: Tensor
+
+
+def _outputs(hidden_states: Tensor, keep: bool) -> Results:
+    """The results, uninitialised."""
     batch, length, _ = hidden_states.shape
     dtype = accumulator_dtype(hidden_states.dtype)
     padded = _padded(length) if keep else 0
     new = hidden_states.new_empty
-    return (
+    return Results(
         new((), dtype=dtype),
         new((batch,), dtype=dtype),
         new((batch, length), dtype=dtype),
@@ -154,25 +163,24 @@ def _forward(
     reduction: str,
     keep: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     _check(hidden_states, attention_mask, margin, reduction)
     impl = resolve(impl, hidden_states)
     if impl == "triton" and hidden_states.numel() > 0:
         from simctg_fast.kernels import contrastive_loss as kernels
 
-        return kernels.forward(hidden_states, attention_mask, normalizer, margin, reduction, keep)
+        return Results(*kernels.forward(hidden_states, attention_mask, normalizer, margin, reduction, keep))
     real = None if attention_mask is None else attention_mask != 0
     with full_precision(hidden_states.device):
-        _, _, _, _, bits, flags = _outputs(hidden_states, keep)
+        results = _outputs(hidden_states, keep)
         if impl == "cpu":
-            results = _cpu_forward(hidden_states, real, normalizer, margin, reduction, bits, flags)
-            return (*results, bits, flags)
+            _cpu_forward(hidden_states, real, normalizer, margin, reduction, results)
+            return results
         inverse = _tiled.inverse_norms(hidden_states, real)
-        hinge, radial = _tiled.hinge_sums(
-            hidden_states, inverse, 1.0 - margin, bits if keep else None, flags if keep else None
-        )
+        kept = (results.bits, results.flags) if keep else (None, None)
+        hinge, radial = _tiled.hinge_sums(hidden_states, inverse, 1.0 - margin, *kept)
         loss, weights = _reduce(hinge, inverse, real, normalizer, margin, reduction)
-    return loss, weights, inverse, radial, bits, flags
+    return Results(loss, weights, inverse, radial, results.bits, results.flags)
 
 
 def _reduce(
@@ -207,53 +215,43 @@ def _reduce(
     return loss, (weights / items).masked_fill(pairs == 0, 0.0)  # no pair, no gradient: not even a rounding error's
 
 
-def _rows_contiguous(hidden_states: Tensor) -> Tensor:
-    return hidden_states if hidden_states.shape[2] <= 1 or hidden_states.stride(2) == 1 else hidden_states.contiguous()
-
-
 def _view(hidden_states: Tensor) -> tuple[str, int, tuple[int, ...], tuple[int, ...]]:
     name = str(hidden_states.dtype).removeprefix("torch.")
     return name, hidden_states.data_ptr(), tuple(hidden_states.shape), tuple(hidden_states.stride()[:2])
 
 
 def _cpu_forward(
-    hidden_states: Tensor,
-    real: Tensor | None,
-    normalizer: Tensor | None,
-    margin: float,
-    reduction: str,
-    bits: Tensor,
-    flags: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, weights, inverse norms and radial sums; fills bits and flags where they are not empty."""
-    states = _rows_contiguous(hidden_states)
+    hidden_states: Tensor, real: Tensor | None, normalizer: Tensor | None, margin: float, reduction: str, out: Results
+) -> None:
+    """Fills the results, bits and flags where they are not empty."""
+    states = rows_contiguous(hidden_states)
     real = None if real is None else real.contiguous()
-    hinge, inverse, radial = (states.new_empty(states.shape[:2], dtype=torch.float32) for _ in range(3))
-    loss, weights = states.new_empty((), dtype=torch.float32), states.new_empty(states.shape[:1], dtype=torch.float32)
-    keep = bits.numel() > 0
+    hinge = torch.empty_like(out.radial)
+    keep = out.bits.numel() > 0
     extension = _backends.require_extension()
     extension.contrastive_hinge(
         *_view(states),
         address(real),
         max(0.0, 1.0 - margin),
-        *addresses(hinge, inverse, radial, *((bits, flags) if keep else (None, None))),
+        *addresses(hinge, out.inverse_norms, out.radial, *((out.bits, out.flags) if keep else (None, None))),
         torch.get_num_threads(),
     )
     extension.contrastive_reduce(
-        *addresses(hinge, inverse, real),
+        *addresses(hinge, out.inverse_norms, real),
         tuple(states.shape[:2]),
         margin,
         reduction,
         None if normalizer is None else float(normalizer),
-        *addresses(loss, weights),
+        *addresses(out.loss, out.weights),
     )
-    return loss, weights, inverse, radial if keep else radial.zero_()
+    if not keep:
+        out.radial.zero_()
 
 
 def _cpu_gradient(
     scale: Tensor, hidden_states: Tensor, inverse_norms: Tensor, radial: Tensor, bits: Tensor, flags: Tensor
 ) -> Tensor:
-    states = _rows_contiguous(hidden_states)
+    states = rows_contiguous(hidden_states)
     result = torch.empty_like(states, memory_format=torch.contiguous_format)
     _backends.require_extension().contrastive_gradient(
         *_view(states),
@@ -261,10 +259,6 @@ def _cpu_gradient(
         torch.get_num_threads(),
     )
     return result
-
-
-def _fake_backward(grad, hidden_states, weights, inverse_norms, radial, bits, flags, impl):
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
 def _backward(
@@ -342,7 +336,7 @@ define(
     "contrastive_loss_backward(Tensor grad, Tensor hidden_states, Tensor weights, Tensor inverse_norms, Tensor radial, "
     "Tensor bits, Tensor flags, str impl) -> Tensor",
     _backward,
-    _fake_backward,
+    lambda grad, hidden_states, *_: torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
 )
 register("contrastive_loss", _autograd, _setup)
 register("contrastive_loss_backward", _second, _second_setup, last=True)

@@ -11,24 +11,19 @@ kept for the backward pass is one log-sum-exp and one reciprocal norm a row: the
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ..checks import check_choice
+from . import _simcse_torch as _tiled
 from ._accumulate import add_rows, add_rows_
 from ._autograd import define, register
 from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype, along, full_precision
-from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
 from .contrastive_loss import dtype_obstacle
 from .dispatch import IMPLS, choose
 
-_BLOCK = 512  # on the CPU, rows and columns of a block of S: 1 MB of floats, which stays in the second-level cache
-# Elsewhere launches cost more than caches save: a block is a strip of so many elements, 128 MB of floats. The forward
-# pass holds one or two of them, the backward pass two.
-_STRIP_ELEMENTS = 1 << 25
-# Up to this scale exp(scale * cosine) and a sum over all keys fit a float without a maximum taken out, and so does the
-# reciprocal of it times a gradient.
-_LARGEST_PLAIN_SCALE = 32.0
 _DELEGATE = 2048  # on CUDA, up to here torch's own kernels finish before ours would have been launched
 
 
@@ -110,12 +105,18 @@ def _normalized(vectors: Tensor) -> Tensor:
     return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).masked_fill(zero, 1.0)
 
 
-def resolve(impl: str, vectors: Tensor) -> str:
-    """The implementation that serves a call: "triton" or "torch".
+def _backend(impl: str, *vectors: Tensor) -> tuple[ModuleType, torch.dtype]:
+    """The module that serves a call, Triton's or PyTorch's, and the dtype of its unit vectors.
 
     ``"cpu"`` and ``"torch"`` are one implementation here: blocks that stay in the cache, multiplied by the BLAS.
     """
-    return choose(impl, vectors.device, triton=lambda: dtype_obstacle("vectors", vectors))
+    dtype = vectors[0].dtype
+    backend = choose(impl, vectors[0].device, triton=lambda: dtype_obstacle("vectors", vectors[0]))
+    if backend == "triton" and all(each.numel() for each in vectors):
+        from simctg_fast.kernels import simcse as kernels
+
+        return kernels, dtype
+    return _tiled, accumulator_dtype(dtype)
 
 
 def _check(vectors: Tensor, keys: Tensor | None, scale: float, impl: str) -> None:
@@ -154,29 +155,7 @@ def _check_targets(targets: Tensor, queries: Tensor, keys: Tensor) -> None:
             raise ValueError(f"targets holds {wrong}, must be in 0..{keys.shape[0] - 1}: keys has {keys.shape[0]} rows")
 
 
-# ---- unit vectors ----------------------------------------------------------------------------------------------------
-
-
-def _inverse_norms(vectors: Tensor) -> Tensor:
-    """``(N,)``: 1 / norm, 0 for zero vectors, NaN where not finite."""
-    dtype = accumulator_dtype(vectors.dtype)
-    if vectors.device.type == "cpu" and vectors.numel() > 0:
-        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
-        if not bool(((norms > 1e-15) & (norms < 1e15)).all()):
-            return _scaled_inverse_norms(vectors.unsqueeze(0), None).squeeze(0)  # a square may have overflowed
-        return torch.where(norms > 0, norms.reciprocal(), norms)  # NaN stays NaN
-    return _inverse_norms_unseen(vectors, dtype)
-
-
-def _inverse_norms_unseen(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same without a look at the norms, for which the host would wait: the largest component is divided out."""
-    if vectors.numel() == 0:
-        return vectors.new_zeros((vectors.shape[0],), dtype=dtype)
-    largest = torch.linalg.vector_norm(vectors, torch.inf, dim=1, keepdim=True, dtype=dtype)
-    zero = largest <= SMALLEST_NORM
-    divisor = largest.masked_fill(zero, 1.0)
-    inverse = torch.linalg.vector_norm(vectors / divisor, dim=1, keepdim=True, dtype=dtype).reciprocal_().div_(divisor)
-    return inverse.masked_fill_(zero, 0.0).squeeze(1)
+# ---- the operators ---------------------------------------------------------------------------------------------------
 
 
 def _unit(vectors: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,203 +164,31 @@ def _unit(vectors: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _tangent(gradient: Tensor, unit: Tensor, inverse: Tensor, result: Tensor) -> Tensor:
     """From the gradient of unit vectors to that of the vectors, block by block into `result`."""
-    step = _BLOCK if unit.device.type == "cpu" else max(1, _STRIP_ELEMENTS // max(1, unit.shape[1]))
-    for rows in _slices(0, unit.shape[0], step):
+    step = _tiled.BLOCK if unit.device.type == "cpu" else max(1, _tiled.STRIP_ELEMENTS // max(1, unit.shape[1]))
+    for rows in _tiled.slices(0, unit.shape[0], step):
         own, out = unit[rows].to(inverse.dtype), gradient[rows].to(inverse.dtype)
         radial = (own * out).sum(dim=1, keepdim=True)
         result[rows] = (out - own * radial).mul_(inverse[rows].unsqueeze(1))
     return result
 
 
-# ---- log-sum-exp and its gradient, in blocks -------------------------------------------------------------------------
-
-
-def _slices(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
-
-
-def _blocks(rows: int, columns: int, device: torch.device, symmetric: bool = False) -> list[tuple[slice, slice]]:
-    """Rows and columns of the blocks that cover S; of a symmetric S the square ones on its diagonal, and what is right
-    of them.
-    """
-    blocks = []
-    start = 0
-    while start < rows:
-        height = width = _BLOCK
-        if device.type != "cpu":
-            width = max(1, columns - start if symmetric else columns)
-            height = max(1, _STRIP_ELEMENTS // width)
-            height -= height % _BLOCK if height > _BLOCK else 0
-        own = slice(start, min(start + height, rows))
-        if symmetric:
-            blocks.append((own, own))
-        blocks += [(own, others) for others in _slices(own.stop if symmetric else 0, columns, width)]
-        start = own.stop
-    return blocks
-
-
-class _Sums:
-    """Log-sum-exp of rows whose entries arrive block by block.
-
-    Plain sums of exponentials for small scales; otherwise the largest so far, and the sum relative to it.
-    """
-
-    def __init__(self, rows: int, like: Tensor, scale: float):
-        self.plain = scale <= _LARGEST_PLAIN_SCALE
-        self.largest = like.new_full((0 if self.plain else rows,), -torch.inf)
-        self.total = like.new_zeros((rows,))
-
-    def add(self, block: Tensor, rows: slice, columns: slice | None = None) -> None:
-        """Adds a block of logits to its rows and, where given, transposed to its columns; may overwrite the block."""
-        if self.plain:
-            block.exp_()
-            self.total[rows].add_(block.sum(dim=1))
-            if columns is not None:
-                self.total[columns].add_(block.sum(dim=0))
-            return
-        self._add_relative(block, rows, 1)
-        if columns is not None:
-            self._add_relative(block, columns, 0)
-
-    def _add_relative(self, block: Tensor, rows: slice, dim: int) -> None:
-        old = self.largest[rows]
-        new = torch.maximum(old, block.amax(dim=dim))
-        base = torch.where(new == -torch.inf, torch.zeros_like(new), new)  # no -inf minus -inf
-        added = (block - base.unsqueeze(dim)).exp_().sum(dim=dim)
-        self.total[rows] = self.total[rows] * (old - base).exp() + added
-        self.largest[rows] = new
-
-    def finish(self) -> Tensor:
-        if self.plain:
-            return self.total.log()
-        return torch.where(self.largest == -torch.inf, self.largest, self.largest + self.total.log())
-
-
-class _Logits:
-    """Blocks of ``scale * left @ right.T``, one after the other in one buffer."""
-
-    def __init__(self, left: Tensor, right: Tensor, scale: float, itself: int, symmetric: bool = False):
-        self.left, self.right, self.scale, self.itself = left, right, scale, itself
-        self.blocks = _blocks(left.shape[0], right.shape[0], left.device, symmetric)
-        sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in self.blocks]
-        self.buffer = left.new_empty(max(sizes, default=0))
-
-    def block(self, rows: slice, columns: slice) -> Tensor:
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        out = self.buffer[: height * width].view(height, width)
-        left, right = self.left[rows], self.right[columns]
-        return torch.addmm(out, left, right.T, beta=0.0, alpha=self.scale, out=out)
-
-    def fill(self, block: Tensor, rows: slice, columns: slice, value: float) -> None:
-        """Writes `value` where a query is itself the key."""
-        offset = self.itself + rows.start - columns.start
-        if self.itself >= 0 and -block.shape[0] < offset < block.shape[1]:
-            block.diagonal(offset).fill_(value)
-
-
-def _weights_of(lse: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What ``exp(logits - shift)`` is multiplied by in a gradient, and the shift: none where plain sums fit."""
-    if scale <= _LARGEST_PLAIN_SCALE:
-        return torch.where(lse == -torch.inf, 0.0, (-lse).exp()) * grad, torch.zeros_like(lse)
-    return grad, torch.where(lse == -torch.inf, torch.inf, lse)
-
-
-def _self_lse(unit: Tensor, scale: float) -> Tensor:
-    sums = _Sums(unit.shape[0], unit, scale)
-    logits = _Logits(unit, unit, scale, 0, symmetric=True)
-    for rows, columns in logits.blocks:
-        block = logits.block(rows, columns)
-        logits.fill(block, rows, columns, -torch.inf)
-        sums.add(block, rows, None if columns == rows else columns)
-    return sums.finish()
-
-
-def _self_gradient(grad: Tensor, unit: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Of the unit vectors, from the log-sum-exp alone."""
-    weight, shift = _weights_of(lse, grad * scale, scale)
-    plain = scale <= _LARGEST_PLAIN_SCALE
-    result = torch.zeros_like(unit)
-    logits = _Logits(unit, unit, scale, 0, symmetric=True)
-    other = torch.empty_like(logits.buffer)
-    for rows, columns in logits.blocks:
-        block = logits.block(rows, columns)
-        factor = other[: block.numel()].view_as(block)
-        if plain:
-            torch.add(weight[rows].unsqueeze(1), weight[columns], out=factor)
-            block.exp_().mul_(factor)
-        else:
-            torch.sub(block, shift[columns], out=factor).exp_().mul_(weight[columns])
-            block.sub_(shift[rows].unsqueeze(1)).exp_().mul_(weight[rows].unsqueeze(1)).add_(factor)
-        logits.fill(block, rows, columns, 0.0)
-        result[rows].addmm_(block, unit[columns])
-        if columns != rows:
-            result[columns].addmm_(block.T, unit[rows])
-    return result
-
-
-def _pair_lse(left: Tensor, right: Tensor, scale: float, itself: int) -> Tensor:
-    sums = _Sums(left.shape[0], left, scale)
-    logits = _Logits(left, right, scale, itself)
-    for rows, columns in logits.blocks:
-        block = logits.block(rows, columns)
-        logits.fill(block, rows, columns, -torch.inf)
-        sums.add(block, rows)
-    return sums.finish()
-
-
-def _pair_gradients(
-    grad: Tensor, left: Tensor, right: Tensor, lse: Tensor, scale: float, itself: int
-) -> tuple[Tensor, Tensor]:
-    weight, shift = _weights_of(lse, grad * scale, scale)
-    plain = scale <= _LARGEST_PLAIN_SCALE
-    left_result, right_result = torch.zeros_like(left), torch.zeros_like(right)
-    logits = _Logits(left, right, scale, itself)
-    for rows, columns in logits.blocks:
-        block = logits.block(rows, columns)
-        if not plain:
-            block.sub_(shift[rows].unsqueeze(1))
-        block.exp_().mul_(weight[rows].unsqueeze(1))
-        logits.fill(block, rows, columns, 0.0)
-        left_result[rows].addmm_(block, right[columns])
-        right_result[columns].addmm_(block.T, left[rows])
-    return left_result, right_result
-
-
-# ---- the operators ---------------------------------------------------------------------------------------------------
-
-
 def _self_forward(vectors: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     _check(vectors, None, scale, impl)
-    impl = resolve(impl, vectors)
-    dtype = accumulator_dtype(vectors.dtype)
+    backend, dtype = _backend(impl, vectors)
     with full_precision(vectors.device):
-        if impl == "triton" and vectors.numel() > 0:
-            from simctg_fast.kernels import simcse as kernels
-
-            inverse = kernels.inverse_norms(vectors)
-            unit = _unit(vectors, inverse, vectors.dtype)
-            lse = kernels.self_forward(unit, scale)
-        else:
-            inverse = _inverse_norms(vectors)
-            unit = _unit(vectors, inverse, dtype)
-            lse = _self_lse(unit, scale)
-        partners = (unit[0::2].to(dtype) * unit[1::2]).sum(dim=1, dtype=dtype).repeat_interleave(2)
+        inverse = backend.inverse_norms(vectors)
+        unit = _unit(vectors, inverse, dtype)
+        lse = backend.self_forward(unit, scale)
+        partners = (unit[0::2].to(lse.dtype) * unit[1::2]).sum(dim=1, dtype=lse.dtype).repeat_interleave(2)
         return lse - scale * partners, lse, inverse
 
 
 def _self_backward(grad: Tensor, vectors: Tensor, lse: Tensor, inverse: Tensor, scale: float, impl: str) -> Tensor:
-    impl = resolve(impl, vectors)
-    result = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+    backend, dtype = _backend(impl, vectors)
+    result = _contiguous_like(vectors)
     with full_precision(vectors.device):
-        grad = grad.to(lse.dtype)
-        if impl == "triton" and vectors.numel() > 0:
-            from simctg_fast.kernels import simcse as kernels
-
-            unit = _unit(vectors, inverse, vectors.dtype)
-            gradient = kernels.self_backward(grad, unit, lse, scale)
-        else:
-            unit = _unit(vectors, inverse, lse.dtype)
-            gradient = _self_gradient(grad, unit, lse, scale)
+        grad, unit = grad.to(lse.dtype), _unit(vectors, inverse, dtype)
+        gradient = backend.self_backward(grad, unit, lse, scale)
         both = (grad[0::2] + grad[1::2]).mul_(-scale).unsqueeze(1).to(gradient.dtype)
         gradient[0::2].addcmul_(unit[1::2], both)
         gradient[1::2].addcmul_(unit[0::2], both)
@@ -393,20 +200,12 @@ def _pair_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(queries, keys, scale, impl)
     _check_targets(targets, queries, keys)
-    impl = resolve(impl, queries)
-    dtype = accumulator_dtype(queries.dtype)
+    backend, dtype = _backend(impl, queries, keys)
     with full_precision(queries.device):
-        if impl == "triton" and queries.numel() > 0 and keys.numel() > 0:
-            from simctg_fast.kernels import simcse as kernels
-
-            query_inverse, key_inverse = kernels.inverse_norms(queries), kernels.inverse_norms(keys)
-            left, right = _unit(queries, query_inverse, queries.dtype), _unit(keys, key_inverse, keys.dtype)
-            lse = kernels.pair_forward(left, right, scale, itself)
-        else:
-            query_inverse, key_inverse = _inverse_norms(queries), _inverse_norms(keys)
-            left, right = _unit(queries, query_inverse, dtype), _unit(keys, key_inverse, dtype)
-            lse = _pair_lse(left, right, scale, itself)
-        partners = (left.to(dtype) * right[targets]).sum(dim=1, dtype=dtype)
+        query_inverse, key_inverse = backend.inverse_norms(queries), backend.inverse_norms(keys)
+        left, right = _unit(queries, query_inverse, dtype), _unit(keys, key_inverse, dtype)
+        lse = backend.pair_forward(left, right, scale, itself)
+        partners = (left.to(lse.dtype) * right[targets]).sum(dim=1, dtype=lse.dtype)
         return lse - scale * partners, lse, query_inverse, key_inverse
 
 
@@ -422,17 +221,11 @@ def _pair_backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    impl = resolve(impl, queries)
+    backend, dtype = _backend(impl, queries, keys)
     with full_precision(queries.device):
         grad = grad.to(lse.dtype)
-        if impl == "triton" and queries.numel() > 0 and keys.numel() > 0:
-            from simctg_fast.kernels import simcse as kernels
-
-            left, right = _unit(queries, query_inverse, queries.dtype), _unit(keys, key_inverse, keys.dtype)
-            gradients = kernels.pair_backward(grad, left, right, lse, scale, itself)
-        else:
-            left, right = _unit(queries, query_inverse, lse.dtype), _unit(keys, key_inverse, lse.dtype)
-            gradients = _pair_gradients(grad, left, right, lse, scale, itself)
+        left, right = _unit(queries, query_inverse, dtype), _unit(keys, key_inverse, dtype)
+        gradients = backend.pair_backward(grad, left, right, lse, scale, itself)
         own = (grad * -scale).unsqueeze(1).to(left.dtype)
         gradients[0].addcmul_(right[targets], own)
         add_rows_(gradients[1], targets, left * own)
@@ -537,8 +330,10 @@ def _second_derivative(
         right, right_moved, pull_right = along(keys[0], key_direction, keys[1])
         dtype, grad = grad.dtype, grad.to(lse.dtype)
         wide = left.device.type != "cpu"
-        row_blocks = _slices(0, left.shape[0], max(1, _STRIP_ELEMENTS // max(1, right.shape[0])) if wide else _BLOCK)
-        column_blocks = _slices(0, right.shape[0], right.shape[0] if wide else _BLOCK)
+        row_blocks = _tiled.slices(
+            0, left.shape[0], max(1, _tiled.STRIP_ELEMENTS // max(1, right.shape[0])) if wide else _tiled.BLOCK
+        )
+        column_blocks = _tiled.slices(0, right.shape[0], right.shape[0] if wide else _tiled.BLOCK)
 
         def block(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
             """Probabilities and ``dz``."""

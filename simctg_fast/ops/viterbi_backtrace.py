@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import check_choice
+from ..checks import check_choice, check_devices
 from . import _backends
 from ._autograd import define
 from .dispatch import addresses, choose, contiguous
@@ -39,10 +39,7 @@ def _check(backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor
             raise ValueError(f"{name} has layout {tensor.layout}, must be {torch.strided}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be one of {', '.join(map(str, DTYPES))}")
-        if tensor.device != backpointers.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, backpointers on {backpointers.device}; one device is needed"
-            )
+        check_devices("backpointers", backpointers, **{name: tensor})
         if name != "backpointers" and (tensor.dim() != 1 or tensor.shape[0] != batch):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be ({batch},) as backpointers has")
 
@@ -57,11 +54,10 @@ def _fake(
 def _backtrace(
     backpointers: torch.Tensor, last: torch.Tensor, lengths: torch.Tensor | None = None, *, impl: str = "auto"
 ) -> torch.Tensor:
-    _check(backpointers, last, lengths, impl)
+    path = _fake(backpointers, last, lengths, impl=impl)
     if choose(impl, backpointers.device, cpu=lambda: None, impls=IMPLS) == "torch":
         return _trace(backpointers, last, lengths)
     last, lengths = contiguous(last.to(torch.int64), None if lengths is None else lengths.to(torch.int64))
-    path = backpointers.new_empty(backpointers.shape[:2], dtype=torch.int64)
     _backends.require_extension().viterbi_backtrace(
         DTYPES[backpointers.dtype],
         backpointers.data_ptr(),

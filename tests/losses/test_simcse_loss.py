@@ -252,10 +252,10 @@ def test_memory_is_linear():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("rows", [1, 511, 1300])
 def test_blocks_cover_each_pair_once(rows, device, symmetric, monkeypatch):
-    monkeypatch.setattr(ops, "_STRIP_ELEMENTS", 100_000)
+    monkeypatch.setattr(ops._tiled, "STRIP_ELEMENTS", 100_000)
     columns = rows if symmetric else 700
     seen = torch.zeros(rows, columns, dtype=torch.int8)
-    blocks = ops._blocks(rows, columns, torch.device(device), symmetric)
+    blocks = ops._tiled._blocks(rows, columns, torch.device(device), symmetric)
     for own, others in blocks:
         seen[own, others] += 1
         if symmetric and own != others:
@@ -276,9 +276,9 @@ def test_in_strips_as_off_the_cpu(temperature, monkeypatch):
         return ops.self_loss(v, 1 / temperature, "torch").sum() + pairs.sum()
 
     expected, gradient = gradient_of(both, vectors.double())
-    blocks = ops._blocks
-    monkeypatch.setattr(ops, "_STRIP_ELEMENTS", 200_000)
-    monkeypatch.setattr(ops, "_blocks", lambda r, c, device, s=False: blocks(r, c, torch.device("cuda"), s))
+    blocks = ops._tiled._blocks
+    monkeypatch.setattr(ops._tiled, "STRIP_ELEMENTS", 200_000)
+    monkeypatch.setattr(ops._tiled, "_blocks", lambda r, c, device, s=False: blocks(r, c, torch.device("cuda"), s))
     loss, got = gradient_of(both, vectors)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(got.double(), gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
@@ -293,14 +293,14 @@ def test_inverse_norms_without_a_look(dtype):
         rows[row] *= factor
     rows[3, 5], rows[4, 5], rows[5, 1:] = torch.inf, torch.nan, 0
     wide = ops.accumulator_dtype(dtype)
-    got = ops._inverse_norms_unseen(rows, wide)
+    got = ops._tiled._inverse_norms_unseen(rows, wide)
     truth = rows.double().norm(dim=1).reciprocal()
     assert got.dtype == wide
     assert float(got[2]) == 0.0
     assert got[3:5].isnan().all()
     for row in (0, 1, 5, 6, 7):
         assert float(got[row]) == pytest.approx(float(truth[row]), rel=1e-6)
-    assert ops._inverse_norms_unseen(rows[:, :0], wide).tolist() == [0.0] * 8
+    assert ops._tiled._inverse_norms_unseen(rows[:, :0], wide).tolist() == [0.0] * 8
 
 
 GATHERED = """

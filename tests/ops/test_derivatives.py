@@ -323,7 +323,7 @@ def test_a_gradient_penalty_trains():
 
 @pytest.mark.parametrize("name", ["unsupervised", "supervised", "info_nce"])
 def test_blocks(name, monkeypatch):
-    monkeypatch.setattr(simcse, "_BLOCK", 2)
+    monkeypatch.setattr(simcse._tiled, "BLOCK", 2)
     case = CASES[name]
     x, direction = inputs((18, 5))
     close(second(scalar(case.ours, "torch"), x, direction), second(scalar(case.naive), x, direction), 1e-10)
