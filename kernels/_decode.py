@@ -15,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_NAMES = ", ".join(map(str, DTYPES))
+
 _local = threading.local()
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
 

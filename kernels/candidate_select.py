@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._decode import counters, last_to_arrive, multiprocessors, ranked, ranked_index, ranked_value
+from ._decode import DTYPE_NAMES, DTYPES, counters, last_to_arrive, multiprocessors, ranked, ranked_index, ranked_value
 from ._launch import architecture, last_dimension_contiguous, on, precise
 
 CANDIDATE_LIMIT = 64
 WIDTH_LIMIT = 16384
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPLIT_LIMIT = 128  # a power of two
 _PROGRAMS_EACH = 4  # on a multiprocessor at a time
 _NOTHING = tl.constexpr(-2139095041 * 4294967296 + 4294967295)  # ranked(−inf, 0)
@@ -202,13 +201,15 @@ def plan(device: torch.device, batch: int, capacity: int, block_t: int) -> int:
     return max(1, min(wanted, triton.cdiv(capacity, block_t), _SPLIT_LIMIT))
 
 
-def supports(hidden_states: Tensor, history: Tensor) -> bool:
-    """Whether the kernel takes these operands (wherever they are)."""
+def obstacle(hidden_states: Tensor, history: Tensor) -> str | None:
+    """What keeps these operands (wherever they are) from the kernel."""
+    _, k, width = hidden_states.shape
+    dtypes = hidden_states.dtype in DTYPES and history.dtype in DTYPES
+    if dtypes and 1 <= k <= CANDIDATE_LIMIT and 1 <= width <= WIDTH_LIMIT:
+        return None
     return (
-        hidden_states.dtype in DTYPES
-        and history.dtype in DTYPES
-        and 1 <= hidden_states.shape[1] <= CANDIDATE_LIMIT
-        and 1 <= hidden_states.shape[2] <= WIDTH_LIMIT
+        f"takes up to {CANDIDATE_LIMIT} candidates of width up to {WIDTH_LIMIT} in {DTYPE_NAMES}, got hidden_states "
+        f"{tuple(hidden_states.shape)} of {hidden_states.dtype} and a history of {history.dtype}"
     )
 
 

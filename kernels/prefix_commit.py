@@ -73,11 +73,12 @@ def table_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[int], torch.d
 def launch(table: Tensor, unit: torch.dtype, winners: Tensor, position: int | Tensor) -> None:
     """Run the copies of `table` (on the device) for rows `winners (B,)` int64, at `position`, one for all or
     ``(B,)``."""
-    each = isinstance(position, Tensor)
     if table.numel() == 0 or winners.numel() == 0:
         return
+    each = position if isinstance(position, Tensor) else None
     with on(winners):
         prefix_commit_kernel[(table.numel() // COLUMNS, winners.numel())](
-            table, winners.contiguous(), position.contiguous() if each else winners, 0 if each else position,
-            HAS_POSITIONS=each, UNIT=_TRITON[unit], COLUMNS=COLUMNS, BLOCK=256, num_warps=4,
+            table, winners.contiguous(), winners if each is None else each.contiguous(),
+            position if each is None else 0,
+            HAS_POSITIONS=each is not None, UNIT=_TRITON[unit], COLUMNS=COLUMNS, BLOCK=256, num_warps=4,
         )  # fmt: skip

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._decode import counters, last_to_arrive, multiprocessors
+from ._decode import DTYPE_NAMES, DTYPES, counters, last_to_arrive, multiprocessors
 from ._launch import architecture, on, precise
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIM_LIMIT = 256
 _SPLIT_LIMIT = 64
 _SHARE = 256  # positions below which a share does not pay
@@ -50,13 +49,8 @@ CONFIGS = {
     (90, 4, 64): Config(32, 4, 4),
     (90, 4, 128): Config(16, 4, 3, 128),
     (90, 4, 256): Config(16, 8, 3, 128),
-    (100, 2, 64): Config(64, 4, 4, 128),
-    (100, 2, 128): Config(64, 4, 4, 255),
-    (100, 2, 256): Config(32, 4, 3, 255),
-    (100, 4, 64): Config(32, 4, 4),
-    (100, 4, 128): Config(16, 4, 3, 128),
-    (100, 4, 256): Config(16, 8, 3, 128),
 }
+CONFIGS |= {(100, *key[1:]): config for key, config in CONFIGS.items() if key[0] == 90}
 _SHORT_HEADS = Config(64, 4, 4, 168)  # of up to 32, in half precision
 # Taller tiles. Of 32 rows, masks and biases leave registers for fewer positions; of more, they need those of twice the
 # warps.
@@ -67,9 +61,17 @@ TALL = {
     (80, 2, 128): Config(32, 8, 4, 255),
     (90, 2, 64): Config(64, 8, 4),
     (90, 2, 128): Config(32, 8, 4),
-    (100, 2, 64): Config(64, 8, 4),
-    (100, 2, 128): Config(32, 8, 4),
 }
+TALL |= {(100, *key[1:]): config for key, config in TALL.items() if key[0] == 90}
+
+
+@triton.jit
+def _load(at, rows, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of the rows that count, zeros beyond their SIZE; columns are masked only where some are beyond."""
+    if BLOCK == SIZE:
+        return tl.load(at, mask=rows[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=rows[:, None] & (columns < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -132,15 +134,8 @@ def shared_prefix_attention_kernel(
     row = b * CANDIDATES + c
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
-    if BLOCK_D == DIM:
-        query = tl.load(
-            query_ptr + row[:, None] * stride_qr + h[:, None] * stride_qh + d[None, :], mask=valid[:, None], other=0.0
-        )
-    else:
-        query = tl.load(
-            query_ptr + row[:, None] * stride_qr + h[:, None] * stride_qh + d[None, :],
-            mask=valid[:, None] & (d < DIM)[None, :], other=0.0,
-        )  # fmt: skip
+    query_at = query_ptr + row[:, None] * stride_qr + h[:, None] * stride_qh + d[None, :]
+    query = _load(query_at, valid, d, DIM, BLOCK_D)
 
     end = length
     if HAS_LENGTHS:
@@ -161,14 +156,14 @@ def shared_prefix_attention_kernel(
     if split == 0:
         if HAS_OWN:
             own_at = new_key_ptr + row[:, None] * stride_nr + g * stride_nh + d[None, :]
-            own = tl.load(own_at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+            own = _load(own_at, valid, d, DIM, BLOCK_D)
             top = _logits(
                 tl.sum(query.to(tl.float32) * own.to(tl.float32), axis=1), length, valid, c, h, b, mask_ptr, stride_mb,
                 stride_mc, stride_mh, bias_ptr, stride_bb, stride_bc, stride_bh, scaling, softcap, HAS_MASK, HAS_BIAS,
                 HAS_SOFTCAP,
             )  # fmt: skip
             own_at = new_value_ptr + row[:, None] * stride_wr + g * stride_wh + dv[None, :]
-            own = tl.load(own_at, mask=valid[:, None] & (dv < VALUE_DIM)[None, :], other=0.0)
+            own = _load(own_at, valid, dv, VALUE_DIM, BLOCK_V)
             total = tl.where(top == float("-inf"), 0.0, 1.0)
             acc = tl.where(top[:, None] == float("-inf"), 0.0, own.to(tl.float32))
         if HAS_SINKS:
@@ -185,19 +180,8 @@ def shared_prefix_attention_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         inside = (n >= first) & (n < end)
         n_wide = n.to(tl.int64)
-        if BLOCK_D == DIM:
-            keys = tl.load(key_at + n_wide[:, None] * stride_kt + d[None, :], mask=inside[:, None], other=0.0)
-        else:
-            keys = tl.load(
-                key_at + n_wide[:, None] * stride_kt + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0
-            )
-        if BLOCK_V == VALUE_DIM:
-            values = tl.load(value_at + n_wide[:, None] * stride_vt + dv[None, :], mask=inside[:, None], other=0.0)
-        else:
-            values = tl.load(
-                value_at + n_wide[:, None] * stride_vt + dv[None, :],
-                mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0,
-            )  # fmt: skip
+        keys = _load(key_at + n_wide[:, None] * stride_kt + d[None, :], inside, d, DIM, BLOCK_D)
+        values = _load(value_at + n_wide[:, None] * stride_vt + dv[None, :], inside, dv, VALUE_DIM, BLOCK_V)
         score = _logits(
             tl.dot(query, tl.trans(keys), input_precision=PRECISION), n[None, :], inside[None, :] & valid[:, None],
             c[:, None], h[:, None], b, mask_ptr, stride_mb, stride_mc, stride_mh, bias_ptr, stride_bb, stride_bc,
@@ -272,15 +256,25 @@ def plan(device: torch.device, tiles: int, positions: int) -> int:
     return max(1, min(wanted, triton.cdiv(positions, _SHARE), _SPLIT_LIMIT))
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, new_key: Tensor | None, new_value: Tensor | None) -> bool:
-    """Whether the kernel takes these operands (wherever they are): one dtype, heads of up to 256."""
-    tensors = [x for x in (query, key, value, new_key, new_value) if x is not None]
-    return (
-        query.dtype in DTYPES
-        and all(x.dtype == query.dtype and (x.stride(-1) == 1 or x.shape[-1] == 1) for x in tensors)
-        and query.shape[-1] <= DIM_LIMIT
-        and value.shape[-1] <= DIM_LIMIT
+def obstacle(query: Tensor, key: Tensor, value: Tensor, *new: Tensor | None) -> str | None:
+    """What keeps these operands (wherever they are) from the kernel: one dtype, heads of up to 256."""
+    alike = all(
+        x.dtype == query.dtype and (x.stride(-1) == 1 or x.shape[-1] == 1)
+        for x in (query, key, value, *new)
+        if x is not None
     )
+    if alike and query.dtype in DTYPES and max(query.shape[-1], value.shape[-1]) <= DIM_LIMIT:
+        return None
+    return (
+        f"takes heads of up to {DIM_LIMIT} in one dtype of {DTYPE_NAMES}, last dimension contiguous; got query "
+        f"{tuple(query.shape)} of {query.dtype}, key {tuple(key.shape)} of {key.dtype}, value {tuple(value.shape)} of "
+        f"{value.dtype}"
+    )
+
+
+def _rows(tensor: Tensor | None, instead: Tensor) -> tuple[Tensor, int, int]:
+    """A tensor with its strides over rows and heads; another with none where there is no tensor."""
+    return (instead, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
 
 
 def _strides(tensor: Tensor | None, batch: int, candidates: int) -> tuple[int, int, int]:
@@ -331,8 +325,7 @@ def shared_prefix_attention(
             query, query.stride(0), query.stride(1),
             key, key.stride(0), key.stride(1), key.stride(2),
             value, value.stride(0), value.stride(1), value.stride(2),
-            new_key if own else query, new_key.stride(0) if own else 0, new_key.stride(1) if own else 0,
-            new_value if own else query, new_value.stride(0) if own else 0, new_value.stride(1) if own else 0,
+            *_rows(new_key, query), *_rows(new_value, query),
             query if mask is None else mask, *_strides(mask, batch, candidates),
             query if bias is None else bias, *_strides(bias, batch, candidates),
             query if sinks is None else sinks.contiguous(),

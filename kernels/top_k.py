@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._decode import counters, last_to_arrive, ranked, ranked_index, ranked_value
-from ._launch import on
+from ._decode import DTYPE_NAMES, DTYPES, counters, last_to_arrive, ranked, ranked_index, ranked_value
+from ._launch import last_dimension_contiguous, on
 
 K_LIMIT = 64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096
 NUM_WARPS = 8
 _LOWEST = tl.constexpr(-9223372036854775808)
@@ -64,16 +63,20 @@ def top_k_kernel(
         _write(entries, top, total, probs_ptr, tokens_ptr, row, k, BLOCK_K)
 
 
-def supports(logits: Tensor, k: int) -> bool:
-    """Whether the kernel takes these logits (wherever they are): the shares' k largest have to fit one program."""
+def obstacle(logits: Tensor, k: int) -> str | None:
+    """What keeps these logits (wherever they are) from the kernel: the shares' k largest have to fit one program."""
     entries = triton.next_power_of_2(triton.cdiv(logits.shape[-1], BLOCK)) * triton.next_power_of_2(k)
-    return logits.dtype in DTYPES and 1 <= k <= min(K_LIMIT, logits.shape[-1]) and entries <= 4096
+    if logits.dtype in DTYPES and 1 <= k <= min(K_LIMIT, logits.shape[-1]) and entries <= 4096:
+        return None
+    return (
+        f"takes k up to {K_LIMIT} and rows of up to 2**24 / k logits in {DTYPE_NAMES}, got k={k} and logits "
+        f"{tuple(logits.shape)} of {logits.dtype}"
+    )
 
 
 def top_k_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``probs (B, k)`` float32, falling, and ``tokens (B, k)`` int64 of ``logits (B, V)``."""
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
+    logits = last_dimension_contiguous(logits)
     batch, vocabulary = logits.shape
     splits = triton.cdiv(vocabulary, BLOCK)
     block_k = max(2, triton.next_power_of_2(k))

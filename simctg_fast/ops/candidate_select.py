@@ -10,7 +10,7 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .dispatch import NOT_TAKEN, address, choose, float32_obstacle, lengths_obstacle
+from .dispatch import NOT_TAKEN, address, choose, float32_obstacle, is_deferred, lengths_obstacle
 
 
 def candidate_scan(
@@ -39,8 +39,8 @@ def candidate_scan(
         ValueError: an unknown ``impl``, or one that does not take these operands. RuntimeError: an ``impl`` that this
             installation lacks.
     """
-    if impl != "torch" and torch.compiler.is_dynamo_compiling():
-        return torch.ops.simctg_fast.candidate_scan(hidden_states, history, length, mask, lengths)
+    if is_deferred(impl):
+        return torch.ops.simctg_fast.candidate_scan(hidden_states, history, length, mask, lengths, impl=impl)
     return _scan(resolve(impl, hidden_states, history, mask), hidden_states, history, length, mask, lengths)
 
 
@@ -50,13 +50,7 @@ def resolve(impl: str, hidden_states: torch.Tensor, history: torch.Tensor, mask:
     def triton() -> str | None:
         from simctg_fast.kernels import candidate_select as kernels
 
-        if kernels.supports(hidden_states, history):
-            return None
-        return (
-            f"takes up to {kernels.CANDIDATE_LIMIT} candidates of width up to {kernels.WIDTH_LIMIT} in "
-            f"{', '.join(map(str, kernels.DTYPES))}, got hidden_states {tuple(hidden_states.shape)} of "
-            f"{hidden_states.dtype} and a history of {history.dtype}"
-        )
+        return kernels.obstacle(hidden_states, history)
 
     def cpu() -> str | None:
         return float32_obstacle(mask, hidden_states=hidden_states, history=history)
@@ -113,13 +107,11 @@ def candidate_select(
     ):
         if got != wanted:
             raise ValueError(f"{name} has shape {got} (history: batch and width), must be {wanted}")
-    if impl == "auto":
-        arguments = (hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty)
-        return torch.ops.simctg_fast.candidate_select(*arguments)
-    return _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, impl)
+    run = torch.ops.simctg_fast.candidate_select if impl == "auto" or is_deferred(impl) else _select
+    return run(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, impl=impl)
 
 
-def _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, impl="auto"):
+def _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, *, impl="auto"):
     impl = resolve(impl, hidden_states, history, mask)
     if impl == "triton":
         from simctg_fast.kernels import candidate_select as kernels
@@ -183,16 +175,16 @@ def _scan_torch(hidden_states, history, length, mask, lengths):
     return penalty, position
 
 
-def _scan_op(hidden_states, history, length, mask, lengths=None):
-    return candidate_scan(hidden_states, history, length, mask, lengths=lengths)
+def _scan_op(hidden_states, history, length, mask, lengths=None, *, impl="auto"):
+    return candidate_scan(hidden_states, history, length, mask, impl, lengths)
 
 
-def _scan_fake(hidden_states, history, length, mask, lengths=None):
+def _scan_fake(hidden_states, history, length, mask, lengths=None, *, impl="auto"):
     shape, dtype = hidden_states.shape[:2], torch.promote_types(hidden_states.dtype, torch.float32)
     return hidden_states.new_empty(shape, dtype=dtype), hidden_states.new_empty(shape, dtype=torch.int64)
 
 
-def _select_fake(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty):
+def _select_fake(hidden_states, probs, history, lengths, mask, penalty_alpha, with_penalty, *, impl="auto"):
     batch, k, width = hidden_states.shape
     shape = (batch, k) if with_penalty else (0,)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -216,14 +208,14 @@ def contrastive_scores(probs: torch.Tensor, penalty: torch.Tensor, penalty_alpha
 
 
 define(
-    "candidate_scan(Tensor hidden_states, Tensor history, int length, Tensor? mask, Tensor? lengths=None) "
-    "-> (Tensor, Tensor)",
+    "candidate_scan(Tensor hidden_states, Tensor history, int length, Tensor? mask, Tensor? lengths=None, *, "
+    'str impl="auto") -> (Tensor, Tensor)',
     _scan_op,
     _scan_fake,
 )
 define(
     "candidate_select(Tensor hidden_states, Tensor probs, Tensor(a!) history, Tensor lengths, Tensor? mask, "
-    "float penalty_alpha, bool with_penalty) -> (Tensor, Tensor, Tensor, Tensor)",
+    'float penalty_alpha, bool with_penalty, *, str impl="auto") -> (Tensor, Tensor, Tensor, Tensor)',
     _select,
     _select_fake,
 )

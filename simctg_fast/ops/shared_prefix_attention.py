@@ -13,7 +13,7 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .dispatch import NOT_TAKEN, address, choose, contiguous, float32_obstacle, lengths_obstacle
+from .dispatch import NOT_TAKEN, address, choose, contiguous, float32_obstacle, is_deferred, lengths_obstacle
 
 _NONE = (0, 0, 0)
 _NO_ARRAY = (0, 0, 0, 0)
@@ -92,8 +92,8 @@ def shared_prefix_attention(
         query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start, lengths,
         starts, window,
     )  # fmt: skip
-    if impl == "auto" and torch.compiler.is_dynamo_compiling():
-        return torch.ops.simctg_fast.shared_prefix_attention(**vars(call))
+    if is_deferred(impl):
+        return torch.ops.simctg_fast.shared_prefix_attention(**vars(call), impl=impl)
     return _attention(call, impl)
 
 
@@ -104,13 +104,7 @@ def resolve(impl: str, call: Call) -> str:
     def triton() -> str | None:
         from simctg_fast.kernels import shared_prefix_attention as kernels
 
-        if kernels.supports(query, key, value, call.new_key, call.new_value):
-            return None
-        return (
-            f"takes heads of up to {kernels.DIM_LIMIT} in one dtype of {', '.join(map(str, kernels.DTYPES))}, last "
-            f"dimension contiguous; got query {tuple(query.shape)} of {query.dtype}, key {tuple(key.shape)} of "
-            f"{key.dtype}, value {tuple(value.shape)} of {value.dtype}"
-        )
+        return kernels.obstacle(query, key, value, call.new_key, call.new_value)
 
     def cpu() -> str | None:
         bias = call.bias
@@ -285,8 +279,8 @@ def _pack(x: torch.Tensor, batch: int, k: int, kv_heads: int, groups: int) -> to
 define(
     "shared_prefix_attention(Tensor query, Tensor key, Tensor value, SymInt length, Tensor? new_key, "
     "Tensor? new_value, float scaling, Tensor? mask, Tensor? bias, float? softcap, Tensor? sinks, SymInt window_start, "
-    "Tensor? lengths, Tensor? starts, int? window) -> Tensor",
-    lambda *arguments: _attention(Call(*arguments), "auto"),
-    lambda query, key, value, *_: query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1])),
+    'Tensor? lengths, Tensor? starts, int? window, *, str impl="auto") -> Tensor',
+    lambda *arguments, impl="auto": _attention(Call(*arguments), impl),
+    lambda query, key, value, *_, impl="auto": query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1])),
 )
 register("shared_prefix_attention")

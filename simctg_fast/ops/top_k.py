@@ -6,7 +6,7 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .dispatch import NOT_TAKEN, choose, float32_obstacle
+from .dispatch import NOT_TAKEN, choose, float32_obstacle, is_deferred
 
 _MOST_CANDIDATES = 64  # of the C++ code, which searches the list that it keeps them in from its end
 
@@ -31,21 +31,16 @@ def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch
     """
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"k must be in 1..{logits.shape[-1]}, got {k}")
-    if impl == "auto" and (logits.device.type == "cuda" or torch.compiler.is_dynamo_compiling()):
-        return torch.ops.simctg_fast.top_k_probs(logits, k)
-    return _run(logits, k, impl)
+    if is_deferred(impl) or (impl == "auto" and logits.device.type == "cuda"):
+        return torch.ops.simctg_fast.top_k_probs(logits, k, impl=impl)
+    return _run(logits, k, impl=impl)
 
 
-def _run(logits, k, impl="auto"):
+def _run(logits, k, *, impl="auto"):
     def triton() -> str | None:
         from simctg_fast.kernels import top_k as kernels
 
-        if kernels.supports(logits, k):
-            return None
-        return (
-            f"takes k up to {kernels.K_LIMIT} and rows of up to 2**24 / k logits in "
-            f"{', '.join(map(str, kernels.DTYPES))}, got k={k} and logits {tuple(logits.shape)} of {logits.dtype}"
-        )
+        return kernels.obstacle(logits, k)
 
     def cpu() -> str | None:
         if k > _MOST_CANDIDATES:
@@ -78,10 +73,10 @@ def _torch(logits, k):
     return torch.exp(top - torch.logsumexp(wide, dim=-1, keepdim=True)), tokens
 
 
-def _fake(logits, k):
+def _fake(logits, k, *, impl="auto"):
     shape, dtype = (logits.shape[0], k), torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
 
 
-define("top_k_probs(Tensor logits, int k) -> (Tensor, Tensor)", _run, _fake)
+define('top_k_probs(Tensor logits, int k, *, str impl="auto") -> (Tensor, Tensor)', _run, _fake)
 register("top_k_probs")
