@@ -68,19 +68,10 @@ def compiles(device: torch.device) -> bool:
 
 @triton.jit
 def norms_kernel(
-    x_ptr,
-    stride_xb,
-    stride_xt,
-    mask_ptr,
-    high_ptr,
-    low_ptr,
-    inverse_ptr,
-    length,
-    width,
-    HAS_MASK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, stride_xb, stride_xt, mask_ptr, high_ptr, low_ptr, inverse_ptr,  # [B, T, D], [B, T], planes as x, [B, T]
+    length, width,
+    HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row a program: 1 / norm, and with SPLIT the unit vector times 2^8 as two fp16 planes."""
     row = tl.program_id(0).to(tl.int64)  # b * length + t
     b = row // length
@@ -119,25 +110,11 @@ def norms_kernel(
 
 @triton.jit
 def hinge_kernel(
-    x_ptr,
-    low_ptr,
-    stride_xb,
-    stride_xt,
-    inverse_ptr,
-    totals_ptr,
-    radial_ptr,
-    bits_ptr,
-    flags_ptr,
-    length,
-    width,
-    tiles,
-    threshold,
-    KEEP: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, low_ptr, stride_xb, stride_xt, inverse_ptr,  # [B, T, D], its second plane, [B, T]
+    totals_ptr, radial_ptr, bits_ptr, flags_ptr,  # [B, pairs of tiles], [B, tiles, tiles, TILE], half-words, flags
+    length, width, tiles, threshold,
+    KEEP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of S on or above the diagonal: its hinge sum; its rows' and columns' radial sums, bits, flag."""
     pair = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
@@ -215,27 +192,12 @@ def hinge_kernel(
 
 @triton.jit
 def sums_kernel(
-    inverse_ptr,
-    mask_ptr,
-    totals_ptr,
-    partial_ptr,
-    normalizer_ptr,
-    loss_ptr,
-    weights_ptr,
-    radial_ptr,
-    batch,
-    length,
-    tiles,
-    pairs_of_tiles,
-    margin,
-    REDUCTION: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_NORMALIZER: tl.constexpr,
-    KEEP: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    inverse_ptr, mask_ptr, totals_ptr, partial_ptr, normalizer_ptr,  # partial: the radial sums of the hinge kernel
+    loss_ptr, weights_ptr, radial_ptr,  # [], [B], [B, T]
+    batch, length, tiles, pairs_of_tiles, margin,
+    REDUCTION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_NORMALIZER: tl.constexpr, KEEP: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program 0: the loss and the sequences' weights. The others: the radial sums of one tile of rows each."""
     pid = tl.program_id(0)
     if pid == 0:
@@ -304,19 +266,10 @@ def sums_kernel(
 
 @triton.jit
 def tile_sums_kernel(
-    x_ptr,
-    low_ptr,
-    stride_xb,
-    stride_xt,
-    inverse_ptr,
-    sums_ptr,
-    length,
-    width,
-    tiles,
-    SPLIT: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, low_ptr, stride_xb, stride_xt, inverse_ptr, sums_ptr,  # sums [B, tiles, D]
+    length, width, tiles,
+    SPLIT: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Sum of the unit vectors of one tile, for one slice of the width: what a full tile contributes."""
     tile = tl.program_id(0)
     b = tl.program_id(2).to(tl.int64)
@@ -335,27 +288,11 @@ def tile_sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    x_ptr,
-    low_ptr,
-    stride_xb,
-    stride_xt,
-    inverse_ptr,
-    radial_ptr,
-    bits_ptr,
-    flags_ptr,
-    sums_ptr,
-    weights_ptr,
-    grad_ptr,
-    out_ptr,
-    length,
-    width,
-    tiles,
-    HAS_SUMS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, low_ptr, stride_xb, stride_xt, inverse_ptr, radial_ptr,  # [B, T, D], its second plane, [B, T] twice
+    bits_ptr, flags_ptr, sums_ptr, weights_ptr, grad_ptr, out_ptr,  # words, flags, [B, tiles, D], [B], [], [B, T, D]
+    length, width, tiles,
+    HAS_SUMS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """The gradient of one tile of rows in one slice of the width."""
     i = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -430,23 +367,12 @@ class _Operands:
             self.low = torch.empty_like(self.x)
         if self.split or not known:
             start_kernel(
-                norms_kernel,
-                (batch * length,),
-                states,
-                states.stride(0),
-                states.stride(1),
-                states if mask is None else mask,
-                self.x,
-                self.low,
+                norms_kernel, (batch * length,),
+                states, states.stride(0), states.stride(1), states if mask is None else mask, self.x, self.low,
                 # Recomputed for the planes alone: the saved norms already know the padding.
-                torch.empty_like(inverse) if known else inverse,
-                length,
-                width,
-                HAS_MASK=mask is not None,
-                SPLIT=self.split,
-                BLOCK=min(1024, next_power_of_2(width)),
-                num_warps=4,
-            )
+                torch.empty_like(inverse) if known else inverse, length, width,
+                HAS_MASK=mask is not None, SPLIT=self.split, BLOCK=min(1024, next_power_of_2(width)), num_warps=4,
+            )  # fmt: skip
         self.strides = (self.x.stride(0), self.x.stride(1))
         self.key = (architecture(states.device), self.x.element_size(), self.split)
 
@@ -505,53 +431,20 @@ def forward(
             operands = _Operands(_part(states, group), own_mask, _part(inverse, group), known=False)
             config = HINGE_CONFIGS[operands.key]
             start_kernel(
-                hinge_kernel,
-                (pairs_of_tiles, group.stop - group.start),
-                operands.x,
-                operands.low,
-                *operands.strides,
-                operands.inverse,
-                _part(totals, group),
-                _part(partials, group),
-                _part(half_words, group),
-                _part(flags, group),
-                length,
-                width,
-                tiles,
+                hinge_kernel, (pairs_of_tiles, group.stop - group.start),
+                operands.x, operands.low, *operands.strides, operands.inverse, _part(totals, group),
+                _part(partials, group), _part(half_words, group), _part(flags, group), length, width, tiles,
                 1.0 - margin,
-                KEEP=keep,
-                SPLIT=operands.split,
-                PRECISION=operands.precision,
-                TILE=TILE,
-                BLOCK_K=config.block_k,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+                KEEP=keep, SPLIT=operands.split, PRECISION=operands.precision, TILE=TILE, BLOCK_K=config.block_k,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
         start_kernel(
-            sums_kernel,
-            (1 + (batch * tiles if keep else 0),),
-            inverse,
-            inverse if mask is None else mask,
-            totals,
-            partials,
-            inverse if normalizer is None else normalizer,
-            loss,
-            weights,
-            radial,
-            batch,
-            length,
-            tiles,
-            pairs_of_tiles,
-            float(margin),
-            REDUCTION=_REDUCTIONS[reduction],
-            HAS_MASK=mask is not None,
-            HAS_NORMALIZER=normalizer is not None,
-            KEEP=keep,
-            TILE=TILE,
-            BLOCK_B=8,
-            BLOCK=512,
-            num_warps=8,
-        )
+            sums_kernel, (1 + (batch * tiles if keep else 0),),
+            inverse, inverse if mask is None else mask, totals, partials, inverse if normalizer is None else normalizer,
+            loss, weights, radial, batch, length, tiles, pairs_of_tiles, float(margin),
+            REDUCTION=_REDUCTIONS[reduction], HAS_MASK=mask is not None, HAS_NORMALIZER=normalizer is not None,
+            KEEP=keep, TILE=TILE, BLOCK_B=8, BLOCK=512, num_warps=8,
+        )  # fmt: skip
     return loss, weights, inverse, radial, bits, flags
 
 
@@ -577,45 +470,17 @@ def backward(
             if length > _IN_KERNEL_SUMS:
                 sums = states.new_empty((size, tiles, width), dtype=torch.float32)
                 start_kernel(
-                    tile_sums_kernel,
-                    (tiles, cdiv(width, 64), size),
-                    operands.x,
-                    operands.low,
-                    *operands.strides,
-                    operands.inverse,
-                    sums,
-                    length,
-                    width,
-                    tiles,
-                    SPLIT=operands.split,
-                    TILE=TILE,
-                    BLOCK_D=64,
-                    num_warps=4,
-                )
+                    tile_sums_kernel, (tiles, cdiv(width, 64), size),
+                    operands.x, operands.low, *operands.strides, operands.inverse, sums, length, width, tiles,
+                    SPLIT=operands.split, TILE=TILE, BLOCK_D=64, num_warps=4,
+                )  # fmt: skip
             config = GRADIENT_CONFIGS[operands.key]
             start_kernel(
-                gradient_kernel,
-                (cdiv(width, config.block_k), tiles, size),
-                operands.x,
-                operands.low,
-                *operands.strides,
-                operands.inverse,
-                _part(radial, group),
-                _part(bits, group),
-                _part(flags, group),
-                operands.inverse if sums is None else sums,
-                _part(weights, group),
-                grad,
-                _part(result, group),
-                length,
-                width,
-                tiles,
-                HAS_SUMS=sums is not None,
-                SPLIT=operands.split,
-                PRECISION=operands.precision,
-                TILE=TILE,
-                BLOCK_D=config.block_k,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+                gradient_kernel, (cdiv(width, config.block_k), tiles, size),
+                operands.x, operands.low, *operands.strides, operands.inverse, _part(radial, group), _part(bits, group),
+                _part(flags, group), operands.inverse if sums is None else sums, _part(weights, group), grad,
+                _part(result, group), length, width, tiles,
+                HAS_SUMS=sums is not None, SPLIT=operands.split, PRECISION=operands.precision, TILE=TILE,
+                BLOCK_D=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
     return result

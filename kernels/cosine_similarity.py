@@ -24,17 +24,9 @@ HIGHEST = Config(32, 8, 3)  # float32 products by FFMA: four warps would not hol
 
 @triton.jit
 def cosine_kernel(
-    x_ptr,
-    stride_xb,
-    stride_xt,
-    out_ptr,
-    inverse_ptr,
-    length,
-    width,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, stride_xb, stride_xt, out_ptr, inverse_ptr, length, width,  # [B, T, D], [B, T, T], [B, T]
+    PRECISION: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of the matrix; the programs of the first column also write 1 / norm."""
     i = tl.program_id(0)
     j = tl.program_id(1)
@@ -77,19 +69,9 @@ def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     config = HIGHEST if highest else CONFIGS[architecture(states.device), states.element_size()]
     with on(states):
         start_kernel(
-            cosine_kernel,
-            (tiles, tiles, batch),
-            states,
-            states.stride(0),
-            states.stride(1),
-            out,
-            inverse,
-            length,
-            width,
-            PRECISION="tf32x3" if states.element_size() == 4 and not highest else "ieee",
-            TILE=TILE,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            cosine_kernel, (tiles, tiles, batch),
+            states, states.stride(0), states.stride(1), out, inverse, length, width,
+            PRECISION="tf32x3" if states.element_size() == 4 and not highest else "ieee", TILE=TILE,
+            BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out, inverse

@@ -47,19 +47,9 @@ CONFIGS = {
 
 @triton.jit
 def _similarity(
-    q_ptr,
-    k_ptr,
-    stride_q,
-    stride_k,
-    rows,
-    columns,
-    count_q,
-    count_k,
-    width,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    q_ptr, k_ptr, stride_q, stride_k, rows, columns, count_q, count_k, width,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of Q K^T; rows and columns beyond the ends repeat the first."""
     row_at = q_ptr + tl.where(rows < count_q, rows, 0).to(tl.int64) * stride_q
     column_at = k_ptr + tl.where(columns < count_k, columns, 0).to(tl.int64) * stride_k
@@ -75,22 +65,10 @@ def _similarity(
 
 @triton.jit
 def lse_kernel(
-    q_ptr,
-    k_ptr,
-    stride_q,
-    stride_k,
-    out_ptr,
-    count_q,
-    count_k,
-    width,
-    scale,
-    tiles_each,
-    itself,
-    SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    q_ptr, k_ptr, stride_q, stride_k, out_ptr,  # [N, D], [M, D], [shares, N]
+    count_q, count_k, width, scale, tiles_each, itself,
+    SELF: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Log-sum-exp of a tile of rows over this program's share of the columns, (shares, rows).
 
     With SELF the column ``itself`` places behind a row is the row itself, and does not count.
@@ -121,29 +99,12 @@ def lse_kernel(
 
 @triton.jit
 def weights_kernel(
-    q_ptr,
-    k_ptr,
-    stride_q,
-    stride_k,
-    row_lse_ptr,
-    row_grad_ptr,
-    column_lse_ptr,
-    column_grad_ptr,
-    out_ptr,
-    first_row,
-    end_row,
-    count_q,
-    count_k,
-    width,
-    scale,
-    itself,
-    ROW_TERM: tl.constexpr,
-    COLUMN_TERM: tl.constexpr,
-    SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    q_ptr, k_ptr, stride_q, stride_k,  # [N, D], [M, D]
+    row_lse_ptr, row_grad_ptr, column_lse_ptr, column_grad_ptr, out_ptr,  # [N] twice, [M] twice, [strip, M]
+    first_row, end_row, count_q, count_k, width, scale, itself,
+    ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr, SELF: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """scale * (p_ij g_i [ROW_TERM] + p_ji g_j [COLUMN_TERM]) for the rows of a strip."""
     lanes = tl.arange(0, TILE)
     columns = tl.program_id(0) * TILE + lanes
@@ -186,22 +147,10 @@ def inverse_norms(vectors: Tensor) -> Tensor:
     inverse = vectors.new_empty((rows,), dtype=torch.float32)
     with on(vectors):
         start_kernel(
-            norms_kernel,
-            (rows,),
-            vectors,
-            0,
-            vectors.stride(0),
-            vectors,
-            vectors,
-            vectors,
-            inverse,
-            rows,
-            width,
-            HAS_MASK=False,
-            SPLIT=False,
-            BLOCK=min(1024, next_power_of_2(width)),
-            num_warps=4,
-        )
+            norms_kernel, (rows,),
+            vectors, 0, vectors.stride(0), vectors, vectors, vectors, inverse, rows, width,
+            HAS_MASK=False, SPLIT=False, BLOCK=min(1024, next_power_of_2(width)), num_warps=4,
+        )  # fmt: skip
     return inverse
 
 
@@ -215,26 +164,12 @@ def _lse(queries: Tensor, keys: Tensor, scale: float, itself: int | None) -> Ten
     config = CONFIGS[architecture(queries.device), queries.element_size()]
     with on(queries):
         start_kernel(
-            lse_kernel,
-            (rows, shares),
-            queries,
-            keys,
-            queries.stride(0),
-            keys.stride(0),
-            partial,
-            queries.shape[0],
-            keys.shape[0],
-            queries.shape[1],
-            scale,
-            each,
-            itself or 0,
-            SELF=itself is not None,
-            PRECISION=_precision(queries),
-            TILE=TILE,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            lse_kernel, (rows, shares),
+            queries, keys, queries.stride(0), keys.stride(0), partial, queries.shape[0], keys.shape[0],
+            queries.shape[1], scale, each, itself or 0,
+            SELF=itself is not None, PRECISION=_precision(queries), TILE=TILE, BLOCK_K=config.block_k,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return partial[0] if shares == 1 else torch.logsumexp(partial, dim=0)
 
 
@@ -253,31 +188,14 @@ def _gradient(
         for first in range(0, count, strip):
             end = min(first + strip, count)
             start_kernel(
-                weights_kernel,
-                (cdiv(others, tile), cdiv(end - first, tile)),
-                rows,
-                columns,
-                rows.stride(0),
-                columns.stride(0),
-                *(row_term or (weights, weights)),
-                *(column_term or (weights, weights)),
-                weights,
-                first,
-                end,
-                count,
-                others,
-                rows.shape[1],
-                scale,
+                weights_kernel, (cdiv(others, tile), cdiv(end - first, tile)),
+                rows, columns, rows.stride(0), columns.stride(0), *(row_term or (weights, weights)),
+                *(column_term or (weights, weights)), weights, first, end, count, others, rows.shape[1], scale,
                 itself or 0,
-                ROW_TERM=row_term is not None,
-                COLUMN_TERM=column_term is not None,
-                SELF=itself is not None,
-                PRECISION=_precision(rows),
-                TILE=tile,
-                BLOCK_K=CONFIGS[key].block_k,
-                num_warps=warps,
+                ROW_TERM=row_term is not None, COLUMN_TERM=column_term is not None, SELF=itself is not None,
+                PRECISION=_precision(rows), TILE=tile, BLOCK_K=CONFIGS[key].block_k, num_warps=warps,
                 num_stages=CONFIGS[key].num_stages,
-            )
+            )  # fmt: skip
             torch.mm(weights[: end - first], columns, out=result[first:end])
     return result
 
