@@ -95,22 +95,13 @@ def _table_kernel(
     if t + 1 < length:
         for o0 in range(0, K, BLOCK_J):
             other = o0 + tl.arange(0, BLOCK_J)
-            if SOURCES:
-                share = _share(
-                    scores_ptr, tokens_ptr, left_ptr, right_ptr, messages_ptr, flow_ptr, base, norm, own, other,
-                    scale, K, D, BLOCK_D, PRECISION,
-                )  # fmt: skip
-                token = tl.load(tokens_ptr + base + K + other, mask=other < K, other=0)
-                rows = load_rows(right_ptr, token, other < K, d0, D, BLOCK_O)
-                acc += tl.dot(share, rows, input_precision=PRECISION)
-            else:
-                share = _share(
-                    scores_ptr, tokens_ptr, left_ptr, right_ptr, messages_ptr, flow_ptr, base, norm, other, own,
-                    scale, K, D, BLOCK_D, PRECISION,
-                )  # fmt: skip
-                token = tl.load(tokens_ptr + base + other, mask=other < K, other=0)
-                rows = load_rows(left_ptr, token, other < K, d0, D, BLOCK_O)
-                acc += tl.dot(tl.trans(share), rows, input_precision=PRECISION)
+            share = _share(
+                scores_ptr, tokens_ptr, left_ptr, right_ptr, messages_ptr, flow_ptr, base, norm,
+                own if SOURCES else other, other if SOURCES else own, scale, K, D, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            token = tl.load(tokens_ptr + (base + K if SOURCES else base) + other, mask=other < K, other=0)
+            rows = load_rows(right_ptr if SOURCES else left_ptr, token, other < K, d0, D, BLOCK_O)
+            acc += tl.dot(share if SOURCES else tl.trans(share), rows, input_precision=PRECISION)
     d = d0 + tl.arange(0, BLOCK_O)
     mask = (own < K)[:, None] & (d < D)[None, :]
     tl.store(out_ptr + (position * K + own[:, None]) * D + d[None, :], acc * scale, mask=mask)

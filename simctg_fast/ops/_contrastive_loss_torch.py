@@ -37,21 +37,23 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def inverse_norms(hidden_states: Tensor, real: Tensor | None) -> Tensor:
     """``(B, T)``: 1 / norm of every vector; 0 at padding and at zero vectors, NaN where a component is not finite."""
-    batch, length, width = hidden_states.shape
-    result = hidden_states.new_zeros((batch, length), dtype=accumulator_dtype(hidden_states.dtype))
-    if width == 0:  # zero vectors, which have no largest component
-        return result
+    result = hidden_states.new_zeros(hidden_states.shape[:2], dtype=accumulator_dtype(hidden_states.dtype))
     for group, rows in _blocks(hidden_states):
-        states = hidden_states[group, rows].to(result.dtype)
-        # The largest component is divided out first: no square overflows or vanishes.
-        largest = torch.linalg.vector_norm(states, torch.inf, dim=-1, keepdim=True)
-        usable = largest > SMALLEST_NORM
-        divisor = torch.where(usable, largest, torch.ones_like(largest))
-        inverse = torch.linalg.vector_norm(states / divisor, dim=-1, keepdim=True).reciprocal_().div_(divisor)
-        inverse = torch.where(usable, inverse, torch.zeros_like(inverse))
-        inverse = torch.where(states.sum(dim=-1, keepdim=True).isnan() | largest.isinf(), torch.nan, inverse)
-        result[group, rows] = inverse.squeeze(-1)
+        result[group, rows] = reciprocal_norms(hidden_states[group, rows])
     return result if real is None else result.masked_fill_(~real, 0.0)
+
+
+def reciprocal_norms(vectors: Tensor) -> Tensor:
+    """``(…)``: 1 / norm of ``(…, D)`` vectors, 0 for zero vectors, NaN where a component is not finite."""
+    dtype = accumulator_dtype(vectors.dtype)
+    if vectors.numel() == 0:  # zero vectors, which have no largest component
+        return vectors.new_zeros(vectors.shape[:-1], dtype=dtype)
+    # The largest component is divided out first: no square overflows or vanishes.
+    largest = torch.linalg.vector_norm(vectors, torch.inf, dim=-1, keepdim=True, dtype=dtype)
+    zero = largest <= SMALLEST_NORM
+    divisor = largest.masked_fill(zero, 1.0)
+    inverse = torch.linalg.vector_norm(vectors / divisor, dim=-1, keepdim=True, dtype=dtype).reciprocal_().div_(divisor)
+    return inverse.masked_fill_(zero, 0.0).squeeze(-1)
 
 
 def _sizes(hidden_states: Tensor) -> tuple[int, int]:

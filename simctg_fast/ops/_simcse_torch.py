@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._contrastive_loss_torch import SMALLEST_NORM, accumulator_dtype
-from ._contrastive_loss_torch import inverse_norms as _scaled_inverse_norms
+from ._contrastive_loss_torch import accumulator_dtype, reciprocal_norms
 
 BLOCK = 512  # on the CPU, rows and columns of a block of S: 1 MB of floats, which stays in the second-level cache
 # Elsewhere launches cost more than caches save: a block is a strip of so many elements, 128 MB of floats. The forward
@@ -22,24 +21,11 @@ _LARGEST_PLAIN_SCALE = 32.0
 
 def inverse_norms(vectors: Tensor) -> Tensor:
     """``(N,)``: 1 / norm, 0 for zero vectors, NaN where not finite."""
-    dtype = accumulator_dtype(vectors.dtype)
-    if vectors.device.type == "cpu" and vectors.numel() > 0:
-        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
-        if not bool(((norms > 1e-15) & (norms < 1e15)).all()):
-            return _scaled_inverse_norms(vectors.unsqueeze(0), None).squeeze(0)  # a square may have overflowed
-        return torch.where(norms > 0, norms.reciprocal(), norms)  # NaN stays NaN
-    return _inverse_norms_unseen(vectors, dtype)
-
-
-def _inverse_norms_unseen(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same without a look at the norms, for which the host would wait: the largest component is divided out."""
-    if vectors.numel() == 0:
-        return vectors.new_zeros((vectors.shape[0],), dtype=dtype)
-    largest = torch.linalg.vector_norm(vectors, torch.inf, dim=1, keepdim=True, dtype=dtype)
-    zero = largest <= SMALLEST_NORM
-    divisor = largest.masked_fill(zero, 1.0)
-    inverse = torch.linalg.vector_norm(vectors / divisor, dim=1, keepdim=True, dtype=dtype).reciprocal_().div_(divisor)
-    return inverse.masked_fill_(zero, 0.0).squeeze(1)
+    if vectors.device.type == "cpu":  # elsewhere the host would wait for a look at the norms
+        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=accumulator_dtype(vectors.dtype))
+        if bool(((norms > 1e-15) & (norms < 1e15)).all()):
+            return norms.reciprocal_()
+    return reciprocal_norms(vectors)  # a square may have overflowed
 
 
 def slices(start: int, stop: int, step: int) -> list[slice]:
