@@ -110,67 +110,48 @@ def ranking_loss(
         everyone = gather_columns([anchors], gather_across_devices)[0][0]
     targets = torch.arange(first, first + anchors.shape[0], device=anchors.device)
     positive = scale * cosines(anchors, local[0])
-    # Log-sums relative to the logit of the positive, which is the numerator of every direction.
-    sums = _to_documents(
-        anchors, local, documents, first, scale, positive, impl, hardness_mode, hardness_strength, hard_negative_weight
-    )
+
+    def relative(queries: Tensor, keys: Tensor, itself: int = first, tilt: float = 0.0) -> Tensor:
+        """Log-sum-exp of ``scale * cosine + tilt * cosine``, where only the first cosine has a gradient, less the logit
+        of the positive, which is the numerator of every direction."""
+        lse = pair_lse(queries, keys, scale + tilt, impl, itself)
+        if tilt > 0:
+            share = scale / (scale + tilt)
+            lse = share * lse + (1.0 - share) * lse.detach()
+        return lse - positive
+
+    tilt = hardness_strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
+    own_harder = hardness_mode == "hard_negatives" and hardness_strength > 0
+    own_apart = len(local) > 1 and (hard_negative_weight != 0.0 or own_harder)
+    if tilt > 0:
+        together = hardness_mode == "all_negatives" and not own_apart
+        columns = [torch.cat(documents)] if together else documents
+        # The positive is never tilted, and is exp(0) beside the others.
+        sums = [torch.zeros_like(positive), *(relative(anchors, column, tilt=tilt) for column in columns)]
+        own_apart = not together
+    elif own_apart:
+        # One diagonal can be left out of a call, and the positive stays in.
+        sums = [relative(anchors, torch.cat(documents[:2]), documents[0].shape[0] + first)]
+        sums += [relative(anchors, column) for column in documents[2:]]
+    else:
+        sums = [pair_loss(anchors, torch.cat(documents), targets, scale, impl)]
+    for column in local[1:] if own_apart else ():
+        cosine = cosines(anchors, column)
+        harder = hardness_strength * cosine.detach() if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
+        sums.append(scale * cosine + harder + hard_negative_weight - positive)
+
     others: list[Tensor] = []
     if "query_to_query" in directions:
-        others.append(pair_lse(anchors, everyone, scale, impl, first) - positive)
+        others.append(relative(anchors, everyone))
     if "doc_to_query" in directions:
         others.append(pair_loss(local[0], everyone, targets, scale, impl))
     if "doc_to_doc" in directions:
-        others += [pair_lse(local[0], column, scale, impl, first) - positive for column in documents]
+        others += [relative(local[0], column) for column in documents]
     if partition_mode == "joint":
         losses = _log_sum([*sums, *others])
     else:
         losses = torch.stack([_log_sum(sums), *others]).mean(dim=0)
     return losses.sum() * (processes / max(1, documents[0].shape[0]))
-
-
-def _to_documents(
-    anchors: Tensor,
-    local: list[Tensor],
-    documents: list[Tensor],
-    first: int,
-    scale: float,
-    positive: Tensor,
-    impl: str,
-    mode: str | None,
-    strength: float,
-    weight: float,
-) -> list[Tensor]:
-    """Summands of the denominator over all documents, relative to the positive's logit, each `(n,)`."""
-    rows = anchors.shape[0]
-    targets = torch.arange(first, first + rows, device=anchors.device)
-    own_apart = len(local) > 1 and (weight != 0.0 or (mode == "hard_negatives" and strength > 0))
-    tilted = strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
-    if tilted > 0:
-        # The positive is never tilted, and is exp(0) beside the others.
-        sums = [torch.zeros_like(positive)]
-        if mode == "all_negatives" and not own_apart:
-            return [*sums, _tilted_lse(anchors, torch.cat(documents), scale, tilted, impl, first) - positive]
-        sums += [_tilted_lse(anchors, column, scale, tilted, impl, first) - positive for column in documents]
-        own_apart = True
-    elif own_apart:
-        # One diagonal can be left out of a call, and the positive stays in.
-        keys, count = torch.cat(documents[:2]), documents[0].shape[0]
-        sums = [pair_lse(anchors, keys, scale, impl, count + first) - positive]
-        sums += [pair_lse(anchors, column, scale, impl, first) - positive for column in documents[2:]]
-    else:
-        return [pair_loss(anchors, torch.cat(documents), targets, scale, impl)]
-    for column in local[1:]:
-        cosine = cosines(anchors, column)
-        harder = strength * cosine.detach() if mode in ("hard_negatives", "all_negatives") else 0.0
-        sums.append(scale * cosine + harder + weight - positive)
-    return sums
-
-
-def _tilted_lse(queries: Tensor, keys: Tensor, scale: float, strength: float, impl: str, itself: int) -> Tensor:
-    """Log-sum-exp of ``scale * cosine + strength * cosine`` where only the first cosine has a gradient."""
-    lse = pair_lse(queries, keys, scale + strength, impl, itself)
-    share = scale / (scale + strength)
-    return share * lse + (1.0 - share) * lse.detach()
 
 
 def _log_sum(summands: list[Tensor]) -> Tensor:
