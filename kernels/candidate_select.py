@@ -44,9 +44,8 @@ CONFIGS = {
     (80, 4): Config(32, 32, 4, 3, 128),
     (90, 2): Config(32, 128, 4, 5, 128),
     (90, 4): Config(32, 64, 4, 5),
-    (100, 2): Config(32, 128, 4, 5, 128),
-    (100, 4): Config(32, 64, 4, 5),
 }
+CONFIGS |= {(100, *key[1:]): config for key, config in CONFIGS.items() if key[0] == 90}
 # More candidates need the registers of twice the warps, and float32 shallower pipelines.
 WIDE = {
     (80, 2): Config(32, 64, 8, 4, 128),

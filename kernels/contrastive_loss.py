@@ -44,10 +44,8 @@ HINGE_CONFIGS = {
     (90, 2, False): Config(64, 8, 3),
     (90, 2, True): Config(32, 8, 3),
     (90, 4, False): Config(16, 16, 2),
-    (100, 2, False): Config(64, 8, 3),
-    (100, 2, True): Config(32, 8, 3),
-    (100, 4, False): Config(16, 16, 2),
 }
+HINGE_CONFIGS |= {(100, *key[1:]): config for key, config in HINGE_CONFIGS.items() if key[0] == 90}
 GRADIENT_CONFIGS = {
     (80, 2, False): Config(128, 8, 2),
     (80, 2, True): Config(128, 8, 1),
@@ -359,7 +357,6 @@ class _Operands:
     def __init__(self, states: Tensor, mask: Tensor | None, inverse: Tensor, known: bool):
         batch, length, width = states.shape
         self.split = states.dtype == torch.float32 and not precise()
-        self.precision = "ieee"
         self.inverse = inverse
         self.x = self.low = states
         if self.split:
@@ -435,7 +432,7 @@ def forward(
                 operands.x, operands.low, *operands.strides, operands.inverse, _part(totals, group),
                 _part(partials, group), _part(half_words, group), _part(flags, group), length, width, tiles,
                 1.0 - margin,
-                KEEP=keep, SPLIT=operands.split, PRECISION=operands.precision, TILE=TILE, BLOCK_K=config.block_k,
+                KEEP=keep, SPLIT=operands.split, PRECISION="ieee", TILE=TILE, BLOCK_K=config.block_k,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
         start_kernel(
@@ -480,7 +477,7 @@ def backward(
                 operands.x, operands.low, *operands.strides, operands.inverse, _part(radial, group), _part(bits, group),
                 _part(flags, group), operands.inverse if sums is None else sums, _part(weights, group), grad,
                 _part(result, group), length, width, tiles,
-                HAS_SUMS=sums is not None, SPLIT=operands.split, PRECISION=operands.precision, TILE=TILE,
+                HAS_SUMS=sums is not None, SPLIT=operands.split, PRECISION="ieee", TILE=TILE,
                 BLOCK_D=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
     return result

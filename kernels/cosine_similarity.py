@@ -16,9 +16,8 @@ CONFIGS = {
     (80, 4): Config(32, 4, 3),
     (90, 2): Config(64, 4, 4),
     (90, 4): Config(32, 4, 3),
-    (100, 2): Config(64, 4, 4),
-    (100, 4): Config(32, 4, 3),
 }
+CONFIGS |= {(100, *key[1:]): config for key, config in CONFIGS.items() if key[0] == 90}
 HIGHEST = Config(32, 8, 3)  # float32 products by FFMA: four warps would not hold their sums
 
 

@@ -40,9 +40,8 @@ CONFIGS = {
     (80, 4): Config(16, 8, 2),
     (90, 2): Config(64, 8, 3),
     (90, 4): Config(16, 8, 3),
-    (100, 2): Config(64, 8, 3),
-    (100, 4): Config(16, 8, 3),
 }
+CONFIGS |= {(100, *key[1:]): config for key, config in CONFIGS.items() if key[0] == 90}
 
 
 @triton.jit
