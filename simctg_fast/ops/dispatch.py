@@ -2,6 +2,7 @@
 
 ``"triton"`` are kernels for CUDA devices (or the CPU in Triton's interpreter), ``"cpu"`` is C++, ``"torch"`` PyTorch on
 any device. ``"auto"`` takes the one that is there and takes the call; one that is asked for by name runs or raises.
+Where a loss has no elements there is nothing to launch, and PyTorch answers for the kernels.
 """
 
 from __future__ import annotations
