@@ -99,7 +99,8 @@ def _table_kernel(
                 scores_ptr, tokens_ptr, left_ptr, right_ptr, messages_ptr, flow_ptr, base, norm,
                 own if SOURCES else other, other if SOURCES else own, scale, K, D, BLOCK_D, PRECISION,
             )  # fmt: skip
-            token = tl.load(tokens_ptr + (base + K if SOURCES else base) + other, mask=other < K, other=0)
+            others_ptr = tokens_ptr + base + K if SOURCES else tokens_ptr + base
+            token = tl.load(others_ptr + other, mask=other < K, other=0)
             rows = load_rows(right_ptr if SOURCES else left_ptr, token, other < K, d0, D, BLOCK_O)
             acc += tl.dot(share if SOURCES else tl.trans(share), rows, input_precision=PRECISION)
     d = d0 + tl.arange(0, BLOCK_O)
