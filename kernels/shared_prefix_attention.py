@@ -156,14 +156,14 @@ def shared_prefix_attention_kernel(
     if split == 0:
         if HAS_OWN:
             own_at = new_key_ptr + row[:, None] * stride_nr + g * stride_nh + d[None, :]
-            own = _load(own_at, valid, d, DIM, BLOCK_D)
+            own = tl.load(own_at, mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
             top = _logits(
                 tl.sum(query.to(tl.float32) * own.to(tl.float32), axis=1), length, valid, c, h, b, mask_ptr, stride_mb,
                 stride_mc, stride_mh, bias_ptr, stride_bb, stride_bc, stride_bh, scaling, softcap, HAS_MASK, HAS_BIAS,
                 HAS_SOFTCAP,
             )  # fmt: skip
             own_at = new_value_ptr + row[:, None] * stride_wr + g * stride_wh + dv[None, :]
-            own = _load(own_at, valid, dv, VALUE_DIM, BLOCK_V)
+            own = tl.load(own_at, mask=valid[:, None] & (dv < VALUE_DIM)[None, :], other=0.0)
             total = tl.where(top == float("-inf"), 0.0, 1.0)
             acc = tl.where(top[:, None] == float("-inf"), 0.0, own.to(tl.float32))
         if HAS_SINKS:
