@@ -17,6 +17,7 @@ __all__ = [
     "check_weight",
     "is_integer",
     "is_number",
+    "require",
     "user_path",
 ]
 
@@ -33,6 +34,12 @@ def is_number(value: Any, low: float = -_LARGEST, high: float = _LARGEST, *, abo
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     return bool(low <= value <= high) and not (above and value == low)  # type: ignore[operator]
+
+
+def require(valid: bool, name: str, value: Any, allowed: str) -> None:
+    """Raises ValueError where an argument is not what it has to be, with its name, the value, and what is allowed."""
+    if not valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
 
 
 def check_margin(value: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..checks import is_number, require
 from ..decoding.strategies import make_strategy
 from ..loading import fitting_threads, load_model
 from .embeddings import Embeddings
@@ -68,10 +69,8 @@ class Engine:
         **parameters: Any,
     ):
         self.parameters = check_options(strategy, slots, memory, seed, batching, parameters)
-        if not isinstance(trace, bool):
-            raise ValueError(f"trace must be True or False, got {trace!r:.80}")
-        if not isinstance(share_prefixes, bool):
-            raise ValueError(f"share_prefixes must be True or False, got {share_prefixes!r:.80}")
+        require(isinstance(trace, bool), "trace", trace, "True or False")
+        require(isinstance(share_prefixes, bool), "share_prefixes", share_prefixes, "True or False")
         self.model, self.tokenizer, self.strategy_name = model, tokenizer, strategy
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         contrastive = strategy in CONTRASTIVE
@@ -79,8 +78,8 @@ class Engine:
             raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {self.parameters.top_k}")
         self.strategy = make_strategy(strategy, self.parameters.top_k)
         factory = load_factory(processor) if isinstance(processor, str) else processor
-        if factory is not None and not callable(factory):
-            raise ValueError(f"processor must be a callable or 'module:factory', got {processor!r:.80}")
+        usable = factory is None or callable(factory)
+        require(usable, "processor", processor, "a callable or 'module:factory'")
         self.prepare = Preparer(
             model,
             tokenizer,
@@ -286,16 +285,14 @@ def check_options(
     parameters: Mapping[str, Any],
 ) -> Parameters:
     """The defaults of a run's requests; ValueError for an option outside its range."""
-    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
-        raise ValueError(f"slots must be an integer of at least 1, got {slots!r}")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= 1):
-        raise ValueError(f"memory must be a share above 0 and at most 1, got {memory!r}")
+    # Python's own numbers: a job's manifest keeps them.
+    require(slots is None or (type(slots) is int and slots >= 1), "slots", slots, "an integer of at least 1")
+    is_share = memory is None or (isinstance(memory, int | float) and is_number(memory, 0, 1, above=True))
+    require(is_share, "memory", memory, "a share above 0 and at most 1")
     if slots is not None and memory is not None:
         raise ValueError(f"slots={slots} and memory={memory} both say how many slots there are: give one of them")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
-    if batching not in BATCHING:
-        raise ValueError(f"batching must be one of {', '.join(BATCHING)}, got {batching!r}")
+    require(type(seed) is int and 0 <= seed < 2**63, "seed", seed, "an integer from 0 to 2**63 - 1")
+    require(batching in BATCHING, "batching", batching, f"one of {', '.join(BATCHING)}")
     unknown = [name for name in parameters if name not in NAMES]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; parameters of requests: {', '.join(NAMES)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..checks import is_integer, is_number
+from ..checks import is_integer, is_number, require
 from ..text.texts import short
 
 STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive")
@@ -96,8 +96,7 @@ class Parameters:
 
 def defaults(strategy: str) -> Parameters:
     """What a strategy uses where nothing is said."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    require(strategy in STRATEGIES, "strategy", strategy, f"one of {', '.join(STRATEGIES)}")
     if strategy == "sample":
         return Parameters(top_k=None)
     return Parameters(temperature=0.1) if strategy == "stochastic-contrastive" else Parameters()
@@ -152,14 +151,9 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an integer of at least 1, or -1 for the model's context",
     ),
     **{
-        name: (lambda v: isinstance(v, bool), "true or false")
-        for name in (
-            "include_stop_str_in_output",
-            "skip_special_tokens",
-            "logprobs",
-            "clamp_max_new_tokens",
-            "continue_final_message",
-        )
+        f.name: (lambda v: isinstance(v, bool), "true or false")
+        for f in fields(Parameters)
+        if isinstance(f.default, bool)
     },
 }
 _LISTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {

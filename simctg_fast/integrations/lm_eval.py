@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ except ImportError as error:
     raise ImportError(f"this backend needs the harness: pip install 'simctg_fast[lm-eval]' ({error})") from error
 
 from ..assets import resolve_model
+from ..checks import is_integer, is_number, require
 from ..engine import Engine
 from ..engine.parameters import CONTRASTIVE, RANDOM
 from ..engine.prepare import load_factory
@@ -117,7 +119,9 @@ class SimCTGLM(TemplateLM):
             options["slots"] = rows
         self.batch_rows = int(options.get("slots") or rows or 16)
         self.pretrained = pretrained
-        self.add_bos_token = _flag("add_bos_token", add_bos_token)
+        is_flag = add_bos_token is None or isinstance(add_bos_token, bool)
+        require(is_flag, "add_bos_token", add_bos_token, "True or False")
+        self.add_bos_token = add_bos_token
         self.custom_prefix_token_id = prefix_token_id
         self.softmax_dtype = _dtype("softmax_dtype", softmax_dtype)
         model, self.tokenizer = load_model(pretrained, device, dtype)
@@ -462,28 +466,24 @@ class _SpecialStop(transformers.StoppingCriteria):
 def _until(kwargs: Mapping[str, Any]) -> list[str]:
     until = kwargs.get("until")
     strings = [until] if isinstance(until, str) else [] if until is None else until
-    if not isinstance(strings, list | tuple) or not all(isinstance(stop, str) for stop in strings):
-        raise ValueError(f"until must be a string or a list of strings, got {until!r}")
+    is_list = isinstance(strings, list | tuple) and all(isinstance(stop, str) for stop in strings)
+    require(is_list, "until", until, "a string or a list of strings")
     return [stop for stop in strings if stop]
 
 
 def _draws(kwargs: Mapping[str, Any]) -> bool | None:
     """Whether a task samples; None where it does not say."""
     do_sample, temperature = kwargs.get("do_sample"), kwargs.get("temperature")
-    if do_sample is not None and not isinstance(do_sample, bool):
-        raise ValueError(f"do_sample must be true or false, got {do_sample!r}")
-    if temperature is not None and (isinstance(temperature, bool) or not isinstance(temperature, int | float)):
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
-    if temperature is not None and not temperature >= 0:
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
+    require(do_sample is None or isinstance(do_sample, bool), "do_sample", do_sample, "true or false")
+    is_valid = temperature is None or is_number(temperature, 0, math.inf)
+    require(is_valid, "temperature", temperature, "a number of at least 0")
     if do_sample is False or temperature == 0:
         return False
     return None if do_sample is None and temperature is None else True
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    require(is_number(value, 0) and float(value).is_integer(), name, value, "an integer of at least 0")
     return int(value)
 
 
@@ -497,21 +497,15 @@ def _batch_rows(batch_size: int | str | None) -> int | None:
     text = str(batch_size).strip()
     if batch_size is None or text.partition(":")[0] == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1 or auto, got {batch_size!r}")
+    is_count = text.isdigit() and int(text) >= 1
+    require(is_count, "batch_size", batch_size, "an integer of at least 1 or auto")
     return int(text) if int(text) > 1 else None
-
-
-def _flag(name: str, value: Any) -> bool | None:
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def _dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
     found = getattr(torch, value, None) if isinstance(value, str) else value
-    if value is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"{name} must be the name of a floating point dtype, got {value!r}")
+    is_valid = value is None or (isinstance(found, torch.dtype) and found.is_floating_point)
+    require(is_valid, name, value, "the name of a floating point dtype")
     return found
 
 
@@ -526,9 +520,9 @@ def _max_length(model: Any, tokenizer: Any, asked: int | None) -> int:
     """Tokens of a context and its continuation, where the ``hf`` backend looks for them too."""
     limit = context_length(model)
     if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 2 or (limit is not None and asked > limit):
-            most = "" if limit is None else f" and at most {limit}, the model's own"
-            raise ValueError(f"max_length must be an integer of at least 2{most}, got {asked!r}")
+        most = "" if limit is None else f" and at most {limit}, the model's own"
+        is_valid = is_integer(asked, 2, math.inf if limit is None else limit)
+        require(is_valid, "max_length", asked, f"an integer of at least 2{most}")
         return asked
     config = getattr(model.config, "text_config", None) or model.config
     named = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..checks import require
 from ..decoding.generate_arguments import DEFAULT_TOP_K
 from ..decoding.generate_loop import check_probabilities, stop_check_interval
 from ..decoding.settings import check_penalty_alpha, check_streamer, check_top_k
@@ -95,8 +96,8 @@ def generate(
     }
     if not callable(step):
         raise ValueError(f"step must be callable, got {type(step).__name__}")
-    if not isinstance(protocol, str) or protocol not in ("auto", *PROTOCOLS):
-        raise ValueError(f"protocol must be 'auto' or one of {PROTOCOLS}, got {protocol!r}")
+    is_protocol = isinstance(protocol, str) and protocol in ("auto", *PROTOCOLS)
+    require(is_protocol, "protocol", protocol, f"'auto' or one of {PROTOCOLS}")
     protocol = detect_protocol(step) if protocol == "auto" else protocol
     prompt = _checked_prompt(input_ids)
     config = make_config(generation_config, prompt, values | settings)
@@ -106,8 +107,8 @@ def generate(
         default_top_k = top_k is None and (generation_config is None or generation_config.top_k is None)
         _check_contrastive(config, protocol, select, default_top_k)
     check_streamer(streamer)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, got {generator!r:.80}")
+    is_generator = generator is None or isinstance(generator, torch.Generator)
+    require(is_generator, "generator", generator, "a torch.Generator")
     if generator is not None and generator.device.type != prompt.device.type:
         raise ValueError(f"generator must be on {prompt.device.type}, as input_ids are, got {generator.device.type}")
     stepper = Stepper(step, protocol, select)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import is_integer
+from ..checks import is_integer, require
 from ..cpu.modules import fast_linears, packing_pays
 from ..decoding import ContrastiveSearch
 from ..decoding.generate_arguments import position_table
@@ -44,8 +44,7 @@ class ContrastiveGenerator:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 16):
-        if not is_integer(batch_size, 1):
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r:.80}")
+        require(is_integer(batch_size, 1), "batch_size", batch_size, "an integer of at least 1")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.truncated: list[int] = []
 
@@ -107,12 +106,10 @@ class ContrastiveGenerator:
                 out of range; a text longer than the model's table of positions, where ``max_length`` does not cut it.
         """
         texts = text_list(texts)
-        if not is_integer(max_length, 1):
-            raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
+        require(is_integer(max_length, 1), "max_length", max_length, "an integer of at least 1")
         check_top_k(top_k)
         check_penalty_alpha(penalty_alpha)
-        if seed is not None and not is_integer(seed, 0, 2**63 - 1):
-            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r:.80}")
+        require(seed is None or is_integer(seed, 0, 2**63 - 1), "seed", seed, "an integer from 0 to 2**63 - 1")
         if seed is not None and temperature is None:
             raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)

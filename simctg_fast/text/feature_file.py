@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..checks import user_path
+from ..checks import require, user_path
 from .files import is_utf8, made_parent
 
 __all__ = ["POOLINGS", "NewFile", "SafetensorsWriter", "check_metadata", "free_target", "read_features"]
@@ -60,8 +60,7 @@ def read_features(path: Path, *, whole: bool = True) -> tuple[Tensor, Tensor, st
     try:
         values, lengths, pooling = _read_npz(path, whole) if path.suffix == ".npz" else _read_safetensors(path)
         rows = int(lengths.sum()) if pooling == "none" else len(lengths)
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+        require(pooling in POOLINGS, "pooling", pooling, f"one of {POOLINGS}")
         if whole and (values.ndim != 2 or len(values) != rows):
             raise ValueError(f"features must have shape ({rows}, D), got {tuple(values.shape)}")
     except OSError:
@@ -211,8 +210,7 @@ class SafetensorsWriter:
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:
     """Raises ValueError where they are not strings that UTF-8 can hold: the file could not be read again."""
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise ValueError(f"metadata must be strings by name, got {metadata!r:.80}")
+    require(metadata is None or isinstance(metadata, Mapping), "metadata", metadata, "strings by name")
     for name, value in (metadata or {}).items():
         for each in (name, value):
             if not isinstance(each, str) or not is_utf8(each):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import is_integer, user_path
+from ..checks import is_integer, require, user_path
 from ..loading import load_backbone
 from .batches import by_length, cut_rows, pad_token, padded_rows
 from .feature_file import POOLINGS, NewFile, SafetensorsWriter, check_metadata, free_target, read_features
@@ -160,16 +160,11 @@ def extract_features(
             longer than the model's table of positions (the text says which); a file that holds something else.
         OSError: ``out`` cannot be written; the text says why, and nothing is left of it.
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
-    if not is_integer(max_tokens, 1):
-        raise ValueError(f"max_tokens must be an integer of at least 1, got {max_tokens!r:.80}")
-    if not is_integer(layer):
-        raise ValueError(f"layer must be an integer, got {layer!r:.80}")
-    if on_progress is not None and not callable(on_progress):
-        raise ValueError(f"on_progress must be callable, got {on_progress!r:.80}")
+    require(pooling in POOLINGS, "pooling", pooling, f"one of {POOLINGS}")
+    require(dtype in _DTYPES, "dtype", dtype, f"one of {_DTYPES}")
+    require(is_integer(max_tokens, 1), "max_tokens", max_tokens, "an integer of at least 1")
+    require(is_integer(layer), "layer", layer, "an integer")
+    require(on_progress is None or callable(on_progress), "on_progress", on_progress, "callable")
     if out is not None:
         if not isinstance(out, (str, os.PathLike)):
             raise TypeError(f"out must be a path, got {out!r:.80}")
@@ -180,8 +175,8 @@ def extract_features(
     texts = text_list(texts)
     if not texts:
         raise ValueError("texts must hold at least one text, got none")
-    if max_length is not None and not is_integer(max_length, 1):
-        raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
+    is_length = max_length is None or is_integer(max_length, 1)
+    require(is_length, "max_length", max_length, "an integer of at least 1")
     backbone = _backbone(model)
     room = _room(backbone)
     rows, truncated = cut_rows(tokenizer, texts, max_length, room, room=room)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import is_integer, is_number, user_path
+from ..checks import is_integer, is_number, require, user_path
 from .data import Collator, encode, read_examples
 
 __all__ = ["Summary", "TrainingOptions", "last_checkpoint", "train"]
@@ -56,14 +56,14 @@ class TrainingOptions:
         for name, low in (("batch_size", 1), ("accumulation", 1), ("max_length", 2), ("warmup_steps", 0), ("seed", 0)):
             high = 2**32 - 1 if name == "seed" else math.inf  # numpy's
             allowed = "an integer from 0 to 2**32 - 1" if name == "seed" else f"an integer of at least {low}"
-            _require(is_integer(getattr(self, name), low, high), name, getattr(self, name), allowed)
-        _require(self.steps is None or is_integer(self.steps, 1), "steps", self.steps, "an integer of at least 1")
+            require(is_integer(getattr(self, name), low, high), name, getattr(self, name), allowed)
+        require(self.steps is None or is_integer(self.steps, 1), "steps", self.steps, "an integer of at least 1")
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
-            _require(is_number(value, 0, above=True), name, value, "a finite number above 0")
-        _require(is_number(self.weight_decay, 0), "weight_decay", self.weight_decay, "a finite number of at least 0")
+            require(is_number(value, 0, above=True), name, value, "a finite number above 0")
+        require(is_number(self.weight_decay, 0), "weight_decay", self.weight_decay, "a finite number of at least 0")
         for name in ("pack", "bf16", "gradient_checkpointing"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         if self.reduction == "dense" and self.accumulation > 1:
             raise ValueError(
                 f"reduction='dense' takes no accumulation, got {self.accumulation}; take 'pairs' or 'paper'"
@@ -121,8 +121,8 @@ def train(
     """
     options = options or TrainingOptions()
     for name, value in (("save_every", save_every), ("log_every", log_every), ("keep", keep)):
-        _require(is_integer(value, 1), name, value, "an integer of at least 1")
-    _require(device in (None, "cpu", "cuda"), "device", device, "cpu or cuda")
+        require(is_integer(value, 1), name, value, "an integer of at least 1")
+    require(device in (None, "cpu", "cuda"), "device", device, "cpu or cuda")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this runs in one process; for several write a script with SimCTGTrainer and start that")
     try:
@@ -467,8 +467,3 @@ def _replace(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
-
-
-def _require(valid: bool, name: str, value: Any, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
