@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Annotated, Any
 
 try:
@@ -126,6 +127,7 @@ def _options(
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[MODEL] [PROMPT]...", help="Texts to continue; else standard input, one a line."),
@@ -169,16 +171,10 @@ def generate(
         _quiet_transformers()
         generator = TextGenerator(
             name,
-            penalty_alpha=penalty_alpha,
-            top_k=top_k,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
             stop=stop,
             batch_size=1 if stream else min(batch_size, len(texts) or 1),
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **_chosen(ctx, "penalty_alpha", "top_k", "max_new_tokens", "temperature", "seed"),
+            **_chosen(ctx, "device", "dtype", "trust_remote_code"),
         )
 
     def show_new(request: Any, index: int, text: str) -> None:
@@ -243,6 +239,7 @@ def demo(
 
 @app.command()
 def train(
+    ctx: typer.Context,
     data: Annotated[str, typer.Option(help="Texts: .txt, one a line; or .jsonl with text, or source and target.")],
     out: Annotated[str, typer.Option(help="Folder of the run; that of an unfinished run is continued.")],
     model: ModelArgument = None,
@@ -256,7 +253,7 @@ def train(
     max_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
     pack: Annotated[bool, typer.Option("--pack", help="Join short texts into sequences of full length.")] = False,
     batch_size: Annotated[int, typer.Option(help="Sequences computed together.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches an optimizer step.")] = 1,
+    accumulation: Annotated[int, typer.Option("--accumulate", help="Batches an optimizer step.")] = 1,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Highest; falls linearly to zero.")] = 5e-5,
@@ -280,23 +277,7 @@ def train(
         from .training.run import TrainingOptions, last_checkpoint
         from .training.run import train as run
 
-        options = TrainingOptions(
-            margin=margin,
-            reduction=reduction,
-            contrastive_weight=contrastive_weight,
-            max_length=max_length,
-            pack=pack,
-            batch_size=batch_size,
-            accumulation=accumulate,
-            epochs=epochs,
-            steps=steps,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            seed=seed,
-            bf16=bf16,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        options = TrainingOptions(**_chosen(ctx, *(field.name for field in fields(TrainingOptions))))
         _quiet_transformers()
     try:
         summary = run(
@@ -304,15 +285,9 @@ def train(
             data,
             out,
             options,
-            validation=validation,
-            restart=restart,
-            device=device,
-            save_every=save_every,
-            log_every=log_every,
-            keep=keep,
-            trust_remote_code=trust_remote_code,
             on_note=_note,
             loading=_progress("loading the model"),
+            **_chosen(ctx, "validation", "restart", "device", "save_every", "log_every", "keep", "trust_remote_code"),
         )
     except KeyboardInterrupt as error:
         checkpoint = last_checkpoint(out)
@@ -328,6 +303,7 @@ def train(
 
 @app.command()
 def run(
+    ctx: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -353,9 +329,7 @@ def run(
     top_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Of sample, 0 to 1.")] = None,
     typical_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", help="Continuations of each prompt (n of a line).")
-    ] = None,
+    n: Annotated[int | None, typer.Option("--samples", help="Continuations of each prompt (n of a line).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     truncate_prompt_tokens: Annotated[
         int | None, typer.Option(help="Keep so many tokens of longer prompts; -1: what the context leaves.")
@@ -371,6 +345,9 @@ def run(
     slots: Annotated[int | None, typer.Option(help="Sequences written at a time.")] = None,
     memory: Annotated[float | None, typer.Option(help="Instead: share of the free memory for caches, 0 to 1.")] = None,
     batching: Annotated[str | None, typer.Option(help="auto (default), slots or static.")] = None,
+    share_prefixes: Annotated[
+        bool, typer.Option(help="Copy what prompts have in common, 64 tokens or more, or run each one whole.")
+    ] = True,
     processor: Annotated[
         str | None, typer.Option(help="module:factory that makes the logits processors of a request.")
     ] = None,
@@ -398,52 +375,18 @@ def run(
     130 or 143 stopped by SIGINT or SIGTERM, 141 nobody reads standard output any more.
     """
     name, prompts = _model_before(arguments, model, config and "") if arguments else (model, None)
-    flags: dict[str, Any] = {
-        "input": prompts,
-        "model": name or None,
-        "output": output,
-        "strategy": strategy,
-        "penalty_alpha": penalty_alpha,
-        "top_k": top_k,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "min_p": min_p,
-        "typical_p": typical_p,
-        "n": samples,
-        "stop": stop or None,
-        "seed": seed,
-        "slots": slots,
-        "memory": memory,
-        "batching": batching,
-        "processor": processor,
-        "truncate_prompt_tokens": truncate_prompt_tokens,
-        "clamp_max_new_tokens": clamp_max_new_tokens or None,
-        "logprobs": logprobs or None,
-        "top_logprobs": top_logprobs,
-        "trace": trace or None,
-        "num_shards": num_shards,
-        "shard_id": shard_id,
-        "device": device,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code or None,
-    }
     _check(workers >= 1, "--workers", workers, "at least 1")
     with _progress("starting"):
-        from .engine.job.job import Job, make_options, read_config
+        from .engine.job.job import OPTION_NAMES, Job, make_options, read_config
         from .engine.job.journal import JournalError
         from .engine.job.manifest import ManifestError
 
         _quiet_transformers()
-        options = make_options(
-            (read_config(config) if config else {}) | {n: v for n, v in flags.items() if v is not None}
-        )
-    settings: dict[str, Any] = {
-        "changed": changed,
-        "retry_errors": retry_errors,
-        "log_json": log_json,
-        "quiet": quiet,
-    }
+        flags = _chosen(ctx, *(option for option in OPTION_NAMES if _is_on_the_line(ctx, option)))
+        flags |= {"model": name} if name else {}
+        flags |= {} if prompts is None else {"input": prompts}
+        options = make_options((read_config(config) if config else {}) | flags)
+    settings = _chosen(ctx, "changed", "retry_errors", "log_json", "quiet")
     if options.output == "-" and was_closed():
         raise typer.BadParameter("--output is -, but standard output is closed")
     try:
@@ -551,13 +494,22 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _chosen(ctx: typer.Context, *names: str) -> dict[str, Any]:
+    """What a command was told of these options, by their names in Python."""
+    return {name: ctx.params[name] for name in names}
+
+
+def _is_on_the_line(ctx: typer.Context, name: str) -> bool:
+    """Whether somebody wrote this option, and its value is no default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _the_model(argument: str | None, option: str | None, default: str | None = None) -> str:
     """The model's name, which every command takes behind its own name or by --model."""
     if argument is not None and option is not None and argument != option:
         raise typer.BadParameter(f"MODEL is {argument!r}, --model is {option!r}: give one of them")
-    chosen = argument if option is None else option
-    if chosen is None:
-        chosen = default
+    chosen = next((name for name in (option, argument, default) if name is not None), None)
     if chosen is None:
         raise typer.BadParameter("no model: name one as MODEL or by --model; 'bundled' comes with the package")
     return chosen

@@ -396,6 +396,23 @@ def test_a_configuration_file(server, model, tmp_path):
     assert "logprobs" in read_records(tmp_path / "a")[0]
 
 
+def test_a_common_prefix_is_copied_unless_a_run_says_otherwise(server, model, tmp_path):
+    """The summary counts it, and the manifest keeps the setting."""
+    source = write_lines(tmp_path / "in.jsonl", [{"id": i, "prompt": "abcdefgh" * 12 + "xyz"[i]} for i in range(3)])
+    options = ("-m", model, "--slots", 3, "--max-new-tokens", 5)
+    copied = {}
+    for name, flags in {"a": (), "b": ("--no-share-prefixes",), "c": ("--share-prefixes",)}.items():
+        assert server.run("run", source, "-o", tmp_path / name, *options, *flags) == 0
+        copied[name] = server.summary["shared_tokens"]
+        config = json.loads((tmp_path / f"{name}.manifest.json").read_text())["config"]
+        assert config["share_prefixes"] is (name != "b")
+    assert copied == {"a": 128, "b": 0, "c": 128}
+    assert server.run("run", source, "-o", tmp_path / "a", *options, "--no-share-prefixes") == 2
+    assert "share_prefixes: true then, false now" in server.stderr
+    (tmp_path / "run.yaml").write_text("share-prefixes: false\n")
+    assert server.run("run", source, "-o", tmp_path / "b", *options, "--config", tmp_path / "run.yaml") == 0
+
+
 def test_what_a_person_sees(server, model, many, tmp_path):
     source, _, _ = many
     assert server.run("run", source, "-m", model, "-o", tmp_path / "a", "--slots", 8, "--max-new-tokens", 24) == 0

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ...assets import resolve_model
-from ...checks import user_path
+from ...checks import require, user_path
 from ...text.files import STDIN, ReadError
 from ..engine import Engine, check_options
 from ..parameters import NAMES, Parameters
@@ -56,6 +56,7 @@ class JobOptions:
     batching: str = "auto"
     processor: str | None = None
     trace: bool = False
+    share_prefixes: bool = True
     num_shards: int = 1
     shard_id: int = 0
     device: str | None = None
@@ -65,22 +66,17 @@ class JobOptions:
     def __post_init__(self) -> None:
         for name in ("input", "output", "model", "strategy", "batching", "processor", "device", "dtype"):
             value = getattr(self, name)
-            if not isinstance(value, str | os.PathLike) and not (value is None and name in ("processor", "device")):
-                raise ValueError(f"{name} must be text, got {value!r}")
-        for name in ("trace", "trust_remote_code"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+            may_miss = value is None and name in ("processor", "device")
+            require(may_miss or isinstance(value, str | os.PathLike), name, value, "text")
+        for name in ("trace", "share_prefixes", "trust_remote_code"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         self.defaults()
         for name in ("num_shards", "shard_id"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-        if self.num_shards < 1:
-            raise ValueError(f"num_shards must be at least 1, got {self.num_shards}")
-        if not 0 <= self.shard_id < self.num_shards:
-            raise ValueError(f"shard_id must be from 0 to {self.num_shards - 1} (num_shards - 1), got {self.shard_id}")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
+        require(self.num_shards >= 1, "num_shards", self.num_shards, "at least 1")
+        is_shard = 0 <= self.shard_id < self.num_shards
+        require(is_shard, "shard_id", self.shard_id, f"from 0 to {self.num_shards - 1} (num_shards - 1)")
+        require(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {', '.join(_DTYPES)}")
 
     def defaults(self) -> Parameters:
         """Of the requests. Raises ValueError for an option outside its range."""
@@ -188,8 +184,7 @@ def _with_shard(settings: Mapping[str, Any]) -> dict[str, Any]:
             )
     if isinstance(settings["output"], str | os.PathLike):
         output = os.fspath(settings["output"]).replace("{shard}", str(settings.get("shard_id") or 0))
-        if output.endswith("/"):
-            raise ValueError(f"output must be the name of a file, got {output!r}")
+        require(not output.endswith("/"), "output", output, "the name of a file")
         settings["output"] = output if output == STDOUT else str(user_path(output))
     return settings
 
@@ -225,8 +220,7 @@ class Job:
         quiet: bool = False,
         loading: AbstractContextManager[Any] | None = None,
     ):
-        if changed not in CHANGED:
-            raise ValueError(f"changed must be one of {', '.join(CHANGED)}, got {changed!r}")
+        require(changed in CHANGED, "changed", changed, f"one of {', '.join(CHANGED)}")
         self.options, self.changed, self.retry_errors = options, changed, retry_errors
         self.log_json, self.quiet = log_json, quiet
         self.loading = nullcontext() if loading is None else loading
@@ -498,7 +492,7 @@ def _no_answers(requests: Iterator[Request]) -> Iterator[Record]:
 
 def engine_options(options: JobOptions) -> dict[str, Any]:
     """What `Engine` takes of them."""
-    names = ("strategy", "slots", "memory", "processor", "seed", "trace", "batching")
+    names = ("strategy", "slots", "memory", "processor", "seed", "trace", "batching", "share_prefixes")
     return {name: getattr(options, name) for name in names} | options.parameters
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..results import Record
 from .inputs import InputLines
 
+_OF_ENGINE = ("slots", "slots_busy", "batching", "shared_tokens", "near_ties", "out_of_memory")  # of `Engine.stats`
 INTERRUPTED = 3  # the exit code of a job that ended before its input for another reason than a signal
 
 
@@ -72,8 +73,12 @@ class Summary:
             return {}
         return {f"p{q}": round(ordered[min(len(ordered) - 1, q * len(ordered) // 100)], 3) for q in (50, 90, 99)}
 
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
+
     def as_dict(self) -> dict[str, Any]:
-        rate = self.generated_tokens / self.seconds if self.seconds else 0.0
         return {
             "output": self.output,
             "requests": self.completed,
@@ -84,13 +89,9 @@ class Summary:
             "seconds": round(self.seconds, 3),
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
-            "generated_tokens_per_second": round(rate, 2),
+            "generated_tokens_per_second": round(self.rate, 2),
             "latency_seconds": self.latency(),
-            "slots": self.engine.get("slots"),
-            "slots_busy": self.engine.get("slots_busy"),
-            "batching": self.engine.get("batching"),
-            "near_ties": self.engine.get("near_ties"),
-            "out_of_memory": self.engine.get("out_of_memory"),
+            **{name: self.engine.get(name) for name in _OF_ENGINE},
             "stopped": self.stopped,
             "unfinished_line": self.unfinished_line,
             "exit_code": self.exit_code,
@@ -99,10 +100,9 @@ class Summary:
     def as_text(self) -> str:
         """For a person."""
         if self.completed:
-            rate = self.generated_tokens / self.seconds if self.seconds else 0.0
             lines = [
                 f"{self.output}: {self.completed} requests in {self.seconds:.1f} s, {self.generated_tokens} tokens "
-                f"({rate:.0f} a second)" + (f"; {self.resumed} were there before" if self.resumed else "")
+                f"({self.rate:.0f} a second)" + (f"; {self.resumed} were there before" if self.resumed else "")
             ]
         else:
             lines = [f"{self.output}: nothing new; {self.resumed} requests were answered before"]
@@ -117,6 +117,8 @@ class Summary:
             lines.append(f"error records: {shown}")
         if self.errors_before:
             lines.append(f"error records of earlier runs: {self.errors_before}")
+        if shared := self.engine.get("shared_tokens"):
+            lines.append(f"{shared} prompt tokens were copied from prompts that begin alike")
         if self.engine.get("out_of_memory"):
             lines.append(
                 f"memory ran out {self.engine['out_of_memory']} times: ended with {self.engine['slots']} slots"
