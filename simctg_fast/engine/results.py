@@ -22,15 +22,7 @@ class Choice:
     trace: list[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-        }
-        for name in ("logprobs", "trace"):
-            if getattr(self, name) is not None:
-                record[name] = getattr(self, name)
-        return record
+        return _recorded(self, ("text", "token_ids", "finish_reason"))
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Result:
         seconds: from admission to the end; not part of the line.
     """
 
-    id: str | int | None
+    id: str | int | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "error"
@@ -91,17 +83,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of a line, in their order. Nothing in it depends on the time or the machine."""
-        record: dict[str, Any] = {
-            "id": self.id,
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-            "usage": self.usage,
-            "error": self.error,
-        }
-        for name in ("logprobs", "trace"):
-            if getattr(self, name) is not None:
-                record[name] = getattr(self, name)
+        record = _recorded(self, ("id", "text", "token_ids", "finish_reason", "usage", "error"))
         if self.choices is not None:
             record["choices"] = [choice.as_dict() for choice in self.choices]
         if self.digest:
@@ -124,63 +106,31 @@ class Result:
 
 
 def error_result(
-    kind: str,
-    message: str,
-    *,
-    request_id: str | int | None = None,
-    line: int | None = None,
-    request: Request | None = None,
-    openai: bool = False,
-    digest: str = "",
-    index: int = 0,
+    kind: str, message: str, *, request: Request | None = None, line: int | None = None, **known: Any
 ) -> Result:
-    """The record of a request that could not be answered."""
-    if request is not None:
-        request_id, line, openai, digest = request.id, request.line, request.openai, request.digest
-    return Result(
-        id=request_id,
-        error={"type": kind, "message": message, "line": line},
-        request=request,
-        openai=openai,
-        digest=digest,
-        index=index,
-    )
+    """The record of a request that could not be answered, or of what did not become one; ``known``: fields of it."""
+    line = line if request is None else request.line
+    return _result(request, error={"type": kind, "message": message, "line": line}, **known)
 
 
 def from_request_error(
     error: RequestError, request: Request | None = None, *, line: int | None = None, digest: str = "", index: int = 0
 ) -> Result:
     """Of ``request``, or of a line that did not become one."""
-    return error_result(
-        error.kind,
-        str(error),
-        request_id=error.request_id,
-        line=line,
-        request=request,
-        openai=error.openai,
-        digest=digest,
-        index=index,
-    )
+    known: dict[str, Any] = {"id": error.request_id, "openai": error.openai, "digest": digest, "index": index}
+    return error_result(error.kind, str(error), request=request, line=line, **known)
 
 
 def from_choices(
     request: Request, prompt_tokens: int, choices: List[Choice], seconds: float, *, index: int = 0
 ) -> Result:
     """The result of a request whose continuations are all there."""
-    first = choices[0]
     written = sum(len(choice.token_ids) for choice in choices)
-    return Result(
-        id=request.id,
-        text=first.text,
-        token_ids=first.token_ids,
-        finish_reason=first.finish_reason,
+    return _result(
+        request,
+        **vars(choices[0]),
         usage={"prompt_tokens": prompt_tokens, "completion_tokens": written},
-        logprobs=first.logprobs,
-        trace=first.trace,
         choices=list(choices) if len(choices) > 1 else None,
-        request=request,
-        openai=request.openai,
-        digest=request.digest,
         seconds=seconds,
         index=index,
     )
@@ -188,13 +138,18 @@ def from_choices(
 
 def from_embeddings(request: Request, tokens: int, vectors: list[list[float]], *, index: int = 0) -> Result:
     """The result of a request for embeddings."""
-    return Result(
-        id=request.id,
-        finish_reason="stop",
-        usage={"prompt_tokens": tokens, "completion_tokens": 0},
-        embeddings=vectors,
-        request=request,
-        openai=True,
-        digest=request.digest,
-        index=index,
-    )
+    usage = {"prompt_tokens": tokens, "completion_tokens": 0}
+    return _result(request, finish_reason="stop", usage=usage, embeddings=vectors, index=index)
+
+
+def _result(request: Request | None, **fields: Any) -> Result:
+    """With what the request says of itself."""
+    if request is not None:
+        fields |= {"id": request.id, "openai": request.openai, "digest": request.digest}
+    return Result(request=request, **fields)
+
+
+def _recorded(item: Choice | Result, always: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of a record in their order: those that are always there, and those that were asked for."""
+    record = {name: getattr(item, name) for name in always}
+    return record | {name: found for name in ("logprobs", "trace") if (found := getattr(item, name)) is not None}
