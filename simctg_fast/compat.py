@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .checks import is_integer
+from .checks import is_integer, require
 from .decoding import ContrastiveSearch
 from .functional import cosine_similarity_matrix
 from .loading import load_model
-from .text.batches import pad_token
+from .text.batches import pad_token, stacked
 from .text.contrastive_generator import search_tokens
 from .text.texts import short, text_list
 
@@ -51,10 +51,8 @@ class T5SimCTGGenerate:
         num_beams: int = 3,
         simctg_alpha: float = 0.5,
     ):
-        if not is_integer(max_length, 1):
-            raise ValueError(f"max_length must be an integer of at least 1, got {max_length!r:.80}")
-        if not is_integer(gpu_id):
-            raise ValueError(f"gpu_id must be an integer, negative for the CPU, got {gpu_id!r:.80}")
+        require(is_integer(max_length, 1), "max_length", max_length, "an integer of at least 1")
+        require(is_integer(gpu_id), "gpu_id", gpu_id, "an integer, negative for the CPU")
         self.strategy = ContrastiveSearch(penalty_alpha=simctg_alpha, top_k=num_beams)
         self.max_length = max_length
         if gpu_id >= 0 and not torch.cuda.is_available():
@@ -136,13 +134,8 @@ class T5SimCTGGenerate:
             ids.append(row.reshape(-1))
             masks.append(mask.reshape(-1))
         length = max(int(mask.nonzero().max()) + 1 for mask in masks)
-        return _stacked(ids, length, self.tokenizer.pad_token_id or 0), _stacked(masks, length, 0)
-
-
-def _stacked(rows: list[torch.Tensor], length: int, filling: int) -> torch.Tensor:
-    """``(rows, length)``: each cut or filled up to `length`."""
-    cut = [row[:length] for row in rows]
-    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=filling) for row in cut])
+        pad = self.tokenizer.pad_token_id or 0
+        return stacked([row[:length] for row in ids], pad), stacked([mask[:length] for mask in masks], 0)
 
 
 def t5_cosine_similarity(outputs: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..loading import fitting_threads
-from ..text.batches import padded_rows
+from ..text.batches import by_length, padded_rows
 
 __all__ = ["Scored", "continuation_log_likelihoods"]
 
@@ -123,21 +123,17 @@ def _batches(
     rows: list[_Row], batch_rows: int, batch_tokens: int, positions: int, keeps_rows: bool
 ) -> Iterator[list[_Row]]:
     """``positions``: how many of them may have logits in a batch."""
-    batch: list[_Row] = []
-    asked: set[int] = set()
-    longest = 0
-    for row in sorted(rows, key=lambda row: (-len(row.inputs), -len(row.decoder), row.inputs)):
-        more = asked | set(row.asked if keeps_rows else range(row.end))
-        length = max(longest, len(row.inputs) + len(row.decoder))
-        count = len(batch) + 1
-        if batch and (count > batch_rows or count * length > batch_tokens or count * len(more) > positions):
-            yield batch
-            batch, longest = [], 0
-            more, length = set(row.asked if keeps_rows else range(row.end)), len(row.inputs) + len(row.decoder)
-        batch.append(row)
-        asked, longest = more, length
-    if batch:
-        yield batch
+    rows = sorted(rows, key=lambda row: (-len(row.inputs), -len(row.decoder), row.inputs))
+
+    def is_full(batch: list[int], index: int) -> bool:
+        together = [rows[place] for place in (*batch, index)]
+        asked = set().union(*(row.asked if keeps_rows else range(row.end) for row in together))
+        longest = max(len(row.inputs) + len(row.decoder) for row in together)
+        count = len(together)
+        return count > batch_rows or count * longest > batch_tokens or count * len(asked) > positions
+
+    for batch in by_length([row.inputs for row in rows], is_full):
+        yield [rows[index] for index in batch]
 
 
 def _forward(model: Any, batch: list[_Row]) -> tuple[Tensor, list[int]]:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .texts import tokenized
 
-__all__ = ["by_length", "cut_rows", "pad_token", "padded_rows"]
+__all__ = ["by_length", "cut_rows", "pad_token", "padded_rows", "stacked"]
 
 logger = logging.getLogger("simctg_fast")
 
@@ -57,7 +59,7 @@ def cut_rows(
     return rows, cut
 
 
-def by_length(rows: list[list[int]], is_full: Callable[[list[int], int], bool]) -> Iterator[list[int]]:
+def by_length(rows: Sequence[Sequence[int]], is_full: Callable[[list[int], int], bool]) -> Iterator[list[int]]:
     """Indices of rows of similar length, longest first. ``is_full(batch, index)``: whether a batch is to go without
     that row, which begins the next one."""
     batch: list[int] = []
@@ -77,13 +79,14 @@ def padded_rows(model: Any, rows: Sequence[Sequence[int]], pad: int, *, left: bo
     where ``left`` says.
     """
     left = not model.config.is_encoder_decoder if left is None else left
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(rows):
-        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
-        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+    ids, mask = stacked(rows, pad, left=left), stacked([[1] * len(row) for row in rows], 0, left=left)
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def stacked(rows: Sequence[Sequence[int] | Tensor], filling: int, *, left: bool = False) -> Tensor:
+    """``(rows, longest)`` int64, what is missing filled in on the right or the ``left``."""
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, True, filling, padding_side="left" if left else "right")
 
 
 def pad_token(tokenizer: Any, config: Any) -> int:

@@ -137,15 +137,10 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         inputs, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+        from ..text.batches import stacked
+
         return {
-            "input_ids": _pad(inputs, self.pad_token_id),
-            "attention_mask": _pad([[1] * len(row) for row in inputs], 0),
-            "labels": _pad(labels, IGNORE_INDEX),
+            "input_ids": stacked(inputs, self.pad_token_id),
+            "attention_mask": stacked([[1] * len(row) for row in inputs], 0),
+            "labels": stacked(labels, IGNORE_INDEX),
         }
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    import torch
-
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
