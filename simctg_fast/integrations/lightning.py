@@ -33,17 +33,8 @@ _TUTORIAL_KEYS = {
     "target_mask": "decoder_attention_mask",
 }
 
-_SETTINGS = (
-    "margin",
-    "reduction",
-    "contrastive_weight",
-    "pad_token_id",
-    "learning_rate",
-    "weight_decay",
-    "adam_epsilon",
-    "warmup_steps",
-    "impl",
-)
+_OF_LOSS = ("margin", "reduction", "contrastive_weight", "pad_token_id", "impl")
+_OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps")
 
 
 class Losses(NamedTuple):
@@ -153,7 +144,7 @@ class SimCTGModule(LightningModule):
         if pad_token_id is not None and not is_integer(pad_token_id):
             raise ValueError(f"pad_token_id is {pad_token_id!r:.80}, must be an integer")
         # By name, so that a subclass's own arguments are its own business.
-        self.save_hyperparameters(*_SETTINGS)
+        self.save_hyperparameters(*_OF_LOSS, *_OF_OPTIMIZER)
         self.model = model if isinstance(model, nn.Module) else _load(model)
         # `from_pretrained` hands models over in evaluation mode, and Lightning leaves modes as it finds them.
         self.model.train()
@@ -163,34 +154,23 @@ class SimCTGModule(LightningModule):
 
     def losses(self, batch: Mapping[str, Any]) -> Losses:
         """See `simctg_step`."""
-        settings = self.hparams
-        return simctg_step(
-            self.model,
-            batch,
-            margin=settings["margin"],
-            reduction=settings["reduction"],
-            contrastive_weight=settings["contrastive_weight"],
-            pad_token_id=settings["pad_token_id"],
-            impl=settings["impl"],
-        )
+        return simctg_step(self.model, batch, **{name: self.hparams[name] for name in _OF_LOSS})
 
     def _step(self, batch: Mapping[str, Any]) -> Tensor:
         return self.losses(batch).loss
 
-    def _log(self, stage: str, losses: Losses, batch: Mapping[str, Any]) -> None:
+    def _logged(self, stage: str, batch: Mapping[str, Any]) -> Tensor:
+        losses = self.losses(batch)
         rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
         values = {f"{stage}_{name}": value.detach() for name, value in losses._asdict().items()}
         self.log_dict(values, batch_size=rows, prog_bar=stage == "train", sync_dist=stage == "val")
+        return losses.loss
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        losses = self.losses(batch)
-        self._log("train", losses, batch)
-        return losses.loss
+        return self._logged("train", batch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        losses = self.losses(batch)
-        self._log("val", losses, batch)
-        return losses.loss
+        return self._logged("val", batch)
 
     def configure_optimizers(self) -> Any:
         settings = self.hparams
@@ -229,17 +209,11 @@ class T5FineTuner(SimCTGModule):
         if "model_name_or_path" not in values:
             raise ValueError(f"hparams must have model_name_or_path, got {', '.join(values) or 'none'}")
         name = values["model_name_or_path"]
-        warmup = values.get("warmup_steps")
-        super().__init__(
-            name,
-            margin=values.get("margin", 0.5),
-            reduction=values.get("reduction", "dense"),
-            contrastive_weight=values.get("contrastive_weight", 1.0),
-            learning_rate=values.get("learning_rate", 3e-4),
-            weight_decay=values.get("weight_decay", 0.0),
-            adam_epsilon=values.get("adam_epsilon", 1e-8),
-            warmup_steps=warmup,
-        )
+        read = ("margin", "reduction", "contrastive_weight", *_OF_OPTIMIZER)
+        settings: dict[str, Any] = {"reduction": "dense", "learning_rate": 3e-4} | {
+            key: values[key] for key in read if key in values
+        }
+        super().__init__(name, **settings)
         self.hparams.update({key: value for key, value in values.items() if key not in self.hparams})
         self.hparams["hparams"] = values  # what `load_from_checkpoint` hands to this class; a plain dict, loaded safely
         from transformers import AutoTokenizer

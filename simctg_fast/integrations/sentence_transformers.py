@@ -18,6 +18,12 @@ from .grad_cache import Features, cached_loss, layers, mini_batches
 __all__ = ["SimCSELoss"]
 
 _SECOND_VIEW = "simctg_fast.second_view"
+# What the model card prints.
+_SETTINGS = (
+    *("scale", "similarity_fct", "gather_across_devices", "directions", "partition_mode", "hardness_mode"),
+    *("hardness_strength", "hard_negative_weight", "mini_batch_size", "mini_batch_num_tokens", "symmetric"),
+    "in_view_negatives",
+)
 _COSINES = ("cos_sim", "pytorch_cos_sim")
 
 
@@ -120,21 +126,13 @@ class SimCSELoss(nn.Module):
                     "mini_batch_size, is named"
                 )
         check_choice("impl", impl, IMPLS)
-        self.model = model
-        self.scale = scale
-        self.similarity_fct = similarity_fct
-        self.gather_across_devices = gather_across_devices
-        self.directions = directions
-        self.partition_mode = partition_mode
-        self.hardness_mode = hardness_mode
-        self.hardness_strength = hardness_strength
+        self.model, self.scale, self.similarity_fct, self.impl = model, scale, similarity_fct, impl
+        self.gather_across_devices, self.show_progress_bar = gather_across_devices, show_progress_bar
+        self.directions, self.partition_mode = directions, partition_mode
+        self.hardness_mode, self.hardness_strength = hardness_mode, hardness_strength
         self.hard_negative_weight = hard_negative_weight
-        self.mini_batch_size = mini_batch_size
-        self.mini_batch_num_tokens = mini_batch_num_tokens
-        self.show_progress_bar = show_progress_bar
-        self.symmetric = symmetric
-        self.in_view_negatives = in_view_negatives
-        self.impl = impl
+        self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size, mini_batch_num_tokens
+        self.symmetric, self.in_view_negatives = symmetric, in_view_negatives
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """A scalar; ``labels`` are not read."""
@@ -239,20 +237,7 @@ class SimCSELoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card prints."""
-        return {
-            "scale": self.scale,
-            "similarity_fct": "cos_sim",
-            "gather_across_devices": self.gather_across_devices,
-            "directions": self.directions,
-            "partition_mode": self.partition_mode,
-            "hardness_mode": self.hardness_mode,
-            "hardness_strength": self.hardness_strength,
-            "hard_negative_weight": self.hard_negative_weight,
-            "mini_batch_size": self.mini_batch_size,
-            "mini_batch_num_tokens": self.mini_batch_num_tokens,
-            "symmetric": self.symmetric,
-            "in_view_negatives": self.in_view_negatives,
-        }
+        return {name: getattr(self, name) for name in _SETTINGS} | {"similarity_fct": "cos_sim"}
 
     @property
     def citation(self) -> str:
