@@ -17,7 +17,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -129,6 +129,15 @@ def is_plain_eager() -> bool:
     )
 
 
+def is_plain(value: Any, kind: Any = Parameter) -> TypeGuard[Tensor]:
+    """Whether the kernels take it: float32, contiguous, on the CPU, and of no other class than ``kind``."""
+    return type(value) is kind and value.dtype is torch.float32 and value.is_cpu and value.is_contiguous()
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 class NativeLinear:
     """A `Linear` without bias as :mod:`simctg_fast.ops.block_layers` takes it, made anew when the weight changes."""
 
@@ -143,9 +152,7 @@ class NativeLinear:
         not for it."""
         parameters = self.module._parameters
         weight = parameters.get("weight")
-        if type(weight) is not Parameter or parameters.get("bias") is not None:
-            return None
-        if weight.dtype is not torch.float32 or not weight.is_contiguous():
+        if not is_plain(weight) or parameters.get("bias") is not None:
             return None
         use = here(self.module)
         packed, limit = (None, most_rows()) if use is None else use.value.current(weight)
@@ -154,7 +161,7 @@ class NativeLinear:
         data: Tensor = weight if packed is None else packed
         state = self.state
         if state is None or state[0] is not weight or state[1] is not data or state[2] != data.data_ptr():
-            if not weight.is_cpu or weight.shape != self.shape:
+            if weight.shape != self.shape:
                 return None
             layer = native_layer(weight, None, False, packed)
             self.state = state = (weight, data, data.data_ptr(), layer)
@@ -165,34 +172,20 @@ def _product(self: Module, x: Tensor, transposed: bool) -> Tensor | None:
     """None if the kernel is not for it."""
     use, parameters = here(self), self._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if use is None or type(weight) is not Parameter or type(x) is not Tensor or not is_plain_eager():
+    if use is None or not is_plain(weight) or type(x) is not Tensor or not is_plain_eager():
         return None
     out_features, in_features = weight.shape
     if transposed:
         out_features, in_features = in_features, out_features
     packed, most_rows = use.value.current(weight)
     takes = (
-        x.dtype is weight.dtype is torch.float32
+        x.dtype is torch.float32
         and x.is_cpu
-        and weight.is_cpu
-        and weight.is_contiguous()
         and x.shape[-1] == in_features
         and 0 < x.numel() <= most_rows * in_features
         and out_features > 0
-        and (
-            bias is None
-            or (
-                type(bias) is Parameter
-                and bias.dtype is torch.float32
-                and bias.is_cpu
-                and bias.numel() == out_features
-                and bias.is_contiguous()
-            )
-        )
-        and not (
-            torch.is_grad_enabled()
-            and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-        )
+        and (bias is None or (is_plain(bias) and bias.numel() == out_features))
+        and not _wants_gradient(x, weight, bias)
     )
     return run_kernel(x, weight, bias, transposed, packed) if takes else None
 
@@ -221,11 +214,8 @@ def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
     if here(self) is None:
         return _NEW_GELU_FORWARD(self, input)
     if (
-        type(input) is Tensor
-        and input.dtype is torch.float32
-        and input.is_cpu
-        and input.is_contiguous()
-        and not (torch.is_grad_enabled() and input.requires_grad)
+        is_plain(input, Tensor)
+        and not _wants_gradient(input)
         and is_plain_eager()
         and _backends.extension() is not None
     ):
@@ -244,15 +234,10 @@ def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
         return type(self).forward(self, hidden_states)
     weight, epsilon = self._parameters.get("weight"), self.__dict__["variance_epsilon"]
     if (
-        type(hidden_states) is Tensor
-        and type(weight) is Parameter
-        and hidden_states.dtype is weight.dtype is torch.float32
-        and hidden_states.is_cpu
-        and weight.is_cpu
-        and hidden_states.is_contiguous()
-        and weight.is_contiguous()
+        is_plain(hidden_states, Tensor)
+        and is_plain(weight)
         and hidden_states.shape[-1:] == weight.shape
-        and not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad))
+        and not _wants_gradient(hidden_states, weight)
         and is_plain_eager()
         and _backends.extension() is not None
     ):
@@ -306,21 +291,14 @@ def _stand_in(module: Module) -> Any | None:
     kind = type(module)
     if kind not in _FORWARDS and not _is_rms_norm(kind):
         return None
-    own, ours, transposed = _FORWARDS[kind]
-    if kind.forward is not own:
+    original, replacement, transposed = _FORWARDS[kind]
+    if kind.forward is not original:
         return None
     if transposed is None:
-        return ours
+        return replacement
     weight = module._parameters.get("weight")
-    takes = (
-        type(weight) is Parameter
-        and weight.dim() == 2
-        and weight.dtype is torch.float32
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and _backends.extension() is not None
-    )
-    return ours if takes else None
+    takes = is_plain(weight) and weight.dim() == 2 and _backends.extension() is not None
+    return replacement if takes else None
 
 
 def _room_for(weights: Iterable[tuple[Tensor, bool]]) -> tuple[bool, int, int | None]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Dropout, Embedding, Linear, Module, ModuleList, Parameter, ReLU
+from torch.nn import Dropout, Embedding, Linear, Module, ModuleList, ReLU
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import EncoderDecoderCache
@@ -27,7 +27,7 @@ from transformers.models.t5 import modeling_t5 as t5
 from ..ops import _backends
 from ..ops.block_layers import Norm, feed_forward, linear_residual, norm_linears
 from .forwards import Forwards, has_own_forward, here
-from .modules import NativeLinear, is_plain_eager
+from .modules import NativeLinear, is_plain, is_plain_eager
 
 _BLOCKS = (t5.T5Block, mt5.MT5Block)
 # What a block may be made of, each with the forward that it has now.
@@ -63,29 +63,25 @@ class _Plan:
 
     def __init__(self, block: Module, current_step: Callable[[], Any]):
         self.current_step = current_step
+        attention, cross, dense = _parts(block)
+        self.self_attention, self.cross_attention = attention, cross
         layers: Any = block.layer
-        own, cross, last = layers
-        self.own, self.cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
         self.act = _ACTS[type(dense.act)]
-        self.norms = [own.layer_norm, cross.layer_norm, last.layer_norm]
+        self.norms = [layer.layer_norm for layer in layers]
         self.width = self.norms[0].weight.numel()
-        linears = [self.own.q, self.own.k, self.own.v, self.own.o, self.cross.q, self.cross.o, dense.wo]
-        linears += [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
+        linears = [attention.q, attention.k, attention.v, attention.o, cross.q, cross.o, dense.wo, *_widening(dense)]
         self.linears = [NativeLinear(linear) for linear in linears]
         self.places = [(parent._modules, name, part) for parent in block.modules() for name, part in _children(parent)]
         self.bias: tuple[Tensor, Tensor] | None = None  # the weight it was made from, and the bias
 
     def begin(self, hidden_states: Any, arguments: dict[str, Any]) -> _Call | None:
         """None unless what the call brings, and the block as it is now, are what the kernels are for."""
-        if type(hidden_states) is not Tensor or hidden_states.dtype is not torch.float32 or not hidden_states.is_cpu:
+        if torch.is_grad_enabled() or not is_plain(hidden_states, Tensor):
             return None
         rows, positions, width = hidden_states.shape
-        if torch.is_grad_enabled() or not hidden_states.is_contiguous() or positions != 1 or width != self.width:
+        if positions != 1 or width != self.width or not is_plain_eager() or _has_any_global_hook():
             return None
-        for name, value in arguments.items():
-            if not (value is None or value is False or name in _HARMLESS):
-                return None
-        if not is_plain_eager() or _has_any_global_hook():
+        if not all(value is None or value is False or name in _HARMLESS for name, value in arguments.items()):
             return None
         for siblings, name, part in self.places:
             if siblings.get(name) is not part or part.training or part._forward_hooks or part._forward_pre_hooks:
@@ -94,22 +90,22 @@ class _Plan:
                 return None
         norms = [(norm._parameters.get("weight"), norm.variance_epsilon) for norm in self.norms]
         states = [linear.current(rows) for linear in self.linears]
-        if not all(_is_plain(weight, width) for weight, _ in norms) or None in states:
+        if not all(is_plain(weight) and weight.shape == (width,) for weight, _ in norms) or None in states:
             return None
         return _Call([state[3] for state in states], norms, states)  # type: ignore[index]
 
     def relative_bias(self, width: int, seen: int) -> Tensor:
         """``(1, H, 1, width)``, for a query behind ``seen`` keys."""
-        attention, weight = self.own, self.own.relative_attention_bias.weight
+        attention: Any = self.self_attention
+        weight = attention.relative_attention_bias.weight
         if width != seen + 1:
-            made: Tensor = attention.compute_bias(1, width, device=weight.device, past_seen_tokens=seen)
-            return made
+            return attention.compute_bias(1, width, device=weight.device, past_seen_tokens=seen)
         # It depends on the distance alone: the last `width` of a longer one, while the few weights are what they were.
         known = self.bias
         if known is None or known[1].shape[-1] < width or not torch.equal(known[0], weight):
             longest = width + _AHEAD
-            made = attention.compute_bias(1, longest, device=weight.device, past_seen_tokens=longest - 1)
-            self.bias = known = (weight.detach().clone(), made.contiguous())
+            bias = attention.compute_bias(1, longest, device=weight.device, past_seen_tokens=longest - 1)
+            self.bias = known = (weight.detach().clone(), bias.contiguous())
         return known[1][..., -width:]
 
 
@@ -122,34 +118,32 @@ def _children(parent: Module) -> list[tuple[str, Module]]:
     return [(name, part) for name, part in parent._modules.items() if part is not None]
 
 
-def _is_plain(weight: Any, width: int) -> bool:
-    return (
-        type(weight) is Parameter
-        and weight.dtype is torch.float32
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and weight.shape == (width,)
-    )
-
-
 def _is_eligible(block: Any) -> bool:
     """Whether the block is made of what transformers makes it of, nothing of it replaced or wrapped."""
     if not block.is_decoder:
         return False
     if any(_PARTS.get(type(part)) is not type(part).forward or not has_own_forward(part) for part in block.modules()):
         return False
-    own, cross, last = block.layer
-    own, cross, dense = own.SelfAttention, cross.EncDecAttention, last.DenseReluDense
+    attention, cross, dense = _parts(block)
     if type(dense.act) not in _ACTS:
         return False
-    (width, inner), between = own.o.weight.shape, dense.wo.weight.shape[1]
-    widening = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
-    shapes = [(linear, (inner, width)) for linear in (own.q, own.k, own.v, cross.q)]
-    shapes += [(linear, (width, inner)) for linear in (own.o, cross.o)]
-    shapes += [(dense.wo, (width, between)), *((linear, (between, width)) for linear in widening)]
+    (width, inner), between = attention.o.weight.shape, dense.wo.weight.shape[1]
+    shapes = [(linear, (inner, width)) for linear in (attention.q, attention.k, attention.v, cross.q)]
+    shapes += [(linear, (width, inner)) for linear in (attention.o, cross.o)]
+    shapes += [(dense.wo, (width, between)), *((linear, (between, width)) for linear in _widening(dense))]
     return all(linear.weight.shape == shape for linear, shape in shapes) and all(
-        attention.n_heads * attention.key_value_proj_dim == inner for attention in (own, cross)
+        each.n_heads * each.key_value_proj_dim == inner for each in (attention, cross)
     )
+
+
+def _parts(block: Any) -> tuple[Any, Any, Any]:
+    """Self-attention, cross-attention and the feed-forward part."""
+    first, second, last = block.layer
+    return first.SelfAttention, second.EncDecAttention, last.DenseReluDense
+
+
+def _widening(dense: Any) -> list[Any]:
+    return [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_1") else [dense.wi]
 
 
 def _block_forward(
@@ -166,7 +160,7 @@ def _block_forward(
     if use is not None:
         plan: _Plan = use.value
         step = plan.current_step()
-        if step is not None and encoder_hidden_states is not None and _is_filled(cache, plan.cross):
+        if step is not None and encoder_hidden_states is not None and _is_filled(cache, plan.cross_attention):
             call = plan.begin(hidden_states, arguments)
     if step is None or cache is None or call is None:
         return type(self).forward(
@@ -180,17 +174,17 @@ def _block_forward(
             **arguments,
         )
     q, k, v, o, cross_q, cross_o, outer, inner, *gate = call.layers
-    rows, own, cross = hidden_states.shape[0], plan.own, plan.cross
+    rows, attention, cross = hidden_states.shape[0], plan.self_attention, plan.cross_attention
 
     # One position a row: (rows, heads, 1, dim) without a transposition.
-    shape = (rows, own.n_heads, 1, own.key_value_proj_dim)
+    shape = (rows, attention.n_heads, 1, attention.key_value_proj_dim)
     query, new_key, new_value = new = [hidden_states.new_empty(shape) for _ in range(3)]
     norm_linears(hidden_states, call.norms[0], [q, k, v], new)
-    seen = cache.self_attention_cache.get_seq_length(own.layer_idx)
-    key, value = cache.self_attention_cache.update(new_key, new_value, own.layer_idx)
-    if position_bias is None and own.has_relative_attention_bias:
+    seen = cache.self_attention_cache.get_seq_length(attention.layer_idx)
+    key, value = cache.self_attention_cache.update(new_key, new_value, attention.layer_idx)
+    if position_bias is None and attention.has_relative_attention_bias:
         position_bias = plan.relative_bias(key.shape[-2], seen)
-    out, position_bias = _attend(step, own, query, key, value, attention_mask, position_bias)
+    out, position_bias = _attend(step, attention, query, key, value, attention_mask, position_bias)
     hidden_states = linear_residual(out, o, hidden_states)
 
     layer = cache.cross_attention_cache.layers[cross.layer_idx]

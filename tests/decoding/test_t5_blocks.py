@@ -105,7 +105,7 @@ def test_the_bias_of_a_distance_is_kept_until_its_weight_changes(taken, monkeypa
     monkeypatch.setattr(modeling_t5.T5Attention, "compute_bias", compute_bias)
     with fast_t5_blocks(model, current_step):
         plan = here(model.decoder.block[0]).value
-        attention = plan.own
+        attention = plan.self_attention
         for seen in (0, 3, 40, 700, 2):
             expected = original(attention, 1, seen + 1, past_seen_tokens=seen)
             assert torch.equal(plan.relative_bias(seen + 1, seen), expected)
