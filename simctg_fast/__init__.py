@@ -41,39 +41,30 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it.
-_EXPORTS = {
-    "ContrastiveGenerator": "simctg_fast.text.contrastive_generator",
-    "ContrastiveSearch": "simctg_fast.decoding",
-    "Engine": "simctg_fast.engine",
-    "LinearChainCRF": "simctg_fast.crf",
-    "LowRankCRF": "simctg_fast.crf",
-    "SimCSELoss": "simctg_fast.losses",
-    "SimCTGLoss": "simctg_fast.losses",
-    "StochasticViterbiSample": "simctg_fast.crf",
-    "StochasticViterbiSamples": "simctg_fast.crf",
-    "SupportReport": "simctg_fast.decoding",
-    "T5SimCTGGenerate": "simctg_fast.compat",
-    "backend_info": "simctg_fast.ops",
-    "bundled_model_path": "simctg_fast.assets",
-    "compute_contrastive_loss": "simctg_fast.compat",
-    "contrastive_loss": "simctg_fast.functional",
-    "contrastive_search": "simctg_fast.decoding",
-    "cosine_similarity_matrix": "simctg_fast.functional",
-    "extract_features": "simctg_fast.text.features",
-    "generate": "simctg_fast.plain",
-    "patch_transformers": "simctg_fast.decoding",
-    "simcse_sup_loss": "simctg_fast.functional",
-    "simcse_unsup_loss": "simctg_fast.functional",
-    "support": "simctg_fast.decoding",
-    "t5_cosine_simirality": "simctg_fast.compat",
-    "t5_cosine_similarity": "simctg_fast.compat",
-    "unpatch_transformers": "simctg_fast.decoding",
-    "viterbi_backtrace": "simctg_fast.functional",
+# Module -> the public names that it defines.
+_MODULES = {
+    "assets": ("bundled_model_path",),
+    "compat": ("T5SimCTGGenerate", "compute_contrastive_loss", "t5_cosine_simirality", "t5_cosine_similarity"),
+    "crf": ("LinearChainCRF", "LowRankCRF", "StochasticViterbiSample", "StochasticViterbiSamples"),
+    "decoding": (
+        *("ContrastiveSearch", "SupportReport", "contrastive_search", "support"),
+        *("patch_transformers", "unpatch_transformers"),
+    ),
+    "engine": ("Engine",),
+    "functional": (
+        *("contrastive_loss", "cosine_similarity_matrix", "simcse_sup_loss", "simcse_unsup_loss"),
+        "viterbi_backtrace",
+    ),
+    "losses": ("SimCSELoss", "SimCTGLoss"),
+    "ops": ("backend_info",),
+    "plain": ("generate",),
+    "text.contrastive_generator": ("ContrastiveGenerator",),
+    "text.features": ("extract_features",),
 }
+_EXPORTS = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 _SUBMODULES = ("assets", "crf", "decoding", "engine", "functional", "losses", "ops", "plain")
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 
 def _find_kernels() -> None:

@@ -36,8 +36,8 @@ class _Transformers(GenerationMixin):
         self.config = PreTrainedConfig(vocab_size=vocabulary, is_encoder_decoder=False)
 
 
-def make_config(given: GenerationConfig | None, prompt: Tensor, values: dict[str, Any]) -> GenerationConfig:
-    """``given`` with ``values`` in place of its own, and everything unset at transformers' defaults.
+def make_config(generation_config: GenerationConfig | None, prompt: Tensor, values: dict[str, Any]) -> GenerationConfig:
+    """``generation_config`` with ``values`` in place of its own, and everything unset at transformers' defaults.
 
     Args:
         prompt: ``(B, L)``, for the lengths and the device.
@@ -46,13 +46,13 @@ def make_config(given: GenerationConfig | None, prompt: Tensor, values: dict[str
         TypeError: a name that is no field of ``GenerationConfig``.
         ValueError: a value that ``GenerationConfig`` refuses, or a setting that a plain step cannot have.
     """
-    if given is not None and not isinstance(given, GenerationConfig):
-        raise ValueError(f"generation_config must be a GenerationConfig, got {type(given).__name__}")
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}")
     typed = {name: value for name, value in values.items() if name != "temperature" or not is_number(value, 0, 0)}
     check_settings(typed, sampled=True)  # temperature=0 beside do_sample=False is a way of saying greedy
     if values.get("penalty_alpha") is not None:
         check_penalty_alpha(values["penalty_alpha"])
-    config = copy.deepcopy(given) if given is not None else GenerationConfig()
+    config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
     # This also has transformers check the values.
     unknown = config.update(**{name: value for name, value in values.items() if value is not None})
     if unknown:
@@ -95,30 +95,37 @@ def _set_special_tokens(config: GenerationConfig, device: torch.device) -> None:
 
 
 def make_processors(
-    config: GenerationConfig, prompt: Tensor, mask: Tensor | None, vocabulary: int, own: Any, prefix_allowed: Any
+    config: GenerationConfig,
+    prompt: Tensor,
+    mask: Tensor | None,
+    vocabulary: int,
+    logits_processor: Any,
+    prefix_allowed_tokens_fn: Any,
 ) -> LogitsProcessorList:
-    """What ``generate`` would apply, in its order, with the caller's ``own`` where it would put them."""
+    """What ``generate`` would apply, in its order, with the caller's ``logits_processor`` where it would put them."""
     return _Transformers(vocabulary)._get_logits_processor(
         generation_config=config,
         input_ids_seq_length=prompt.shape[1],
         encoder_input_ids=prompt,
-        prefix_allowed_tokens_fn=prefix_allowed,
-        logits_processor=_as_list(LogitsProcessorList, "logits_processor", own),
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        logits_processor=_as_list(LogitsProcessorList, "logits_processor", logits_processor),
         device=prompt.device,
         model_kwargs={"attention_mask": mask},
     )
 
 
-def make_criteria(config: GenerationConfig, vocabulary: int, own: Any, tokenizer: Any) -> StoppingCriteriaList:
+def make_criteria(
+    config: GenerationConfig, vocabulary: int, stopping_criteria: Any, tokenizer: Any
+) -> StoppingCriteriaList:
     if config.stop_strings is not None and tokenizer is None:
         raise ValueError(f"stop_strings={config.stop_strings!r} needs the tokenizer: pass tokenizer=...")
-    criteria = _as_list(StoppingCriteriaList, "stopping_criteria", own)
+    criteria = _as_list(StoppingCriteriaList, "stopping_criteria", stopping_criteria)
     return _Transformers(vocabulary)._get_stopping_criteria(config, criteria, tokenizer=tokenizer)
 
 
-def _as_list(kind: type, name: str, given: Any) -> Any:
+def _as_list(kind: type, name: str, value: Any) -> Any:
     """None, one callable, or an iterable of them, as transformers' list."""
-    items = [] if given is None else [given] if callable(given) and not isinstance(given, list) else list(given)
+    items = [] if value is None else [value] if callable(value) and not isinstance(value, list) else list(value)
     wrong = next((item for item in items if not callable(item)), None)
     if wrong is not None:
         raise ValueError(f"{name} must be callables, got {wrong!r}")
