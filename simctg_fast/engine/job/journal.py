@@ -28,7 +28,6 @@ SYNC_SECONDS = 2.0  # seconds after which what was written is forced to the disk
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _BEGIN = b'{"id": '  # how each of our lines begins
-_NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 Key = tuple[str, Any]  # ("id", its JSON text), or ("line", number) for a line without a usable id
 
@@ -108,7 +107,7 @@ class Journal:
         with open(os.dup(self._file), "rb") as lines:
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
-                if line.endswith(b"\n") or self._is_record(line):
+                if line.endswith(b"\n") or record_of(line) is not None:
                     if line.strip():  # an editor may leave an empty one
                         self._note(line, number)
                     self.size += len(line)
@@ -119,21 +118,10 @@ class Journal:
                 if not self.size and line[: len(_BEGIN)] != _BEGIN[: len(line)] and line.strip(b"\0"):
                     raise JournalError(f"the output {self.path} is no file of a run: it begins with {line[:60]!r}")
 
-    @staticmethod
-    def _is_record(line: bytes) -> bool:
-        try:
-            record_key(json.loads(line))
-        except _NO_RECORD:
-            return False
-        return True
-
     def _note(self, line: bytes, number: int) -> None:
-        try:
-            key, is_error, digest = record_key(json.loads(line))
-        except _NO_RECORD as error:
-            raise JournalError(
-                f"line {number} of the output {self.path} is no record of a run: {line[:60]!r}"
-            ) from error
+        if (record := record_of(line)) is None:
+            raise JournalError(f"line {number} of the output {self.path} is no record of a run: {line[:60]!r}")
+        key, is_error, digest = record
         if key in self.done:
             raise JournalError(f"line {number} of the output {self.path} repeats {key[0]} {key[1]}")
         self.done[key] = digest
@@ -162,7 +150,7 @@ class Journal:
             os.chmod(name, stat.S_IMODE(os.fstat(self._file).st_mode))
             with open(os.dup(self._file), "rb") as old, open(draft, "wb", closefd=False) as new:
                 old.seek(0)
-                new.writelines(line for line in old if not line.strip() or record_key(json.loads(line))[0] not in keys)
+                new.writelines(line for line in old if (record := record_of(line)) is None or record[0] not in keys)
             os.fsync(draft)
             os.close(draft)
             kept = os.open(name, os.O_RDWR | os.O_APPEND | _PLAIN)
@@ -278,21 +266,17 @@ class Stream:
         pass
 
 
-def record_key(record: dict[str, Any]) -> tuple[Key, bool, str]:
-    """What a line of output answers, whether with an error, and the digest of the request.
-
-    Raises ValueError, KeyError or TypeError for other objects.
-    """
-    error = record["error"]
-    request_id = record["custom_id"] if "custom_id" in record else record["id"]
-    digest = record.get("request_digest", "")
-    if not isinstance(digest, str):
-        raise ValueError("a digest is a string")
-    if request_id is not None:
-        return id_key(request_id), error is not None, digest
-    if error is None or not isinstance(error.get("line"), int):
-        raise ValueError("a record without an id needs the line it answers")
-    return ("line", error["line"]), True, digest
+def record_of(line: bytes) -> tuple[Key, bool, str] | None:
+    """What a line of output answers, whether with an error, and the digest of the request; None if it is no record."""
+    try:
+        record = json.loads(line)
+        error, digest = record["error"], record.get("request_digest", "")
+        request_id = record["custom_id"] if "custom_id" in record else record["id"]
+        key = ("line", error["line"]) if request_id is None else id_key(request_id)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    is_whole = isinstance(digest, str) and (key[0] == "id" or isinstance(key[1], int))
+    return (key, error is not None, digest) if is_whole else None
 
 
 def _output_path(path: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from ...checks import user_path
 from ...text.files import TextLines, content_suffix, made_parent
 from ..requests import decode_line, line_id
-from .journal import Key, id_key, record_key
+from .journal import Key, id_key, record_of
 from .manifest import digest, read_manifest
 
 
@@ -39,10 +38,9 @@ def merge(outputs: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str
                     continue
                 if not line.endswith(b"\n"):
                     raise ValueError(f"the last line of {os.fspath(output)} is torn: start its run again, then merge")
-                try:
-                    key, _, _ = record_key(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    raise ValueError(f"line {number} of {os.fspath(output)} is no record of a run") from error
+                if (record := record_of(line)) is None:
+                    raise ValueError(f"line {number} of {os.fspath(output)} is no record of a run")
+                key = record[0]
                 if key in records:
                     raise ValueError(f"{os.fspath(output)} repeats {key[0]} {key[1]}")
                 records[key] = line
