@@ -6,14 +6,11 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .engine import Engine
 from .requests import Request
 from .results import Result
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["TextGenerator", "Written"]
 
@@ -39,7 +36,7 @@ class TextGenerator:
         stop: texts that end a continuation and are no part of it, as in the engine.
         seed: of the draws that a `temperature` makes; drawn anew where there is none.
         batch_size: prompts that are written at a time.
-        device, dtype, trust_remote_code: see `load_model`.
+        loading: ``device``, ``dtype`` and ``trust_remote_code`` of `load_model`.
     """
 
     def __init__(
@@ -53,16 +50,11 @@ class TextGenerator:
         seed: int | None = None,
         stop: Sequence[str] | None = None,
         batch_size: int = 8,
-        device: str | None = None,
-        dtype: str | torch.dtype = "auto",
-        trust_remote_code: bool = False,
+        **loading: Any,
     ) -> None:
         drawn: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
         self.engine = Engine.from_pretrained(
             model,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
             strategy="stochastic-contrastive" if drawn else "contrastive",
             slots=batch_size,
             seed=secrets.randbits(62) if seed is None else seed,
@@ -72,6 +64,7 @@ class TextGenerator:
             stop=list(stop or ()),
             clamp_max_new_tokens=True,
             **drawn,
+            **loading,
         )
         self.notes: list[str] = []
 

@@ -37,8 +37,10 @@ from typing import Any
 
 import numpy as np
 
+from ..engine import Engine
 from ..engine.job.job import Answers, Job, JobOptions, engine_options
 from ..engine.job.summary import Summary
+from ..engine.parameters import NAMES
 from ..engine.requests import Request
 from ..engine.results import Record
 from ..engine.sequence import IDLE
@@ -61,32 +63,18 @@ class BatchGenerator:
     Args:
         model: folder or hub name, reachable from every worker.
         threads: of torch in this worker; default: Ray's own setting.
-        device, dtype, trust_remote_code: see `load_model`; Ray decides which GPU is the first.
-        options: those of :class:`simctg_fast.engine.Engine`.
+        options: those of :class:`simctg_fast.engine.Engine`, and ``device``, ``dtype`` and ``trust_remote_code`` of
+            `load_model`; Ray decides which GPU is the first.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        threads: int | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
-        **options: Any,
-    ):
+    def __init__(self, model: str, *, threads: int | None = None, **options: Any):
         import torch
-
-        from ..engine import Engine
 
         if threads is not None:
             torch.set_num_threads(threads)
-        loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        self.engine = Engine.from_pretrained(model, **loading, **options)
+        self.engine = Engine.from_pretrained(model, **options)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        from ..engine.parameters import NAMES
-
         names = [name for name in ("prompt", "messages", "source", *NAMES) if name in batch]
         count = len(next(iter(batch.values()))) if batch else 0
         # Ids must be unique within a batch; the rows' own need not be, and may be missing.
@@ -150,10 +138,7 @@ def run_on_ray(
     workers: int = 1,
     address: str | None = None,
     threads: int | None = None,
-    log_json: bool = False,
-    quiet: bool = False,
-    changed: str = "refuse",
-    retry_errors: bool = False,
+    **settings: Any,
 ) -> Summary:
     """The job ``options`` on ``workers`` engines of a Ray cluster: same files, same lines, same resume as without Ray.
 
@@ -164,13 +149,12 @@ def run_on_ray(
         workers: engines; each takes a GPU where the cluster has any.
         address: of a running cluster; by default one is started on this machine and ended with the job.
         threads: of torch in each worker without a GPU; default: the processors here, shared out.
-        log_json, quiet, changed, retry_errors: see `Job`.
+        settings: ``log_json``, ``quiet``, ``changed`` and ``retry_errors`` of a `Job`.
 
     Raises:
         ImportError: Ray, pandas or pyarrow does not load; the message names which. Otherwise as
             :class:`simctg_fast.engine.job.Job`.
     """
-    settings = {"log_json": log_json, "quiet": quiet, "changed": changed, "retry_errors": retry_errors}
     return _RayJob(options, workers, address, threads, **settings).run()
 
 
@@ -191,17 +175,10 @@ def _import_ray() -> Any:
 class _RayJob(Job):
     """A job whose requests are answered by the workers of a cluster."""
 
-    def __init__(
-        self,
-        options: JobOptions,
-        workers: int,
-        address: str | None,
-        threads: int | None,
-        **settings: Any,
-    ):
-        ray = _import_ray()
+    def __init__(self, options: JobOptions, workers: int, address: str | None, threads: int | None, **settings: Any):
+        self.ray = _import_ray()
         super().__init__(options, **settings)
-        self.ray, self.workers, self.address, self.threads = ray, workers, address, threads
+        self.workers, self.address, self.threads = workers, address, threads
 
     @contextmanager
     def _open(self, slots: int | None) -> Iterator[Answers]:
@@ -214,7 +191,29 @@ class _RayJob(Job):
             for request in requests
             if request is not IDLE
         ]
-        for row in _rows(self.ray, self.options, waiting, self.workers, self.threads, self.created):
+        options = self.options
+        self.ray.data.DataContext.get_current().enable_progress_bars = False
+        gpus = self.ray.cluster_resources().get("GPU", 0) > 0 and options.device != "cpu"
+        blocks = max(-(-len(waiting) // _BLOCK_ROWS), min(len(waiting), _BLOCKS_PER_WORKER * self.workers))
+        threads = self.threads
+        if threads is None and not gpus:
+            threads = max(1, (os.cpu_count() or 1) // self.workers)
+        constructor = {
+            "model": os.path.abspath(options.model) if os.path.isdir(options.model) else os.fspath(options.model),
+            "model_name": os.fspath(options.model),
+            "created": self.created,
+            "threads": threads,
+            **engine_options(options),
+        }
+        data = self.ray.data.from_items(waiting, override_num_blocks=blocks).map_batches(
+            _LineGenerator,
+            fn_constructor_kwargs=constructor,
+            batch_size=None,  # a block at a time
+            compute=self.ray.data.ActorPoolStrategy(size=self.workers),
+            num_cpus=None if gpus else 0.5,
+            num_gpus=1 if gpus else None,
+        )
+        for row in data.iter_rows():
             yield Record(**row)
 
     def _stop(self) -> None:
@@ -224,56 +223,21 @@ class _RayJob(Job):
         return {"batching": f"ray, {self.workers} workers", "slots": self.options.slots}
 
 
-class _cluster:
+@contextmanager
+def _cluster(ray: Any, address: str | None, workers: int) -> Iterator[None]:
     """Joins the cluster at ``address``, or starts one for the length of a ``with`` block."""
-
-    def __init__(self, ray: Any, address: str | None, workers: int):
-        self.ray, self.address, self.workers = ray, address, workers
-        self.ours = not ray.is_initialized()
-
-    def __enter__(self) -> None:
-        if not self.ours:
-            return
-        paths = os.pathsep.join(dict.fromkeys([path for path in sys.path if path] + [os.getcwd()]))
-        settings: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
-        if self.address is not None:
-            settings = {"address": self.address, "log_to_driver": False}
-        else:
-            # Logical processors: a cluster of two would have none left for reading beside two workers.
-            settings |= {"num_cpus": max(4, 2 * self.workers, os.cpu_count() or 1), "include_dashboard": False}
-        self.ray.init(logging_level=logging.ERROR, **settings)
+    if ray.is_initialized():
+        yield
+        return
+    paths = os.pathsep.join(dict.fromkeys([path for path in sys.path if path] + [os.getcwd()]))
+    settings: dict[str, Any] = {"address": address}
+    if address is None:
+        settings = {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}, "include_dashboard": False}
+        # Logical processors: a cluster of two would have none left for reading beside two workers.
+        settings["num_cpus"] = max(4, 2 * workers, os.cpu_count() or 1)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and timings are not the user's
-
-    def __exit__(self, *exc: object) -> None:
-        if self.ours:
-            self.ray.shutdown()
-
-
-def _rows(
-    ray: Any, options: JobOptions, waiting: list[dict[str, Any]], workers: int, threads: int | None, created: int
-) -> Iterator[dict[str, Any]]:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    gpus = ray.cluster_resources().get("GPU", 0) > 0 and options.device != "cpu"
-    blocks = max(-(-len(waiting) // _BLOCK_ROWS), min(len(waiting), _BLOCKS_PER_WORKER * workers))
-    if threads is None and not gpus:
-        threads = max(1, (os.cpu_count() or 1) // workers)
-    constructor = {
-        "model": os.fspath(options.model) if not os.path.isdir(options.model) else os.path.abspath(options.model),
-        "model_name": os.fspath(options.model),
-        "created": created,
-        "threads": threads,
-        "device": options.device,
-        "dtype": options.dtype,
-        "trust_remote_code": options.trust_remote_code,
-        **engine_options(options),
-    }
-    data = ray.data.from_items(waiting, override_num_blocks=blocks).map_batches(
-        _LineGenerator,
-        fn_constructor_kwargs=constructor,
-        batch_size=None,  # a block at a time
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=None if gpus else 0.5,
-        num_gpus=1 if gpus else None,
-    )
-    yield from data.iter_rows()
+        yield
+    finally:
+        ray.shutdown()

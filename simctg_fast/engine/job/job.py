@@ -368,13 +368,7 @@ class Job:
         """Load what answers requests, for the length of a ``with`` block."""
         o = self.options
         with self.loading:
-            self.engine = engine = Engine.from_pretrained(
-                o.model,
-                device=o.device,
-                dtype=o.dtype,
-                trust_remote_code=o.trust_remote_code,
-                **engine_options(o) | {"slots": slots},
-            )
+            self.engine = engine = Engine.from_pretrained(o.model, **engine_options(o) | {"slots": slots})
         yield lambda requests: (r.as_record(str(o.model), self.created) for r in engine.generate(requests))
 
     def _stop(self) -> None:
@@ -491,8 +485,11 @@ def _no_answers(requests: Iterator[Request]) -> Iterator[Record]:
 
 
 def engine_options(options: JobOptions) -> dict[str, Any]:
-    """What `Engine` takes of them."""
-    names = ("strategy", "slots", "memory", "processor", "seed", "trace", "batching", "share_prefixes")
+    """What `Engine.from_pretrained` takes of them, but for the model."""
+    names = (
+        *("strategy", "slots", "memory", "processor", "seed", "trace", "batching", "share_prefixes"),
+        *("device", "dtype", "trust_remote_code"),
+    )
     return {name: getattr(options, name) for name in names} | options.parameters
 
 
