@@ -160,8 +160,19 @@ def train(
         record = _new_record(folder, facts, isotropy_before=_measure(loaded, measured, collate))
 
     progress = _progress_callback(folder / LOG)
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
     trainer = _make_trainer(
-        loaded, rows, held_out, collate, options, folder, device, save_every, log_every, keep, progress
+        options,
+        {"model": loaded, "train_dataset": rows, "eval_dataset": held_out, "data_collator": collate},
+        progress,
+        output_dir=str(folder),
+        use_cpu=use_cpu,
+        dataloader_pin_memory=not use_cpu,
+        logging_steps=log_every,
+        save_steps=save_every,
+        save_total_limit=keep,
+        eval_strategy="no" if held_out is None else "steps",
+        eval_steps=save_every,
     )
     checkpoint = last_checkpoint(folder)
     resumed_from = 0
@@ -195,62 +206,29 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _make_trainer(
-    model: Any,
-    rows: list,
-    held_out: list | None,
-    collate: Collator,
-    options: TrainingOptions,
-    folder: Path,
-    device: str | None,
-    save_every: int,
-    log_every: int,
-    keep: int,
-    progress: Any,
-) -> Any:
-    import torch
+def _make_trainer(options: TrainingOptions, parts: dict[str, Any], progress: Any, **arguments: Any) -> Any:
+    """``parts`` of a `SimCTGTrainer`, ``arguments`` of its `TrainingArguments` beside those that are ``options``."""
     from transformers import PrinterCallback, TrainingArguments
 
     from ..integrations.trainer import SimCTGTrainer
 
     fields = TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    use_cpu = device == "cpu" or not torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
+    arguments |= {checkpointing: options.gradient_checkpointing}
+    arguments |= _named(options, "learning_rate", "warmup_steps", "weight_decay", "seed", "bf16")
+    settings = TrainingArguments(
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         num_train_epochs=options.epochs,
         max_steps=options.steps or -1,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        bf16=options.bf16,
-        use_cpu=use_cpu,
-        dataloader_pin_memory=not use_cpu,
-        logging_steps=log_every,
-        save_steps=save_every,
-        save_total_limit=keep,
-        eval_strategy="no" if held_out is None else "steps",
-        eval_steps=save_every,
         prediction_loss_only=True,
         disable_tqdm=True,
         report_to="none",
-        **{checkpointing: options.gradient_checkpointing},
+        **arguments,
     )
-    trainer = SimCTGTrainer(
-        model,
-        arguments,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=collate,
-        callbacks=[progress],
-        margin=options.margin,
-        reduction=options.reduction,
-        contrastive_weight=options.contrastive_weight,
-    )
+    loss = _named(options, "margin", "reduction", "contrastive_weight")
+    trainer = SimCTGTrainer(args=settings, callbacks=[progress], **parts, **loss)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -430,19 +408,16 @@ Loss: Su et al. 2022, "A Contrastive Framework for Neural Text Generation".
 """
 
 
+def _named(options: TrainingOptions, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
 def _summary(folder: Path, record: dict[str, Any], resumed_from: int = 0) -> Summary:
-    return Summary(
-        folder=folder,
-        steps=record["steps"],
-        resumed_from=resumed_from,
-        isotropy_before=record["isotropy_before"],
-        isotropy_after=record["isotropy_after"],
-        validation=record["validation_metrics"],
-    )
+    before, after = record["isotropy_before"], record["isotropy_after"]
+    return Summary(folder, record["steps"], resumed_from, before, after, record["validation_metrics"])
 
 
-def _digest(path: str | os.PathLike[str]) -> dict[str, str]:
-    path = user_path(path)
+def _digest(path: Path) -> dict[str, str]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
