@@ -72,17 +72,12 @@ def load_model(
     """
     import transformers
 
-    target = _device(device)
-    source = _found(name, trust_remote_code)
-    adapter = _adapter_config(source) if source.is_adapter else None
-    base = source if adapter is None else _base(source, adapter)
+    target, source = _device(device), _found(name, trust_remote_code)
+    base, _ = _base(source)
     with _one_line(base):
         config = transformers.AutoConfig.from_pretrained(base.place, **base.options)
     loader = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    tokenizer = _tokenizer(source if _has_tokenizer(source) else base)
-    model = _weights(loader, base, dtype)
-    if adapter is not None:
-        model = _adapted(model, tokenizer, source)
+    model, tokenizer = _loaded(loader, source, base, dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # The continuation is written behind the prompt, so the padding of a decoder's prompt must stand before it.
@@ -106,22 +101,16 @@ def load_backbone(
     """
     import transformers
 
-    target = _device(device)
-    source = _found(name, trust_remote_code)
-    if not source.is_adapter:
-        tokenizer = _tokenizer(source)
-        return _weights(transformers.AutoModel, source, dtype, complete=False).to(target), tokenizer
-    adapter = _adapter_config(source)
-    base = _base(source, adapter)
+    target, source = _device(device), _found(name, trust_remote_code)
+    base, adapter = _base(source)
     if "num_virtual_tokens" in adapter:
         raise ModelError(f"{_CANNOT}: the adapter in {source.place!r} is a learned prompt, which no hidden state shows")
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
     head = getattr(transformers, str(named or _HEADS.get(str(adapter.get("task_type")), "AutoModel")), None)
     if head is None:
         raise ModelError(f"{_CANNOT}: the adapter in {source.place!r} is for a {named}, not in transformers")
-    tokenizer = _tokenizer(source if _has_tokenizer(source) else base)
-    model = _weights(head, base, dtype, complete=False)
-    return _adapted(model, tokenizer, source).to(target), tokenizer
+    model, tokenizer = _loaded(head, source, base, dtype, complete=False)
+    return model.to(target), tokenizer
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
@@ -216,6 +205,13 @@ def _ask_hub(name: str) -> str:
         return ADAPTER
 
 
+def _loaded(loader: Any, source: _Source, base: _Source, dtype: Any, complete: bool = True) -> tuple[Any, Any]:
+    """Model and tokenizer; of an adapter the one in its base, the other its own if it has one."""
+    tokenizer = _tokenizer(source if _has_tokenizer(source) else base)
+    model = _weights(loader, base, dtype, complete)
+    return (_adapted(model, tokenizer, source) if source.is_adapter else model), tokenizer
+
+
 def _tokenizer(source: _Source) -> Any:
     import transformers
 
@@ -257,14 +253,18 @@ def _adapter_config(source: _Source) -> dict[str, Any]:
     return config
 
 
-def _base(source: _Source, adapter: dict[str, Any]) -> _Source:
+def _base(source: _Source) -> tuple[_Source, dict[str, Any]]:
+    """The model itself, or that of an adapter with what PEFT wrote beside it."""
+    if not source.is_adapter:
+        return source, {}
+    adapter = _adapter_config(source)
     try:
         base = _found(adapter["base_model_name_or_path"], source.options["trust_remote_code"])
     except ModelError as error:
         raise ModelError(f"the base model of the adapter in {source} cannot be had: {error}") from error
     if base.is_adapter:
         raise ModelError(f"the base model of the adapter in {source} is {base}, an adapter itself: merge that first")
-    return base
+    return base, adapter
 
 
 def _has_tokenizer(source: _Source) -> bool:
