@@ -183,11 +183,14 @@ class Arguments:
 def position_table(model: Any) -> int | None:
     """Size of the decoder's table of positions; None for models that compute theirs."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is None:
-        return None
+    return None if limit is None or position_embedding(model, limit) is None else limit
+
+
+def position_embedding(model: Any, limit: int) -> torch.nn.Embedding | None:
+    """The module that is a table of at least ``limit`` positions; None where there is none."""
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         is_table = isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last)
         if is_table and limit <= module.num_embeddings <= limit + 2:  # OPT and BART keep two rows for other uses
-            return limit
+            return module
     return None

@@ -231,17 +231,15 @@ def _backbone(model: Any) -> Any:
 
 def _room(backbone: Any) -> int | None:
     """Tokens that the table of positions holds; None for models that compute their positions."""
+    from ..decoding.generate_arguments import position_embedding  # which imports generation: a model is there by now
+
     limit = getattr(backbone.config, "max_position_embeddings", None)
-    if limit is None:
+    table = None if limit is None else position_embedding(backbone, limit)
+    if limit is None or table is None:
         return None
-    for name, module in backbone.named_modules():
-        last = name.rpartition(".")[2]
-        is_table = isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last)
-        if is_table and limit <= module.num_embeddings <= limit + 2:
-            # RoBERTa counts positions from behind its padding's.
-            lost = module.padding_idx + 1 if module.padding_idx is not None and module.num_embeddings == limit else 0
-            return limit - lost
-    return None
+    # RoBERTa counts positions from behind its padding's.
+    lost = table.padding_idx + 1 if table.padding_idx is not None and table.num_embeddings == limit else 0
+    return limit - lost
 
 
 def _forwards(
