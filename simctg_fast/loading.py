@@ -25,7 +25,6 @@ __all__ = [
     "load_backbone",
     "load_model",
     "load_tokenizer",
-    "tokenize",
 ]
 
 logger = logging.getLogger("simctg_fast")
@@ -244,20 +243,14 @@ def _weights(loader: Any, source: _Source, dtype: Any, complete: bool = True) ->
     return model.eval()
 
 
-def _adapter_config(source: _Source) -> dict[str, Any]:
-    """What PEFT wrote beside an adapter."""
-    with _one_line(source):
-        config = json.loads(Path(_file(source, ADAPTER)).read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
-        raise ModelError(f"{_CANNOT}: {source} has an {ADAPTER} that names no base_model_name_or_path")
-    return config
-
-
 def _base(source: _Source) -> tuple[_Source, dict[str, Any]]:
     """The model itself, or that of an adapter with what PEFT wrote beside it."""
     if not source.is_adapter:
         return source, {}
-    adapter = _adapter_config(source)
+    with _one_line(source):
+        adapter = json.loads(Path(_file(source, ADAPTER)).read_text(encoding="utf-8"))
+    if not isinstance(adapter, dict) or not isinstance(adapter.get("base_model_name_or_path"), str):
+        raise ModelError(f"{_CANNOT}: {source} has an {ADAPTER} that names no base_model_name_or_path")
     try:
         base = _found(adapter["base_model_name_or_path"], source.options["trust_remote_code"])
     except ModelError as error:
@@ -355,25 +348,6 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch raises either, by build
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that this torch can use, got {name!r}: {reason}") from error
-
-
-def tokenize(model: Any, tokenizer: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask``, ``(len(prompts), T)`` each, on the model's device.
-
-    Raises:
-        ValueError: a prompt has no token, or leaves no room in the model's context.
-    """
-    if not prompts:
-        raise ValueError("prompts must hold at least one text, got none")
-    encoded = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, verbose=False)
-    lengths = encoded["attention_mask"].sum(dim=1).tolist()
-    limit = context_length(model)
-    for prompt, length in zip(prompts, lengths, strict=True):
-        if length == 0:
-            raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
-        if limit is not None and length >= limit and not model.config.is_encoder_decoder:
-            raise ValueError(f"the prompt {prompt[:40]!r}… has {length} tokens; the model's context holds {limit}")
-    return {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
 
 def context_length(model: Any) -> int | None:

@@ -107,7 +107,8 @@ def compare(
     import torch
 
     from ..decoding import ContrastiveSearch
-    from ..loading import fitting_threads, tokenize
+    from ..loading import context_length, fitting_threads
+    from .batches import cut_rows, pad_token, padded_rows
 
     def options(method: str) -> dict[str, Any]:
         if method == "nucleus":
@@ -125,7 +126,9 @@ def compare(
         seconds = time.perf_counter() - started
         return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds
 
-    encoded = [tokenize(model, tokenizer, [prompt]) for prompt in prompts]
+    limit, pad = context_length(model), pad_token(tokenizer, model.config)
+    rows, _ = cut_rows(tokenizer, list(prompts), None, limit, room=None if limit is None else limit - 1)
+    encoded = [padded_rows(model, [row], pad) for row in rows]
     for method in METHODS:
         run(method, encoded[0], 2)  # first calls build things that later ones reuse: not part of anybody's time
     comparisons = []

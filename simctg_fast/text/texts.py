@@ -47,46 +47,35 @@ def tokenized(tokenizer: Any, texts: list[str], **options: Any) -> Any:
         ValueError: a text that the tokenizer cannot take or that has no token; the message has its index and the
             reason.
     """
-    try:
-        encoded = tokenizer(texts, **options)
-        problem = _problem(encoded, len(texts))
-    except Exception as error:  # of any kind, by tokenizer
-        for index, text in enumerate(texts):
-            _check_alone(tokenizer, index, text, options)
-        raise ValueError(
-            f"the tokenizer takes each of the {len(texts)} texts, but not all together: {error}"
-        ) from error
+    encoded, problem, error = _tried(tokenizer, texts, options)
     if problem:
         for index, text in enumerate(texts):
-            _check_alone(tokenizer, index, text, options)
-        raise ValueError(f"the tokenizer takes each of the {len(texts)} texts, but for all together {problem}")
+            _, alone, cause = _tried(tokenizer, [text], options)
+            if alone:
+                raise ValueError(f"texts[{index}] cannot be tokenized ({alone}), got {short(text)}") from cause
+        together = f"for all together {problem}" if error is None else f"not all together: {error}"
+        raise ValueError(f"the tokenizer takes each of the {len(texts)} texts, but {together}") from error
     for index, row in enumerate(encoded["input_ids"]):
         if not len(row):
             raise ValueError(f"texts[{index}] must have at least one token, got {short(texts[index])}")
     return encoded
 
 
-def _check_alone(tokenizer: Any, index: int, text: str, options: dict[str, Any]) -> None:
+def _tried(tokenizer: Any, texts: list[str], options: dict[str, Any]) -> tuple[Any, str, Exception | None]:
+    """What the tokenizer returns; why that is none of what tokenizers return, empty where it is; and what it raised."""
     try:
-        problem = _problem(tokenizer([text], **options), 1)
-    except Exception as error:
-        raise ValueError(
-            f"texts[{index}] cannot be tokenized ({type(error).__name__}: {error}), got {short(text)}"
-        ) from error
-    if problem:
-        raise ValueError(f"texts[{index}] cannot be tokenized ({problem}), got {short(text)}")
-
-
-def _problem(encoded: Any, count: int) -> str:
-    """Why this is not what a tokenizer returns; empty where it is."""
-    if encoded is None:
-        return "the tokenizer returned None"
-    rows = encoded["input_ids"]
-    if rows is None or len(rows) != count:
-        return f"the tokenizer returned input_ids of {'None' if rows is None else len(rows)} in place of {count} texts"
-    if any(row is None or not hasattr(row, "__len__") for row in rows):
-        return "the tokenizer returned no list of input_ids"
-    return ""
+        encoded = tokenizer(texts, **options)
+        if encoded is None:
+            return None, "the tokenizer returned None", None
+        rows = encoded["input_ids"]
+        if rows is None or len(rows) != len(texts):
+            count = None if rows is None else len(rows)
+            return None, f"the tokenizer returned input_ids of {count} in place of {len(texts)} texts", None
+        if any(row is None or not hasattr(row, "__len__") for row in rows):
+            return None, "the tokenizer returned no list of input_ids", None
+    except Exception as error:  # of any kind, by tokenizer
+        return None, f"{type(error).__name__}: {error}", error
+    return encoded, "", None
 
 
 def short(value: Any) -> str:
