@@ -31,6 +31,8 @@ class Sequence:
         on_text: called with what is new of the text as it is written.
     """
 
+    _generator: torch.Generator | None
+
     def __init__(
         self,
         request: Request,
@@ -55,20 +57,13 @@ class Sequence:
         # What is written is read as the text goes on: behind a prompt, but an answer is a text of its own.
         self.before = prompt_ids if source_ids is None and not request.is_answered else []
         self.on_text, self._shown = on_text, ""
-        self._settled, self._settled_tokens = "", 0  # text that no later token changes
-        self.tokens: list[int] = []
-        self.finish_reason: str | None = None
         self.failure: tuple[str, str] | None = None  # kind, message
-        self.logprobs: list[dict[str, Any]] | None = [] if self.parameters.logprobs else None
-        self.trace: list[dict[str, Any]] | None = [] if record_trace else None
         self.started = 0.0
-        self._seed = seed
-        self._generator: torch.Generator | None = None
-        self._text: str | None = None
+        self._seed, self._record_trace = seed, record_trace
+        self.restart()
         # A token may stand for a single byte, a character takes four at most.
         self._tail = max((4 * len(s) + 8 for s in self.parameters.stop), default=0)
         self._hidden = special if self.parameters.skip_special_tokens else {}
-        self._visible: list[int] = []
         self._special_stops = [s for s in self.parameters.stop if any(text in s for text in self._hidden.values())]
 
     @property
@@ -101,10 +96,14 @@ class Sequence:
 
     def restart(self) -> None:
         """Forget what was written, to write it again from the prompt."""
-        self.tokens, self._generator, self.finish_reason, self._text = [], None, None, None
-        self._settled, self._settled_tokens, self._visible = "", 0, []
-        self.logprobs = None if self.logprobs is None else []
-        self.trace = None if self.trace is None else []
+        self.tokens: list[int] = []
+        self._visible: list[int] = []
+        self._generator = None
+        self.finish_reason: str | None = None
+        self._text: str | None = None
+        self._settled, self._settled_tokens = "", 0  # text that no later token changes
+        self.logprobs: list[dict[str, Any]] | None = [] if self.parameters.logprobs else None
+        self.trace: list[dict[str, Any]] | None = [] if self._record_trace else None
 
     def input_ids(self, device: torch.device) -> torch.Tensor:
         return torch.tensor([self.prompt_ids + self.tokens], dtype=torch.long, device=device)
