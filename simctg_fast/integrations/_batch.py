@@ -10,15 +10,17 @@ from torch import Tensor
 
 from ..checks import check_choice, check_margin, is_number
 from ..ops.contrastive_loss import REDUCTIONS
+from ..ops.dispatch import IMPLS
 
 IGNORE_INDEX = -100
 # Present where several sequences lie in one row; their hidden states must not be compared with each other.
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
-def check_loss_settings(margin: float, reduction: str, contrastive_weight: float) -> None:
+def check_loss_settings(margin: float, reduction: str, contrastive_weight: float, impl: str = "auto") -> None:
     check_margin(margin)
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("impl", impl, IMPLS)
     if not is_number(contrastive_weight, 0):
         raise ValueError(f"contrastive_weight is {contrastive_weight!r:.80}, must be a number of at least 0")
 

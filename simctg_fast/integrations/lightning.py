@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..assets import resolve_model
-from ..checks import check_choice, is_integer, is_number
+from ..checks import is_integer, is_number
 from ..functional import contrastive_loss
-from ..ops.dispatch import IMPLS
 from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, isotropy_sums, real_tokens
 
 try:
@@ -132,8 +131,7 @@ class SimCTGModule(LightningModule):
         impl: str = "auto",
     ):
         super().__init__()
-        check_loss_settings(margin, reduction, contrastive_weight)
-        check_choice("impl", impl, IMPLS)
+        check_loss_settings(margin, reduction, contrastive_weight, impl)
         for name, value in (("learning_rate", learning_rate), ("adam_epsilon", adam_epsilon)):
             if not is_number(value, 0, above=True):
                 raise ValueError(f"{name} is {value!r:.80}, must be a finite number above 0")

@@ -186,13 +186,12 @@ class SimCTGLM(TemplateLM):
         from jinja2.exceptions import TemplateError
 
         def render(messages: list[dict[str, str]]) -> str:
-            text: str = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-            return text
 
         try:
             return render(chat_history)

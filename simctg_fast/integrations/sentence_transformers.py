@@ -257,8 +257,7 @@ def _embedded(model: nn.Module, columns: list[Features]) -> list[Tensor]:
         from sentence_transformers.base.losses.merged_forward import embed_columns
     except ImportError:  # an older one makes a forward pass a column
         return [model(features)["sentence_embedding"] for features in columns]
-    result: list[Tensor] = embed_columns(model, columns)
-    return result
+    return embed_columns(model, columns)
 
 
 def _check_similarity(function: Any) -> None:

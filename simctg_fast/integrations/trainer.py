@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from ..checks import check_choice
 from ..decoding.caches import CACHE_NAME
 from ..distributed import sum_over_processes, world_size
 from ..functional import contrastive_loss, contrastive_loss_items
-from ..ops.dispatch import IMPLS
 from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, count_labels, isotropy_sums, real_tokens
 
 __all__ = ["SimCTGComputeLoss", "SimCTGSeq2SeqTrainer", "SimCTGTrainer", "SimCTGTrainerMixin"]
@@ -78,8 +76,7 @@ class SimCTGTrainerMixin(_Base):
         impl: str = "auto",
         **kwargs: Any,
     ):
-        check_loss_settings(margin, reduction, contrastive_weight)
-        check_choice("impl", impl, IMPLS)
+        check_loss_settings(margin, reduction, contrastive_weight, impl)
         super().__init__(*args, **kwargs)
         self.margin, self.reduction, self.contrastive_weight, self.impl = margin, reduction, contrastive_weight, impl
         self._totals: tuple[Tensor, Tensor] | None = None
@@ -260,8 +257,7 @@ class SimCTGComputeLoss:
         contrastive_weight: float = 1.0,
         impl: str = "auto",
     ):
-        check_loss_settings(margin, reduction, contrastive_weight)
-        check_choice("impl", impl, IMPLS)
+        check_loss_settings(margin, reduction, contrastive_weight, impl)
         if reduction == "dense":
             raise ValueError("reduction='dense' cannot be added up over micro-batches; take 'pairs' or 'paper'")
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

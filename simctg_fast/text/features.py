@@ -184,7 +184,7 @@ def extract_features(
     ends = lengths.cumsum(0)
     values: Tensor | None = None
     with ExitStack() as stack:
-        stack.enter_context(_evaluation_mode(backbone))
+        stack.enter_context(evaluation_mode(backbone))
         for batch, states in _forwards(backbone, tokenizer, rows, layer, max_tokens):
             if values is None:
                 count = len(rows) if pooling != "none" else int(ends[-1])
@@ -265,7 +265,8 @@ def _run(backbone: Any, inputs: dict[str, Tensor], layer: int) -> Tensor:
 
 
 @contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode within the block, and in the mode it was in again."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -311,7 +312,7 @@ def embed_tokens(model: Any, tokenizer: Any, rows: list[list[int]]) -> Tensor:
     backbone = _backbone(model)
     most = 1 if backbone.device.type == "cpu" else 4096
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    with _evaluation_mode(backbone):
+    with evaluation_mode(backbone):
         for batch, states in _forwards(backbone, tokenizer, rows, -1, most):
             for index, text in zip(batch, states, strict=True):
                 found[index] = _pool(text, "mean").cpu()

@@ -282,18 +282,16 @@ def _measure(model: Any, rows: list, collate: Collator) -> float:
     import torch
 
     from ..integrations._batch import isotropy_sums, real_tokens
+    from ..text.features import evaluation_mode
 
-    two_sided, was_training = bool(model.config.is_encoder_decoder), model.training
-    model.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
+    two_sided, total, count = bool(model.config.is_encoder_decoder), 0.0, 0
+    with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(rows), 8):
             batch = {name: tensor.to(model.device) for name, tensor in collate(rows[start : start + 8]).items()}
             outputs = model(**batch, output_hidden_states=True)
             states = (outputs.decoder_hidden_states if two_sided else outputs.hidden_states)[-1]
             value, sequences = isotropy_sums(states, real_tokens(batch, two_sided))
             total, count = total + float(value), count + int(sequences)
-    model.train(was_training)
     return total / count if count else float("nan")
 
 
