@@ -109,11 +109,6 @@ class _Plan:
         return known[1][..., -width:]
 
 
-def _is_filled(cache: Any, cross: Any) -> bool:
-    """Whether the encoder's keys and values are in the cache."""
-    return isinstance(cache, EncoderDecoderCache) and bool(cache.is_updated.get(cross.layer_idx))
-
-
 def _children(parent: Module) -> list[tuple[str, Module]]:
     return [(name, part) for name, part in parent._modules.items() if part is not None]
 
@@ -160,7 +155,9 @@ def _block_forward(
     if use is not None:
         plan: _Plan = use.value
         step = plan.current_step()
-        if step is not None and encoder_hidden_states is not None and _is_filled(cache, plan.cross_attention):
+        # Whether the encoder's keys and values are in the cache.
+        filled = isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(plan.cross_attention.layer_idx)
+        if step is not None and encoder_hidden_states is not None and filled:
             call = plan.begin(hidden_states, arguments)
     if step is None or cache is None or call is None:
         return type(self).forward(

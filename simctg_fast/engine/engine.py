@@ -95,8 +95,7 @@ class Engine:
     @property
     def on_step(self) -> Callable[[], None] | None:
         """Called after each step, for a display."""
-        step: Callable[[], None] | None = self.backend.on_step
-        return step
+        return self.backend.on_step
 
     @on_step.setter
     def on_step(self, step: Callable[[], None] | None) -> None:

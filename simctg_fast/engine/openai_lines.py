@@ -87,8 +87,7 @@ def _token(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _top(record: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = record.get("top_logprobs", [])
-    return found
+    return record.get("top_logprobs", [])
 
 
 def _value(record: dict[str, Any]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -125,16 +125,11 @@ class ContrastiveGenerator:
                     answers[index] = continuation_text(self.tokenizer, before, row)
         return answers
 
-    @contextmanager
-    def _packed(self, rows: int) -> Iterator[None]:
+    def _packed(self, rows: int) -> AbstractContextManager[Any]:
         """With packed copies of the weights that a step reads, where products of so many rows are faster with them."""
         # Not the output embedding, which sees the winners alone, and not an encoder, which runs once.
         decoder = decoder_of(self.model) or self.model
-        if not packing_pays(decoder, rows):
-            yield
-            return
-        with fast_linears(decoder, rows, pack=True):
-            yield
+        return fast_linears(decoder, rows, pack=True) if packing_pays(decoder, rows) else nullcontext()
 
     def _batches(self, rows: list[list[int]], max_length: int) -> Iterator[list[int]]:
         """Indices of rows that run together: of one length where the table of positions cuts the continuation, so that
@@ -181,7 +176,7 @@ def search_tokens(
 ) -> Tensor:
     """``(B, up to max_length)`` tokens, the prompt's or the decoder's first one among them."""
     # As max_length and not as max_new_tokens: checkpoints come with a max_length, and transformers would warn.
-    result: Tensor = model.generate(
+    return model.generate(
         **inputs,
         custom_generate=strategy,
         max_length=max_length,
@@ -189,4 +184,3 @@ def search_tokens(
         num_beams=1,
         pad_token_id=pad,
     )
-    return result

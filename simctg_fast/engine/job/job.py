@@ -111,27 +111,25 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     import yaml
 
+    what = f"the configuration {os.fspath(path)}"
     try:
         loaded = yaml.load(user_path(path).read_text(encoding="utf-8"), _without_repetition(yaml.SafeLoader))
     except OSError as error:
-        raise ValueError(f"the configuration {os.fspath(path)} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{what} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"the configuration {os.fspath(path)} is not YAML: {error}") from error
+        raise ValueError(f"{what} is not YAML: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"the configuration {os.fspath(path)} is nested too deeply") from error
+        raise ValueError(f"{what} is nested too deeply") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ValueError(f"the configuration {os.fspath(path)} must map options to values")
+        raise ValueError(f"{what} must map options to values")
     options = {str(name).replace("-", "_"): value for name, value in loaded.items()}
     if len(options) < len(loaded):
-        raise ValueError(f"the configuration {os.fspath(path)} gives a key twice, once with - and once with _")
+        raise ValueError(f"{what} gives a key twice, once with - and once with _")
     unknown = sorted(set(options) - set(OPTION_NAMES))
     if unknown:
-        raise ValueError(
-            f"the configuration {os.fspath(path)} has unknown keys {', '.join(unknown)}; allowed: "
-            + ", ".join(OPTION_NAMES)
-        )
+        raise ValueError(f"{what} has unknown keys {', '.join(unknown)}; allowed: {', '.join(OPTION_NAMES)}")
     return options
 
 
