@@ -149,7 +149,9 @@ def t5_cosine_similarity(outputs: Any) -> torch.Tensor:
     return cosine_similarity_matrix(outputs.decoder_hidden_states[-1])
 
 
-t5_cosine_simirality = t5_cosine_similarity  # as the tutorial spells it
+def t5_cosine_simirality(outputs: Any) -> torch.Tensor:
+    """:func:`t5_cosine_similarity`, as the tutorial spells it."""
+    return t5_cosine_similarity(outputs)
 
 
 def compute_contrastive_loss(score_matrix: torch.Tensor, margin: float) -> torch.Tensor:
