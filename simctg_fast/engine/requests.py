@@ -150,7 +150,7 @@ def parse_request(
     number: int | None = None,
     digest: str = "",
 ) -> Request:
-    """Check ``given`` (the keys of a JSONL line) and fill in ``defaults``.
+    """Check ``record`` (the keys of a JSONL line) and fill in ``defaults``.
 
     ``number`` names a request without an id; ``digest`` is kept beside its answer.
 
@@ -220,15 +220,15 @@ def _parse_openai(
         wanted = "messages" if url == _CHAT else "prompt"
         raise fail("wrong_content", f"body of {url} must have {wanted}, got {'prompt' if url == _CHAT else 'messages'}")
     overrides: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for spelled, value in body.items():
         setting = _OPENAI_NAMES.get(spelled, spelled)
         if setting not in NAMES or value is None:
             continue
         if setting in overrides and overrides[setting] != value:
-            both = f"body.{given_as[setting]} is {short(overrides[setting])} and body.{spelled} {short(value)}"
+            both = f"body.{spellings[setting]} is {short(overrides[setting])} and body.{spelled} {short(value)}"
             raise fail("invalid_value", f"{both}: they are the same setting")
-        overrides[setting], given_as[setting] = value, spelled
+        overrides[setting], spellings[setting] = value, spelled
     if url == _COMPLETIONS and not isinstance(overrides.get("logprobs", False), bool):
         count = overrides["logprobs"]  # there it is the number of alternatives
         if overrides.get("top_logprobs", count) != count:
@@ -239,7 +239,7 @@ def _parse_openai(
         del overrides["top_k"]
         defaults = replace(defaults, top_k=None) if strategy == "sample" else defaults
     return Request(
-        id=request_id, parameters=fail.parameters(defaults, overrides, strategy, given_as), url=url, **content, **facts
+        id=request_id, parameters=fail.parameters(defaults, overrides, strategy, spellings), url=url, **content, **facts
     )
 
 
@@ -333,14 +333,14 @@ class _Failure:
         defaults: Parameters,
         overrides: Mapping[str, Any],
         strategy: str,
-        given_as: Mapping[str, str] | None = None,
+        spellings: Mapping[str, str] | None = None,
     ) -> Parameters:
-        """``given_as``: how the line spells the names of parameters in its body."""
+        """``spellings``: how the line spells the names of parameters in its body."""
         try:
             return defaults.with_overrides(overrides, strategy)
         except ValueError as error:
             name, said, rest = str(error).partition(" ")
-            name = f"body.{given_as[name]}" if given_as and name in given_as else name
+            name = f"body.{spellings[name]}" if spellings and name in spellings else name
             raise self("invalid_value", name + said + rest) from error
 
 

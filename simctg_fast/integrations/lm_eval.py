@@ -15,7 +15,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -388,11 +388,7 @@ class SimCTGLM(TemplateLM):
             cut += read > self.max_length
             pairs.append(pair)
         self._say_cut(cut, len(requests))
-
-        def finished(index: int, answer: tuple[float, bool]) -> None:
-            self.cache_hook.add_partial("loglikelihood", requests[index].args, answer)
-
-        return self._loglikelihoods(pairs, "loglikelihood", disable_tqdm, finished)
+        return self._loglikelihoods(pairs, "loglikelihood", disable_tqdm, requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text, by windows of ``max_length`` where it is longer; 0.0 of an empty one."""
@@ -426,8 +422,9 @@ class SimCTGLM(TemplateLM):
         pairs: list[tuple[list[int], list[int]]],
         what: str,
         disable_tqdm: bool,
-        finished: Callable[[int, tuple[float, bool]], None] | None = None,
+        requests: Sequence[Any] = (),
     ) -> list[tuple[float, bool]]:
+        """``requests``: whose answers these are, for the harness's cache."""
         from tqdm import tqdm
 
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
@@ -440,8 +437,8 @@ class SimCTGLM(TemplateLM):
         )
         for scored in tqdm(scores, total=len(pairs), disable=disable_tqdm, desc=what):
             answers[scored.index] = scored.total, scored.is_greedy
-            if finished is not None:
-                finished(scored.index, answers[scored.index])
+            if requests:
+                self.cache_hook.add_partial(what, requests[scored.index].args, answers[scored.index])
         return answers
 
 
