@@ -150,7 +150,8 @@ def generate(
 ) -> None:
     """Continue prompts by contrastive search.
 
-    The first argument is the model, unless --model names it. Exit code 1: some prompts could not be continued.
+    The first argument is the model, unless --model names it. Files of requests are for `simctg-fast run`. Exit code 1:
+    some prompts could not be continued.
     """
     words = list(arguments or ())
     name = _the_model(words.pop(0) if model is None and words else None, model)

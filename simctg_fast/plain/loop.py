@@ -48,6 +48,8 @@ def generate(
 ) -> Tensor:
     """Prompt and continuation from any model that returns logits, with Hugging Face's processors and criteria.
 
+    Within transformers' own ``generate`` it is `ContrastiveSearch`; many requests at once are `Engine.generate`'s.
+
     Settings are named and defaulted as in transformers' ``GenerationConfig``, all of whose fields may be given
     (``min_p``, ``bad_words_ids``, ``suppress_tokens``, ``max_time``, ``num_return_sequences``, …); processors are
     applied in the order of ``model.generate``, and the same model gives the same tokens as there, under the same seed.
