@@ -603,5 +603,5 @@ def test_anything_in_any_place():
 def test_settings_of_any_kind():
     for name in [*REFUSED, *SAMPLED]:
         for value in ODD:
-            _, error = outcome(check_settings, {"given": {name: value}, "sampled": True})
+            _, error = outcome(check_settings, {"settings": {name: value}, "sampled": True})
             assert error is None or str(error).startswith(f"{name} must be"), (name, value)
