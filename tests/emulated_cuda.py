@@ -61,7 +61,7 @@ class Stream:
 
 
 class Event:
-    def record(self) -> None:
+    def record(self, stream: Any) -> None:
         pass
 
     def synchronize(self) -> None:

@@ -102,13 +102,13 @@ class _Layer:
 
     def current(self, weight: Tensor) -> tuple[Tensor | None, int]:
         """The packed weight if there is one, and the rows up to which the kernel is for products with it."""
-        packed, most_rows = self.packed, min(self.most_rows, _limit.rows)
+        packed, limit = self.packed, min(self.most_rows, _limit.rows)
         if packed is None:
-            return None, most_rows
+            return None, limit
         if packed.is_current(weight):
-            return packed.data, max(most_rows, packed.most_rows)
+            return packed.data, max(limit, packed.most_rows)
         self.packed = None  # the weight has changed since
-        return None, most_rows
+        return None, limit
 
 
 def _packed_wins() -> bool:
@@ -177,12 +177,12 @@ def _product(self: Module, x: Tensor, transposed: bool) -> Tensor | None:
     out_features, in_features = weight.shape
     if transposed:
         out_features, in_features = in_features, out_features
-    packed, most_rows = use.value.current(weight)
+    packed, limit = use.value.current(weight)
     takes = (
         x.dtype is torch.float32
         and x.is_cpu
         and x.shape[-1] == in_features
-        and 0 < x.numel() <= most_rows * in_features
+        and 0 < x.numel() <= limit * in_features
         and out_features > 0
         and (bias is None or (is_plain(bias) and bias.numel() == out_features))
         and not _wants_gradient(x, weight, bias)

@@ -124,14 +124,16 @@ class Decoder:
         result = self.step(input_ids, proposal.tokens, choose if strategy.looks_ahead else the_first)
         if strategy.needs_history:
             self.history.append(result.hidden_states)
+        if view.tokens is not None:
+            view.tokens[:, view.positions] = result.tokens
         strategy.advance(result.tokens, view)
         return result, choice
 
     def _view(self, input_ids: Tensor) -> View:
         rows, length = input_ids.shape
         used = self.history.length if self.strategy.needs_history else length
-        tokens = torch.nn.functional.pad(input_ids, (used - length, 0)) if self.strategy.needs_tokens else None
-        return View(self.history, input_ids.new_full((rows,), used), tokens, self.starts, even=True)
+        tokens = torch.nn.functional.pad(input_ids, (used - length, 1)) if self.strategy.needs_tokens else None
+        return View(self.history, input_ids.new_full((rows,), used), tokens, self.starts, used)
 
     def keep(self, kept: list[bool]) -> list[int]:
         """Go on without the rows that are not ``kept``, which cost nothing from here on, if the model's arguments can

@@ -80,7 +80,7 @@ _SAMPLED = {  # read where do_sample is
 
 
 def check_settings(settings: Mapping[str, Any], *, sampled: bool = False) -> None:
-    """``given``: settings by name, of which others than those above are not looked at; ``sampled``: tokens are drawn.
+    """``settings`` by name, of which others than those above are not looked at; ``sampled``: tokens are drawn.
 
     Raises:
         ValueError: a value that its setting cannot have.

@@ -209,14 +209,15 @@ class History:
         if self.mask is not None:
             self.mask[target] = self.mask[source]
 
-    def penalty(self, hidden_states: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def penalty(self, hidden_states: Tensor, lengths: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Largest cosine of candidates ``(n, k, D)`` of the first rows with their history, and its position, both
-        ``(n, k)``; ``lengths (n,)``: positions in use, None: all that were written."""
+        ``(n, k)``; ``lengths (n,)``: positions in use, or of all rows alike, None: all that were written."""
         assert self.states is not None
         rows = len(hidden_states)
         mask = None if self.mask is None else self.mask[:rows]
-        if lengths is None:
-            return candidate_scan(hidden_states, self.states[:rows], self.length, mask)
+        if not isinstance(lengths, Tensor):
+            length = self.length if lengths is None else lengths
+            return candidate_scan(hidden_states, self.states[:rows], length, mask)
         lengths = on(self.states.device, lengths)
         return candidate_scan(hidden_states, self.states[:rows], self.extent.width, mask, lengths=lengths)
 

@@ -53,18 +53,18 @@ class View:
     """What is there of the rows that are decoded, the first ones of all: of ``history`` and ``tokens (rows, T)`` int64,
     the prompt's among them, ``lengths (rows,)`` positions are in use (0 where there is no row), those from
     ``starts (rows,)`` on (None: 0); what lies before is padding. ``tokens`` is None unless `Strategy.needs_tokens`;
-    positions that are no tokens (images, learned prompts) hold 0. ``even``: all rows have as many positions, those
-    written to the history."""
+    positions that are no tokens (images, learned prompts) hold 0. ``positions``: how many all rows have
+    alike, None: they may differ."""
 
     history: History
     lengths: Tensor
     tokens: Tensor | None = None
     starts: Tensor | None = None
-    even: bool = False
+    positions: int | None = None
 
     def similarity(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Largest cosine of ``states (rows, k, D)`` with the rows' histories, and its position, both ``(rows, k)``."""
-        return self.history.penalty(states, None if self.even else self.lengths)
+        return self.history.penalty(states, self.lengths if self.positions is None else self.positions)
 
     def last(self, rows: int) -> Tensor:
         """The state ``(rows, D)`` of each row's newest token, as the model made it."""
@@ -151,8 +151,8 @@ class Strategy:
         raise NotImplementedError
 
     def advance(self, tokens: Tensor, view: View) -> None:
-        """``tokens (rows,)`` were chosen: once a step, when keys and hidden states are in place and lengths are still
-        those before. For state of its own a row, which :meth:`copy` and :meth:`clear` follow."""
+        """``tokens (rows,)`` were chosen: once a step, when they, keys and hidden states are in place and lengths are
+        still those before. For state of its own a row, which :meth:`copy` and :meth:`clear` follow."""
 
     def copy(self, source: int, target: int) -> None:
         """Row ``target`` goes on from what ``source`` holds."""

@@ -256,8 +256,8 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What was done so far: forwards, how full they were, how often memory ran out, and why the last steps were not
-        replayed as a CUDA graph (None: they were)."""
+        """What was done so far: forwards, how full they were, how often memory ran out; and why steps are not
+        replayed as a CUDA graph (None: nothing is in the way)."""
         backend = self.backend
         busy = backend.busy_row_steps / backend.row_steps if backend.row_steps else 0.0
         return {

@@ -32,12 +32,12 @@ class StepRecord:
         self.rows, self.proposal, self.choice, self.logits = rows, proposal, choice, logits
         self.padding = padding or [0] * len(rows)
         is_cuda = decided.device.type == "cuda"
-        host = torch.empty(decided.shape, dtype=decided.dtype)
+        host = torch.empty(decided.shape, dtype=decided.dtype, device="cpu")
         self.host = host.pin_memory() if is_cuda else host
         self.host.copy_(decided, non_blocking=is_cuda)
         self.event = torch.cuda.Event() if is_cuda else None
         if self.event is not None:
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(decided.device))  # the current device may be another
 
     def wait(self) -> None:
         if self.event is not None:

@@ -108,7 +108,8 @@ class Result:
 def error_result(
     kind: str, message: str, *, request: Request | None = None, line: int | None = None, **known: Any
 ) -> Result:
-    """The record of a request that could not be answered, or of what did not become one; ``known``: fields of it."""
+    """The record of a request that could not be answered, or of what did not become one; ``known``: fields of it, but
+    for what the request says itself."""
     line = line if request is None else request.line
     return _result(request, error={"type": kind, "message": message, "line": line}, **known)
 

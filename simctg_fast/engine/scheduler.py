@@ -52,7 +52,6 @@ class SlotScheduler:
         steps, row_steps, busy_row_steps: decoding steps, slots in them, and slots that wrote a token.
         generated: tokens written; active: sequences in work; halvings: how often memory ran out.
         shared_tokens: of prompts, that were copied from other slots.
-        not_captured: why the last steps were not replayed as a CUDA graph, None if they were.
         model_seconds: time inside forwards and the choice of tokens; seconds: of ``run`` as a whole.
     """
 
@@ -67,7 +66,7 @@ class SlotScheduler:
         self.stopping = False
         self.shares_prefixes = True
         self.no_graph: str | None = None  # what is known to be in the way of one
-        self.not_captured: str | None = None
+        self._last_reason: str | None = None
         self.batches_prompts = model.device.type == "cuda" and not model.config.is_encoder_decoder
         self.on_step: Callable[[], None] | None = None
         self.independent_slots = 1  # up to so many, a row's bits do not depend on how many there are
@@ -144,6 +143,11 @@ class SlotScheduler:
                 self._close(type(error))
                 raise
             self._close()
+
+    @property
+    def not_captured(self) -> str | None:
+        """Why steps are not replayed as a CUDA graph, or were not in the last run; None: nothing is in the way."""
+        return self._last_reason if self.decoder is None else self.decoder.graph.reason
 
     @property
     def _decoder(self) -> SlotDecoder:
@@ -502,7 +506,7 @@ class SlotScheduler:
 
     def _close(self, error: type[BaseException] | None = None) -> None:
         if self.decoder is not None:
-            self.not_captured = self.decoder.graph.reason
+            self._last_reason = self.decoder.graph.reason
             self.decoder.__exit__(error, None, None)
         self.decoder = None
 

@@ -127,10 +127,10 @@ def _batches(
 
     def is_full(batch: list[int], index: int) -> bool:
         together = [rows[place] for place in (*batch, index)]
-        asked = set().union(*(row.asked if keeps_rows else range(row.end) for row in together))
+        asked = len(set().union(*(row.asked for row in together))) if keeps_rows else max(row.end for row in together)
         longest = max(len(row.inputs) + len(row.decoder) for row in together)
         count = len(together)
-        return count > batch_rows or count * longest > batch_tokens or count * len(asked) > positions
+        return count > batch_rows or count * longest > batch_tokens or count * asked > positions
 
     for batch in by_length([row.inputs for row in rows], is_full):
         yield [rows[index] for index in batch]

@@ -42,6 +42,7 @@ def _operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., Tens
                 check(value.detach(), *others)
             return value
 
+        call.__annotations__["return"] = Tensor
         return call
 
     return make

@@ -156,7 +156,7 @@ def reverse_sweep(
         alpha = messages[:, t - 1] + scores[:, t - 1] - norms[:, t - 1, None]
         # alpha + transition never exceeds the message but for rounding; where it was -inf it stays without weight.
         share = (alpha[:, :, None] + step(t) - message).clamp(max=0).exp()
-        live, here = message > float("-inf"), inside(lengths, t)
+        live, here = message != float("-inf"), inside(lengths, t)  # NaN goes on
         share = torch.where(live if here is None else live & here[:, None], share * flow[:, None], 0)
         if take is not None:
             take(t, share)

@@ -1,7 +1,7 @@
 """A linear layer for a few rows, as a decoding step has them.
 
 With few rows the time goes into reading the weight. C++ (`csrc/api/linear.h`) reads it once, in place; a general matrix
-product repacks it first, which pays from `most_rows` on. What it computes for a row does not depend on the other rows.
+product repacks it first, which pays above `most_rows`. What it computes for a row does not depend on the other rows.
 """
 
 from __future__ import annotations

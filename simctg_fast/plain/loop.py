@@ -209,7 +209,8 @@ class _Run:
         (rows, vocabulary), k = scores.shape, self.config.top_k
         if k > vocabulary:
             raise ValueError(f"top_k must be at most the {vocabulary} logits of the step, got {k}")
-        view = View(self.history, self.ids.new_full((rows,), self.history.length), even=True)
+        length = self.history.length
+        view = View(self.history, self.ids.new_full((rows,), length), positions=length)
         self.chooser.bind([self.row] * rows, scores.device)
         proposal = self.chooser.propose(scores, view)
         candidates = proposal.tokens

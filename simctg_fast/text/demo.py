@@ -127,7 +127,8 @@ def compare(
         return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds
 
     limit, pad = context_length(model), pad_token(tokenizer, model.config)
-    rows, _ = cut_rows(tokenizer, list(prompts), None, limit, room=None if limit is None else limit - 1)
+    room = None if limit is None or model.config.is_encoder_decoder else limit - 1
+    rows, _ = cut_rows(tokenizer, list(prompts), None, limit, room=room)
     encoded = [padded_rows(model, [row], pad) for row in rows]
     for method in METHODS:
         run(method, encoded[0], 2)  # first calls build things that later ones reuse: not part of anybody's time

@@ -116,8 +116,9 @@ class Balanced(Strategy):
         return Proposal(tokens.gather(1, index), probs.gather(1, index))
 
     def advance(self, tokens: torch.Tensor, view: View) -> None:
+        newest = view.tokens.gather(1, view.lengths[:, None])  # the same tokens: they are in place
         written = self.settings["written"][: len(tokens)]
-        written.scatter_add_(1, tokens[:, None] % 8, torch.ones_like(tokens[:, None]))
+        written.scatter_add_(1, newest % 8, torch.ones_like(newest))
 
     def copy(self, source: int, target: int) -> None:
         self.settings["written"][target] = self.settings["written"][source]

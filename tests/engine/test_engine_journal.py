@@ -223,6 +223,14 @@ def test_the_manifest_names_every_difference(tmp_path):
         check_manifest(out, {})
 
 
+def test_a_manifest_from_before_a_setting_was_there(tmp_path):
+    out = tmp_path / "out"
+    write_manifest(out, {"top_k": 4}, {})
+    check_manifest(out, {"top_k": 4, "share_prefixes": True})
+    with pytest.raises(ManifestError, match="share_prefixes: true then, false now"):
+        check_manifest(out, {"top_k": 4, "share_prefixes": False})
+
+
 def test_a_manifest_of_another_version_is_named(tmp_path):
     out = tmp_path / "out"
     write_manifest(out, {"top_k": 4}, {"simctg_fast": "0.0.9"})

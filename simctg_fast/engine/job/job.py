@@ -182,7 +182,8 @@ def _with_shard(settings: Mapping[str, Any]) -> dict[str, Any]:
             )
     if isinstance(settings["output"], str | os.PathLike):
         output = os.fspath(settings["output"]).replace("{shard}", str(settings.get("shard_id") or 0))
-        require(not output.endswith("/"), "output", output, "the name of a file")
+        if output.endswith("/"):  # its end is what has to be seen of it
+            raise ValueError(f"output must be the name of a file, got {output!r}")
         settings["output"] = output if output == STDOUT else str(user_path(output))
     return settings
 

@@ -14,6 +14,7 @@ from typing import Any
 from ...assets import ADAPTER
 
 FORMAT = 2
+_LATER: dict[str, Any] = {"share_prefixes": True}  # settings that came later, as runs were before
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".jinja", ".model", ".py", ".spm")
 _TOKENIZERS = ("tokenizer", "spiece", "vocab", "merges", "chat_template")
@@ -71,7 +72,7 @@ def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
     parts = [record.get(name) for name in ("config", "about")] if isinstance(record, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise ManifestError(f"{path} is no manifest of a run: it has no config and about")
-    return dict(record)
+    return dict(record) | {"config": _LATER | record["config"]}
 
 
 def check_manifest(output: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def check_manifest(output: str | os.PathLike[str], config: Mapping[str, Any]) ->
             f"{os.fspath(output)} was begun by another version of simctg_fast ({record['about'].get('simctg_fast')}), "
             "which may answer otherwise; go on with that, or choose another output"
         )
-    before = record["config"]
+    before, config = record["config"], _LATER | dict(config)
     names = sorted(set(before) | set(config))
     nothing = object()
     changed = [name for name in names if before.get(name, nothing) != config.get(name, nothing)]
