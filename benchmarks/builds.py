@@ -31,19 +31,6 @@ GOAL = 0.98  # of the speed before, on every row
 # ---- worker: imports the library of one checkout ---------------------------------------------------------------------
 
 
-class Times:
-    """A stopping criterion that notes when it is asked, and never stops."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        import torch
-
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 def timed(function) -> tuple[list[float], object]:
     began = time.perf_counter()
     answer = function()
@@ -53,15 +40,16 @@ def timed(function) -> tuple[list[float], object]:
 def decode(model, size: str, new: int) -> dict:
     import torch
     from decode import OURS, provider_arguments
+    from ragged import Ends
 
     batch, prompt = map(int, size.split("x"))
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(1))
     found = {}
     for provider in OURS:
         arguments = provider_arguments(provider, 4, 0.6) | {"max_new_tokens": new, "attention_mask": ids > 0}
-        clock = Times()
+        clock = Ends([prompt + new + 1] * batch)  # which stops nothing
         out = model.generate(ids, do_sample=False, pad_token_id=0, stopping_criteria=[clock], **arguments)
-        found[provider] = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)], out.tolist()
+        found[provider] = (clock.milliseconds()[1:] / 1e3).tolist(), out.tolist()
     return found
 
 

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .caches import CACHE_NAME
+from .decoder import padding_in_front
 from .graph import MIN_CAPTURED, Graph, known_of
 from .report import autocast_dtype
 from .slot_step import SlotStep
@@ -216,10 +217,8 @@ def _over(run: Any, decoder: SlotsDecoder, logits: Tensor) -> DecodeStep:
 def _starts(run: Any, positions: int) -> Tensor | None:
     """``(B,)`` positions of padding in front of a prompt of so many; None where there is none."""
     mask = run.arguments.mask_of(positions)
-    if mask is None or bool(mask.all()):
-        return None
-    starts = mask.int().argmax(dim=-1)
-    if not bool((mask.sum(dim=-1) == positions - starts).all()):
+    starts = padding_in_front(mask)
+    if starts is not None and not bool((mask.sum(dim=-1) == positions - starts).all()):
         raise UnsupportedError("attention_mask has gaps")
     return starts
 

@@ -98,8 +98,7 @@ class Decoder:
         """From here on ``strategy``, which is bound, chooses. ``states (B, L, D)`` are the prompt's; of these ``mask
         (B, L)`` says which are of real tokens, None: all."""
         self.strategy = strategy
-        if mask is not None and not bool(mask.all()):
-            self.starts = mask.int().argmax(dim=-1)
+        self.starts = padding_in_front(mask)
         if strategy.needs_history:
             self.history.write(slice(0, len(states)), 0, states, mask)
         for row in range(len(states)):
@@ -181,6 +180,11 @@ class Decoder:
 
     def _try(self, inputs: dict[str, Any], candidates: Tensor, choose: Choose) -> StepResult:
         return try_candidates(self.model, self.tap, inputs, candidates, choose, self.head)
+
+
+def padding_in_front(mask: Tensor | None) -> Tensor | None:
+    """Positions ``(B,)`` before each row's first token, by ``mask (B, L)``, zero at padding; None: there are none."""
+    return None if mask is None or bool(mask.all()) else mask.int().argmax(dim=-1)
 
 
 def places_kept(kept: list[bool]) -> list[int]:

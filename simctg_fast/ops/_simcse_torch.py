@@ -44,11 +44,11 @@ def _blocks(rows: int, columns: int, device: torch.device, symmetric: bool = Fal
             width = max(1, columns - start if symmetric else columns)
             height = max(1, STRIP_ELEMENTS // width)
             height -= height % BLOCK if height > BLOCK else 0
-        own = slice(start, min(start + height, rows))
+        strip = slice(start, min(start + height, rows))
         if symmetric:
-            blocks.append((own, own))
-        blocks += [(own, others) for others in slices(own.stop if symmetric else 0, columns, width)]
-        start = own.stop
+            blocks.append((strip, strip))
+        blocks += [(strip, others) for others in slices(strip.stop if symmetric else 0, columns, width)]
+        start = strip.stop
     return blocks
 
 

@@ -136,9 +136,9 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        inputs, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
-        from ..text.batches import stacked
+        from ..text.batches import stacked  # with torch, which options and their checks do without
 
+        inputs, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         return {
             "input_ids": stacked(inputs, self.pad_token_id),
             "attention_mask": stacked([[1] * len(row) for row in inputs], 0),
