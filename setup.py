@@ -39,7 +39,7 @@ SIMD = "csrc/simd/"  # compiled once for each instruction set, every other file 
 # set is chosen at run time.
 ISAS_X86_64 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "generic": [],
 }
 ISAS = {"x86_64": ISAS_X86_64, "amd64": ISAS_X86_64, "aarch64": {"neon": []}, "arm64": {"neon": []}}

@@ -11,9 +11,10 @@ namespace simctg {
 
 struct LinearLayer {
     WeightLayout layout;
-    const float* weight;
-    const float* bias;  // or null
+    const void* weight;
+    const void* bias;  // or null
     int64_t in_features, out_features;
+    ElementType type = ElementType::float32, weight_type = ElementType::float32;  // as `Linear`'s
 };
 
 struct RmsNorm {

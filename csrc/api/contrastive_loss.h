@@ -15,13 +15,13 @@
 #include <cstdint>
 #include <optional>
 
-namespace simctg {
+#include "api/element_type.h"
 
-enum class StateType { float32, bfloat16, float16 };
+namespace simctg {
 
 struct States {
     const void* data;
-    StateType type;
+    ElementType type;
     int64_t batch, length, width;
     int64_t batch_stride, row_stride;  // in elements; the last dimension is contiguous
 };

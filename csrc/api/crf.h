@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "api/element_type.h"
+
 namespace simctg {
 
 struct Crf {
@@ -22,11 +24,9 @@ struct Crf {
     float scale;
 };
 
-enum class EmissionType { float32, bfloat16, float16 };
-
 struct Emissions {
     const void* data;  // [batch, length, vocabulary], rows contiguous
-    EmissionType type;
+    ElementType type;
     int64_t batch, length, vocabulary;
     int64_t stride_batch, stride_length;  // in elements
 };

@@ -3,25 +3,29 @@
 
 #include <cstdint>
 
+#include "api/element_type.h"
+
 namespace simctg {
 
-// All float32; strides in elements. Row m of x begins at x + m · x_stride, row m of y at y + m · y_stride.
+// Strides in elements. Row m of x begins at x + m · x_stride, row m of y at y + m · y_stride. `type` is of x, bias and y;
+// `weight_type` is the same, or 16 bits wide where `type` is float32. Sums are taken in float32 and rounded once.
 struct Linear {
-    const float* x;
+    const void* x;
     int64_t x_stride;
-    const float* weight;
+    const void* weight;
     int64_t weight_stride;
-    const float* bias;  // [out_features] or null
-    float* y;
+    const void* bias;  // [out_features] or null
+    void* y;
     int64_t y_stride;
     int64_t rows, in_features, out_features;
+    ElementType type = ElementType::float32, weight_type = ElementType::float32;
 };
 
 // How the weight lies in memory.
 enum class WeightLayout {
     rows_are_outputs,  // [out_features, in_features], torch.nn.Linear: row n begins at n · weight_stride
     rows_are_inputs,   // [in_features, out_features], GPT-2's Conv1D: row k begins at k · weight_stride
-    panels,            // the copy that pack_linear makes; weight_stride is not read
+    panels,            // the copy that pack_linear makes, float32; weight_stride is not read
 };
 
 // The result of a row depends on that row alone: neither on the other rows, nor on how many there are, nor on the number
@@ -30,7 +34,7 @@ enum class WeightLayout {
 // row.
 void linear(const Linear& call, WeightLayout layout, int num_threads);
 
-// y = max(x, 0) · W + b, with the bits of linear() on max(x, 0) if W is finite: what is zero is not multiplied where most
+// y = max(x, 0) · W + b, all float32, with the bits of linear() on max(x, 0) if W is finite: what is zero is not multiplied where most
 // is. `x` may be overwritten.
 void relu_linear(const Linear& call, WeightLayout layout, int num_threads);
 

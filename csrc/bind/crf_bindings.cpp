@@ -25,13 +25,6 @@ simctg::Crf crf_of(const std::array<int64_t, 5>& sizes, address scores, address 
             static_cast<float>(scale)};
 }
 
-simctg::EmissionType emission_type(const std::string& dtype) {
-    if (dtype == "float32") return simctg::EmissionType::float32;
-    if (dtype == "bfloat16") return simctg::EmissionType::bfloat16;
-    if (dtype == "float16") return simctg::EmissionType::float16;
-    throw std::invalid_argument("dtype is " + dtype + ", must be float32, bfloat16 or float16");
-}
-
 using Sizes = std::array<int64_t, 5>;
 
 }  // namespace
@@ -42,7 +35,7 @@ void bind_crf(py::module_& m) {
         [](const std::string& dtype, address emissions, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides,
            int64_t beam, address lengths, address forced, int64_t forced_count, address tokens, address values,
            int threads) {
-            const simctg::Emissions e{pointer<const void>(emissions), emission_type(dtype), sizes[0], sizes[1], sizes[2],
+            const simctg::Emissions e{pointer<const void>(emissions), element_type(dtype), sizes[0], sizes[1], sizes[2],
                                       strides[0], strides[1]};
             simctg::crf_beam_select(e, beam, pointer<const int64_t>(lengths), pointer<const int64_t>(forced),
                                     forced_count, pointer<int64_t>(tokens), pointer<float>(values), threads);

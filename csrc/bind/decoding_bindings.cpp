@@ -16,9 +16,10 @@ namespace {
 
 void linear(simctg::WeightLayout layout, address x, int64_t x_stride, address weight, int64_t weight_stride,
             address bias, address y, int64_t y_stride, int64_t rows, int64_t in_features, int64_t out_features,
-            int num_threads) {
-    simctg::linear({pointer<const float>(x), x_stride, pointer<const float>(weight), weight_stride,
-                    pointer<const float>(bias), pointer<float>(y), y_stride, rows, in_features, out_features},
+            int num_threads, simctg::ElementType type, simctg::ElementType weight_type) {
+    simctg::linear({pointer<const void>(x), x_stride, pointer<const void>(weight), weight_stride,
+                    pointer<const void>(bias), pointer<void>(y), y_stride, rows, in_features, out_features, type,
+                    weight_type},
                    layout, num_threads);
 }
 
@@ -123,13 +124,19 @@ void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> hist
 }  // namespace
 
 void bind_decoding(py::module_& m) {
+    py::enum_<simctg::ElementType>(m, "ElementType")
+        .value("float32", simctg::ElementType::float32)
+        .value("bfloat16", simctg::ElementType::bfloat16)
+        .value("float16", simctg::ElementType::float16);
     py::enum_<simctg::WeightLayout>(m, "WeightLayout")
         .value("rows_are_outputs", simctg::WeightLayout::rows_are_outputs)
         .value("rows_are_inputs", simctg::WeightLayout::rows_are_inputs)
         .value("panels", simctg::WeightLayout::panels);
     m.def("linear", &linear, py::arg("layout"), py::arg("x"), py::arg("x_stride"), py::arg("weight"),
           py::arg("weight_stride"), py::arg("bias"), py::arg("y"), py::arg("y_stride"), py::arg("rows"),
-          py::arg("in_features"), py::arg("out_features"), py::arg("num_threads"), release_gil());
+          py::arg("in_features"), py::arg("out_features"), py::arg("num_threads"),
+          py::arg("type") = simctg::ElementType::float32, py::arg("weight_type") = simctg::ElementType::float32,
+          release_gil());
     m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
     m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
           py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
@@ -138,11 +145,13 @@ void bind_decoding(py::module_& m) {
         .value("gelu_tanh", simctg::Activation::gelu_tanh);
     py::class_<simctg::LinearLayer>(m, "LinearLayer")
         .def(py::init([](simctg::WeightLayout layout, address weight, address bias, int64_t in_features,
-                         int64_t out_features) {
-                 return simctg::LinearLayer{layout, pointer<const float>(weight), pointer<const float>(bias),
-                                            in_features, out_features};
+                         int64_t out_features, simctg::ElementType type, simctg::ElementType weight_type) {
+                 return simctg::LinearLayer{layout,      pointer<const void>(weight), pointer<const void>(bias),
+                                            in_features, out_features,                type,
+                                            weight_type};
              }),
-             py::arg("layout"), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"));
+             py::arg("layout"), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"),
+             py::arg("type") = simctg::ElementType::float32, py::arg("weight_type") = simctg::ElementType::float32);
     m.def("norm_linears", &norm_linears, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("layers"), py::arg("y"),
           py::arg("num_threads"), release_gil());
     m.def("linear_residual", &linear_residual, py::arg("x"), py::arg("rows"), py::arg("layer"), py::arg("residual"),

@@ -9,17 +9,7 @@ namespace {
 
 simctg::States view(const std::string& dtype, address data, std::array<int64_t, 3> sizes,
                     std::array<int64_t, 2> strides) {
-    simctg::StateType type;
-    if (dtype == "float32") {
-        type = simctg::StateType::float32;
-    } else if (dtype == "bfloat16") {
-        type = simctg::StateType::bfloat16;
-    } else if (dtype == "float16") {
-        type = simctg::StateType::float16;
-    } else {
-        throw std::invalid_argument("dtype is " + dtype + ", must be float32, bfloat16 or float16");
-    }
-    return {pointer<const void>(data), type, sizes[0], sizes[1], sizes[2], strides[0], strides[1]};
+    return {pointer<const void>(data), element_type(dtype), sizes[0], sizes[1], sizes[2], strides[0], strides[1]};
 }
 
 void contrastive_hinge(const std::string& dtype, address states, std::array<int64_t, 3> sizes,

@@ -15,7 +15,7 @@ thread_local Scratch normed_scratch, inner_scratch, gate_scratch;
 Linear call_of(const LinearLayer& layer, const float* x, int64_t rows, float* y) {
     const bool outputs = layer.layout == WeightLayout::rows_are_outputs;
     return {x, layer.in_features, layer.weight, outputs ? layer.in_features : layer.out_features, layer.bias, y,
-            layer.out_features, rows, layer.in_features, layer.out_features};
+            layer.out_features, rows, layer.in_features, layer.out_features, layer.type, layer.weight_type};
 }
 
 void run(const LinearLayer& layer, const float* x, int64_t rows, float* y, int num_threads) {

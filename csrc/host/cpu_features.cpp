@@ -14,7 +14,7 @@ bool runs(Isa isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool fma = __builtin_cpu_supports("fma");
-    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && fma;
+    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && fma && __builtin_cpu_supports("f16c");
     if (isa == Isa::avx512) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && fma;

@@ -14,6 +14,7 @@
 #include "host/memory.h"
 #include "host/parallel.h"
 #include "simd/crf.h"
+#include "simd/element.h"
 
 namespace simctg {
 namespace {
@@ -39,27 +40,6 @@ Floats scratch_of(const Kernels& k, const Crf& crf) {
 }
 
 // ---- beam selection -------------------------------------------------------------------------------------------------
-
-float from_bfloat16(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-float from_float16(uint16_t bits) {
-    // The exponent is moved by a multiplication, which gets subnormal numbers right too.
-    const uint32_t wide = (bits & 0x7FFFu) << 13;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    value *= 0x1p112f;
-    uint32_t result;
-    std::memcpy(&result, &value, sizeof result);
-    if ((bits & 0x7C00u) == 0x7C00u) result |= 0x7F800000u;
-    result |= static_cast<uint32_t>(bits & 0x8000u) << 16;
-    std::memcpy(&value, &result, sizeof value);
-    return value;
-}
 
 // Rising with the value; -0 and 0 are one value, NaN is the largest.
 uint32_t rank_of(float value) {
@@ -155,14 +135,11 @@ void crf_beam_select(const Emissions& e, int64_t beam, const int64_t* lengths, c
             const int64_t offset = b * e.stride_batch + t * e.stride_length;
             const float* row = static_cast<const float*>(e.data) + offset;
             const float* next = t + 1 < e.length ? row + e.stride_length : row;
-            if (e.type != EmissionType::float32) {
-                const uint16_t* narrow = static_cast<const uint16_t*>(e.data) + offset;
+            if (e.type != ElementType::float32) {
                 s.row.resize(static_cast<size_t>(e.vocabulary));
-                if (e.type == EmissionType::bfloat16) {
-                    for (int64_t i = 0; i < e.vocabulary; ++i) s.row[static_cast<size_t>(i)] = from_bfloat16(narrow[i]);
-                } else {
-                    for (int64_t i = 0; i < e.vocabulary; ++i) s.row[static_cast<size_t>(i)] = from_float16(narrow[i]);
-                }
+                simd::with_type(e.type, e.data, [&](const auto* data) {
+                    simd::widen_array(data + offset, e.vocabulary, s.row.data());
+                });
                 row = next = s.row.data();
             }
             select_row(k, row, next, e.vocabulary, beam, s);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -19,7 +20,8 @@ using namespace linear_layer;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 thread_local Scratch scratch;
-thread_local Scratch x_scratch;  // the caller's; `scratch` is of whichever thread runs a task
+// The caller's: `scratch` is of whichever thread runs a task.
+thread_local Scratch x_scratch, y_scratch, bias_scratch;
 
 constexpr int64_t kSmallWork = 1 << 16;  // multiply-adds below which waking a thread costs more than it saves
 constexpr int64_t kTasksPerThread = 4;   // enough to even out threads that are held up
@@ -41,13 +43,16 @@ void split_columns(int64_t columns, int64_t step, int num_threads, int64_t tasks
 // Whether that many equal tasks keep the threads busy for nine tenths of the time.
 bool even(int64_t tasks, int64_t threads) { return 10 * tasks >= 9 * ceil_div(tasks, threads) * threads; }
 
-void run_rows_are_inputs(const Linear& call, int num_threads) {
-    const Kernels& k = kernels<Kernels>();
+// Calls finished(begin, end) for every range of columns whose sums stand in y.
+template <class X, class Weight, class Finished>
+void run_rows_are_inputs(const InPlace<X, Weight>& k, const Product<X, Weight>& call, int num_threads,
+                         const Finished& finished) {
     const int64_t chunks = ceil_div(call.in_features, kChunk);
     if (num_threads == 1 || call.rows > kSplitRows || chunks == 1) {
         return split_columns(call.out_features, kStep, num_threads, num_threads == 1 ? 1 : 2, [&](int64_t begin, int64_t end) {
             const int64_t stride = ceil_div(end - begin, 16) * 16;
             k.rows_are_inputs(call, begin, end, 0, chunks, scratch.get(call.rows * stride), stride, true);
+            finished(begin, end);
         });
     }
     // Few rows: let every thread read whole weight rows. The sums of each chunk wait until the last one is there.
@@ -67,62 +72,138 @@ void run_rows_are_inputs(const Linear& call, int num_threads) {
         k.rows_are_inputs(call, begin, end, chunk, chunk + 1, block_sums + chunk * call.rows * width, width, false);
         if (missing[block].fetch_sub(1, std::memory_order_acq_rel) == 1) {
             k.add_chunks(call, begin, end, chunks, block_sums, width);
+            finished(begin, end);
         }
     });
 }
 
-// Rows of x that are a multiple of a page apart meet in the same few lines of the first cache, where those of the weight
-// are already: the call with a copy of x in which they are not.
-Linear rows_apart(const Linear& call) {
-    constexpr int64_t page = 1024, line = 16;  // floats
-    Linear apart = call;
-    if (call.rows < kCopiedRows || call.x_stride % page != 0) return apart;
-    apart.x_stride = call.in_features + line;
-    float* copy = x_scratch.get(call.rows * apart.x_stride);
-    for (int64_t m = 0; m < call.rows; ++m) {
-        std::copy_n(call.x + m * call.x_stride, call.in_features, copy + m * apart.x_stride);
-    }
-    apart.x = copy;
-    return apart;
+template <class X, class Weight, class Finished>
+void run_in_place(const InPlace<X, Weight>& k, const Product<X, Weight>& call, WeightLayout layout, int num_threads,
+                  const Finished& finished) {
+    if (layout == WeightLayout::rows_are_inputs) return run_rows_are_inputs(k, call, num_threads, finished);
+    split_columns(call.out_features, kDotStep, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
+        k.rows_are_outputs(call, begin, end, scratch.get(kDotSums));
+        finished(begin, end);
+    });
 }
 
-}  // namespace
+constexpr int64_t kLineBytes = 64, kPageBytes = 4096;
 
-void linear(const Linear& call, WeightLayout layout, int num_threads) {
+// Rows of x that are a multiple of a page apart meet in the same few lines of the first cache, where those of the weight
+// are already. The stride at which they are not.
+int64_t stride_apart(int64_t stride, int64_t element_bytes) {
+    return stride * element_bytes % kPageBytes == 0 ? stride + kLineBytes / element_bytes : stride;
+}
+
+// The call with a copy of x whose rows do not meet, if that pays.
+template <class X, class Weight>
+Product<X, Weight> rows_apart(Product<X, Weight> call) {
+    const int64_t size = sizeof(X), stride = call.rows < kCopiedRows ? call.x_stride : stride_apart(call.x_stride, size);
+    if (stride == call.x_stride) return call;
+    const int64_t apart = stride_apart(ceil_div(call.in_features * size, kLineBytes) * kLineBytes / size, size);
+    X* copy = reinterpret_cast<X*>(x_scratch.get(ceil_div(call.rows * apart * size, sizeof(float))));
+    for (int64_t m = 0; m < call.rows; ++m) {
+        std::copy_n(call.x + m * call.x_stride, call.in_features, copy + m * apart);
+    }
+    call.x = copy;
+    call.x_stride = apart;
+    return call;
+}
+
+Product<float, float> floats_of(const Linear& call) {
+    return {static_cast<const float*>(call.x), call.x_stride, static_cast<const float*>(call.weight),
+            call.weight_stride, static_cast<const float*>(call.bias), static_cast<float*>(call.y), call.y_stride,
+            call.rows, call.in_features, call.out_features};
+}
+
+// A product with a weight of 16 bits: x and the bias are widened first, and y is narrowed as its columns are finished.
+template <class X, class Weight>
+void run_narrow(const InPlace<X, Weight>& k, const Linear& call, WeightLayout layout, int num_threads) {
+    const NarrowKernels& convert = kernels<NarrowKernels>();
+    Product<X, Weight> product{static_cast<const X*>(call.x), call.x_stride, static_cast<const Weight*>(call.weight),
+                               call.weight_stride, static_cast<const float*>(call.bias), static_cast<float*>(call.y),
+                               call.y_stride, call.rows, call.in_features, call.out_features};
+    if (call.type == ElementType::float32) return run_in_place(k, rows_apart(product), layout, num_threads, [](auto...) {});
+    if constexpr (sizeof(X) == sizeof(float)) {
+        const int64_t stride = stride_apart(ceil_div(call.in_features, 16) * 16, sizeof(float));
+        float* x = x_scratch.get(call.rows * stride);
+        for (int64_t m = 0; m < call.rows; ++m) {
+            convert.widen(call.type, static_cast<const uint16_t*>(call.x) + m * call.x_stride, call.in_features, x + m * stride);
+        }
+        product.x = x;
+        product.x_stride = stride;
+    } else {
+        product = rows_apart(product);
+    }
+    if (call.bias) {
+        float* bias = bias_scratch.get(call.out_features);
+        convert.widen(call.type, call.bias, call.out_features, bias);
+        product.bias = bias;
+    }
+    product.y_stride = ceil_div(call.out_features, 16) * 16;
+    product.y = y_scratch.get(call.rows * product.y_stride);
+    run_in_place(k, product, layout, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t m = 0; m < call.rows; ++m) {
+            convert.narrow(call.type, product.y + m * product.y_stride + begin, end - begin,
+                           static_cast<uint16_t*>(call.y) + m * call.y_stride + begin);
+        }
+    });
+}
+
+void write_bias(const Linear& call) {
+    const int64_t size = size_of(call.type);
+    for (int64_t m = 0; m < call.rows; ++m) {
+        char* y = static_cast<char*>(call.y) + m * call.y_stride * size;
+        if (call.bias) std::memcpy(y, call.bias, static_cast<size_t>(call.out_features * size));
+        else std::memset(y, 0, static_cast<size_t>(call.out_features * size));
+    }
+}
+
+void check_sizes(const Linear& call, int num_threads) {
     check(call.rows >= 0, "rows", call.rows, ">= 0");
     check(call.in_features >= 0, "in_features", call.in_features, ">= 0");
     check(call.out_features >= 0, "out_features", call.out_features, ">= 0");
     check(num_threads >= 1, "num_threads", num_threads, ">= 1");
     check(call.rows < 2 || call.y_stride >= call.out_features, "y_stride", call.y_stride, ">= out_features");
+}
+
+}  // namespace
+
+void linear(const Linear& call, WeightLayout layout, int num_threads) {
+    check_sizes(call, num_threads);
+    const bool floats = call.type == ElementType::float32, panels = layout == WeightLayout::panels;
+    if (call.type != call.weight_type && !floats) throw std::invalid_argument("weight_type must be type, or type float32");
+    if (panels && call.weight_type != ElementType::float32) throw std::invalid_argument("packed weights are float32");
     if (call.rows == 0 || call.out_features == 0) return;
-    if (call.in_features == 0) {
-        for (int64_t m = 0; m < call.rows; ++m) {
-            for (int64_t n = 0; n < call.out_features; ++n) call.y[m * call.y_stride + n] = call.bias ? call.bias[n] : 0;
-        }
-        return;
-    }
+    if (call.in_features == 0) return write_bias(call);
+    const bool outputs = layout == WeightLayout::rows_are_outputs;
+    if (outputs) check(call.weight_stride >= call.in_features, "weight_stride", call.weight_stride, ">= in_features");
+    else if (!panels) check(call.weight_stride >= call.out_features, "weight_stride", call.weight_stride, ">= out_features");
     if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
     const Kernels& k = kernels<Kernels>();
-    if (layout == WeightLayout::rows_are_outputs) {
-        check(call.weight_stride >= call.in_features, "weight_stride", call.weight_stride, ">= in_features");
-        const Linear apart = rows_apart(call);
-        split_columns(call.out_features, kDotStep, num_threads, kTasksPerThread,
-                      [&](int64_t begin, int64_t end) { k.rows_are_outputs(apart, begin, end, scratch.get(kDotSums)); });
-    } else if (layout == WeightLayout::panels) {
+    const NarrowKernels& narrow = kernels<NarrowKernels>();
+    if (panels) {
+        const Product<float, float> product = floats_of(call);
         split_columns(call.out_features, k.panel_width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
-            k.panels(call, begin, end, scratch.get(call.rows * k.panel_width));
+            k.panels(product, begin, end, scratch.get(call.rows * k.panel_width));
         });
+    } else if (call.weight_type == ElementType::float32) {
+        const Product<float, float> product = floats_of(call);
+        run_in_place(k.in_place, outputs ? rows_apart(product) : product, layout, num_threads, [](auto...) {});
+    } else if (call.weight_type == ElementType::float16) {
+        run_narrow(narrow.float16, call, layout, num_threads);
+    } else if (!floats && narrow.pairs.rows_are_outputs) {
+        run_narrow(narrow.pairs, call, layout, num_threads);
     } else {
-        check(call.weight_stride >= call.out_features, "weight_stride", call.weight_stride, ">= out_features");
-        run_rows_are_inputs(call, num_threads);
+        run_narrow(narrow.bfloat16, call, layout, num_threads);
     }
 }
 
 void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {
     const Kernels& k = kernels<Kernels>();
-    check(num_threads >= 1, "num_threads", num_threads, ">= 1");
-    check(call.rows >= 0, "rows", call.rows, ">= 0");
-    check(call.in_features >= 0, "in_features", call.in_features, ">= 0");
+    check_sizes(call, num_threads);
+    if (call.type != ElementType::float32) throw std::invalid_argument("type must be float32");
+    const Product<float, float> product = floats_of(call);
     const int64_t elements = call.rows * call.in_features;
     if (layout == WeightLayout::panels && k.sparse_panels && elements > 0) {
         const int64_t blocks = ceil_div(call.in_features, kSparseBlock), counts = call.rows * blocks;
@@ -133,24 +214,23 @@ void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {
             int64_t of_row = 0;
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t entry = m * blocks + b, first = b * kSparseBlock;
-                const int64_t count =
-                    k.find_entries(call.x + m * call.x_stride + first, std::min(kSparseBlock, call.in_features - first),
-                                   rows.entries + entry * kSparseRoom);
+                const int64_t count = k.find_entries(product.x + m * call.x_stride + first,
+                                                     std::min(kSparseBlock, call.in_features - first),
+                                                     rows.entries + entry * kSparseRoom);
                 rows.counts[entry] = static_cast<int32_t>(count);
                 of_row += count;
             }
             found.fetch_add(of_row, std::memory_order_relaxed);
         });
         if (found.load() < kSparseShare * static_cast<double>(elements)) {
-            check(call.rows < 2 || call.y_stride >= call.out_features, "y_stride", call.y_stride, ">= out_features");
             if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
             const int64_t width = kSparsePanels * k.panel_width;
             return split_columns(call.out_features, width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
-                k.sparse_panels(call, rows, begin, end, scratch.get(call.rows * width));
+                k.sparse_panels(product, rows, begin, end, scratch.get(call.rows * width));
             });
         }
     }
-    float* x = const_cast<float*>(call.x);
+    float* x = const_cast<float*>(product.x);
     for (int64_t m = 0; m < call.rows; ++m, x += call.x_stride) {
         for (int64_t i = 0; i < call.in_features; ++i) x[i] = x[i] <= 0.0f ? 0.0f : x[i];
     }

@@ -6,9 +6,7 @@
 // of the 16 sums of four vectors, [kGroups][16][kColumns].
 #include "simd/contrastive_loss.h"
 
-#include <cstddef>
-
-#include "simd/simd.h"
+#include "simd/element.h"
 
 namespace simctg::hinge {
 namespace {
@@ -22,75 +20,12 @@ constexpr int kGroups = 8;                             // of four vectors: one w
 
 // ---- element types --------------------------------------------------------------------------------------------------
 
-SIMCTG_INLINE float from_bits(uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
-SIMCTG_INLINE uint32_t to_bits(float value) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-SIMCTG_INLINE float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-    // Shifted into place the exponent is 112 too small; the multiplication adds that, subnormals included.
-    const float scaled = from_bits(magnitude << 13) * from_bits((127u + 112u) << 23);
-    const uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
-    return from_bits(to_bits(scaled) | special | sign);
-}
-SIMCTG_INLINE uint16_t float_to_half(float value) {
-    const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-    if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
-    if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);
-    if (magnitude < 0x38800000u) {  // subnormal: the addition rounds at 2^-24
-        return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000u));
-    }
-    const uint32_t odd = (magnitude >> 13) & 1u;
-    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xFFFu + odd) >> 13));
-}
-SIMCTG_INLINE uint16_t float_to_bfloat(float value) {
-    const uint32_t bits = to_bits(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
 void load_floats(const States& states, int64_t offset, int64_t count, float* out) {
-    if (states.type == StateType::float32) {
-        __builtin_memcpy(out, static_cast<const float*>(states.data) + offset, static_cast<std::size_t>(count) * sizeof(float));
-        return;
-    }
-    const uint16_t* in = static_cast<const uint16_t*>(states.data) + offset;
-    if (states.type == StateType::bfloat16) {
-        for (int64_t i = 0; i < count; ++i) out[i] = from_bits(static_cast<uint32_t>(in[i]) << 16);
-        return;
-    }
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16) {
-        store(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
-    }
-#endif
-    for (; i < count; ++i) out[i] = half_to_float(in[i]);
+    with_type(states.type, states.data, [=](const auto* in) SIMCTG_INLINE_LAMBDA { widen_array(in + offset, count, out); });
 }
 
-void store_floats(void* data, StateType type, int64_t offset, const float* in, int64_t count) {
-    if (type == StateType::float32) {
-        __builtin_memcpy(static_cast<float*>(data) + offset, in, static_cast<std::size_t>(count) * sizeof(float));
-        return;
-    }
-    uint16_t* out = static_cast<uint16_t*>(data) + offset;
-    if (type == StateType::bfloat16) {
-        for (int64_t i = 0; i < count; ++i) out[i] = float_to_bfloat(in[i]);
-        return;
-    }
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(load(in + i), _MM_FROUND_TO_NEAREST_INT));
-    }
-#endif
-    for (; i < count; ++i) out[i] = float_to_half(in[i]);
+void store_floats(void* data, ElementType type, int64_t offset, const float* in, int64_t count) {
+    with_type(type, data, [=](auto* out) SIMCTG_INLINE_LAMBDA { narrow_array(in, count, out + offset); });
 }
 
 // ---- norms and panels -----------------------------------------------------------------------------------------------

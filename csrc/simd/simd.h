@@ -333,7 +333,8 @@ SIMCTG_INLINE void store_first(float* p, Vec v, int64_t count) {
 }
 
 // Loaded once: GCC would rather read it from memory again in every multiplication, and loads are what a core has least of.
-SIMCTG_INLINE Vec in_register(Vec v) {
+template <class T>
+SIMCTG_INLINE T in_register(T v) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     asm("" : "+x"(v));
 #endif

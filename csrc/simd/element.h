@@ -1,0 +1,163 @@
+// Loads and stores of 16-bit floats as vectors of floats: widening is exact, narrowing rounds to nearest, ties to even.
+#pragma once
+
+#include "api/element_type.h"
+#include "simd/simd.h"
+
+namespace simctg::simd {
+namespace {
+
+SIMCTG_INLINE float from_bits(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+SIMCTG_INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+SIMCTG_INLINE float widen(float value) { return value; }
+SIMCTG_INLINE float widen(BFloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
+SIMCTG_INLINE float widen(Float16 value) {
+    const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7FFFu;
+    // Shifted into place the exponent is 112 too small; the multiplication adds that, subnormals included.
+    const float scaled = from_bits(magnitude << 13) * from_bits((127u + 112u) << 23);
+    const uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
+    return from_bits(to_bits(scaled) | special | sign);
+}
+
+SIMCTG_INLINE void narrow(float value, float* out) { *out = value; }
+SIMCTG_INLINE void narrow(float value, BFloat16* out) {
+    const uint32_t bits = to_bits(value);
+    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+    out->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+SIMCTG_INLINE void narrow(float value, Float16* out) {
+    const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t odd = (magnitude >> 13) & 1u;
+    uint32_t half = (magnitude - 0x38000000u + 0xFFFu + odd) >> 13;
+    if (magnitude > 0x7F800000u) half = 0x7E00u;
+    else if (magnitude >= 0x477FF000u) half = 0x7C00u;
+    else if (magnitude < 0x38800000u) half = to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;  // rounds at 2^-24
+    out->bits = static_cast<uint16_t>(sign | half);
+}
+
+// ---- vectors --------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+
+SIMCTG_INLINE Vec widen_bfloat(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+SIMCTG_INLINE __m256i narrow_bfloat(Vec v) {
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+}
+SIMCTG_INLINE Vec load(const BFloat16* p) { return widen_bfloat(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+SIMCTG_INLINE Vec load(const BFloat16* p, Mask mask) { return widen_bfloat(_mm256_maskz_loadu_epi16(mask, p)); }
+SIMCTG_INLINE void store(BFloat16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat(v)); }
+SIMCTG_INLINE void store(BFloat16* p, Vec v, Mask mask) { _mm256_mask_storeu_epi16(p, mask, narrow_bfloat(v)); }
+SIMCTG_INLINE Vec load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+SIMCTG_INLINE Vec load(const Float16* p, Mask mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
+SIMCTG_INLINE void store(Float16* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+SIMCTG_INLINE void store(Float16* p, Vec v, Mask mask) {
+    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#else
+
+// The lanes that a mask leaves, one after the other: masks are for the ends of rows.
+SIMCTG_INLINE int64_t lanes_of(Mask mask) {
+    float ones[kLanes] = {};
+    store(ones, broadcast(1.0f), mask);
+    int64_t count = 0;
+    while (count < kLanes && ones[count] != 0.0f) ++count;
+    return count;
+}
+template <class E>
+SIMCTG_INLINE Vec load_lanes(const E* p, int64_t count) {
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = widen(p[i]);
+    return load(lanes);
+}
+template <class E>
+SIMCTG_INLINE void store_lanes(E* p, Vec v, int64_t count) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int64_t i = 0; i < count; ++i) narrow(lanes[i], p + i);
+}
+
+#if defined(__AVX2__)
+
+SIMCTG_INLINE Vec load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+SIMCTG_INLINE void store(BFloat16* p, Vec v) {
+    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const Vec chosen = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+SIMCTG_INLINE Vec load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+SIMCTG_INLINE void store(Float16* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#else  // a compiler makes vectors of these loops
+
+SIMCTG_INLINE Vec load(const BFloat16* p) { return load_lanes(p, kLanes); }
+SIMCTG_INLINE Vec load(const Float16* p) { return load_lanes(p, kLanes); }
+SIMCTG_INLINE void store(BFloat16* p, Vec v) { store_lanes(p, v, kLanes); }
+SIMCTG_INLINE void store(Float16* p, Vec v) { store_lanes(p, v, kLanes); }
+
+#endif
+
+SIMCTG_INLINE Vec load(const BFloat16* p, Mask mask) { return load_lanes(p, lanes_of(mask)); }
+SIMCTG_INLINE Vec load(const Float16* p, Mask mask) { return load_lanes(p, lanes_of(mask)); }
+SIMCTG_INLINE void store(BFloat16* p, Vec v, Mask mask) { store_lanes(p, v, lanes_of(mask)); }
+SIMCTG_INLINE void store(Float16* p, Vec v, Mask mask) { store_lanes(p, v, lanes_of(mask)); }
+
+#endif
+
+// ---- arrays ---------------------------------------------------------------------------------------------------------
+
+template <class E>
+SIMCTG_INLINE void widen_array(const E* in, int64_t count, float* out) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load(in + i));
+    for (; i < count; ++i) out[i] = widen(in[i]);
+}
+template <class E>
+SIMCTG_INLINE void narrow_array(const float* in, int64_t count, E* out) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load(in + i));
+    for (; i < count; ++i) narrow(in[i], out + i);
+}
+
+// Calls f with `data` as a pointer to elements of its type.
+template <class F>
+SIMCTG_INLINE auto with_type(ElementType type, const void* data, const F& f) {
+    if (type == ElementType::bfloat16) return f(static_cast<const BFloat16*>(data));
+    if (type == ElementType::float16) return f(static_cast<const Float16*>(data));
+    return f(static_cast<const float*>(data));
+}
+template <class F>
+SIMCTG_INLINE auto with_type(ElementType type, void* data, const F& f) {
+    if (type == ElementType::bfloat16) return f(static_cast<BFloat16*>(data));
+    if (type == ElementType::float16) return f(static_cast<Float16*>(data));
+    return f(static_cast<float*>(data));
+}
+
+}  // namespace
+}  // namespace simctg::simd
