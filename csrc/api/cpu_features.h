@@ -3,12 +3,17 @@
 
 namespace simctg {
 
-enum class Isa { generic, avx2, avx512, neon };
+enum class Isa { generic, avx2, avx512, neon, avx512_bf16 };
 
 // The build says which instruction sets csrc/simd/ is compiled for: SIMCTG_ISAS(DO, …) is DO(isa, …) of each, the best one
-// first.
+// first; and SIMCTG_EXTENDED_ISAS(DO, …) is DO(isa, base, …) of those that add instructions for a few of its sources to the
+// set `base`, whose kernels serve for all others.
+#if !defined(SIMCTG_EXTENDED_ISAS)
+#define SIMCTG_EXTENDED_ISAS(DO, ...)
+#endif
+
 #define SIMCTG_LISTED(isa, ...) Isa::isa,
-constexpr Isa kBuiltIsas[] = {SIMCTG_ISAS(SIMCTG_LISTED, )};
+constexpr Isa kBuiltIsas[] = {SIMCTG_EXTENDED_ISAS(SIMCTG_LISTED, ) SIMCTG_ISAS(SIMCTG_LISTED, )};
 #undef SIMCTG_LISTED
 
 // The best instruction set that this processor, this operating system and this build support; all after it in

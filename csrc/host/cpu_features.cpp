@@ -15,6 +15,7 @@ bool runs(Isa isa) {
     __builtin_cpu_init();
     const bool fma = __builtin_cpu_supports("fma");
     if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && fma && __builtin_cpu_supports("f16c");
+    if (isa == Isa::avx512_bf16) return runs(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
     if (isa == Isa::avx512) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && fma;
@@ -36,7 +37,7 @@ std::atomic<Isa>& active() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* names[] = {"generic", "avx2", "avx512", "neon"};
+    constexpr const char* names[] = {"generic", "avx2", "avx512", "neon", "avx512_bf16"};
     return names[static_cast<int>(isa)];
 }
 

@@ -15,6 +15,16 @@ const Kernels& table();
     const simctg::Kernels& simctg::table<simctg::Kernels, simctg::Isa::isa>();
 #define SIMCTG_TABLES(Kernels) SIMCTG_ISAS(SIMCTG_DECLARE_TABLE, Kernels)
 
+// The same for an algorithm whose source asks for what an extended set adds.
+template <class Kernels>
+constexpr bool kExtended = false;
+#define SIMCTG_DECLARE_EXTENDED(isa, base, Kernels) SIMCTG_DECLARE_TABLE(isa, Kernels)
+#define SIMCTG_EXTENDED_TABLES(Kernels)                       \
+    SIMCTG_TABLES(Kernels)                                    \
+    SIMCTG_EXTENDED_ISAS(SIMCTG_DECLARE_EXTENDED, Kernels)    \
+    template <>                                               \
+    constexpr bool simctg::kExtended<simctg::Kernels> = true;
+
 #define SIMCTG_TABLE(space, Kernels, ...)                                                            \
     template <>                                                                                      \
     const simctg::space::Kernels& simctg::table<simctg::space::Kernels, simctg::Isa::SIMCTG_ISA>() { \
@@ -27,11 +37,15 @@ template <class Kernels>
 const Kernels& kernels() {
 #define SIMCTG_CASE(isa, Kernels) \
     case Isa::isa: return table<Kernels, Isa::isa>();
+#define SIMCTG_EXTENDED_CASE(isa, base, Kernels) \
+    case Isa::isa: return table<Kernels, kExtended<Kernels> ? Isa::isa : Isa::base>();
     switch (active_isa()) {
+        SIMCTG_EXTENDED_ISAS(SIMCTG_EXTENDED_CASE, Kernels)
         SIMCTG_ISAS(SIMCTG_CASE, Kernels)
-        default: return table<Kernels, kBuiltIsas[0]>();  // active_isa() gives none but those
+        default: return table<Kernels, kBuiltIsas[sizeof kBuiltIsas / sizeof *kBuiltIsas - 1]>();  // active_isa() gives none but those
     }
 #undef SIMCTG_CASE
+#undef SIMCTG_EXTENDED_CASE
 }
 
 }  // namespace simctg

@@ -21,7 +21,7 @@ _MAX_ROWS_AMD = 256  # with AVX-512 there: PyTorch's is slower on AMD's processo
 def most_rows() -> int:
     """Rows up to which the kernel is faster than a general matrix product on this machine."""
     extension = _backends.extension()
-    if extension is not None and extension.active_isa() == "avx512" and extension.is_amd():
+    if extension is not None and extension.active_isa().startswith("avx512") and extension.is_amd():
         return _MAX_ROWS_AMD
     return MAX_ROWS
 

@@ -15,7 +15,7 @@ from ..processes import run_child
 from ..repository import INSTALLED
 
 ARM = platform.machine().lower() in ("aarch64", "arm64")
-NAMES = ("neon",) if ARM else ("avx512", "avx2", "generic")  # of a build for this machine
+NAMES = ("neon",) if ARM else ("avx512_bf16", "avx512", "avx2", "generic")  # of a build for this machine
 needs_extension = pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
 
 WITHOUT_EXTENSION = 'import sys; sys.modules["simctg_fast._C"] = None\n'
@@ -137,7 +137,7 @@ def test_without_the_extension_the_names_are_known():
         assert info["extension"] == info["instruction_set"] == "none"
         assert "instruction_set_error" not in info
     info, _ = shown("sse9", WITHOUT_EXTENSION)
-    allowed = "auto, avx512, avx2, generic, neon"
+    allowed = "auto, avx512_bf16, avx512, avx2, generic, neon"
     assert info["instruction_set_error"] == f"SIMCTG_FAST_ISA is 'sse9'; it must be one of {allowed}"
     out, _ = child(WITHOUT_EXTENSION + USES, "generic")
     assert out.split() == ["loss", "done", "viterbi", "done", "generate", "done", "support", "done"]
