@@ -426,7 +426,9 @@ SIMCTG_INLINE void axpy_tiles(const AxpyStep<X, Weight>& step, int64_t rows, int
 template <int Vectors, bool Masked, class X, class Weight>
 SIMCTG_INLINE void axpy_piece(const AxpyStep<X, Weight>& step, int64_t rows, bool fetch, Mask mask) {
     constexpr int64_t width = Vectors * kLanes;
-    constexpr int lines = static_cast<int>(width * int64_t{sizeof(Weight)} / kLineBytes);
+    // A piece of half a line asks for it twice, which costs less than waiting for it.
+    constexpr int64_t bytes = width * int64_t{sizeof(Weight)};
+    constexpr int lines = static_cast<int>(bytes == kLineBytes / 2 ? 1 : bytes / kLineBytes);
     const int64_t tiles = (rows + tile_rows(Vectors) - 1) / tile_rows(Vectors);
     if constexpr (!Masked && (kWidens<X, Weight> || (kRegisters == 16 && sizeof(X) == sizeof(float)))) {
         if (kWidens<X, Weight> ? tiles > 1 : tiles > 2 && step.w_stride % kPageFloats == 0) {
