@@ -90,13 +90,14 @@ void feed_forward(address x, int64_t rows, std::pair<address, float> norm, const
                          num_threads);
 }
 
-void gelu_tanh(address x, address y, int64_t count, int num_threads) {
-    simctg::gelu_tanh(pointer<const float>(x), pointer<float>(y), count, num_threads);
+void gelu_tanh(address x, address y, int64_t count, int num_threads, simctg::ElementType type) {
+    simctg::gelu_tanh(pointer<const void>(x), pointer<void>(y), count, num_threads, type);
 }
 
-void rms_norm(address x, address weight, float epsilon, int64_t rows, int64_t width, address y, int num_threads) {
-    simctg::rms_norm(pointer<const float>(x), pointer<const float>(weight), epsilon, rows, width, pointer<float>(y),
-                     num_threads);
+void rms_norm(address x, address weight, float epsilon, int64_t rows, int64_t width, address y, int num_threads,
+              simctg::ElementType type) {
+    simctg::rms_norm(pointer<const void>(x), pointer<const void>(weight), epsilon, rows, width, pointer<void>(y),
+                     num_threads, type);
 }
 
 void top_k_probs(address logits, int64_t rows, int64_t count, int64_t k, address probs, address tokens,
@@ -166,8 +167,9 @@ void bind_decoding(py::module_& m) {
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
           py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
     m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),
-          py::arg("y"), py::arg("num_threads"), release_gil());
+          py::arg("y"), py::arg("num_threads"), py::arg("type") = simctg::ElementType::float32, release_gil());
     m.def("top_k_probs", &top_k_probs, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("k"),
           py::arg("probs"), py::arg("tokens"), py::arg("num_threads"), release_gil());
-    m.def("gelu_tanh", &gelu_tanh, py::arg("x"), py::arg("y"), py::arg("count"), py::arg("num_threads"), release_gil());
+    m.def("gelu_tanh", &gelu_tanh, py::arg("x"), py::arg("y"), py::arg("count"), py::arg("num_threads"),
+          py::arg("type") = simctg::ElementType::float32, release_gil());
 }

@@ -12,11 +12,11 @@ constexpr int64_t kTask = 1 << 14;  // elements: some microseconds, so that waki
 
 }  // namespace
 
-void gelu_tanh(const float* x, float* y, int64_t count, int num_threads) {
+void gelu_tanh(const void* x, void* y, int64_t count, int num_threads, ElementType type) {
     const auto run = kernels<gelu::Kernels>().run;
     parallel_for((count + kTask - 1) / kTask, num_threads, [&](int64_t task) {
         const int64_t begin = task * kTask;
-        run(x + begin, y + begin, std::min(kTask, count - begin));
+        run(type, x, y, begin, std::min(kTask, count - begin));
     });
 }
 

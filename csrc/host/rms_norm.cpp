@@ -12,14 +12,14 @@ constexpr int64_t kTask = 1 << 15;  // elements: some microseconds, so that waki
 
 }  // namespace
 
-void rms_norm(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y,
-              int num_threads) {
+void rms_norm(const void* x, const void* weight, float epsilon, int64_t rows, int64_t width, void* y, int num_threads,
+              ElementType type) {
     if (width == 0) return;
     const auto run = kernels<rms::Kernels>().run;
     const int64_t height = std::max<int64_t>(1, kTask / width);
     parallel_for((rows + height - 1) / height, num_threads, [&](int64_t task) {
         const int64_t begin = task * height;
-        run(x + begin * width, weight, epsilon, std::min(height, rows - begin), width, y + begin * width);
+        run(type, x, weight, epsilon, begin, std::min(height, rows - begin), width, y);
     });
 }
 

@@ -3,12 +3,13 @@
 
 #include <cstdint>
 
+#include "api/element_type.h"
 #include "simd/table.h"
 
 namespace simctg::gelu {
 
 struct Kernels {
-    void (*run)(const float* x, float* y, int64_t count);  // y may be x
+    void (*run)(ElementType type, const void* x, void* y, int64_t begin, int64_t count);  // from `begin` on; y may be x
 };
 
 }  // namespace simctg::gelu

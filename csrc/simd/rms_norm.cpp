@@ -1,17 +1,20 @@
 // Root mean square normalisation of rows.
 //
-// Floor: 8 bytes an element, read and written once from memory; the second reading of a row finds it in the cache.
+// Floor: two elements' bytes an element, read and written once from memory; the second reading of a row finds it in the cache.
 // Layout: rows follow one another; four vectors of squares are summed side by side, then added up.
 #include "simd/rms_norm.h"
 
-#include "simd/simd.h"
+#include <type_traits>
+
+#include "simd/element.h"
 
 namespace simctg::rms {
 namespace {
 
 using namespace simd;
 
-SIMCTG_INLINE float sum_of_squares(const float* x, int64_t width) {
+template <class E>
+SIMCTG_INLINE float sum_of_squares(const E* x, int64_t width) {
     Vec sums[4] = {zeros(), zeros(), zeros(), zeros()};
     int64_t i = 0;
     for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
@@ -22,13 +25,15 @@ SIMCTG_INLINE float sum_of_squares(const float* x, int64_t width) {
         }
     }
     for (; i < width; i += kLanes) {
-        const Vec value = load(x + i, first_lanes(smaller<int64_t>(kLanes, width - i)));
+        const int64_t rest = width - i;
+        const Vec value = rest >= kLanes ? load(x + i) : load(x + i, first_lanes(rest));
         sums[0] = multiply_add(value, value, sums[0]);
     }
     return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
 
-void all(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y) {
+template <class E>
+SIMCTG_INLINE void all(const E* x, const E* weight, float epsilon, int64_t rows, int64_t width, E* y) {
     for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
         const float mean = sum_of_squares(x, width) / static_cast<float>(width);
         const Vec scale = broadcast(1.0f / __builtin_sqrtf(mean + epsilon));
@@ -41,7 +46,16 @@ void all(const float* x, const float* weight, float epsilon, int64_t rows, int64
     }
 }
 
+void run(ElementType type, const void* x, const void* weight, float epsilon, int64_t begin, int64_t rows, int64_t width,
+         void* y) {
+    with_type(type, y, [=](auto* out) SIMCTG_INLINE_LAMBDA {
+        using E = std::remove_pointer_t<decltype(out)>;
+        const int64_t offset = begin * width;
+        all(static_cast<const E*>(x) + offset, static_cast<const E*>(weight), epsilon, rows, width, out + offset);
+    });
+}
+
 }  // namespace
 }  // namespace simctg::rms
 
-SIMCTG_TABLE(rms, Kernels, all)
+SIMCTG_TABLE(rms, Kernels, run)

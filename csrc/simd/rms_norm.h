@@ -3,12 +3,15 @@
 
 #include <cstdint>
 
+#include "api/element_type.h"
 #include "simd/table.h"
 
 namespace simctg::rms {
 
 struct Kernels {
-    void (*run)(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* y);
+    // Rows from `begin` on.
+    void (*run)(ElementType type, const void* x, const void* weight, float epsilon, int64_t begin, int64_t rows,
+                int64_t width, void* y);
 };
 
 }  // namespace simctg::rms

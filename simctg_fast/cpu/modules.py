@@ -6,7 +6,7 @@ that at the price of one row. :func:`fast_linears` gives the model's `torch.nn.L
 gradients, autocast, another dtype, tracing) runs the module's own forward. Weights are looked up at each call, so an
 update, a LoRA merge or a replaced parameter counts at once. GPT-2's `NewGELUActivation` (eight tensor operations) and
 the norms of T5 and Llama (six) become one pass each, `Dropout` outside of training nothing at all. On CUDA, where
-launches count, these become one operation of PyTorch's each: it computes in float32 and rounds half precision once,
+launches count, these become one operation of PyTorch's each. Half precision is computed in float32 and rounded once,
 where the modules round after each operation.
 """
 
@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from ..memory import free_bytes
 from ..ops import _backends
 from ..ops.block_layers import native_layer
+from ..ops.dispatch import ELEMENT_TYPES
 from ..ops.gelu import run_kernel as run_gelu
 from ..ops.linear import most_rows, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
@@ -134,6 +135,11 @@ def is_plain(value: Any, kind: Any = Parameter) -> TypeGuard[Tensor]:
     return type(value) is kind and value.dtype is torch.float32 and value.is_cpu and value.is_contiguous()
 
 
+def _is_plain_float(value: Any, kind: Any = Parameter) -> TypeGuard[Tensor]:
+    """As `is_plain`, and 16-bit floats as well."""
+    return type(value) is kind and value.dtype in ELEMENT_TYPES and value.is_cpu and value.is_contiguous()
+
+
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -214,7 +220,7 @@ def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
     if here(self) is None:
         return _NEW_GELU_FORWARD(self, input)
     if (
-        is_plain(input, Tensor)
+        _is_plain_float(input, Tensor)
         and not _wants_gradient(input)
         and is_plain_eager()
         and _backends.extension() is not None
@@ -234,8 +240,9 @@ def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
         return type(self).forward(self, hidden_states)
     weight, epsilon = self._parameters.get("weight"), self.__dict__["variance_epsilon"]
     if (
-        is_plain(hidden_states, Tensor)
-        and is_plain(weight)
+        _is_plain_float(hidden_states, Tensor)
+        and _is_plain_float(weight)
+        and weight.dtype is hidden_states.dtype
         and hidden_states.shape[-1:] == weight.shape
         and not _wants_gradient(hidden_states, weight)
         and is_plain_eager()

@@ -10,7 +10,7 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .dispatch import NOT_TAKEN, address, choose, float32_obstacle, is_deferred, lengths_obstacle
+from .dispatch import NOT_TAKEN, address, choose, float32_obstacle, is_deferred, lengths_obstacle, widened
 
 
 def candidate_scan(
@@ -53,7 +53,7 @@ def resolve(impl: str, hidden_states: torch.Tensor, history: torch.Tensor, mask:
         return kernels.obstacle(hidden_states, history)
 
     def cpu() -> str | None:
-        return float32_obstacle(mask, hidden_states=hidden_states, history=history)
+        return float32_obstacle(mask, hidden_states=widened(hidden_states), history=history)
 
     return choose(impl, hidden_states.device, cpu=cpu, triton=triton)
 
@@ -136,6 +136,7 @@ def _select(hidden_states, probs, history, lengths, mask, penalty_alpha, with_pe
 
 def _scan_cpu(hidden_states, history, length, mask, lengths):
     """One pass over the history in C++. Norms below 1e-12 count as 1e-12."""
+    hidden_states = widened(hidden_states)
     batch, candidates, dim = hidden_states.shape
     problem = lengths_obstacle(batch, lengths=lengths)
     if history.shape[0] != batch or history.shape[2] != dim or history.shape[1] < length:

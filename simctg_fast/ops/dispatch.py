@@ -7,7 +7,9 @@ Where a loss has no elements there is nothing to launch, and PyTorch answers for
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +80,19 @@ def is_deferred(impl: str) -> bool:
     return impl != "torch" and torch.compiler.is_dynamo_compiling()
 
 
+ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # csrc/api/element_type.h
+
+
+@functools.cache
+def element_type(dtype: torch.dtype) -> Any:
+    """The name that C++ has for one of `ELEMENT_TYPES`."""
+    return getattr(_backends.require_extension().ElementType, _name(dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def float32_obstacle(mask: Tensor | None = None, **tensors: Tensor | None) -> str | None:
     """What keeps tensors from the C++ code of the decoding step: they have to be float32 on the CPU, `mask` bool, the
     last dimension contiguous; no gradient is wanted, and nothing follows the computation."""
@@ -107,6 +122,11 @@ def lengths_obstacle(batch: int, **tensors: Tensor | None) -> str | None:
         if lengths is not None and not (lengths.dtype is torch.int64 and lengths.shape == (batch,) and lengths.is_cpu):
             return f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}, must be int64 of shape ({batch},)"
     return None
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """16-bit floats on the CPU as float32, for C++ that has no other; whatever else as it is."""
+    return tensor.float() if tensor.is_cpu and tensor.dtype in ELEMENT_TYPES else tensor
 
 
 def contiguous(*tensors: Tensor | None) -> tuple:

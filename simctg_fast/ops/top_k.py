@@ -6,7 +6,7 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .dispatch import NOT_TAKEN, choose, float32_obstacle, is_deferred
+from .dispatch import NOT_TAKEN, choose, float32_obstacle, is_deferred, widened
 
 _MOST_CANDIDATES = 64  # of the C++ code, which searches the list that it keeps them in from its end
 
@@ -17,8 +17,8 @@ def top_k_probs(logits: torch.Tensor, k: int, impl: str = "auto") -> tuple[torch
     Args:
         logits: ``(B, V)`` of any float dtype; −inf for banned tokens.
         k: 1 … V.
-        impl: ``"auto"``, ``"torch"``, ``"cpu"`` (C++, float32, k up to 64) or ``"triton"`` (CUDA, k up to 64); the last
-            two look for the tokens only where they can be.
+        impl: ``"auto"``, ``"torch"``, ``"cpu"`` (C++, no float64, k up to 64) or ``"triton"`` (CUDA, k up to 64); the
+            last two look for the tokens only where they can be.
 
     Returns:
         ``probs (B, k)`` in float32 (float64 for float64), and ``tokens (B, k)`` int64. ``"cpu"`` and ``"triton"`` put
@@ -49,6 +49,8 @@ def _run(logits, k, *, impl="auto"):
             return f"{NOT_TAKEN}logits has shape {tuple(logits.shape)}, must be (B, V)"
         return float32_obstacle(logits=logits)
 
+    if impl in ("auto", "cpu"):
+        logits = widened(logits)
     impl = choose(impl, logits.device, cpu=cpu, triton=triton)
     if impl == "triton":
         from simctg_fast.kernels import top_k as kernels

@@ -218,7 +218,7 @@ void contrastive(int64_t length, int64_t width, float shared) {
     Array hinge(length), inverse(length), radial(length), gradient(states.size()), scale{1.0f};
     std::vector<uint32_t> bits(static_cast<size_t>(padded * padded / 32));
     std::vector<uint8_t> flags(static_cast<size_t>(tiles * tiles));
-    const States view{states.data(), StateType::float32, 1, length, width, length * width, width};
+    const States view{states.data(), ElementType::float32, 1, length, width, length * width, width};
     contrastive_hinge(
         {view, nullptr, threshold, hinge.data(), inverse.data(), radial.data(), bits.data(), flags.data()}, 2);
     contrastive_gradient(
@@ -253,7 +253,7 @@ void low_rank_crf(int64_t beam, int64_t rank) {
     std::vector<int64_t> tokens(static_cast<size_t>(length * beam)), slots(length), sampled(length * 3);
     Array scores(tokens.size()), messages(tokens.size()), norms(length), grad(tokens.size()), grad_scores(tokens.size());
     Array grad_left(left.size()), grad_right(right.size());
-    crf_beam_select({emissions.data(), EmissionType::float32, 1, length, vocabulary, length * vocabulary, vocabulary}, beam,
+    crf_beam_select({emissions.data(), ElementType::float32, 1, length, vocabulary, length * vocabulary, vocabulary}, beam,
                     nullptr, nullptr, 0, tokens.data(), scores.data(), 1);
     std::vector<int64_t> chosen;
     for (int64_t t = 0; t < length; ++t) {

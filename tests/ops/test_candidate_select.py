@@ -70,6 +70,24 @@ def test_half_precision_states_against_a_float32_history(impl, dtype):
     torch.testing.assert_close(penalty.double(), truth, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_states_in_cpp(isa, dtype):
+    """They are widened; the history of rows that come from such states stays float32, and the winner keeps its type."""
+    hidden_states, history = operands(2, 4, 19, 33)
+    hidden_states, probs, lengths = hidden_states.to(dtype), torch.rand(2, 4), torch.tensor([19, 7])
+    assert resolve("auto", hidden_states, history, None) == "cpu"
+    assert resolve("auto", hidden_states, history.to(dtype), None) == "torch"
+    expected = candidate_scan(hidden_states.float(), history, 19, None, "cpu")
+    for impl in ("auto", "cpu"):
+        assert all(map(torch.equal, candidate_scan(hidden_states, history, 19, None, impl), expected))
+    history, twin = history.nan_to_num(), history.nan_to_num()
+    found = candidate_select(hidden_states, probs, history, lengths, 0.6, with_penalty=True)
+    wide = candidate_select(hidden_states.float(), probs, twin, lengths, 0.6, with_penalty=True, impl="cpu")
+    assert found[1].dtype == dtype
+    assert all(torch.equal(one.float(), other.float()) for one, other in zip(found, wide, strict=True))
+    assert torch.equal(history, twin)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("repeats", [1, 60])
 def test_earliest_position_wins_a_tie(impl, repeats):

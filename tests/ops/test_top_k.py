@@ -56,6 +56,21 @@ def test_in_cpp_on_every_instruction_set(isa, vocabulary):
         assert torch.equal(top_k_probs(wide, k, "cpu")[0][:5], probs[:5])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_cpp(isa, dtype):
+    """Widened, and of equal logits, which 16 bits make many, the earlier token first, also at the k-th place."""
+    logits = (30 * torch.randn(5, 3001)).round().to(dtype) / 10
+    for k in (1, 4, 64):
+        for impl in ("auto", "cpu"):
+            probs, tokens = top_k_probs(logits, k, impl)
+            expected = top_k_probs(logits.float(), k, "cpu")
+            assert torch.equal(probs, expected[0])
+            assert torch.equal(tokens, expected[1])
+        assert torch.equal(tokens, torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k])
+    kth = logits.sort(dim=-1, descending=True).values[:, 63:64]
+    assert ((logits == kth).sum(dim=-1) > 1).any()
+
+
 @needs_extension
 def test_what_cpp_does_not_take():
     logits = torch.randn(2, 100)
@@ -64,6 +79,7 @@ def test_what_cpp_does_not_take():
         (logits, 65, "k is 65, must be at most 64"),
         (logits[0], 4, r"logits has shape \(100,\)"),
         (logits.clone().requires_grad_(), 4, "logits requires a gradient"),
+        (logits.bfloat16().requires_grad_(), 4, "logits requires a gradient"),
     ]:
         with pytest.raises(ValueError, match=f"impl='cpu' does not take this call: {text}"):
             top_k_probs(bad, k, "cpu")
