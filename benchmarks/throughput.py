@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                    # the table of docs/engine.md, GPT-2-small shape
     python benchmarks/throughput.py --quick            # the same in little: a tiny model, seconds
     python benchmarks/throughput.py --device cuda --dtype bfloat16 --slots 64 --greedy-sizes 32,64,128
+    python benchmarks/throughput.py --dtype bfloat16 --model smollm2 --no-oracle
     python benchmarks/throughput.py --sweep 1,4,16,64  # throughput against slots
     python benchmarks/throughput.py --growth 64,128,256 # throughput against requests
     python benchmarks/throughput.py --workers 1,2      # throughput against workers on Ray
@@ -32,12 +33,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import RESULTS, Row, Worker, append_csv, device_name, processor
+from decode import DTYPES, MODELS, make_model
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {
-    "gpt2-small": {},
-    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 500},
-}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = time.perf_counter  # of this worker
 GOALS = {"cpu": (4.0, 1.5), "cuda": (20.0, 5.0)}  # faster than 4.55.4's contrastive search, than transformers' greedy
@@ -63,18 +61,6 @@ def static_batches(requests: list[dict], size: int) -> list[list[dict]]:
 # ---- worker: runs in either environment ------------------------------------------------------------------------------
 
 
-def make_model(name: str, device: str, dtype: str):
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_positions=1024, initializer_range=0.1, bos_token_id=0, eos_token_id=None, pad_token_id=0, **MODELS[name]
-    )
-    config._attn_implementation = "sdpa"
-    return GPT2LMHeadModel(config).eval().to(device, getattr(torch, dtype))
-
-
 def worker(options: argparse.Namespace) -> None:
     """Reads one JSON request a line, answers one JSON line."""
     import torch
@@ -84,7 +70,7 @@ def worker(options: argparse.Namespace) -> None:
     clock = CLOCKS[options.clock]
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    model = make_model(options.model, options.device, options.dtype)
+    model = make_model(options.model, options.dtype).to(options.device)
     requests = workload(options.requests, model.config.vocab_size)
     ready = {"ready": transformers.__version__, "torch": torch.__version__, "vocabulary": model.config.vocab_size}
     print(json.dumps(ready), flush=True)
@@ -520,7 +506,7 @@ def scale(options: argparse.Namespace, counts: list[int]) -> None:
     from simctg_fast.integrations.ray import run_on_ray
 
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(options.model, "cpu", "float32")
+        model = make_model(options.model, options.dtype)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(folder)
         requests = workload(options.requests, model.config.vocab_size)
@@ -534,7 +520,7 @@ def scale(options: argparse.Namespace, counts: list[int]) -> None:
                 lines = [{"id": r["id"], "prompt": r["ids"], "max_new_tokens": r["new"]} for r in part]
                 source.write_text("".join(json.dumps(line) + "\n" for line in lines))
                 given = {"input": str(source), "output": str(out), "model": folder, "slots": options.slots}
-                given |= {"top_k": options.top_k, "penalty_alpha": options.penalty_alpha, "dtype": "float32"}
+                given |= {"top_k": options.top_k, "penalty_alpha": options.penalty_alpha, "dtype": options.dtype}
                 summary = run_on_ray(make_options(given), workers=workers, threads=1)
                 assert summary.exit_code == 0, summary.as_dict()
                 figures.append((summary.generated_tokens, summary.seconds))
@@ -603,7 +589,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="cpu: processor time of all threads, for a machine that others use too; with --threads 1",
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--model", default="gpt2-small", choices=tuple(MODELS))
     parser.add_argument("--sweep", help="slots, comma-separated: throughput against slots, ours alone")
     parser.add_argument("--growth", help="requests, comma-separated: throughput against requests, ours alone")
