@@ -3,28 +3,32 @@
 
 #include <cstdint>
 
+#include "api/element_type.h"
+
 namespace simctg {
 
-// All float32, strides in elements; the last dimension of every array is contiguous. Query row i = b · candidates + c is
+// Arrays of `type`, the bias of `type` or float32; strides in elements; the last dimension of every array is contiguous.
+// Scores, softmax and sums are float32, and the output is rounded once. Query row i = b · candidates + c is
 // candidate c of sequence b; heads h = g · groups + r share the key/value head g.
 struct DecodeAttention {
     int64_t batch, candidates, kv_heads, groups, dim, value_dim;
+    ElementType type;
 
-    const float* query;  // [batch · candidates, kv_heads · groups, dim]
+    const void* query;  // [batch · candidates, kv_heads · groups, dim]
     int64_t query_row, query_head;
 
-    const float* key;  // [batch, kv_heads, length, dim]
+    const void* key;  // [batch, kv_heads, length, dim]
     int64_t key_batch, key_head, key_position;
-    const float* value;  // [batch, kv_heads, length, value_dim]
+    const void* value;  // [batch, kv_heads, length, value_dim]
     int64_t value_batch, value_head, value_position;
     int64_t length;          // positions in use, at most
     const int64_t* lengths;  // [batch], each in 0..length, or null: all `length`
     const int64_t* starts;   // [batch], positions before which nothing is read, or null
     int64_t start;           // the same for all sequences
 
-    const float* new_key;  // [batch · candidates, kv_heads, dim]: one more key for each query row, or null
+    const void* new_key;  // [batch · candidates, kv_heads, dim]: one more key for each query row, or null
     int64_t new_key_row, new_key_head;
-    const float* new_value;
+    const void* new_value;
     int64_t new_value_row, new_value_head;
 
     float scaling;
@@ -33,17 +37,18 @@ struct DecodeAttention {
     // Entry `length` belongs to the new key. `*_batch` and `*_candidate` are the strides of b and c.
     const uint8_t* mask;  // 0: may not be seen; null: everything may
     int64_t mask_batch, mask_candidate, mask_head;
-    const float* bias;  // added to the scaled, capped score, or null
+    const void* bias;  // added to the scaled, capped score, or null
+    ElementType bias_type;
     int64_t bias_batch, bias_candidate, bias_head;
 
-    const float* sinks;  // [kv_heads · groups]: a logit that takes part in the softmax and carries no value, or null
+    const void* sinks;  // [kv_heads · groups]: a logit that takes part in the softmax and carries no value, or null
 
-    float* out;  // [batch · candidates, kv_heads · groups, value_dim], contiguous
+    void* out;  // [batch · candidates, kv_heads · groups, value_dim], contiguous
 };
 
 // Keys and values are read once. The result of a row depends neither on the other sequences nor on the number of
 // threads. A row that may see nothing, and has no sink, is NaN, as softmax makes it.
-// Throws std::invalid_argument on negative sizes and on lengths outside 0..length.
+// Throws std::invalid_argument on negative sizes, on lengths outside 0..length and on a bias of a third type.
 void decode_attention(const DecodeAttention& call, int num_threads);
 
 }  // namespace simctg

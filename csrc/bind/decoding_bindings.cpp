@@ -36,32 +36,33 @@ using Array = std::array<int64_t, Strides + 1>;
 void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key, Array<3> value, int64_t length,
                       address lengths, address starts, int64_t start, Array<2> new_key, Array<2> new_value,
                       float scaling, float softcap, Array<3> mask, Array<3> bias, address sinks, address out,
-                      int num_threads) {
+                      int num_threads, simctg::ElementType type, simctg::ElementType bias_type) {
     simctg::DecodeAttention call{};
+    call.type = type, call.bias_type = bias_type;
     call.batch = sizes[0], call.candidates = sizes[1], call.kv_heads = sizes[2];
     call.groups = sizes[3], call.dim = sizes[4], call.value_dim = sizes[5];
-    call.query = pointer<const float>(query[0]);
+    call.query = pointer<const void>(query[0]);
     call.query_row = query[1], call.query_head = query[2];
-    call.key = pointer<const float>(key[0]);
+    call.key = pointer<const void>(key[0]);
     call.key_batch = key[1], call.key_head = key[2], call.key_position = key[3];
-    call.value = pointer<const float>(value[0]);
+    call.value = pointer<const void>(value[0]);
     call.value_batch = value[1], call.value_head = value[2], call.value_position = value[3];
     call.length = length;
     call.lengths = pointer<const int64_t>(lengths);
     call.starts = pointer<const int64_t>(starts);
     call.start = start;
-    call.new_key = pointer<const float>(new_key[0]);
+    call.new_key = pointer<const void>(new_key[0]);
     call.new_key_row = new_key[1], call.new_key_head = new_key[2];
-    call.new_value = pointer<const float>(new_value[0]);
+    call.new_value = pointer<const void>(new_value[0]);
     call.new_value_row = new_value[1], call.new_value_head = new_value[2];
     call.scaling = scaling;
     call.softcap = softcap;
     call.mask = pointer<const uint8_t>(mask[0]);
     call.mask_batch = mask[1], call.mask_candidate = mask[2], call.mask_head = mask[3];
-    call.bias = pointer<const float>(bias[0]);
+    call.bias = pointer<const void>(bias[0]);
     call.bias_batch = bias[1], call.bias_candidate = bias[2], call.bias_head = bias[3];
-    call.sinks = pointer<const float>(sinks);
-    call.out = pointer<float>(out);
+    call.sinks = pointer<const void>(sinks);
+    call.out = pointer<void>(out);
     simctg::decode_attention(call, num_threads);
 }
 
@@ -163,7 +164,8 @@ void bind_decoding(py::module_& m) {
     m.def("decode_attention", &decode_attention, py::arg("sizes"), py::arg("query"), py::arg("key"), py::arg("value"),
           py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
           py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),
-          py::arg("sinks"), py::arg("out"), py::arg("num_threads"), release_gil());
+          py::arg("sinks"), py::arg("out"), py::arg("num_threads"), py::arg("type") = simctg::ElementType::float32,
+          py::arg("bias_type") = simctg::ElementType::float32, release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
           py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
     m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <stdexcept>
 #include <utility>
 
 #include "host/checks.h"
@@ -18,7 +19,7 @@ using namespace attention;
 thread_local Scratch work_scratch, partial_scratch;
 
 constexpr int64_t kTasksPerThread = 8;   // enough to even out rows of different length
-constexpr int64_t kSmallWork = 1 << 16;  // floats of keys and values below which waking a thread costs more than it saves
+constexpr int64_t kSmallWork = 1 << 16;  // elements of keys and values below which waking a thread costs more than it saves
 
 // The positions a sequence reads, and how many cuts of kSplit they touch.
 struct Range {
@@ -45,14 +46,18 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
         check(value >= 0, name, value, ">= 0");
     }
     check(num_threads >= 1, "num_threads", num_threads, ">= 1");
+    if (call.bias && call.bias_type != call.type && call.bias_type != ElementType::float32) {
+        throw std::invalid_argument("bias_type must be type or float32");
+    }
     for (int64_t b = 0; b < call.batch; ++b) length_of(call.lengths, b, call.length);
-    const Kernels& k = kernels<Kernels>();
+    const Typed& k = kernels<Kernels>().of_type[static_cast<int>(call.type)];
+    const int64_t size = size_of(call.type);
     const int64_t rows = call.candidates * call.groups, heads = call.batch * call.kv_heads;
     const int64_t cut_floats = rows * partial_stride(call.value_dim);
     if (heads == 0 || rows == 0) return;
     if (heads * call.length * (call.dim + call.value_dim) < kSmallWork) num_threads = 1;
 
-    const auto run_cut = [&](int64_t b, int64_t g, const Range& range, int64_t cut, const float* next, float* partial) {
+    const auto run_cut = [&](int64_t b, int64_t g, const Range& range, int64_t cut, const void* next, float* partial) {
         const int64_t begin = std::max(range.begin, (range.first_cut + cut) * kSplit);
         const int64_t end = std::min(range.end, (range.first_cut + cut + 1) * kSplit);
         k.attend(call, b, g, begin, end, next, work_scratch.get(attention_scratch(rows, call.dim)), partial);
@@ -66,11 +71,12 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
             for (int64_t head = heads * task / tasks; head < last; ++head) {
                 const int64_t b = head / call.kv_heads, g = head % call.kv_heads;
                 const Range range(call, b);
-                const float* next = nullptr;
+                const char* next = nullptr;
                 if (head + 1 < last) {
                     const int64_t next_b = (head + 1) / call.kv_heads, next_g = (head + 1) % call.kv_heads;
-                    next = call.key + next_b * call.key_batch + next_g * call.key_head +
-                           Range(call, next_b).begin * call.key_position;
+                    next = static_cast<const char*>(call.key) +
+                           size * (next_b * call.key_batch + next_g * call.key_head +
+                                   Range(call, next_b).begin * call.key_position);
                 }
                 float* partials = partial_scratch.get(std::max<int64_t>(1, range.cuts) * cut_floats);
                 for (int64_t cut = 0; cut < range.cuts; ++cut) {

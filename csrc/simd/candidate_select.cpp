@@ -46,7 +46,7 @@ void scan(const CandidateScan& call, int64_t b, int64_t begin, int64_t end, cons
             const float* block = history + first * stride;
             const bool more = c == 0 && first + 2 * kPositions <= end;
             dot_block(rows, unit + c * call.dim, call.dim, block, stride, count, call.dim, cosines, kPositions,
-                      {more ? block + kPositions * stride : nullptr, stride});
+                      Ahead<float>{more ? block + kPositions * stride : nullptr, stride});
             for (int r = 0; r < rows; ++r) {
                 for (int64_t j = 0; j < count; ++j) {
                     if (mask && !mask[first + j]) continue;

@@ -1,7 +1,7 @@
 // Dot products of a few rows with many: the scores of attention, the cosines of candidate selection.
 #pragma once
 
-#include "simd/simd.h"
+#include "simd/element.h"
 
 namespace simctg::dots {
 namespace {
@@ -16,24 +16,29 @@ constexpr int dot_tile_columns(int rows) {
     return rows == 1 ? 8 : 12 / rows;  // twelve sums, and what they are made of
 }
 
+template <class E>
+constexpr int64_t kLineElements = 64 / sizeof(E);  // of a cache line
+
 // Rows to be fetched while others are worked on, the j-th beside the j-th. Null: none.
+template <class E>
 struct Ahead {
-    const float* rows;
+    const E* rows;
     int64_t stride;
 
     // Short rows are asked for one after the other: in that order the hardware's own prefetching joins in.
     SIMCTG_INLINE void fetch(int64_t count, int64_t length) const {
         for (int64_t j = 0; j < count; ++j) {
-            for (int64_t d = 0; d < length; d += 16) prefetch_l2(rows + j * stride + d);
+            for (int64_t d = 0; d < length; d += kLineElements<E>) prefetch_l2(rows + j * stride + d);
         }
     }
 };
 
-constexpr int64_t kShortRow = 256;  // longer rows are asked for a line each at a time, while the products are taken
+constexpr int64_t kShortRow = 1024;  // bytes; longer rows are asked for a line each at a time, while the products are taken
 
-template <int Rows, int Columns>
-SIMCTG_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t dim, float* out,
-                            int64_t out_stride, Ahead ahead = {}) {
+// Elements of either type are widened as they are loaded, those of b once for all rows of a.
+template <int Rows, int Columns, class A, class B>
+SIMCTG_INLINE void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t dim, float* out,
+                            int64_t out_stride, Ahead<B> ahead = {}) {
     Vec acc[Rows * Columns];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows * Columns; ++i) acc[i] = zeros();
@@ -48,20 +53,21 @@ SIMCTG_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, in
             for (int r = 0; r < Rows; ++r) acc[r * Columns + c] = multiply_add(x[r], y, acc[r * Columns + c]);
         }
     };
-    const auto whole = [](const float* p) SIMCTG_INLINE_LAMBDA { return load(p); };
+    const auto whole = [](const auto* p) SIMCTG_INLINE_LAMBDA { return load(p); };
     int64_t d = 0;
     if (ahead.rows) {
-        for (; d + kLanes <= dim; d += kLanes) {
+        constexpr int steps = sizeof(float) / sizeof(B);  // to a request
+        for (; d + steps * kLanes <= dim; d += steps * kLanes) {
 #pragma GCC unroll 16
             for (int c = 0; c < Columns; ++c) prefetch_l2(ahead.rows + c * ahead.stride + d);
-            step(d, whole);
+#pragma GCC unroll 2
+            for (int i = 0; i < steps; ++i) step(d + i * kLanes, whole);
         }
-    } else {
-        for (; d + kLanes <= dim; d += kLanes) step(d, whole);
     }
+    for (; d + kLanes <= dim; d += kLanes) step(d, whole);
     if (d < dim) {
         const Mask mask = first_lanes(dim - d);
-        step(d, [mask](const float* p) SIMCTG_INLINE_LAMBDA { return load(p, mask); });
+        step(d, [mask](const auto* p) SIMCTG_INLINE_LAMBDA { return load(p, mask); });
     }
     float sums[Rows * Columns];
     sum_all<Rows * Columns>(acc, sums);
@@ -70,23 +76,24 @@ SIMCTG_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, in
 }
 
 // out[r, j] = a_r · b_j for `count` rows b_j. Each value is summed in one order, whatever tile it falls in.
-template <int Rows>
-void dot_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, int64_t dim,
-               float* out, int64_t out_stride, Ahead ahead) {
+template <int Rows, class B>
+void dot_block(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t count, int64_t dim, float* out,
+               int64_t out_stride, Ahead<B> ahead) {
     constexpr int columns = dot_tile_columns(Rows);
     int64_t j = 0;
     for (; j + columns <= count; j += columns) {
-        const bool short_rows = dim <= kShortRow;
+        const bool short_rows = dim * static_cast<int64_t>(sizeof(B)) <= kShortRow;
         if (ahead.rows && short_rows) ahead.fetch(columns, dim);
         dot_tile<Rows, columns>(a, a_stride, b + j * b_stride, b_stride, dim, out + j, out_stride,
-                                short_rows ? Ahead{} : ahead);
+                                short_rows ? Ahead<B>{} : ahead);
         if (ahead.rows) ahead.rows += columns * ahead.stride;
     }
     for (; j < count; ++j) dot_tile<Rows, 1>(a, a_stride, b + j * b_stride, b_stride, dim, out + j, out_stride);
 }
 
-SIMCTG_INLINE void dot_block(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                             int64_t count, int64_t dim, float* out, int64_t out_stride, Ahead ahead) {
+template <class B>
+SIMCTG_INLINE void dot_block(int rows, const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t count,
+                             int64_t dim, float* out, int64_t out_stride, Ahead<B> ahead) {
     switch (rows) {
         case 1: return dot_block<1>(a, a_stride, b, b_stride, count, dim, out, out_stride, ahead);
         case 2: return dot_block<2>(a, a_stride, b, b_stride, count, dim, out, out_stride, ahead);

@@ -73,13 +73,13 @@ SIMCTG_INLINE void store(Float16* p, Vec v, Mask mask) {
 
 #else
 
-// The lanes that a mask leaves, one after the other: masks are for the ends of rows.
+// The lanes that a mask leaves.
 SIMCTG_INLINE int64_t lanes_of(Mask mask) {
-    float ones[kLanes] = {};
-    store(ones, broadcast(1.0f), mask);
-    int64_t count = 0;
-    while (count < kLanes && ones[count] != 0.0f) ++count;
-    return count;
+#if defined(__AVX2__)
+    return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(mask))));
+#else
+    return mask.count;
+#endif
 }
 template <class E>
 SIMCTG_INLINE Vec load_lanes(const E* p, int64_t count) {
@@ -123,12 +123,22 @@ SIMCTG_INLINE void store(Float16* p, Vec v) { store_lanes(p, v, kLanes); }
 
 #endif
 
-SIMCTG_INLINE Vec load(const BFloat16* p, Mask mask) { return load_lanes(p, lanes_of(mask)); }
-SIMCTG_INLINE Vec load(const Float16* p, Mask mask) { return load_lanes(p, lanes_of(mask)); }
-SIMCTG_INLINE void store(BFloat16* p, Vec v, Mask mask) { store_lanes(p, v, lanes_of(mask)); }
-SIMCTG_INLINE void store(Float16* p, Vec v, Mask mask) { store_lanes(p, v, lanes_of(mask)); }
+// Masks are for the ends of rows, and functions of their own keep the kernels short.
+#define SIMCTG_CALLED inline __attribute__((noinline))
+SIMCTG_CALLED Vec load(const BFloat16* p, Mask mask) { return load_lanes(p, lanes_of(mask)); }
+SIMCTG_CALLED Vec load(const Float16* p, Mask mask) { return load_lanes(p, lanes_of(mask)); }
+SIMCTG_CALLED void store(BFloat16* p, Vec v, Mask mask) { store_lanes(p, v, lanes_of(mask)); }
+SIMCTG_CALLED void store(Float16* p, Vec v, Mask mask) { store_lanes(p, v, lanes_of(mask)); }
+#undef SIMCTG_CALLED
 
 #endif
+
+// As `store_first` of floats.
+template <class E>
+SIMCTG_INLINE void store_first(E* p, Vec v, int64_t count) {
+    if (count >= kLanes) store(p, v);
+    else store(p, v, first_lanes(count));
+}
 
 // ---- arrays ---------------------------------------------------------------------------------------------------------
 

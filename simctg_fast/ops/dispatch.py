@@ -94,15 +94,25 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def float32_obstacle(mask: Tensor | None = None, **tensors: Tensor | None) -> str | None:
-    """What keeps tensors from the C++ code of the decoding step: they have to be float32 on the CPU, `mask` bool, the
-    last dimension contiguous; no gradient is wanted, and nothing follows the computation."""
+    """`cpu_obstacle` where C++ has float32 only."""
+    return cpu_obstacle((torch.float32,), mask, **tensors)
+
+
+def cpu_obstacle(dtypes: tuple[torch.dtype, ...], mask: Tensor | None = None, **tensors: Tensor | None) -> str | None:
+    """What keeps tensors from the C++ code of the decoding step: they have to be of one of `dtypes`, all of the same,
+    on the CPU, `mask` bool, the last dimension contiguous; no gradient is wanted, and nothing follows the
+    computation."""
+    like = ""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"{NOT_TAKEN}{name} is a {type(tensor).__name__}"
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-            return f"{NOT_TAKEN}{name} is {tensor.dtype} on {tensor.device}, must be float32 on the CPU"
+        if tensor.dtype not in dtypes or not tensor.is_cpu:
+            allowed = " or ".join(map(_name, dtypes))
+            return f"{NOT_TAKEN}{name} is {tensor.dtype} on {tensor.device}, must be {allowed} on the CPU{like}"
+        if len(dtypes) > 1:
+            dtypes, like = (tensor.dtype,), f" as {name}"
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{NOT_TAKEN}{name} has strides {tensor.stride()}, the last must be 1"
         if tensor.requires_grad and torch.is_grad_enabled():

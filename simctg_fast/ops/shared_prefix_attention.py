@@ -13,7 +13,17 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .dispatch import NOT_TAKEN, address, choose, contiguous, float32_obstacle, is_deferred, lengths_obstacle
+from .dispatch import (
+    ELEMENT_TYPES,
+    NOT_TAKEN,
+    address,
+    choose,
+    contiguous,
+    cpu_obstacle,
+    element_type,
+    is_deferred,
+    lengths_obstacle,
+)
 
 _NONE = (0, 0, 0)
 _NO_ARRAY = (0, 0, 0, 0)
@@ -68,8 +78,8 @@ def shared_prefix_attention(
             cross-attention, where candidates see the shared keys only.
         scaling: factor on the query-key products.
         mask: bool, True = may be seen, ``(B or 1 or B·k, 1 or H, 1, length + 1)`` (``length`` for cross-attention).
-        bias: float, added to the scaled (and capped) scores; shape as ``mask``. T5's relative positions, or an
-            additive mask.
+        bias: float32 or the query's dtype, added to the scaled (and capped) scores; shape as ``mask``. T5's relative
+            positions, or an additive mask.
         softcap: ``softcap · tanh(score / softcap)`` before mask and bias.
         sinks: ``(H,)`` logits that take part in the softmax and carry no value.
         window_start: shared keys before this position are not read.
@@ -77,7 +87,8 @@ def shared_prefix_attention(
             beyond them. Entry ``length`` of ``mask`` and ``bias`` stays the new key's.
         starts: ``(B,)`` int64, a ``window_start`` of each row's own.
         window: each row sees itself and the ``window − 1`` keys before it; needs a ``new_key``.
-        impl: ``"auto"``, ``"cpu"`` (C++, float32), ``"triton"`` (CUDA) or ``"torch"`` (any device and dtype).
+        impl: ``"auto"``, ``"cpu"`` (C++; float32, bfloat16 or float16, all tensors of the query's dtype), ``"triton"``
+            (CUDA) or ``"torch"`` (any device and dtype).
 
     Returns:
         ``(B·k, 1, H, D_v)`` in the query's dtype; the softmax is taken in float32 at least.
@@ -107,13 +118,15 @@ def resolve(impl: str, call: Call) -> str:
         return kernels.obstacle(query, key, value, call.new_key, call.new_value)
 
     def cpu() -> str | None:
-        bias = call.bias
-        if bias is not None and bias.stride(-1) != 1:
-            bias = bias[..., :1]  # copied when it is read: T5 makes its bias heads last
-        return float32_obstacle(
-            call.mask, query=query, key=key, value=value, new_key=call.new_key, new_value=call.new_value, bias=bias,
-            sinks=call.sinks,
+        obstacle = cpu_obstacle(
+            ELEMENT_TYPES, call.mask, query=query, key=key, value=value, new_key=call.new_key,
+            new_value=call.new_value, sinks=call.sinks,
         )  # fmt: skip
+        if obstacle is not None or (bias := call.bias) is None:
+            return obstacle
+        if bias.stride(-1) != 1:
+            bias = bias[..., :1]  # copied when it is read: T5 makes its bias heads last
+        return cpu_obstacle(tuple(dict.fromkeys((query.dtype, torch.float32))), bias=bias)
 
     return choose(impl, query.device, cpu=cpu, triton=triton)
 
@@ -206,6 +219,8 @@ def _cpu(call: Call) -> torch.Tensor:
         address(call.sinks),
         out.data_ptr(),
         torch.get_num_threads(),
+        element_type(query.dtype),
+        element_type(torch.float32 if bias is None else bias.dtype),
     )
     return out
 
