@@ -36,9 +36,26 @@ def taken(query, key, value, **options):
     return shared_prefix_attention.resolve("auto", call) == "cpu"
 
 
+NARROW = [torch.bfloat16, torch.float16]
+TYPES = [torch.float32, *NARROW]
+
+
+def as_type(call, dtype, bias_dtype=None):
+    """A call with its tensors in `dtype`, the bias in another where one is given."""
+    tensors = ("query", "key", "value", "new_key", "new_value", "sinks", "bias")
+    changed = {name: call[name].to(dtype) for name in tensors if call.get(name) is not None}
+    if bias_dtype is not None and "bias" in changed:
+        changed["bias"] = call["bias"].to(bias_dtype)
+    return call | changed
+
+
+def rms(errors):
+    return torch.cat([error.flatten() for error in errors]).square().mean().sqrt().item()
+
+
 # 64 is a block of positions, 512 a cut.
 LENGTHS = (0, 1, 15, 16, 63, 64, 65, 127, 130, 300, 511, 512, 513, 700, 1090)
-DIMS = (1, 3, 5, 16, 17, 24, 40, 64, 65, 80, 128)
+DIMS = (1, 3, 5, 16, 17, 24, 33, 40, 64, 65, 80, 128)
 
 
 def draw_attention(choose: random.Random, length=None):
@@ -142,10 +159,91 @@ def test_attention_is_as_exact_as_pytorch(isa):
         assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
-def test_attention_bits_do_not_depend_on_batch_or_threads(isa, threads):
+@pytest.mark.parametrize("dtype", NARROW)
+def test_attention_of_16_bits_is_rounded_once(isa, threads, dtype):
+    """Against the truth of the same inputs: each output within a rounding, and all of them as near as its rounding."""
+    choose = random.Random(9)
+    errors, roundings = [], []
+    for index in range(45):
+        call = as_type(
+            draw_attention(choose, LENGTHS[index % len(LENGTHS)]), dtype, choose.choice((dtype, torch.float32))
+        )
+        threads(1 + index % 3)
+        y, truth = attention(**call), reference(**call)
+        assert y.dtype == dtype
+        assert y.shape == truth.shape
+        errors.append(y.double() - truth)
+        roundings.append(truth.to(dtype).double() - truth)
+        most = truth.abs() * torch.finfo(dtype).eps / 2 + 2e-5  # and what float32 adds
+        assert (errors[-1].abs() <= most).all(), {
+            k: (v.dtype, tuple(v.shape)) if isinstance(v, torch.Tensor) else v for k, v in call.items()
+        }
+    assert rms(errors) <= 1.01 * rms(roundings)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"groups": 3, "dim": 80, "value_dim": 33},
+        {"dim": 33, "softcap": 5.0, "sinks": True},
+        {"length": 1300, "own": False},
+        {"length": 300, "bias": torch.float32, "mask": True},
+        {"length": 700, "bias": "own", "groups": 2, "sinks": True},
+    ],
+    ids=str,
+)
+def test_attention_of_16_bits_is_better_than_pytorch(isa, dtype, options):
+    length, dim, groups = options.get("length", 513), options.get("dim", 64), options.get("groups", 1)
+    value_dim, width, own = options.get("value_dim", dim), length + options.get("own", True), options.get("own", True)
+    bias = options.get("bias")
+    call = {
+        "query": torch.randn(8, 2 * groups, 1, dim),
+        "key": torch.randn(2, 2, length, dim),
+        "value": torch.randn(2, 2, length, value_dim),
+        "length": length,
+        "new_key": torch.randn(8, 2, 1, dim) if own else None,
+        "new_value": torch.randn(8, 2, 1, value_dim) if own else None,
+        "scaling": dim**-0.5,
+        "mask": torch.rand(2, 1, 1, width) > 0.3 if options.get("mask") else None,
+        "bias": None if bias is None else 3 * torch.randn(1, 2 * groups, 1, width),
+        "softcap": options.get("softcap"),
+        "sinks": torch.randn(2 * groups) if options.get("sinks") else None,
+    }
+    call = as_type(call, dtype, torch.float32 if bias is torch.float32 else None)
+    truth = reference(**call)
+    plain = shared_prefix_attention.shared_prefix_attention(**call, impl="torch")
+    ours, rounding = rms([attention(**call) - truth]), rms([truth.to(dtype) - truth])
+    assert ours <= 1.05 * rounding
+    assert ours <= rms([plain - truth])
+
+
+def test_scores_beyond_float16(isa):
+    query, key = torch.full((2, 1, 1, 64), 200.0), torch.randn(1, 1, 70, 64)
+    key[0, 0, 3:5] = 300.0  # products of 3.8e6
+    value = torch.randn(1, 1, 70, 8).half()
+    y = attention(query.half(), key.half(), value, 70)
+    assert torch.equal(y, value[:, :, 3:5].float().mean(2, keepdim=True).half().expand(2, 1, 1, 8))
+
+
+def test_subnormal_float16(isa):
+    """They count in queries, keys, values and outputs."""
+    value = (torch.arange(1, 71) * 2.0**-24).view(1, 1, 70, 1).half()
+    key, query = value.clone(), torch.full((1, 1, 1, 1), 4096.0).half()
+    call = (query, key, value, 70)
+    truth = reference(*call, scaling=4096.0)
+    assert torch.equal(attention(*call, scaling=4096.0), truth.half())
+    query, key = key[:, :, :1], torch.full((1, 1, 70, 1), 4096.0).half() * (torch.arange(70).view(1, 1, 70, 1) % 3)
+    call = (query, key, value, 70)
+    assert torch.equal(attention(*call, scaling=4096.0), reference(*call, scaling=4096.0).half())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_attention_bits_do_not_depend_on_batch_or_threads(isa, threads, dtype):
     choose = random.Random(6)
     for index in range(24):
-        call = draw_attention(choose)
+        call = as_type(draw_attention(choose), dtype)
         threads(1)
         y = attention(**call)
         k = call["query"].shape[0] // call["key"].shape[0]
@@ -160,16 +258,20 @@ def test_attention_bits_do_not_depend_on_batch_or_threads(isa, threads):
                 extension.set_parallel_backend("auto")
 
 
-def test_one_head_and_many_cuts(isa, threads):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_one_head_and_many_cuts(isa, threads, dtype):
     """Few heads and a long sequence: the threads share the cuts of one head."""
-    query, key = torch.randn(4, 1, 1, 64), torch.randn(1, 1, 5000, 64)
-    arguments = (query, key, torch.randn(1, 1, 5000, 64), 5000, torch.randn(4, 1, 1, 64), torch.randn(4, 1, 1, 64))
+    query, key, value = torch.randn(4, 1, 1, 64), torch.randn(1, 1, 5000, 64), torch.randn(1, 1, 5000, 64)
+    query, key, value, *own = (
+        x.to(dtype) for x in (query, key, value, torch.randn(query.shape), torch.randn(query.shape))
+    )
+    arguments = (query, key, value, 5000, *own)
     threads(1)
     y = attention(*arguments, scaling=0.125)
     threads(4)
     assert torch.equal(attention(*arguments, scaling=0.125), y)
     truth = reference(*arguments, 0.125)
-    assert torch.allclose(y.double(), truth, atol=1e-6)
+    assert torch.allclose(y.double(), truth, atol=1e-6, rtol=max(1e-5, torch.finfo(dtype).eps / 2))
 
 
 def test_scores_that_overflow_without_the_largest_taken_off(isa):
@@ -208,8 +310,10 @@ def test_exponential_over_its_whole_range(isa):
     assert torch.allclose(y.flatten().double(), expected, rtol=5e-7, atol=2e-45)
 
 
-def test_not_finite_attention(isa):
-    query, key, value = torch.randn(4, 2, 1, 8), torch.randn(2, 2, 70, 8), torch.randn(2, 2, 70, 8)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_not_finite_attention(isa, dtype):
+    shapes = ((4, 2, 1, 8), (2, 2, 70, 8), (2, 2, 70, 8))
+    query, key, value = (torch.randn(shape).to(dtype) for shape in shapes)
     clean = attention(query, key, value, 70)
     key[1, 0, 66, 3] = torch.nan
     y = attention(query, key, value, 70)
@@ -222,28 +326,34 @@ def test_not_finite_attention(isa):
     assert torch.equal(y[:2, 0, 0], clean[:2, 0, 0])
 
 
-def test_nothing_to_see(isa):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_nothing_to_see(isa, dtype):
     """NaN as softmax makes it, 0 with a sink, and what the mask closes for a whole block is not read."""
-    query, key, value = torch.randn(2, 1, 1, 4), torch.randn(1, 1, 130, 4), torch.randn(1, 1, 130, 4)
+    shapes = ((2, 1, 1, 4), (1, 1, 130, 4), (1, 1, 130, 4))
+    query, key, value = (torch.randn(shape).to(dtype) for shape in shapes)
     mask = torch.zeros(1, 1, 1, 130, dtype=torch.bool)
     assert attention(query, key, value, 130, mask=mask).isnan().all()
     assert attention(query, key, value, 0).isnan().all()
-    assert (attention(query, key, value, 130, mask=mask, sinks=torch.zeros(1)) == 0).all()
+    assert (attention(query, key, value, 130, mask=mask, sinks=torch.zeros(1, dtype=dtype)) == 0).all()
     mask[..., 128:] = True
     expected = attention(query, key[:, :, 128:], value[:, :, 128:], 2)
     key[:, :, :128], value[:, :, :128] = torch.nan, torch.nan
-    assert torch.allclose(attention(query, key, value, 130, mask=mask), expected, atol=1e-6)
+    y = attention(query, key, value, 130, mask=mask)
+    assert torch.allclose(y, expected, atol=1e-6, rtol=torch.finfo(dtype).eps)
 
 
-def test_a_bias_that_lies_heads_last():
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_bias_that_lies_heads_last(dtype):
     """T5's, as its embedding makes it."""
-    query, key, value = torch.randn(6, 4, 1, 8), torch.randn(2, 4, 11, 8), torch.randn(2, 4, 11, 8)
-    bias = torch.randn(1, 1, 11, 4).permute(0, 3, 1, 2)
+    shapes = ((6, 4, 1, 8), (2, 4, 11, 8), (2, 4, 11, 8))
+    query, key, value = (torch.randn(shape).to(dtype) for shape in shapes)
+    bias = torch.randn(1, 1, 11, 4).to(dtype).permute(0, 3, 1, 2)
     call = (query, key, value, 11)
     assert bias.stride(-1) == 4
     assert taken(query, key, value, bias=bias)
     y = attention(*call, bias=bias)
     assert torch.equal(y, attention(*call, bias=bias.contiguous()))
+    assert torch.equal(y, attention(*call, bias=bias.float()))
     assert not torch.equal(y, attention(*call))
     assert not taken(query, key, value, bias=bias.double())
 
@@ -280,7 +390,16 @@ def test_each_candidate_sees_its_own_key_only():
         ({"length": 12}, r"length is 12, key has shape \(2, 2, 11, 8\)"),
         ({"query": torch.zeros(5, 4, 1, 8)}, r"query has shape \(5, 4, 1, 8\)"),
         ({"query": torch.zeros(6, 3, 1, 8)}, r"query has shape \(6, 3, 1, 8\)"),
-        ({"query": torch.zeros(6, 4, 1, 8, dtype=torch.float64)}, "query is torch.float64 on cpu, must be float32"),
+        (
+            {"query": torch.zeros(6, 4, 1, 8, dtype=torch.float64)},
+            "query is torch.float64 on cpu, must be float32 or bfloat16 or float16 on the CPU",
+        ),
+        (
+            {"key": torch.zeros(2, 2, 11, 8).bfloat16()},
+            "key is torch.bfloat16 on cpu, must be float32 on the CPU as query",
+        ),
+        ({"sinks": torch.zeros(4).half()}, "sinks is torch.float16 on cpu, must be float32 on the CPU as query"),
+        ({"bias": torch.zeros(1, 1, 1, 12).half()}, "bias is torch.float16 on cpu, must be float32 on the CPU"),
         ({"key": torch.zeros(2, 2, 8, 11).mT}, "key has strides .* the last must be 1"),
         ({"new_value": None}, "new_key and new_value must come together"),
         ({"new_key": torch.zeros(6, 1, 1, 8)}, r"new_key has shape \(6, 1, 1, 8\), must be \(6, 2, 1, 8\)"),
@@ -323,7 +442,12 @@ def test_torch_serves_what_the_kernel_does_not_take():
     assert ask(good)
     assert ask(good, torch.ones(1, 1, 1, 4, dtype=torch.bool))
     assert not ask(good, torch.ones(1, 1, 1, 4))
-    for bad in (good.double(), good.bfloat16(), good.to("meta"), good.mT, torch.zeros(2, 2, 4, 8, requires_grad=True)):
+    for narrow in (good.bfloat16(), good.half()):
+        assert ask(narrow)
+        assert not taken(narrow, narrow, good)
+        assert not taken(good, good, narrow)
+        assert not ask_scan(narrow)
+    for bad in (good.double(), good.to("meta"), good.mT, torch.zeros(2, 2, 4, 8, requires_grad=True)):
         assert not ask(bad)
         assert not ask_scan(bad)
     with torch.no_grad():

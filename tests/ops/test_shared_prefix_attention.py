@@ -210,7 +210,7 @@ def test_unknown_impl():
 
 
 def test_named_impl_that_cannot_run_raises():
-    arguments = arguments_of(Case(), torch.float16)
+    arguments = arguments_of(Case(), torch.float64)
     assert resolve("auto", Call(**arguments)) == "torch"
     with pytest.raises((RuntimeError, ValueError), match="cpu"):
         shared_prefix_attention(**arguments, impl="cpu")
