@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -129,25 +130,70 @@ void top_k() {
     report_equal("top_k tokens", tokens, order);
 }
 
-void attention(int64_t dim, int64_t length) {
+// Elements of a type, as they lie in memory.
+struct Elements {
+    std::vector<uint8_t> bytes;
+    void* data() { return bytes.data(); }
+};
+
+// Leaves in `values` what all types hold exactly: 8 bits of mantissa, and no exponent below float16's.
+Elements elements(ElementType type, Array& values) {
+    Elements out{std::vector<uint8_t>(values.size() * static_cast<size_t>(size_of(type)))};
+    for (size_t i = 0; i < values.size(); ++i) {
+        if (std::abs(values[i]) < 0x1p-14f) values[i] = 0.0f;
+        uint32_t bits;
+        std::memcpy(&bits, &values[i], 4);
+        bits &= 0xFFFF0000u;
+        std::memcpy(&values[i], &bits, 4);
+        const uint32_t magnitude = bits & 0x7FFFFFFFu, half = magnitude ? (magnitude - (112u << 23)) >> 13 : 0u;
+        const auto narrow = static_cast<uint16_t>(type == ElementType::bfloat16 ? bits >> 16 : bits >> 31 << 15 | half);
+        if (type == ElementType::float32) std::memcpy(&out.bytes[4 * i], &bits, 4);
+        else std::memcpy(&out.bytes[2 * i], &narrow, 2);
+    }
+    return out;
+}
+
+Array widened(ElementType type, const Elements& from) {
+    Array values(from.bytes.size() / static_cast<size_t>(size_of(type)));
+    for (size_t i = 0; i < values.size(); ++i) {
+        uint16_t narrow;
+        if (type == ElementType::float32) {
+            std::memcpy(&values[i], &from.bytes[4 * i], 4);
+            continue;
+        }
+        std::memcpy(&narrow, &from.bytes[2 * i], 2);
+        const uint32_t bits = static_cast<uint32_t>(narrow) << 16;
+        if (type == ElementType::bfloat16) {
+            std::memcpy(&values[i], &bits, 4);
+            continue;
+        }
+        const int exponent = narrow >> 10 & 31, mantissa = (narrow & 1023) | (exponent ? 1024 : 0);
+        values[i] = std::ldexp(static_cast<float>(narrow >> 15 ? -mantissa : mantissa), std::max(exponent, 1) - 25);
+    }
+    return values;
+}
+
+void attention(int64_t dim, int64_t length, ElementType type) {
     const int64_t batch = 2, candidates = 3, kv_heads = 2, groups = 2, heads = kv_heads * groups;
-    const Array query = normal(batch * candidates * heads * dim), key = normal(batch * kv_heads * length * dim);
-    const Array value = normal(batch * kv_heads * length * dim), sinks = normal(heads);
+    Array query = normal(batch * candidates * heads * dim), key = normal(batch * kv_heads * length * dim);
+    Array value = normal(batch * kv_heads * length * dim), sinks = normal(heads);
     const int64_t rows = batch * candidates;
-    const Array new_key = normal(rows * kv_heads * dim), new_value = normal(rows * kv_heads * dim);
+    Array new_key = normal(rows * kv_heads * dim), new_value = normal(rows * kv_heads * dim);
+    Elements q = elements(type, query), k = elements(type, key), v = elements(type, value), s = elements(type, sinks);
+    Elements own_k = elements(type, new_key), own_v = elements(type, new_value), out = q;
     std::vector<uint8_t> mask(static_cast<size_t>(batch * (length + 1)));
     for (uint8_t& open : mask) open = generator() % 4 > 0;
-    Array out(query.size());
     DecodeAttention call{};
+    call.type = type;
     call.batch = batch, call.candidates = candidates, call.kv_heads = kv_heads, call.groups = groups;
     call.dim = call.value_dim = dim, call.length = length;
-    call.query = query.data(), call.query_row = heads * dim, call.query_head = dim;
-    call.key = key.data(), call.value = value.data(), call.key_batch = call.value_batch = kv_heads * length * dim;
+    call.query = q.data(), call.query_row = heads * dim, call.query_head = dim;
+    call.key = k.data(), call.value = v.data(), call.key_batch = call.value_batch = kv_heads * length * dim;
     call.key_head = call.value_head = length * dim, call.key_position = call.value_position = dim;
-    call.new_key = new_key.data(), call.new_key_row = kv_heads * dim, call.new_key_head = dim;
-    call.new_value = new_value.data(), call.new_value_row = kv_heads * dim, call.new_value_head = dim;
+    call.new_key = own_k.data(), call.new_key_row = kv_heads * dim, call.new_key_head = dim;
+    call.new_value = own_v.data(), call.new_value_row = kv_heads * dim, call.new_value_head = dim;
     call.scaling = 0.2f, call.softcap = 6.0f, call.mask = mask.data(), call.mask_batch = length + 1;
-    call.sinks = sinks.data(), call.out = out.data();
+    call.sinks = s.data(), call.out = out.data();
     decode_attention(call, 2);
     Truth want;
     for (int64_t row = 0; row < rows; ++row) {
@@ -169,7 +215,10 @@ void attention(int64_t dim, int64_t length) {
             for (int64_t d = 0; d < dim; ++d) want.push_back(sum[d] / total);
         }
     }
-    report("decode_attention " + std::to_string(dim) + " " + std::to_string(length), out, want, 5e-6);
+    const char* name = type == ElementType::float32 ? " float32" : type == ElementType::bfloat16 ? " bfloat16" : " float16";
+    const double rounding = type == ElementType::float32 ? 0.0 : type == ElementType::bfloat16 ? 0x1p-8 : 0x1p-11;
+    report("decode_attention " + std::to_string(dim) + " " + std::to_string(length) + name, widened(type, out), want,
+           5e-6 + rounding);
 }
 
 void candidates() {
@@ -412,8 +461,10 @@ int main() {
         linear_layers(2, 1024, 128);
         element_wise();
         top_k();
-        attention(64, 700);
-        attention(19, 37);
+        for (const ElementType type : {ElementType::float32, ElementType::bfloat16, ElementType::float16}) {
+            attention(64, 700, type);
+            attention(19, 37, type);
+        }
         candidates();
         contrastive(150, 40, 0.0f);
         contrastive(270, 70, 1.5f);
