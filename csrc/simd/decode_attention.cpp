@@ -299,8 +299,7 @@ void finish(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, flo
         const E* value =
             call.new_key ? elements<E>(call.new_value, row * call.new_value_row + g * call.new_value_head) : out;
         for (int64_t d = 0; d < value_dim; d += kLanes) {
-            const Mask mask = first_lanes(smaller<int64_t>(kLanes, value_dim - d));
-            Vec sum = call.new_key ? mul(load(value + d, mask), broadcast(own_weight)) : zeros();
+            Vec sum = call.new_key ? mul(load_first(value + d, value_dim - d), broadcast(own_weight)) : zeros();
             for (int64_t cut = 0; cut < cuts; ++cut) {
                 const PartialRow part(partials + cut * cut_floats, i, value_dim);
                 sum = multiply_add(load(part.output + d), broadcast(*part.largest), sum);

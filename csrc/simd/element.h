@@ -97,8 +97,10 @@ SIMCTG_INLINE void store_lanes(E* p, Vec v, int64_t count) {
 #if defined(__AVX2__)
 
 SIMCTG_INLINE Vec load(const BFloat16* p) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                            -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, places));
 }
 SIMCTG_INLINE void store(BFloat16* p, Vec v) {
     const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -133,7 +135,11 @@ SIMCTG_CALLED void store(Float16* p, Vec v, Mask mask) { store_lanes(p, v, lanes
 
 #endif
 
-// As `store_first` of floats.
+// The first `count` lanes, all of them where it is no less; the others 0.
+template <class E>
+SIMCTG_INLINE Vec load_first(const E* p, int64_t count) {
+    return count >= kLanes ? load(p) : load(p, first_lanes(count));
+}
 template <class E>
 SIMCTG_INLINE void store_first(E* p, Vec v, int64_t count) {
     if (count >= kLanes) store(p, v);
