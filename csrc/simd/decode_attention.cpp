@@ -1,9 +1,9 @@
 // Attention of a few queries over one prefix.
 //
 // Floor: keys and values, 2 or 4 T (dim + value_dim) bytes a key/value head, are read once for all its query rows; each row
-// takes T multiply-adds by dim and by value_dim, and T exponentials. Layout: queries are copied together as floats, [rows]
-// [dim in whole lines]; scores [rows][kSplit]; a partial row is its output, largest score and sum. Keys and values of 16
-// bits are widened in registers, once for the rows of a tile.
+// takes T multiply-adds by dim and by value_dim, and T exponentials. Layout: queries are copied together, [rows][dim in
+// whole lines]; scores [rows][kSplit]; a partial row is its output, largest score and sum. Keys and values of 16 bits are
+// widened in registers, once for the rows of a tile; pairs of bfloat16 are multiplied as they are where the processor can.
 //
 // A cut of the prefix is taken in three sweeps: all scores (keys pass once, kBlock at a time, through every query row
 // that shares them), their softmax, all outputs (values pass once). While one sweep ends, the next one's memory is
@@ -32,6 +32,25 @@ static_assert(kSplit % kBlock == 0 && kBlock % kLanes == 0, "blocks are whole ve
 
 template <class E>
 SIMCTG_INLINE const E* elements(const void* array, int64_t first) { return static_cast<const E*>(array) + first; }
+
+// What the queries are copied to: floats, or as they are where the processor multiplies pairs of bfloat16.
+template <class E>
+struct QueryOf {
+    using Type = float;
+};
+template <class E>
+SIMCTG_INLINE void copy_query(const E* query, int64_t dim, float* to) { widen_array(query, dim, to); }
+#if defined(__AVX512BF16__)
+template <>
+struct QueryOf<BFloat16> {
+    using Type = BFloat16;
+};
+SIMCTG_INLINE void copy_query(const BFloat16* query, int64_t dim, BFloat16* to) {
+    int64_t d = 0;  // whole vectors, as they are read: a load waits where it spans two stores
+    for (; d + 32 <= dim; d += 32) _mm512_storeu_si512(to + d, _mm512_loadu_si512(query + d));
+    for (; d < dim; ++d) to[d] = query[d];
+}
+#endif
 
 // A row of a partial.
 struct PartialRow {
@@ -182,8 +201,11 @@ template <class E>
 void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, const void* next,
             float* scratch, float* partial) {
     const int64_t rows = call.candidates * call.groups, value_dim = call.value_dim, count = end - begin;
-    const int64_t query_stride = (call.dim + 15) / 16 * 16, output_stride = partial_stride(value_dim);
-    float *queries = scratch, *scores = queries + rows * query_stride, *closed = scores + rows * kSplit;
+    using Query = typename QueryOf<E>::Type;
+    constexpr int64_t line = kLineElements<Query>;
+    const int64_t query_stride = (call.dim + line - 1) / line * line, output_stride = partial_stride(value_dim);
+    Query* queries = reinterpret_cast<Query*>(scratch);
+    float *scores = reinterpret_cast<float*>(queries + rows * query_stride), *closed = scores + rows * kSplit;
     float* bias_room = closed + kSplit;
     const E* keys =
         elements<E>(call.key, b * call.key_batch + g * call.key_head + begin * call.key_position);
@@ -198,8 +220,8 @@ void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, in
     }
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = b * call.candidates + i / call.groups, head = g * call.groups + i % call.groups;
-        widen_array(elements<E>(call.query, row * call.query_row + head * call.query_head), call.dim,
-                    queries + i * query_stride);
+        const E* query = elements<E>(call.query, row * call.query_row + head * call.query_head);
+        copy_query(query, call.dim, queries + i * query_stride);
         for (int64_t d = 0; d < output_stride; ++d) partial[i * output_stride + d] = 0.0f;
     }
 

@@ -35,40 +35,38 @@ struct Ahead {
 
 constexpr int64_t kShortRow = 1024;  // bytes; longer rows are asked for a line each at a time, while the products are taken
 
-// Elements of either type are widened as they are loaded, those of b once for all rows of a.
+// Elements of 16 bits are widened as they are loaded (simd::Along), those of b once for all rows of a.
 template <int Rows, int Columns, class A, class B>
 SIMCTG_INLINE void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t dim, float* out,
                             int64_t out_stride, Ahead<B> ahead = {}) {
     Vec acc[Rows * Columns];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows * Columns; ++i) acc[i] = zeros();
-    const auto step = [&](int64_t d, const auto& get) SIMCTG_INLINE_LAMBDA {
-        Vec x[Rows];
+    using Dot = Along<A>;
+    constexpr int64_t wide = Dot::kStep;
+    const auto step = [&](int64_t d, auto... rest) SIMCTG_INLINE_LAMBDA {
+        decltype(Dot::get(a)) x[Rows];
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) x[r] = get(a + r * a_stride + d);
+        for (int r = 0; r < Rows; ++r) x[r] = Dot::get(a + r * a_stride + d, rest...);
 #pragma GCC unroll 16
         for (int c = 0; c < Columns; ++c) {
-            const Vec y = in_register(get(b + c * b_stride + d));
+            const auto y = in_register(Dot::get(b + c * b_stride + d, rest...));
 #pragma GCC unroll 4
-            for (int r = 0; r < Rows; ++r) acc[r * Columns + c] = multiply_add(x[r], y, acc[r * Columns + c]);
+            for (int r = 0; r < Rows; ++r) acc[r * Columns + c] = Dot::multiply_add(x[r], y, acc[r * Columns + c]);
         }
     };
-    const auto whole = [](const auto* p) SIMCTG_INLINE_LAMBDA { return load(p); };
     int64_t d = 0;
     if (ahead.rows) {
-        constexpr int steps = sizeof(float) / sizeof(B);  // to a request
-        for (; d + steps * kLanes <= dim; d += steps * kLanes) {
+        constexpr int64_t asked = kLanes * static_cast<int64_t>(sizeof(float) / sizeof(B));  // elements to a request
+        for (; d + asked <= dim; d += asked) {
 #pragma GCC unroll 16
             for (int c = 0; c < Columns; ++c) prefetch_l2(ahead.rows + c * ahead.stride + d);
 #pragma GCC unroll 2
-            for (int i = 0; i < steps; ++i) step(d + i * kLanes, whole);
+            for (int64_t i = 0; i < asked; i += wide) step(d + i);
         }
     }
-    for (; d + kLanes <= dim; d += kLanes) step(d, whole);
-    if (d < dim) {
-        const Mask mask = first_lanes(dim - d);
-        step(d, [mask](const auto* p) SIMCTG_INLINE_LAMBDA { return load(p, mask); });
-    }
+    for (; d + wide <= dim; d += wide) step(d);
+    if (d < dim) step(d, Dot::rest(dim - d));
     float sums[Rows * Columns];
     sum_all<Rows * Columns>(acc, sums);
 #pragma GCC unroll 4
@@ -76,8 +74,8 @@ SIMCTG_INLINE void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_
 }
 
 // out[r, j] = a_r · b_j for `count` rows b_j. Each value is summed in one order, whatever tile it falls in.
-template <int Rows, class B>
-void dot_block(const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t count, int64_t dim, float* out,
+template <int Rows, class A, class B>
+void dot_block(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t count, int64_t dim, float* out,
                int64_t out_stride, Ahead<B> ahead) {
     constexpr int columns = dot_tile_columns(Rows);
     int64_t j = 0;
@@ -91,8 +89,8 @@ void dot_block(const float* a, int64_t a_stride, const B* b, int64_t b_stride, i
     for (; j < count; ++j) dot_tile<Rows, 1>(a, a_stride, b + j * b_stride, b_stride, dim, out + j, out_stride);
 }
 
-template <class B>
-SIMCTG_INLINE void dot_block(int rows, const float* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t count,
+template <class A, class B>
+SIMCTG_INLINE void dot_block(int rows, const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t count,
                              int64_t dim, float* out, int64_t out_stride, Ahead<B> ahead) {
     switch (rows) {
         case 1: return dot_block<1>(a, a_stride, b, b_stride, count, dim, out, out_stride, ahead);

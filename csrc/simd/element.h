@@ -175,5 +175,35 @@ SIMCTG_INLINE auto with_type(ElementType type, void* data, const F& f) {
     return f(static_cast<float*>(data));
 }
 
+// ---- products -------------------------------------------------------------------------------------------------------
+
+// How vectors of two rows are multiplied along them, the first one's elements being X. Whatever the other's type, an X of
+// float takes it widened.
+template <class X>
+struct Along {
+    static constexpr int kStep = kLanes;
+    using Rest = Mask;
+    static SIMCTG_INLINE Rest rest(int64_t count) { return first_lanes(count); }
+    template <class T>
+    static SIMCTG_INLINE Vec get(const T* p) { return load(p); }
+    template <class T>
+    static SIMCTG_INLINE Vec get(const T* p, Rest rest) { return load(p, rest); }
+    static SIMCTG_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return simd::multiply_add(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Along<BFloat16> {
+    static constexpr int kStep = 2 * kLanes;
+    using Rest = __mmask32;
+    static SIMCTG_INLINE Rest rest(int64_t count) { return static_cast<Rest>((uint64_t{1} << count) - 1); }
+    static SIMCTG_INLINE __m512bh get(const BFloat16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+    static SIMCTG_INLINE __m512bh get(const BFloat16* p, Rest rest) {
+        return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(rest, p));
+    }
+    static SIMCTG_INLINE Vec multiply_add(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+};
+#endif
+
 }  // namespace
 }  // namespace simctg::simd

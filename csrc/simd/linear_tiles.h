@@ -41,33 +41,6 @@ template <class X, class Weight>
 constexpr int64_t kDotBlock = sizeof(Weight) < sizeof(X) ? 512 : 1024;
 constexpr int64_t kDotTiles = 64 / kDotRows;  // row tiles in a pass: kDotSums holds the partial sums of all
 
-// How vectors of x and W are multiplied along k. Whatever a weight's type, an x of floats takes it widened.
-template <class X>
-struct Along {
-    static constexpr int kStep = kLanes;
-    using Rest = Mask;
-    static SIMCTG_INLINE Rest rest(int64_t count) { return first_lanes(count); }
-    template <class T>
-    static SIMCTG_INLINE Vec get(const T* p) { return load(p); }
-    template <class T>
-    static SIMCTG_INLINE Vec get(const T* p, Rest rest) { return load(p, rest); }
-    static SIMCTG_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return simd::multiply_add(a, b, c); }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Along<BFloat16> {
-    static constexpr int kStep = 2 * kLanes;
-    using Rest = __mmask32;
-    static SIMCTG_INLINE Rest rest(int64_t count) { return static_cast<Rest>((uint64_t{1} << count) - 1); }
-    static SIMCTG_INLINE __m512bh get(const BFloat16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-    static SIMCTG_INLINE __m512bh get(const BFloat16* p, Rest rest) {
-        return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(rest, p));
-    }
-    static SIMCTG_INLINE Vec multiply_add(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
-};
-#endif
-
 // Whether several row tiles share a copy of a weight tile that has been widened once.
 template <class X, class Weight>
 constexpr bool kWidens = sizeof(Weight) < sizeof(X);
