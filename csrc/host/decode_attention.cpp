@@ -51,7 +51,6 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
     }
     for (int64_t b = 0; b < call.batch; ++b) length_of(call.lengths, b, call.length);
     const Typed& k = kernels<Kernels>().of_type[static_cast<int>(call.type)];
-    const int64_t size = size_of(call.type);
     const int64_t rows = call.candidates * call.groups, heads = call.batch * call.kv_heads;
     const int64_t cut_floats = rows * partial_stride(call.value_dim);
     if (heads == 0 || rows == 0) return;
@@ -62,26 +61,29 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
         const int64_t end = std::min(range.end, (range.first_cut + cut + 1) * kSplit);
         k.attend(call, b, g, begin, end, next, work_scratch.get(attention_scratch(rows, call.dim)), partial);
     };
+    const auto keys_at = [&](int64_t b, int64_t g, int64_t position) -> const void* {
+        return static_cast<const char*>(call.key) +
+               size_of(call.type) * (b * call.key_batch + g * call.key_head + position * call.key_position);
+    };
     const int64_t most_cuts = (call.length + kSplit - 1) / kSplit;
     if (most_cuts <= 1 || heads >= 4 * int64_t{num_threads} || num_threads == 1) {
-        // Heads that follow one another: each has the next one's keys fetched.
+        // Heads that follow one another: each cut has the keys that are read after it fetched.
         const int64_t tasks = std::min(heads, kTasksPerThread * num_threads);
         parallel_for(tasks, num_threads, [&](int64_t task) {
             const int64_t last = heads * (task + 1) / tasks;
             for (int64_t head = heads * task / tasks; head < last; ++head) {
                 const int64_t b = head / call.kv_heads, g = head % call.kv_heads;
                 const Range range(call, b);
-                const char* next = nullptr;
+                const void* next = nullptr;
                 if (head + 1 < last) {
                     const int64_t next_b = (head + 1) / call.kv_heads, next_g = (head + 1) % call.kv_heads;
-                    next = static_cast<const char*>(call.key) +
-                           size * (next_b * call.key_batch + next_g * call.key_head +
-                                   Range(call, next_b).begin * call.key_position);
+                    next = keys_at(next_b, next_g, Range(call, next_b).begin);
                 }
                 float* partials = partial_scratch.get(std::max<int64_t>(1, range.cuts) * cut_floats);
                 for (int64_t cut = 0; cut < range.cuts; ++cut) {
                     const bool ends = cut + 1 == range.cuts;
-                    run_cut(b, g, range, cut, ends ? next : nullptr, partials + cut * cut_floats);
+                    run_cut(b, g, range, cut, ends ? next : keys_at(b, g, (range.first_cut + cut + 1) * kSplit),
+                            partials + cut * cut_floats);
                 }
                 k.finish(call, b, g, range.cuts, partials);
             }
