@@ -116,10 +116,24 @@ SIMCTG_INLINE void store(Float16* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-#else  // a compiler makes vectors of these loops
+#else
 
-SIMCTG_INLINE Vec load(const BFloat16* p) { return load_lanes(p, kLanes); }
-SIMCTG_INLINE Vec load(const Float16* p) { return load_lanes(p, kLanes); }
+typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
+typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
+
+SIMCTG_INLINE Words load_bits(const void* p) {
+    HalfWords bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return __builtin_convertvector(bits, Words);
+}
+SIMCTG_INLINE Vec load(const BFloat16* p) { return reinterpret_cast<Vec>(load_bits(p) << 16); }
+SIMCTG_INLINE Vec load(const Float16* p) {  // as `widen`
+    const Words bits = load_bits(p), magnitude = bits & 0x7FFF;
+    const Vec scaled = mul(reinterpret_cast<Vec>(magnitude << 13), broadcast(from_bits((127u + 112u) << 23)));
+    const Words special = (magnitude >= 0x7C00) & 0x7F800000;
+    return reinterpret_cast<Vec>(reinterpret_cast<Words>(scaled) | special | (bits & 0x8000) << 16);
+}
+// A compiler makes vectors of these loops.
 SIMCTG_INLINE void store(BFloat16* p, Vec v) { store_lanes(p, v, kLanes); }
 SIMCTG_INLINE void store(Float16* p, Vec v) { store_lanes(p, v, kLanes); }
 
