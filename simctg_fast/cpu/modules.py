@@ -131,12 +131,8 @@ def is_plain_eager() -> bool:
 
 
 def is_plain(value: Any, kind: Any = Parameter) -> TypeGuard[Tensor]:
-    """Whether the kernels take it: float32, contiguous, on the CPU, and of no other class than ``kind``."""
-    return type(value) is kind and value.dtype is torch.float32 and value.is_cpu and value.is_contiguous()
-
-
-def _is_plain_float(value: Any, kind: Any = Parameter) -> TypeGuard[Tensor]:
-    """As `is_plain`, and 16-bit floats as well."""
+    """Whether the kernels take it: an element type of theirs, contiguous, on the CPU, and of no other class than
+    ``kind``."""
     return type(value) is kind and value.dtype in ELEMENT_TYPES and value.is_cpu and value.is_contiguous()
 
 
@@ -161,7 +157,7 @@ class NativeLinear:
         if not is_plain(weight) or parameters.get("bias") is not None:
             return None
         use = here(self.module)
-        packed, limit = (None, most_rows()) if use is None else use.value.current(weight)
+        packed, limit = (None, most_rows(weight.dtype)) if use is None else use.value.current(weight)
         if rows > limit:
             return None
         data: Tensor = weight if packed is None else packed
@@ -185,12 +181,12 @@ def _product(self: Module, x: Tensor, transposed: bool) -> Tensor | None:
         out_features, in_features = in_features, out_features
     packed, limit = use.value.current(weight)
     takes = (
-        x.dtype is torch.float32
+        x.dtype is weight.dtype
         and x.is_cpu
         and x.shape[-1] == in_features
         and 0 < x.numel() <= limit * in_features
         and out_features > 0
-        and (bias is None or (is_plain(bias) and bias.numel() == out_features))
+        and (bias is None or (is_plain(bias) and bias.dtype is x.dtype and bias.numel() == out_features))
         and not _wants_gradient(x, weight, bias)
     )
     return run_kernel(x, weight, bias, transposed, packed) if takes else None
@@ -220,7 +216,7 @@ def _new_gelu_forward(self: NewGELUActivation, input: Tensor) -> Tensor:
     if here(self) is None:
         return _NEW_GELU_FORWARD(self, input)
     if (
-        _is_plain_float(input, Tensor)
+        is_plain(input, Tensor)
         and not _wants_gradient(input)
         and is_plain_eager()
         and _backends.extension() is not None
@@ -240,8 +236,8 @@ def _rms_norm_forward(self: Module, hidden_states: Tensor) -> Tensor:
         return type(self).forward(self, hidden_states)
     weight, epsilon = self._parameters.get("weight"), self.__dict__["variance_epsilon"]
     if (
-        _is_plain_float(hidden_states, Tensor)
-        and _is_plain_float(weight)
+        is_plain(hidden_states, Tensor)
+        and is_plain(weight)
         and weight.dtype is hidden_states.dtype
         and hidden_states.shape[-1:] == weight.shape
         and not _wants_gradient(hidden_states, weight)
@@ -308,6 +304,11 @@ def _stand_in(module: Module) -> Any | None:
     return replacement if takes else None
 
 
+def _dtype_of(module: Module) -> torch.dtype | None:
+    weight = module._parameters.get("weight")
+    return None if weight is None else weight.dtype
+
+
 def _room_for(weights: Iterable[tuple[Tensor, bool]]) -> tuple[bool, int, int | None]:
     """Whether packed copies of weights (each with how it lies) may be made, the bytes they take, and those that are
     free."""
@@ -316,9 +317,9 @@ def _room_for(weights: Iterable[tuple[Tensor, bool]]) -> tuple[bool, int, int | 
 
 
 def _weight_of(module: Module) -> tuple[Tensor, bool] | None:
-    """The weight of a linear layer that is ours or could be, and whether it lies transposed."""
+    """The weight of a linear layer that there are packed copies of, and whether it lies transposed."""
     transposed, weight = _FORWARDS[type(module)][2], module._parameters.get("weight")
-    return None if transposed is None or weight is None else (weight, transposed)
+    return None if transposed is None or weight is None or weight.dtype is not torch.float32 else (weight, transposed)
 
 
 def _pack_all(uses: list[Use]) -> None:
@@ -363,7 +364,7 @@ def fast_linears(
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
-    contiguous float32 weight on the CPU, and `NewGELUActivation`, `Dropout` and root mean square norms (of these also
+    contiguous weight on the CPU, of float32, bfloat16 or float16, and `NewGELUActivation`, `Dropout` and root mean square norms (of these also
     what computes on CUDA). It holds for the thread that enters the block: in another one the model computes what it
     always does. Blocks may be nested. On the way out, also by an exception, every module is as it was found.
 
@@ -371,7 +372,7 @@ def fast_linears(
         model: any module.
         rows_hint: rows the caller is going to multiply at a time. Above ``max_rows`` the block changes nothing on the
             CPU, but where packed layers take more.
-        pack: True copies the weights in the order in which the kernel reads them, unless that takes more than a quarter
+        pack: True copies float32 weights in the order in which the kernel reads them, unless that takes more than a quarter
             of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
             its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
             seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost memory,
@@ -390,20 +391,22 @@ def fast_linears(
         raise ValueError(f"pack is {pack!r}, must be one of {', '.join(map(repr, PACK))}")
     if rows_hint < 1:
         raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
-    max_rows = most_rows() if max_rows is None else max_rows
+    limits = {p.dtype: max_rows or most_rows(p.dtype) for p in model.parameters() if p.is_cpu}
+    limits = {dtype: limit for dtype, limit in limits.items() if dtype in ELEMENT_TYPES}
     uses: list[Use] = []
     with Forwards() as forwards:
-        wanted = rows_hint <= max_rows or (pack is True and _packed_wins())
+        wanted = rows_hint <= max(limits.values(), default=0) or (pack is True and _packed_wins())
         if (wanted and _backends.extension() is not None) or _is_on_cuda(model):
             for module in model.modules():
                 function, outer = _stand_in(module), here(module)
                 if function is not None:
-                    use = forwards.put(module, function, _Layer(max_rows, None if outer is None else outer.value))
+                    limit = limits.get(_dtype_of(module), 0)
+                    use = forwards.put(module, function, _Layer(limit, None if outer is None else outer.value))
                     if use is not None:
                         uses.append(use)
             if pack is True:
                 with _packing:
                     _pack_all(uses)
-        elif wanted and any(parameter.is_cpu and parameter.dtype is torch.float32 for parameter in model.parameters()):
+        elif wanted and limits:
             _backends.wanted_extension()  # says that it is missing
         yield len(uses)

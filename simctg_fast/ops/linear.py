@@ -7,19 +7,35 @@ product repacks it first, which pays above `most_rows`. What it computes for a r
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _backends
+from .dispatch import element_type
 
 MAX_ROWS = 64  # above, a general matrix product is as good
 _MAX_ROWS_AMD = 256  # with AVX-512 there: PyTorch's is slower on AMD's processors (`benchmarks/linear.py`)
+_ANY = 1 << 62  # PyTorch's, without instructions for 16 bits, is 2 to 200 times slower with any number of rows
 
 
-def most_rows() -> int:
+@functools.cache
+def _torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has a matrix product of this 16-bit type that is more than a loop on this machine."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if dtype is torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    extension = _backends.extension()
+    return extension is None or extension.best_isa() == "avx512_bf16"
+
+
+def most_rows(dtype: torch.dtype = torch.float32) -> int:
     """Rows up to which the kernel is faster than a general matrix product on this machine."""
+    if dtype in (torch.float16, torch.bfloat16) and not _torch_multiplies(dtype):
+        return _ANY
     extension = _backends.extension()
     if extension is not None and extension.active_isa().startswith("avx512") and extension.is_amd():
         return _MAX_ROWS_AMD
@@ -37,14 +53,15 @@ def _kernel() -> tuple[Any, Any, Any, Any]:
 def run_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, packed: Tensor | None = None
 ) -> Tensor:
-    """``x · W + b``, ``(..., out_features)`` contiguous. What calls has checked the arguments: float32 on the CPU, no
-    gradient wanted, and the extension there.
+    """``x · W + b``, ``(..., out_features)`` contiguous, in x's type. What calls has checked the arguments: on the CPU, no
+    gradient wanted, and the extension there; float32, bfloat16 or float16, ``weight`` in x's type, or of 16 bits where x
+    is float32. Sums are taken in float32 and rounded once.
 
     Args:
         x: ``(..., in_features)``, any strides.
         weight: contiguous, ``(out_features, in_features)`` as `torch.nn.Linear` has it; with ``transposed``
             ``(in_features, out_features)`` as the `Conv1D` of transformers.
-        bias: ``(out_features,)``, contiguous, or None.
+        bias: ``(out_features,)``, contiguous, in x's type, or None.
         packed: a copy of ``weight`` made by `pack`, which is read in its place.
     """
     linear, rows_are_outputs, rows_are_inputs, panels = _kernel()
@@ -72,6 +89,8 @@ def run_kernel(
         in_features,
         out_features,
         torch.get_num_threads(),
+        element_type(x.dtype),
+        element_type(weight.dtype),
     )
     return y
 
