@@ -1,5 +1,6 @@
-// The stretches of a transformer block between its attentions, for a few rows: norm and projections, projection and
-// residual, feed-forward network. Their arithmetic is that of rms_norm, linear and gelu_tanh, one after the other.
+// The stretches of a transformer block between its attentions, for a few rows: norm and projections (and rotation of
+// queries and keys), projection and residual, feed-forward network. Their arithmetic is that of rms_norm, layer_norm, linear
+// and gelu_tanh, one after the other.
 #pragma once
 
 #include <cstdint>
@@ -17,25 +18,38 @@ struct LinearLayer {
     ElementType type = ElementType::float32, weight_type = ElementType::float32;  // as `Linear`'s
 };
 
-struct RmsNorm {
-    const float* weight;
+enum class NormKind { root_mean_square, layer };
+
+struct Norm {
+    NormKind kind;
+    const void* weight;
+    const void* bias;  // or null; of a layer norm alone
     float epsilon;
 };
 
-enum class Activation { relu, gelu_tanh };
+// Rotary positions: of each head of `width` elements the halves (a, b) become (a · cos − b · sin, b · cos + a · sin).
+struct Rotation {
+    const void *cos, *sin;  // [rows, width], rows `stride` elements apart
+    int64_t stride, width;
+    int64_t results;  // how many of them, from the first on
+};
 
-// All arrays float32 and contiguous; x and the results have `rows` rows.
+enum class Activation { relu, gelu_tanh, silu };
 
-// y[i] = norm(x) · layers[i]
-void norm_linears(const float* x, int64_t rows, const RmsNorm& norm, const std::vector<const LinearLayer*>& layers,
-                  const std::vector<float*>& y, int num_threads);
+// All arrays are contiguous, x and the results have `rows` rows, and all but weights are of the layers' one `type`: what a
+// norm, a layer, an activation, a gate and a residual make is computed in float32 and rounded to it once.
+
+// y[i] = norm(x) · layers[i], rotated if `rotation` is not null.
+void norm_linears(const void* x, int64_t rows, const Norm& norm, const std::vector<const LinearLayer*>& layers,
+                  const Rotation* rotation, const std::vector<void*>& y, int num_threads);
 
 // y = x · layer + residual
-void linear_residual(const float* x, int64_t rows, const LinearLayer& layer, const float* residual, float* y,
+void linear_residual(const void* x, int64_t rows, const LinearLayer& layer, const void* residual, void* y,
                      int num_threads);
 
-// y = (act(norm(x) · inner) [* (norm(x) · gate)]) · outer + x; `gate` may be null.
-void feed_forward(const float* x, int64_t rows, const RmsNorm& norm, const LinearLayer& inner, const LinearLayer* gate,
-                  Activation act, const LinearLayer& outer, float* y, int num_threads);
+// y = (act(norm(z) · inner) [* (norm(z) · gate)]) · outer + z, for z = x · layer + residual; `gate` may be null.
+void linear_feed_forward(const void* x, int64_t rows, const LinearLayer& layer, const void* residual, const Norm& norm,
+                         const LinearLayer& inner, const LinearLayer* gate, Activation act, const LinearLayer& outer,
+                         void* y, int num_threads);
 
 }  // namespace simctg

@@ -1,7 +1,6 @@
 // Bindings of what a decoding step computes on the CPU; see bindings.cpp.
 #include "bind/bindings.h"
 
-#include <utility>
 #include <vector>
 
 #include "api/block_layers.h"
@@ -66,29 +65,28 @@ void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key
     simctg::decode_attention(call, num_threads);
 }
 
-simctg::RmsNorm rms_norm_of(const std::pair<address, float>& norm) {
-    return {pointer<const float>(norm.first), norm.second};
-}
-
-void norm_linears(address x, int64_t rows, std::pair<address, float> norm,
-                  const std::vector<const simctg::LinearLayer*>& layers, const std::vector<address>& y,
-                  int num_threads) {
-    std::vector<float*> results;
-    for (const address result : y) results.push_back(pointer<float>(result));
-    simctg::norm_linears(pointer<const float>(x), rows, rms_norm_of(norm), layers, results, num_threads);
+void norm_linears(address x, int64_t rows, const simctg::Norm& norm,
+                  const std::vector<const simctg::LinearLayer*>& layers, const std::vector<address>& y, int num_threads,
+                  const std::array<int64_t, 5>& rotation) {
+    std::vector<void*> results;
+    for (const address result : y) results.push_back(pointer<void>(result));
+    const simctg::Rotation rotated{pointer<const void>(rotation[0]), pointer<const void>(rotation[1]), rotation[2],
+                                   rotation[3], rotation[4]};
+    simctg::norm_linears(pointer<const void>(x), rows, norm, layers, rotated.results > 0 ? &rotated : nullptr, results,
+                         num_threads);
 }
 
 void linear_residual(address x, int64_t rows, const simctg::LinearLayer& layer, address residual, address y,
                      int num_threads) {
-    simctg::linear_residual(pointer<const float>(x), rows, layer, pointer<const float>(residual), pointer<float>(y),
+    simctg::linear_residual(pointer<const void>(x), rows, layer, pointer<const void>(residual), pointer<void>(y),
                             num_threads);
 }
 
-void feed_forward(address x, int64_t rows, std::pair<address, float> norm, const simctg::LinearLayer& inner,
-                  const simctg::LinearLayer* gate, simctg::Activation act, const simctg::LinearLayer& outer, address y,
-                  int num_threads) {
-    simctg::feed_forward(pointer<const float>(x), rows, rms_norm_of(norm), inner, gate, act, outer, pointer<float>(y),
-                         num_threads);
+void linear_feed_forward(address x, int64_t rows, const simctg::LinearLayer& layer, address residual,
+                         const simctg::Norm& norm, const simctg::LinearLayer& inner, const simctg::LinearLayer* gate,
+                         simctg::Activation act, const simctg::LinearLayer& outer, address y, int num_threads) {
+    simctg::linear_feed_forward(pointer<const void>(x), rows, layer, pointer<const void>(residual), norm, inner, gate,
+                                act, outer, pointer<void>(y), num_threads);
 }
 
 void gelu_tanh(address x, address y, int64_t count, int num_threads, simctg::ElementType type) {
@@ -144,7 +142,16 @@ void bind_decoding(py::module_& m) {
           py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
     py::enum_<simctg::Activation>(m, "Activation")
         .value("relu", simctg::Activation::relu)
-        .value("gelu_tanh", simctg::Activation::gelu_tanh);
+        .value("gelu_tanh", simctg::Activation::gelu_tanh)
+        .value("silu", simctg::Activation::silu);
+    py::enum_<simctg::NormKind>(m, "NormKind")
+        .value("root_mean_square", simctg::NormKind::root_mean_square)
+        .value("layer", simctg::NormKind::layer);
+    py::class_<simctg::Norm>(m, "Norm")
+        .def(py::init([](simctg::NormKind kind, address weight, address bias, float epsilon) {
+                 return simctg::Norm{kind, pointer<const void>(weight), pointer<const void>(bias), epsilon};
+             }),
+             py::arg("kind"), py::arg("weight"), py::arg("bias"), py::arg("epsilon"));
     py::class_<simctg::LinearLayer>(m, "LinearLayer")
         .def(py::init([](simctg::WeightLayout layout, address weight, address bias, int64_t in_features,
                          int64_t out_features, simctg::ElementType type, simctg::ElementType weight_type) {
@@ -155,12 +162,12 @@ void bind_decoding(py::module_& m) {
              py::arg("layout"), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"),
              py::arg("type") = simctg::ElementType::float32, py::arg("weight_type") = simctg::ElementType::float32);
     m.def("norm_linears", &norm_linears, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("layers"), py::arg("y"),
-          py::arg("num_threads"), release_gil());
+          py::arg("num_threads"), py::arg("rotation") = std::array<int64_t, 5>{}, release_gil());
     m.def("linear_residual", &linear_residual, py::arg("x"), py::arg("rows"), py::arg("layer"), py::arg("residual"),
           py::arg("y"), py::arg("num_threads"), release_gil());
-    m.def("feed_forward", &feed_forward, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("inner"),
-          py::arg("gate").none(true), py::arg("act"), py::arg("outer"), py::arg("y"), py::arg("num_threads"),
-          release_gil());
+    m.def("linear_feed_forward", &linear_feed_forward, py::arg("x"), py::arg("rows"), py::arg("layer"),
+          py::arg("residual"), py::arg("norm"), py::arg("inner"), py::arg("gate").none(true), py::arg("act"),
+          py::arg("outer"), py::arg("y"), py::arg("num_threads"), release_gil());
     m.def("decode_attention", &decode_attention, py::arg("sizes"), py::arg("query"), py::arg("key"), py::arg("value"),
           py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
           py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),

@@ -1,90 +1,154 @@
 #include "api/block_layers.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "api/gelu.h"
+#include "api/layer_norm.h"
 #include "api/rms_norm.h"
 #include "host/memory.h"
+#include "host/parallel.h"
+#include "simd/block_layers.h"
 
 namespace simctg {
 namespace {
 
-thread_local Scratch normed_scratch, inner_scratch, gate_scratch;
+constexpr int64_t kTask = 1 << 14;  // elements: some microseconds, so that waking a thread pays
 
-Linear call_of(const LinearLayer& layer, const float* x, int64_t rows, float* y) {
+// Memory that a thread keeps, as elements of any type.
+class Elements {
+  public:
+    void* get(int64_t count, ElementType type) {
+        return scratch_.get((count * size_of(type) + 3) / static_cast<int64_t>(sizeof(float)));
+    }
+
+  private:
+    Scratch scratch_;
+};
+
+thread_local Elements summed_scratch, normed_scratch, inner_scratch, gate_scratch;
+
+Linear call_of(const LinearLayer& layer, const void* x, int64_t rows, void* y) {
     const bool outputs = layer.layout == WeightLayout::rows_are_outputs;
     return {x, layer.in_features, layer.weight, outputs ? layer.in_features : layer.out_features, layer.bias, y,
             layer.out_features, rows, layer.in_features, layer.out_features, layer.type, layer.weight_type};
 }
 
-void run(const LinearLayer& layer, const float* x, int64_t rows, float* y, int num_threads) {
+void run(const LinearLayer& layer, const void* x, int64_t rows, void* y, int num_threads) {
     linear(call_of(layer, x, rows, y), layer.layout, num_threads);
 }
 
-void check_width(const char* name, int64_t width, int64_t expected) {
-    if (width != expected) {
-        throw std::invalid_argument(std::string(name) + " is " + std::to_string(width) + ", must be " +
+void check_equal(const char* name, int64_t value, int64_t expected) {
+    if (value != expected) {
+        throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", must be " +
                                     std::to_string(expected));
     }
 }
 
-const float* normed(const float* x, int64_t rows, const RmsNorm& norm, int64_t width, int num_threads) {
-    float* y = normed_scratch.get(rows * width);
-    rms_norm(x, norm.weight, norm.epsilon, rows, width, y, num_threads);
+void check_type(const LinearLayer& layer, ElementType type) {
+    if (layer.type != type) throw std::invalid_argument("layers are of different types");
+}
+
+// Calls f(begin, count) over ranges of so many elements, or rows of `size` elements.
+template <class F>
+void in_pieces(int64_t count, int64_t size, int num_threads, const F& f) {
+    const int64_t most = std::max<int64_t>(1, kTask / std::max<int64_t>(1, size));
+    parallel_for((count + most - 1) / most, num_threads, [&](int64_t task) {
+        f(task * most, std::min(most, count - task * most));
+    });
+}
+
+const void* normed(const void* x, int64_t rows, const Norm& norm, int64_t width, ElementType type, int num_threads) {
+    void* y = normed_scratch.get(rows * width, type);
+    if (norm.kind == NormKind::layer) {
+        layer_norm(x, norm.weight, norm.bias, norm.epsilon, rows, width, y, num_threads, type);
+    } else {
+        rms_norm(x, norm.weight, norm.epsilon, rows, width, y, num_threads, type);
+    }
     return y;
 }
 
-void add_to(float* y, const float* x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) y[i] += x[i];
+void activate(Activation act, ElementType type, void* y, int64_t count, int num_threads) {
+    if (act == Activation::gelu_tanh) return gelu_tanh(y, y, count, num_threads, type);
+    const block::Kernels& k = kernels<block::Kernels>();
+    const auto function = act == Activation::silu ? k.silu : k.relu;
+    in_pieces(count, 1, num_threads, [&](int64_t begin, int64_t size) { function(type, y, begin, size); });
+}
+
+void add_to(ElementType type, void* y, const void* x, int64_t count, int num_threads) {
+    const auto add = kernels<block::Kernels>().add;
+    in_pieces(count, 1, num_threads, [&](int64_t begin, int64_t size) { add(type, y, x, begin, size); });
+}
+
+void feed_forward(const void* x, int64_t rows, const Norm& norm, const LinearLayer& inner, const LinearLayer* gate,
+                  Activation act, const LinearLayer& outer, void* y, int num_threads) {
+    const ElementType type = inner.type;
+    check_type(outer, type);
+    check_equal("outer.in_features", outer.in_features, inner.out_features);
+    check_equal("outer.out_features", outer.out_features, inner.in_features);
+    const int64_t count = rows * inner.out_features;
+    const void* input = normed(x, rows, norm, inner.in_features, type, num_threads);
+    void* middle = inner_scratch.get(count, type);
+    run(inner, input, rows, middle, num_threads);
+    if (!gate && act == Activation::relu && type == ElementType::float32) {
+        relu_linear(call_of(outer, middle, rows, y), outer.layout, num_threads);
+    } else {
+        void* factor = nullptr;
+        if (gate) {
+            check_type(*gate, type);
+            check_equal("gate.in_features", gate->in_features, inner.in_features);
+            check_equal("gate.out_features", gate->out_features, inner.out_features);
+            factor = gate_scratch.get(count, type);
+            run(*gate, input, rows, factor, num_threads);
+        }
+        activate(act, type, middle, count, num_threads);
+        if (gate) {
+            const auto multiply = kernels<block::Kernels>().multiply;
+            in_pieces(count, 1, num_threads, [&](int64_t begin, int64_t size) { multiply(type, middle, factor, begin, size); });
+        }
+        run(outer, middle, rows, y, num_threads);
+    }
+    add_to(type, y, x, rows * inner.in_features, num_threads);
 }
 
 }  // namespace
 
-void norm_linears(const float* x, int64_t rows, const RmsNorm& norm, const std::vector<const LinearLayer*>& layers,
-                  const std::vector<float*>& y, int num_threads) {
-    check_width("number of results", static_cast<int64_t>(y.size()), static_cast<int64_t>(layers.size()));
+void norm_linears(const void* x, int64_t rows, const Norm& norm, const std::vector<const LinearLayer*>& layers,
+                  const Rotation* rotation, const std::vector<void*>& y, int num_threads) {
+    check_equal("number of results", static_cast<int64_t>(y.size()), static_cast<int64_t>(layers.size()));
     if (layers.empty()) return;
     const int64_t width = layers[0]->in_features;
-    const float* input = normed(x, rows, norm, width, num_threads);
+    const ElementType type = layers[0]->type;
+    const void* input = normed(x, rows, norm, width, type, num_threads);
     for (size_t i = 0; i < layers.size(); ++i) {
-        check_width("in_features", layers[i]->in_features, width);
+        check_type(*layers[i], type);
+        check_equal("in_features", layers[i]->in_features, width);
         run(*layers[i], input, rows, y[i], num_threads);
+        if (!rotation || static_cast<int64_t>(i) >= rotation->results) continue;
+        const int64_t features = layers[i]->out_features, heads = features / rotation->width;
+        check_equal("out_features", features, heads * rotation->width);
+        const auto rotate = kernels<block::Kernels>().rotate;
+        in_pieces(rows, features, num_threads, [&](int64_t begin, int64_t count) {
+            rotate(type, y[i], rotation->cos, rotation->sin, rotation->stride, begin, count, heads, rotation->width);
+        });
     }
 }
 
-void linear_residual(const float* x, int64_t rows, const LinearLayer& layer, const float* residual, float* y,
+void linear_residual(const void* x, int64_t rows, const LinearLayer& layer, const void* residual, void* y,
                      int num_threads) {
     run(layer, x, rows, y, num_threads);
-    add_to(y, residual, rows * layer.out_features);
+    add_to(layer.type, y, residual, rows * layer.out_features, num_threads);
 }
 
-void feed_forward(const float* x, int64_t rows, const RmsNorm& norm, const LinearLayer& inner, const LinearLayer* gate,
-                  Activation act, const LinearLayer& outer, float* y, int num_threads) {
-    check_width("outer.in_features", outer.in_features, inner.out_features);
-    check_width("outer.out_features", outer.out_features, inner.in_features);
-    const int64_t count = rows * inner.out_features;
-    const float* input = normed(x, rows, norm, inner.in_features, num_threads);
-    float* middle = inner_scratch.get(count);
-    run(inner, input, rows, middle, num_threads);
-    if (gate) {
-        check_width("gate.in_features", gate->in_features, inner.in_features);
-        check_width("gate.out_features", gate->out_features, inner.out_features);
-        float* factor = gate_scratch.get(count);
-        run(*gate, input, rows, factor, num_threads);
-        if (act == Activation::gelu_tanh) gelu_tanh(middle, middle, count, num_threads);
-        for (int64_t i = 0; i < count; ++i) {
-            const float value = act == Activation::relu && middle[i] <= 0.0f ? 0.0f : middle[i];
-            middle[i] = value * factor[i];
-        }
-        run(outer, middle, rows, y, num_threads);
-    } else if (act == Activation::relu) {
-        relu_linear(call_of(outer, middle, rows, y), outer.layout, num_threads);
-    } else {
-        gelu_tanh(middle, middle, count, num_threads);
-        run(outer, middle, rows, y, num_threads);
-    }
-    add_to(y, x, rows * inner.in_features);
+void linear_feed_forward(const void* x, int64_t rows, const LinearLayer& layer, const void* residual, const Norm& norm,
+                         const LinearLayer& inner, const LinearLayer* gate, Activation act, const LinearLayer& outer,
+                         void* y, int num_threads) {
+    check_type(layer, inner.type);
+    check_equal("layer.out_features", layer.out_features, inner.in_features);
+    void* summed = summed_scratch.get(rows * layer.out_features, layer.type);
+    linear_residual(x, rows, layer, residual, summed, num_threads);
+    feed_forward(summed, rows, norm, inner, gate, act, outer, y, num_threads);
 }
 
 }  // namespace simctg

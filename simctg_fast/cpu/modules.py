@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
-from torch.nn import Dropout, Linear, Module, Parameter
+from torch.nn import Dropout, LayerNorm, Linear, Module, Parameter
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..memory import free_bytes
 from ..ops import _backends
-from ..ops.block_layers import native_layer
+from ..ops.block_layers import native_layer, native_norm
 from ..ops.dispatch import ELEMENT_TYPES
 from ..ops.gelu import run_kernel as run_gelu
 from ..ops.linear import most_rows, packed_size, run_kernel
@@ -141,32 +141,81 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 class NativeLinear:
-    """A `Linear` without bias as :mod:`simctg_fast.ops.block_layers` takes it, made anew when the weight changes."""
+    """A `Linear` or `Conv1D` as :mod:`simctg_fast.ops.block_layers` takes it, made anew when its parameters change."""
 
-    __slots__ = ("module", "shape", "state")
+    __slots__ = ("module", "shape", "state", "transposed")
 
-    def __init__(self, module: Linear):
-        self.module, self.shape = module, module.weight.shape
-        self.state: tuple[Tensor, Tensor, int, Any] | None = None
+    def __init__(self, module: Linear | Conv1D):
+        self.module, self.transposed, self.shape = module, isinstance(module, Conv1D), module.weight.shape
+        self.state: tuple[Tensor, Tensor, int, Tensor | None, int, Any] | None = None
 
-    def current(self, rows: int) -> tuple[Tensor, Tensor, int, Any] | None:
-        """For a product of so many rows: what has to be kept alive meanwhile, and last the layer. None if the kernel is
-        not for it."""
-        parameters = self.module._parameters
-        weight = parameters.get("weight")
-        if not is_plain(weight) or parameters.get("bias") is not None:
+    def current(self, rows: int, dtype: torch.dtype, uses: dict[int, Use]) -> tuple[Any, ...] | None:
+        """For a product of so many rows of this type, with what `uses_here` gives: what has to be kept alive meanwhile, and last the
+        layer. None if the kernel is not for it."""
+        module = self.module
+        parameters = module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if not is_plain(weight) or weight.dtype is not dtype or weight.shape != self.shape:
             return None
-        use = here(self.module)
-        packed, limit = (None, most_rows(weight.dtype)) if use is None else use.value.current(weight)
+        if bias is not None and not (is_plain(bias) and bias.dtype is dtype):
+            return None
+        use = uses.get(id(module))
+        packed, limit = (None, most_rows(dtype)) if use is None else use.value.current(weight)
         if rows > limit:
             return None
         data: Tensor = weight if packed is None else packed
-        state = self.state
-        if state is None or state[0] is not weight or state[1] is not data or state[2] != data.data_ptr():
-            if weight.shape != self.shape:
+        state, address, bias_address = self.state, data.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if (
+            state is None
+            or state[0] is not weight
+            or state[1] is not data
+            or state[2] != address
+            or state[3] is not bias
+            or state[4] != bias_address
+        ):
+            if bias is not None and bias.shape != (self.shape[1 if self.transposed else 0],):
                 return None
-            layer = native_layer(weight, None, False, packed)
-            self.state = state = (weight, data, data.data_ptr(), layer)
+            layer = native_layer(weight, bias, self.transposed, packed)
+            self.state = state = (weight, data, address, bias, bias_address, layer)
+        return state
+
+
+class NativeNorm:
+    """A `LayerNorm` or a root mean square norm likewise."""
+
+    __slots__ = ("centred", "module", "shape", "state")
+
+    def __init__(self, module: Any):
+        self.module, self.centred, self.shape = module, isinstance(module, LayerNorm), module.weight.shape
+        self.state: tuple[Tensor, int, Tensor | None, int, float, Any] | None = None
+
+    @property
+    def width(self) -> int:
+        return int(self.shape.numel())
+
+    def current(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """For rows of this type: what has to be kept alive while it is used, and last the norm. None if the kernel is not for it."""
+        module = self.module
+        parameters = module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if not is_plain(weight) or weight.dtype is not dtype or weight.shape != self.shape:
+            return None
+        if bias is not None and not (
+            self.centred and is_plain(bias) and bias.dtype is dtype and bias.shape == self.shape
+        ):
+            return None
+        epsilon = module.eps if self.centred else module.variance_epsilon
+        state, address, bias_address = self.state, weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if (
+            state is None
+            or state[0] is not weight
+            or state[1] != address
+            or state[2] is not bias
+            or state[3] != bias_address
+            or state[4] != epsilon
+        ):
+            norm = native_norm(weight, bias, epsilon, self.centred)
+            self.state = state = (weight, address, bias, bias_address, epsilon, norm)
         return state
 
 
@@ -391,7 +440,7 @@ def fast_linears(
         raise ValueError(f"pack is {pack!r}, must be one of {', '.join(map(repr, PACK))}")
     if rows_hint < 1:
         raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
-    limits = {p.dtype: max_rows or most_rows(p.dtype) for p in model.parameters() if p.is_cpu}
+    limits = {p.dtype: most_rows(p.dtype) if max_rows is None else max_rows for p in model.parameters() if p.is_cpu}
     limits = {dtype: limit for dtype, limit in limits.items() if dtype in ELEMENT_TYPES}
     uses: list[Use] = []
     with Forwards() as forwards:

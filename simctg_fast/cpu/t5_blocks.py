@@ -1,98 +1,44 @@
-"""The decoder blocks of T5 and mT5 in a step of ours, without the two dozen module calls that each of them is made of.
-
-With few rows a block's own Python takes as long as a third of its arithmetic. :func:`fast_t5_blocks` gives the blocks a
-``forward`` of five calls: the same kernels in the same order, on the same weights, and so the same bits. Each call
-decides for itself: outside of a step over shared prefixes, in training, with hooks on a part of the block, or with
-anything else than plain float32 layers on the CPU, the block's own forward runs. (A model that was once asked for
-``output_attentions`` keeps transformers' hooks on its attentions, and so this forward.)
-"""
+"""The decoder blocks of T5 and mT5, see :mod:`.blocks`: the same bits as their modules over our kernels."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Dropout, Embedding, Linear, Module, ModuleList, ReLU
-from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import NewGELUActivation
+from torch.nn import Dropout, Embedding, Linear, Module, ModuleList
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.mt5 import modeling_mt5 as mt5
 from transformers.models.t5 import modeling_t5 as t5
 
-from ..ops import _backends
-from ..ops.block_layers import Norm, feed_forward, linear_residual, norm_linears
-from .forwards import Forwards, has_own_forward, here
-from .modules import NativeLinear, is_plain, is_plain_eager
+from ..ops.block_layers import linear_feed_forward, linear_residual, norm_linears
+from .blocks import ACTS, CACHE_NAME, CurrentStep, Family, Plan, forwards_of, has_sizes, is_made_of
+from .forwards import here
 
 _BLOCKS = (t5.T5Block, mt5.MT5Block)
-# What a block may be made of, each with the forward that it has now.
-_PARTS = {
-    kind: kind.forward
-    for kind in (
-        *_BLOCKS,
-        *(t5.T5LayerSelfAttention, t5.T5LayerCrossAttention, t5.T5LayerFF, t5.T5Attention, t5.T5LayerNorm),
-        *(t5.T5DenseActDense, t5.T5DenseGatedActDense),
-        *(mt5.MT5LayerSelfAttention, mt5.MT5LayerCrossAttention, mt5.MT5LayerFF, mt5.MT5Attention, mt5.MT5LayerNorm),
-        *(mt5.MT5DenseActDense, mt5.MT5DenseGatedActDense),
-        *(Linear, Dropout, Embedding, ModuleList, ReLU, NewGELUActivation),
-    )
-}
-_ACTS = {ReLU: "relu", NewGELUActivation: "gelu_tanh"}
-_CACHE_NAME = next(n for n in ("past_key_values", "cache") if n in inspect.signature(t5.T5Block.forward).parameters)
-# Arguments under which a block does what it always does.
-_HARMLESS = frozenset({_CACHE_NAME, "use_cache", "return_dict"})
+_PARTS = forwards_of(
+    *_BLOCKS,
+    *(t5.T5LayerSelfAttention, t5.T5LayerCrossAttention, t5.T5LayerFF, t5.T5Attention, t5.T5LayerNorm),
+    *(t5.T5DenseActDense, t5.T5DenseGatedActDense),
+    *(mt5.MT5LayerSelfAttention, mt5.MT5LayerCrossAttention, mt5.MT5LayerFF, mt5.MT5Attention, mt5.MT5LayerNorm),
+    *(mt5.MT5DenseActDense, mt5.MT5DenseGatedActDense),
+    *(Linear, Dropout, Embedding, ModuleList, *ACTS),
+)
 _AHEAD = 512  # positions for which a bias is made beyond those that are there
 
 
-@dataclass(slots=True)
-class _Call:
-    """What one forward of a block works with."""
-
-    layers: list[Any]  # as `_Plan.linears`
-    norms: list[Norm]
-    kept: list[Any]  # the tensors whose addresses the layers carry: another thread may replace them meanwhile
-
-
-class _Plan:
-    """A block's parts, found once for a ``with`` block, and how to ask for the step that is under way."""
-
-    def __init__(self, block: Module, current_step: Callable[[], Any]):
-        self.current_step = current_step
+class _Plan(Plan):
+    def __init__(self, block: Any, current_step: CurrentStep):
         attention, cross, dense = _parts(block)
+        super().__init__(
+            block,
+            current_step,
+            [layer.layer_norm for layer in block.layer],
+            [attention.q, attention.k, attention.v, attention.o, cross.q, cross.o, dense.wo, *_widening(dense)],
+            dense.act,
+        )
         self.self_attention, self.cross_attention = attention, cross
-        layers: Any = block.layer
-        self.act = _ACTS[type(dense.act)]
-        self.norms = [layer.layer_norm for layer in layers]
-        self.width = self.norms[0].weight.numel()
-        linears = [attention.q, attention.k, attention.v, attention.o, cross.q, cross.o, dense.wo, *_widening(dense)]
-        self.linears = [NativeLinear(linear) for linear in linears]
-        self.places = [(parent._modules, name, part) for parent in block.modules() for name, part in _children(parent)]
         self.bias: tuple[Tensor, Tensor] | None = None  # the weight it was made from, and the bias
-
-    def begin(self, hidden_states: Any, arguments: dict[str, Any]) -> _Call | None:
-        """None unless what the call brings, and the block as it is now, are what the kernels are for."""
-        if torch.is_grad_enabled() or not is_plain(hidden_states, Tensor):
-            return None
-        rows, positions, width = hidden_states.shape
-        if positions != 1 or width != self.width or not is_plain_eager() or _has_any_global_hook():
-            return None
-        if not all(value is None or value is False or name in _HARMLESS for name, value in arguments.items()):
-            return None
-        for siblings, name, part in self.places:
-            if siblings.get(name) is not part or part.training or part._forward_hooks or part._forward_pre_hooks:
-                return None
-            if "forward" in part.__dict__ and not has_own_forward(part):
-                return None
-        norms = [(norm._parameters.get("weight"), norm.variance_epsilon) for norm in self.norms]
-        states = [linear.current(rows) for linear in self.linears]
-        if not all(is_plain(weight) and weight.shape == (width,) for weight, _ in norms) or None in states:
-            return None
-        return _Call([state[3] for state in states], norms, states)  # type: ignore[index]
 
     def relative_bias(self, width: int, seen: int) -> Tensor:
         """``(1, H, 1, width)``, for a query behind ``seen`` keys."""
@@ -109,25 +55,20 @@ class _Plan:
         return known[1][..., -width:]
 
 
-def _children(parent: Module) -> list[tuple[str, Module]]:
-    return [(name, part) for name, part in parent._modules.items() if part is not None]
-
-
 def _is_eligible(block: Any) -> bool:
-    """Whether the block is made of what transformers makes it of, nothing of it replaced or wrapped."""
-    if not block.is_decoder:
-        return False
-    if any(_PARTS.get(type(part)) is not type(part).forward or not has_own_forward(part) for part in block.modules()):
+    if not block.is_decoder or not is_made_of(block, _PARTS):
         return False
     attention, cross, dense = _parts(block)
-    if type(dense.act) not in _ACTS:
+    if type(dense.act) not in ACTS:
         return False
     (width, inner), between = attention.o.weight.shape, dense.wo.weight.shape[1]
-    shapes = [(linear, (inner, width)) for linear in (attention.q, attention.k, attention.v, cross.q)]
-    shapes += [(linear, (width, inner)) for linear in (attention.o, cross.o)]
-    shapes += [(dense.wo, (width, between)), *((linear, (between, width)) for linear in _widening(dense))]
-    return all(linear.weight.shape == shape for linear, shape in shapes) and all(
-        each.n_heads * each.key_value_proj_dim == inner for each in (attention, cross)
+    linears = [*(attention.q, attention.k, attention.v, attention.o, cross.q, cross.o), dense.wo, *_widening(dense)]
+    sizes = [*[(width, inner)] * 3, (inner, width), (width, inner), (inner, width), (between, width)]
+    sizes += [(width, between)] * len(_widening(dense))
+    return (
+        all(linear.bias is None and has_sizes(linear, *each) for linear, each in zip(linears, sizes, strict=True))
+        and all(layer.layer_norm.weight.numel() == width for layer in block.layer)
+        and all(each.n_heads * each.key_value_proj_dim == inner for each in (attention, cross))
     )
 
 
@@ -151,13 +92,14 @@ def _block_forward(
     encoder_decoder_position_bias: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    use, cache, step, call = here(self), arguments.get(_CACHE_NAME), None, None
+    use, cache, step, call = here(self), arguments.get(CACHE_NAME), None, None
     if use is not None:
         plan: _Plan = use.value
         step = plan.current_step()
         # Whether the encoder's keys and values are in the cache.
         filled = isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(plan.cross_attention.layer_idx)
-        if step is not None and encoder_hidden_states is not None and filled:
+        clamped = hidden_states.dtype is torch.float16  # the block keeps infinite numbers out
+        if step is not None and encoder_hidden_states is not None and filled and not clamped:
             call = plan.begin(hidden_states, arguments)
     if step is None or cache is None or call is None:
         return type(self).forward(
@@ -170,13 +112,13 @@ def _block_forward(
             encoder_decoder_position_bias,
             **arguments,
         )
-    q, k, v, o, cross_q, cross_o, outer, inner, *gate = call.layers
+    (q, k, v, o, cross_q, cross_o, outer, inner, *gate), norms = call.layers, call.norms
     rows, attention, cross = hidden_states.shape[0], plan.self_attention, plan.cross_attention
 
     # One position a row: (rows, heads, 1, dim) without a transposition.
     shape = (rows, attention.n_heads, 1, attention.key_value_proj_dim)
     query, new_key, new_value = new = [hidden_states.new_empty(shape) for _ in range(3)]
-    norm_linears(hidden_states, call.norms[0], [q, k, v], new)
+    norm_linears(hidden_states, norms[0], [q, k, v], new)
     seen = cache.self_attention_cache.get_seq_length(attention.layer_idx)
     key, value = cache.self_attention_cache.update(new_key, new_value, attention.layer_idx)
     if position_bias is None and attention.has_relative_attention_bias:
@@ -186,13 +128,12 @@ def _block_forward(
 
     layer = cache.cross_attention_cache.layers[cross.layer_idx]
     query = hidden_states.new_empty((rows, cross.n_heads, 1, cross.key_value_proj_dim))
-    norm_linears(hidden_states, call.norms[1], [cross_q], [query])
+    norm_linears(hidden_states, norms[1], [cross_q], [query])
     out, cross_bias = _attend(
         step, cross, query, layer.keys, layer.values, encoder_attention_mask, encoder_decoder_position_bias
     )
-    hidden_states = linear_residual(out, cross_o, hidden_states)
-
-    hidden_states = feed_forward(hidden_states, call.norms[2], inner, gate[0] if gate else None, plan.act, outer)
+    factor = gate[0] if gate else None
+    hidden_states = linear_feed_forward(out, cross_o, hidden_states, norms[2], inner, factor, plan.act, outer)
     return hidden_states, position_bias, cross_bias
 
 
@@ -212,25 +153,4 @@ def _attend(
     return out.contiguous(), bias
 
 
-@contextmanager
-def fast_t5_blocks(model: Module, current_step: Callable[[], Any]) -> Iterator[int]:
-    """Routes the decoder blocks of T5 and mT5 in ``model`` around their modules within the block.
-
-    It holds for the thread that enters the block, and blocks may be nested. On the way out every module is as it was
-    found.
-
-    Args:
-        current_step: says which forward over shared prefixes is under way in the calling thread, None where there is
-            none; its ``attend`` is what the candidates attend with.
-
-    Yields:
-        The number of blocks that were routed: 0 without the C++ extension, and for other models.
-    """
-    blocks = [module for module in model.modules() if isinstance(module, _BLOCKS)]
-    with Forwards() as forwards:
-        routed = 0
-        if _backends.extension() is not None:
-            for block in blocks:
-                if _is_eligible(block) and forwards.put(block, _block_forward, _Plan(block, current_step)) is not None:
-                    routed += 1
-        yield routed
+FAMILY = Family(_BLOCKS, _is_eligible, _Plan, _block_forward)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..cpu.fast_blocks import fast_blocks
 from ..cpu.modules import fast_linears
-from ..cpu.t5_blocks import fast_t5_blocks
 from ..ops import _backends
 from .attention import current_step
 from .call import Call
@@ -87,7 +87,7 @@ class Routes:
             yield
             return
         model, rows = self.call.model, len(self.call.input_ids) * self.candidates
-        with fast_linears(model, rows, pack=self.search.pack), fast_t5_blocks(model, current_step):
+        with fast_linears(model, rows, pack=self.search.pack), fast_blocks(model, current_step):
             yield
 
     def prefill(self, decoder: Decoder, strategy: Strategy) -> tuple[Tensor, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..cpu.fast_blocks import fast_blocks
 from ..cpu.modules import fast_linears
-from ..cpu.t5_blocks import fast_t5_blocks
 from ..decoding.attention import current_step
 from ..decoding.compiled_decoder import as_written
 from ..decoding.slots import round_up
@@ -134,7 +134,7 @@ class SlotScheduler:
         with (
             as_written(self.model),
             fast_linears(self.model, max_rows=KERNEL_ROWS),
-            fast_t5_blocks(self.model, current_step),
+            fast_blocks(self.model, current_step),
         ):
             try:
                 self._reopen()

@@ -1,20 +1,22 @@
 """The stretches of a transformer block between its attentions, each in one call of the C++ extension.
 
-Plain functions that need the extension, for :mod:`simctg_fast.decoding`, which has checked what it hands in: float32 on
-the CPU, contiguous. Results have the bits of the single kernels (:mod:`.rms_norm`, :mod:`.linear`, :mod:`.gelu`) in
-turn.
+Plain functions that need the extension, for :mod:`simctg_fast.decoding`, which has checked what it hands in: of one
+element type, on the CPU, contiguous. Results have the bits of the single kernels (:mod:`.rms_norm`, :mod:`.linear`, :mod:`.gelu`) in
+turn; layer norm, SiLU and rotation, which PyTorch computes elsewhere, are as exact as its own.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _backends
+from .dispatch import element_type
 
-Norm = tuple[Tensor, float]  # weight and epsilon of a root mean square norm
+_NOT_ROTATED = (0, 0, 0, 0, 0)
 
 
 def native_layer(weight: Tensor, bias: Tensor | None, transposed: bool, packed: Tensor | None) -> Any:
@@ -29,45 +31,80 @@ def native_layer(weight: Tensor, bias: Tensor | None, transposed: bool, packed: 
         0 if bias is None else bias.data_ptr(),
         in_features,
         out_features,
+        element_type(weight.dtype),
+        element_type(weight.dtype),
     )
 
 
-def norm_linears(x: Tensor, norm: Norm, layers: list[Any], results: list[Tensor]) -> None:
-    """``results[i] = norm(x) · layers[i]``, for ``x (rows, D)``."""
-    weight, epsilon = norm
-    _backends.require_extension().norm_linears(
+def native_norm(weight: Tensor, bias: Tensor | None, epsilon: float, centred: bool) -> Any:
+    """A layer norm if ``centred``, else a root mean square norm, as the functions below take it. It holds addresses."""
+    extension = _backends.require_extension()
+    kind = extension.NormKind.layer if centred else extension.NormKind.root_mean_square
+    return extension.Norm(kind, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), epsilon)
+
+
+def native_activation(name: str) -> Any:
+    """``"relu"``, ``"gelu_tanh"`` or ``"silu"``."""
+    return getattr(_backends.require_extension().Activation, name)
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any, Any]:
+    extension = _backends.require_extension()
+    return extension.norm_linears, extension.linear_residual, extension.linear_feed_forward
+
+
+def norm_linears(
+    x: Tensor, norm: Any, layers: list[Any], results: list[Tensor], rotation: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """``results[i] = norm(x) · layers[i]``, for ``x (rows, D)``.
+
+    Args:
+        rotation: cosines and sines of the rows' positions, each contiguous ``(rows or 1, …, width)``: every ``width``
+            elements of the first two results are rotated by them, as Llama's queries and keys.
+    """
+    rows = x.shape[0]
+    rotated = _NOT_ROTATED
+    if rotation is not None:
+        cos, sin = rotation
+        width = cos.shape[-1]
+        rotated = (cos.data_ptr(), sin.data_ptr(), 0 if cos.shape[0] == 1 else width, width, 2)
+    _kernels()[0](
         x.data_ptr(),
-        x.shape[0],
-        (weight.data_ptr(), epsilon),
+        rows,
+        norm,
         layers,
         [result.data_ptr() for result in results],
         torch.get_num_threads(),
+        rotated,
     )
 
 
 def linear_residual(x: Tensor, layer: Any, residual: Tensor) -> Tensor:
     """``x · layer + residual``, shaped as ``residual (rows, …)``."""
     y = torch.empty_like(residual)
-    _backends.require_extension().linear_residual(
-        x.data_ptr(), x.shape[0], layer, residual.data_ptr(), y.data_ptr(), torch.get_num_threads()
-    )
+    _kernels()[1](x.data_ptr(), x.shape[0], layer, residual.data_ptr(), y.data_ptr(), torch.get_num_threads())
     return y
 
 
-def feed_forward(x: Tensor, norm: Norm, inner: Any, gate: Any | None, act: str, outer: Any) -> Tensor:
-    """``(act(norm(x) · inner) [* (norm(x) · gate)]) · outer + x``; ``act`` is ``"relu"`` or ``"gelu_tanh"``.
+def linear_feed_forward(
+    x: Tensor, layer: Any, residual: Tensor, norm: Any, inner: Any, gate: Any | None, act: Any, outer: Any
+) -> Tensor:
+    """``(act(norm(z) · inner) [* (norm(z) · gate)]) · outer + z`` for ``z = x · layer + residual``, shaped as
+    ``residual (rows, …)``.
 
     Where a ReLU leaves few elements and ``outer`` is packed, the others are not multiplied.
     """
-    extension, (weight, epsilon) = _backends.require_extension(), norm
-    y = torch.empty_like(x)
-    extension.feed_forward(
+    y = torch.empty_like(residual)
+    _kernels()[2](
         x.data_ptr(),
         x.shape[0],
-        (weight.data_ptr(), epsilon),
+        layer,
+        residual.data_ptr(),
+        norm,
         inner,
         gate,
-        getattr(extension.Activation, act),
+        act,
         outer,
         y.data_ptr(),
         torch.get_num_threads(),

@@ -13,10 +13,11 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from transformers.models.t5 import modeling_t5
 
 from simctg_fast import ContrastiveSearch
+from simctg_fast.cpu import fast_blocks as families
 from simctg_fast.cpu import t5_blocks
+from simctg_fast.cpu.fast_blocks import fast_blocks
 from simctg_fast.cpu.forwards import _held, here
 from simctg_fast.cpu.modules import fast_linears
-from simctg_fast.cpu.t5_blocks import fast_t5_blocks
 from simctg_fast.decoding import trial
 from simctg_fast.decoding.attention import current_step
 from simctg_fast.ops import _backends
@@ -65,7 +66,7 @@ def write(model, new_tokens=9, **settings):
 @pytest.fixture
 def taken(monkeypatch):
     """Grows by one with each block that took the short way, those of trials aside."""
-    calls, original, tried = [], t5_blocks.feed_forward, trial._try
+    calls, original, tried = [], t5_blocks.linear_feed_forward, trial._try
 
     def try_path(*args):
         before = len(calls)
@@ -75,7 +76,7 @@ def taken(monkeypatch):
             del calls[before:]
 
     monkeypatch.setattr(trial, "_try", try_path)
-    monkeypatch.setattr(t5_blocks, "feed_forward", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(t5_blocks, "linear_feed_forward", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -85,7 +86,7 @@ def test_the_bits_of_the_modules(kind, taken, monkeypatch):
     tokens, logits = write(model)
     # Every block of every step is ours.
     assert len(taken) == 9 * LAYERS
-    monkeypatch.setattr(t5_blocks, "_is_eligible", lambda block: False)
+    monkeypatch.setattr(families, "_FAMILIES", {})
     plain_tokens, plain_logits = write(model)
     assert len(taken) == 9 * LAYERS
     assert torch.equal(tokens, plain_tokens)
@@ -104,7 +105,7 @@ def test_the_bias_of_a_distance_is_kept_until_its_weight_changes(taken, monkeypa
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(modeling_t5.T5Attention, "compute_bias", compute_bias)
-    with fast_t5_blocks(model, current_step):
+    with fast_blocks(model, current_step):
         plan = here(model.decoder.block[0]).value
         attention = plan.self_attention
         for seen in (0, 3, 40, 700, 2):
@@ -164,7 +165,7 @@ def test_a_block_that_is_not_as_it_was_made(change, taken, monkeypatch):
     change(model)
     tokens, logits = write(model)
     assert len(taken) == 9 * (LAYERS - 1), "the other blocks go on"
-    monkeypatch.setattr(t5_blocks, "_is_eligible", lambda block: False)
+    monkeypatch.setattr(families, "_FAMILIES", {})
     assert torch.equal(write(model)[1], logits)
     assert torch.equal(write(model)[0], tokens)
 
@@ -208,7 +209,7 @@ def test_what_is_recorded(output, taken):
 @contextmanager
 def stepping(model):
     """A step in which blocks may be called one by one, and what to call them with."""
-    with torch.no_grad(), fast_linears(model), fast_t5_blocks(model, current_step):
+    with torch.no_grad(), fast_linears(model), fast_blocks(model, current_step):
         yield lambda: here(model.decoder.block[0]).value.begin(torch.randn(4, 1, 24), {})
 
 
@@ -255,7 +256,7 @@ def test_hooks_of_all_modules_run():
 def test_a_packed_copy_that_goes_outlives_the_call_that_reads_it():
     model = make()
     linear, x = model.decoder.block[0].layer[0].SelfAttention.q, torch.randn(4, 1, 24)
-    with torch.no_grad(), fast_t5_blocks(model, current_step):
+    with torch.no_grad(), fast_blocks(model, current_step):
         plan = here(model.decoder.block[0]).value
         with fast_linears(model.decoder, pack=True):
             call = plan.begin(x, {})
@@ -317,9 +318,9 @@ def test_more_rows_than_the_kernels_are_for(taken):
 def test_everything_is_as_it_was_found():
     model = make()
     blocks = model.decoder.block
-    with fast_t5_blocks(model, current_step) as routed:
+    with fast_blocks(model, current_step) as routed:
         assert routed == LAYERS
-        with fast_t5_blocks(model.decoder, current_step) as again:
+        with fast_blocks(model.decoder, current_step) as again:
             assert again == LAYERS
         assert "forward" in blocks[0].__dict__
         twin = copy.deepcopy(model)
@@ -329,10 +330,10 @@ def test_everything_is_as_it_was_found():
     assert not _held
     assert torch.equal(write(thawed)[0], write(model)[0])
     assert torch.equal(write(twin)[0], write(model)[0])
-    with pytest.raises(KeyboardInterrupt), fast_t5_blocks(model, current_step):
+    with pytest.raises(KeyboardInterrupt), fast_blocks(model, current_step):
         raise KeyboardInterrupt
     assert not _held
-    with fast_t5_blocks(make("mt5").encoder, current_step) as routed:
+    with fast_blocks(make("mt5").encoder, current_step) as routed:
         assert routed == 0
 
 

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from simctg_fast.ops.block_layers import feed_forward, linear_residual, native_layer, norm_linears
+from simctg_fast.ops.block_layers import (
+    linear_feed_forward,
+    linear_residual,
+    native_activation,
+    native_layer,
+    native_norm,
+    norm_linears,
+)
 from simctg_fast.ops.gelu import run_kernel as gelu
 from simctg_fast.ops.linear import pack, run_kernel
 from simctg_fast.ops.rms_norm import run_kernel as rms_norm
@@ -28,6 +36,34 @@ class Layer:
         return run_kernel(x, self.weight, self.bias, self.transposed, self.packed)
 
 
+def feed_forward(x, norm, inner, gate, act, outer, layer=None):
+    """Behind nothing, or behind a layer of x's own."""
+    nothing = Layer(1, x.shape[-1], "linear")
+    nothing.weight.zero_()
+    before = (torch.zeros(len(x), 1), nothing.native) if layer is None else (x, layer)
+    native = native_norm(norm[0], None, norm[1], False)
+    return linear_feed_forward(*before, x, native, inner, gate, native_activation(act), outer)
+
+
+def unit(width):
+    """A layer that changes nothing."""
+    layer = Layer(width, width, "linear")
+    layer.weight.copy_(torch.eye(width))
+    return layer
+
+
+def silu(x):
+    """The kernel's, of values that a bias makes of nothing."""
+    rows, width = [], x.shape[-1]
+    for row in x:
+        inner, outer, nothing = Layer(width, width, "linear"), unit(width), torch.zeros(1, width)
+        inner.weight.zero_()
+        inner.native = native_layer(inner.weight, row, False, None)
+        norm = torch.ones(width), EPSILON
+        rows.append(feed_forward(nothing, norm, inner.native, None, "silu", outer.native))
+    return torch.cat(rows)
+
+
 @layouts
 def test_norm_and_projections(isa, layout, threads):
     threads(2)
@@ -35,7 +71,7 @@ def test_norm_and_projections(isa, layout, threads):
         x, norm = torch.randn(rows, width), (torch.randn(width), EPSILON)
         layers = [Layer(width, out, layout, bias=out == 33) for out in (33, 16, 200)]
         results = [torch.full((rows, len(layer(x)[0])), torch.nan) for layer in layers]
-        norm_linears(x, norm, [layer.native for layer in layers], results)
+        norm_linears(x, native_norm(norm[0], None, norm[1], False), [layer.native for layer in layers], results)
         normed = rms_norm(x, *norm)
         for layer, result in zip(layers, results, strict=True):
             assert torch.equal(result, layer(normed))
@@ -50,7 +86,7 @@ def test_projection_and_residual(isa, layout):
 
 
 @layouts
-@pytest.mark.parametrize("act", ["relu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["relu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_feed_forward(isa, layout, act, gated, threads):
     threads(2)
@@ -58,11 +94,80 @@ def test_feed_forward(isa, layout, act, gated, threads):
         x, norm = torch.randn(rows, width), (torch.randn(width), EPSILON)
         inner, gate, outer = Layer(width, between, layout), Layer(width, between, layout), Layer(between, width, layout)
         normed = rms_norm(x, *norm)
-        middle = torch.relu(inner(normed)) if act == "relu" else gelu(inner(normed))
+        middle = {"relu": torch.relu, "gelu_tanh": gelu, "silu": silu}[act](inner(normed))
         if gated:
             middle = middle * gate(normed)
         y = feed_forward(x, norm, inner.native, gate.native if gated else None, act, outer.native)
         assert torch.equal(y, outer(middle) + x)
+
+
+@layouts
+def test_projection_and_feed_forward(isa, layout):
+    x, norm = torch.randn(5, 40), (torch.randn(40), EPSILON)
+    before, inner, outer = Layer(40, 40, layout, bias=True), Layer(40, 90, layout), Layer(90, 40, layout)
+    summed = before(x) + x
+    y = feed_forward(x, norm, inner.native, None, "gelu_tanh", outer.native, before.native)
+    assert torch.equal(y, outer(gelu(inner(rms_norm(summed, *norm)))) + summed)
+
+
+def test_silu_is_as_exact_as_pytorchs(isa):
+    for scale in (0.1, 1.0, 8.0, 40.0):
+        x = torch.randn(20, 513).mul(scale).clamp(min=-85)
+        exact = torch.nn.functional.silu(x.double())
+        ours, theirs = (((each - exact) / exact).abs() for each in (silu(x), torch.nn.functional.silu(x)))
+        assert ours.square().mean() <= 1.2 * theirs.square().mean()
+        assert ours.max() <= 1.5 * theirs.max()
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -89.0, -100.0, -200.0, 1e30, -1e30, 90.0])[:, None]
+    torch.testing.assert_close(silu(x), torch.nn.functional.silu(x.double()).float(), equal_nan=True)
+
+
+def layer_normed(x, weight, bias, epsilon=EPSILON):
+    y = torch.empty_like(x)
+    layer = unit(x.shape[-1])
+    norm_linears(x, native_norm(weight, bias, epsilon, True), [layer.native], [y])
+    return y
+
+
+def test_layer_norm_is_as_exact_as_pytorchs(isa, threads):
+    threads(2)
+    for rows, width, shift in ((70, 3, 0.0), (50, 64, 1.0), (60, 768, 0.0), (9, 1031, 20.0)):
+        x, weight, bias = torch.randn(rows, width) + shift, torch.randn(width), torch.randn(width)
+        for each in (bias, None):
+            exact = torch.nn.functional.layer_norm(
+                x.double(), (width,), weight.double(), None if each is None else each.double(), EPSILON
+            )
+            ours, theirs = (
+                layer_normed(x, weight, each),
+                torch.nn.functional.layer_norm(x, (width,), weight, each, EPSILON),
+            )
+            assert (ours - exact).square().mean() <= 1.4 * (theirs - exact).square().mean(), (
+                "the generic set has no fused product"
+            )
+        assert torch.equal(layer_normed(x[-1:].clone(), weight, None), ours[-1:]), "whatever the other rows are"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rotation(isa, shared, threads):
+    """Of queries and keys, not of values; as Llama's own, up to a rounding."""
+    threads(2)
+    for rows, heads, dim in ((1, 2, 6), (5, 3, 64), (7, 4, 90)):
+        x, norm = torch.randn(rows, 33), torch.ones(33)
+        layers = [Layer(33, dim * each, "linear") for each in (heads, 1, 1)]
+        results = [torch.full((rows, each, 1, dim), torch.nan) for each in (heads, 1, 1)]
+        angle = torch.randn(1 if shared else rows, 1, dim)
+        rotation = angle.cos(), angle.sin()
+        norm_linears(x, native_norm(norm, None, EPSILON, False), [layer.native for layer in layers], results, rotation)
+        plain = [layer(rms_norm(x, norm, EPSILON)).view(rows, -1, 1, dim) for layer in layers]
+        query, key = apply_rotary_pos_emb(*plain[:2], *rotation)
+        torch.testing.assert_close(results[0], query, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(results[1], key, rtol=1e-6, atol=1e-6)
+        assert torch.equal(results[2], plain[2])
+        if not shared:
+            last = [torch.empty(1, each, 1, dim) for each in (heads, 1, 1)]
+            own = tuple(each[-1:].contiguous() for each in rotation)
+            native = native_norm(norm, None, EPSILON, False)
+            norm_linears(x[-1:].clone(), native, [layer.native for layer in layers], last, own)
+            assert all(torch.equal(one, other[-1:]) for one, other in zip(last, results, strict=True))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3, 0.6, 1.0])
@@ -100,10 +205,10 @@ def test_a_relu_keeps_nan_and_infinity(isa):
 
 def test_sizes_that_do_not_fit(isa):
     x, norm = torch.randn(2, 8), (torch.ones(8), EPSILON)
-    good, bad = Layer(8, 12, "linear"), Layer(9, 8, "linear")
+    good, bad, native = Layer(8, 12, "linear"), Layer(9, 8, "linear"), native_norm(norm[0], None, norm[1], False)
     with pytest.raises(ValueError, match="in_features is 9, must be 8"):
-        norm_linears(x, norm, [good.native, bad.native], [torch.empty(2, 12), torch.empty(2, 8)])
+        norm_linears(x, native, [good.native, bad.native], [torch.empty(2, 12), torch.empty(2, 8)])
     with pytest.raises(ValueError, match="number of results is 1, must be 2"):
-        norm_linears(x, norm, [good.native, good.native], [torch.empty(2, 12)])
+        norm_linears(x, native, [good.native, good.native], [torch.empty(2, 12)])
     with pytest.raises(ValueError, match=r"outer.in_features is 9, must be 12"):
         feed_forward(x, norm, good.native, None, "relu", bad.native)
