@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import platform
 import random
 import sys
 
@@ -19,6 +18,7 @@ import torch
 import torch.utils._device
 
 from . import near_ties
+from .instruction_sets import BASE
 
 LIBRARY = "simctg_fast"
 
@@ -32,6 +32,7 @@ CSRC = {
     "test_crf_operators.py": "",
     "test_gelu.py": "",
     "test_linear.py": "",
+    "test_linear_16.py": "",
     "test_loss_contrastive.py": "",
     "test_loss_modules.py": "",
     "test_prefix_commit.py": "",
@@ -126,7 +127,7 @@ def driver(monkeypatch):
     graph.release()
 
 
-@pytest.fixture(params=("neon",) if platform.machine() in ("aarch64", "arm64") else ("generic", "avx2", "avx512"))
+@pytest.fixture(params=BASE)
 def isa(request):
     """Runs the test's C++ kernels on one instruction set."""
     from simctg_fast.ops import _backends

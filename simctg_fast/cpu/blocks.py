@@ -3,8 +3,8 @@
 With few rows a block's own Python takes as long as a third of its arithmetic. A *family* gives the blocks of some
 models a ``forward`` of a few calls: the same kernels in the same order, on the same weights. Each call decides for
 itself (:meth:`Plan.begin`): outside of a step over shared prefixes, in training, with hooks on a part of the block, or
-with anything else than plain layers of one type on the CPU, the block's own forward runs. (A model that was once asked for
-``output_attentions`` keeps transformers' hooks on its attentions, and so this forward.)
+with anything else than plain layers of one type on the CPU, the block's own forward runs. (A model that was once asked
+for ``output_attentions`` keeps transformers' hooks on its attentions, and so this forward.)
 """
 
 from __future__ import annotations

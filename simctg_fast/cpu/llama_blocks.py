@@ -91,7 +91,11 @@ def _layer_forward(self: Module, hidden_states: Tensor, *args: Any, **arguments:
         step = plan.current_step()
         if step is not None and is_own_cache(cache) and type(turns) is tuple:
             call = plan.begin(hidden_states, arguments)
-    if step is None or call is None or not _are_turns(turns, hidden_states.dtype, len(hidden_states), plan.attention.head_dim):
+    if (
+        step is None
+        or call is None
+        or not _are_turns(turns, hidden_states.dtype, len(hidden_states), plan.attention.head_dim)
+    ):
         return type(self).forward(self, hidden_states, *args, **arguments)
     (q, k, v, projection, inner, gate, outer), (first_norm, second_norm) = call.layers, call.norms
     rows, attention = len(hidden_states), plan.attention

@@ -150,8 +150,8 @@ class NativeLinear:
         self.state: tuple[Tensor, Tensor, int, Tensor | None, int, Any] | None = None
 
     def current(self, rows: int, dtype: torch.dtype, uses: dict[int, Use]) -> tuple[Any, ...] | None:
-        """For a product of so many rows of this type, with what `uses_here` gives: what has to be kept alive meanwhile, and last the
-        layer. None if the kernel is not for it."""
+        """For a product of so many rows of this type, with what `uses_here` gives: what has to be kept alive meanwhile,
+        and last the layer. None if the kernel is not for it."""
         module = self.module
         parameters = module._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -194,7 +194,8 @@ class NativeNorm:
         return int(self.shape.numel())
 
     def current(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
-        """For rows of this type: what has to be kept alive while it is used, and last the norm. None if the kernel is not for it."""
+        """For rows of this type: what has to be kept alive while it is used, and last the norm. None if the kernel is
+        not for it."""
         module = self.module
         parameters = module._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -353,9 +354,9 @@ def _stand_in(module: Module) -> Any | None:
     return replacement if takes else None
 
 
-def _dtype_of(module: Module) -> torch.dtype | None:
+def _limit_of(module: Module, limits: dict[torch.dtype, int]) -> int:
     weight = module._parameters.get("weight")
-    return None if weight is None else weight.dtype
+    return 0 if weight is None else limits.get(weight.dtype, 0)
 
 
 def _room_for(weights: Iterable[tuple[Tensor, bool]]) -> tuple[bool, int, int | None]:
@@ -413,17 +414,17 @@ def fast_linears(
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
-    contiguous weight on the CPU, of float32, bfloat16 or float16, and `NewGELUActivation`, `Dropout` and root mean square norms (of these also
-    what computes on CUDA). It holds for the thread that enters the block: in another one the model computes what it
-    always does. Blocks may be nested. On the way out, also by an exception, every module is as it was found.
+    contiguous weight on the CPU, of float32, bfloat16 or float16, and `NewGELUActivation`, `Dropout` and root mean
+    square norms (of these also what computes on CUDA). It holds for the thread that enters the block: in another one
+    the model computes what it always does. Blocks may be nested. On the way out, also by an exception, every module is as it was found.
 
     Args:
         model: any module.
         rows_hint: rows the caller is going to multiply at a time. Above ``max_rows`` the block changes nothing on the
             CPU, but where packed layers take more.
-        pack: True copies float32 weights in the order in which the kernel reads them, unless that takes more than a quarter
-            of the free memory, and frees the copies at the end. A change of a weight is noticed by its version counter,
-            its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
+        pack: True copies float32 weights in the order in which the kernel reads them, unless that takes more than a
+            quarter of the free memory, and frees the copies at the end. A change of a weight is noticed by its version
+            counter, its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
             seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost memory,
             and time at the beginning; see :func:`packing_pays`.
 
@@ -449,7 +450,7 @@ def fast_linears(
             for module in model.modules():
                 function, outer = _stand_in(module), here(module)
                 if function is not None:
-                    limit = limits.get(_dtype_of(module), 0)
+                    limit = _limit_of(module, limits)
                     use = forwards.put(module, function, _Layer(limit, None if outer is None else outer.value))
                     if use is not None:
                         uses.append(use)

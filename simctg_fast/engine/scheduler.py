@@ -21,6 +21,8 @@ from ..decoding.strategies import Strategy
 from ..decoding.unsupported import UnsupportedError
 from ..loading import context_length
 from ..memory import SPARE_MEMORY, free_bytes, is_out_of_memory, release
+from ..ops.dispatch import ELEMENT_TYPES
+from ..ops.linear import most_rows
 from .observe import StepRecord
 from .prepare import apply_processors
 from .sequence import IDLE, Sequence
@@ -123,7 +125,7 @@ class SlotScheduler:
             self.no_graph = decoder.graph.reason
             verify(decoder, trial)
             self._measure(decoder)
-            on_cpu = self.model.device.type == "cpu" and self.model.dtype is torch.float32
+            on_cpu = self.model.device.type == "cpu" and self.model.dtype in ELEMENT_TYPES
             if on_cpu and not decoder.static and self.slots > 1 and rows_are_independent(decoder):
                 # As far as one kernel goes: with more rows another takes over.
                 self.independent_slots = max(self.slots, KERNEL_ROWS // self.strategy.candidates)
@@ -133,7 +135,7 @@ class SlotScheduler:
         """The model's hooks and fast layers, for the length of a ``with`` block."""
         with (
             as_written(self.model),
-            fast_linears(self.model, max_rows=KERNEL_ROWS),
+            fast_linears(self.model, max_rows=max(KERNEL_ROWS, most_rows(self.model.dtype))),
             fast_blocks(self.model, current_step),
         ):
             try:

@@ -138,7 +138,7 @@ class SlotDecoder:
         self.tap.listen(select, all_positions=True)
         try:
             # A prompt's forward has no other row in it: what `generate` computes it by serves, and is faster.
-            with at_most(most_rows()):
+            with at_most(most_rows(self.model.dtype)):
                 outputs = self.model(**inputs, return_dict=True)
         except BaseException:
             self.slots.end_prompt(start)

@@ -1,8 +1,8 @@
 """The stretches of a transformer block between its attentions, each in one call of the C++ extension.
 
 Plain functions that need the extension, for :mod:`simctg_fast.decoding`, which has checked what it hands in: of one
-element type, on the CPU, contiguous. Results have the bits of the single kernels (:mod:`.rms_norm`, :mod:`.linear`, :mod:`.gelu`) in
-turn; layer norm, SiLU and rotation, which PyTorch computes elsewhere, are as exact as its own.
+element type, on the CPU, contiguous. Results have the bits of the single kernels (:mod:`.rms_norm`, :mod:`.linear`,
+:mod:`.gelu`) in turn; layer norm, SiLU and rotation, which PyTorch computes elsewhere, are as exact as its own.
 """
 
 from __future__ import annotations

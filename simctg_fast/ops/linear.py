@@ -7,7 +7,6 @@ product repacks it first, which pays above `most_rows`. What it computes for a r
 from __future__ import annotations
 
 import functools
-import platform
 from typing import Any
 
 import torch
@@ -18,28 +17,19 @@ from .dispatch import element_type
 
 MAX_ROWS = 64  # above, a general matrix product is as good
 _MAX_ROWS_AMD = 256  # with AVX-512 there: PyTorch's is slower on AMD's processors (`benchmarks/linear.py`)
-_ANY = 1 << 62  # PyTorch's, without instructions for 16 bits, is 2 to 200 times slower with any number of rows
-
-
-@functools.cache
-def _torch_multiplies(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has a matrix product of this 16-bit type that is more than a loop on this machine."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    if dtype is torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    extension = _backends.extension()
-    return extension is None or extension.best_isa() == "avx512_bf16"
+_ANY = 1 << 62  # where the processor has no instructions for 16 bits, PyTorch's is 2 to 200 times slower
 
 
 def most_rows(dtype: torch.dtype = torch.float32) -> int:
     """Rows up to which the kernel is faster than a general matrix product on this machine."""
-    if dtype in (torch.float16, torch.bfloat16) and not _torch_multiplies(dtype):
-        return _ANY
     extension = _backends.extension()
-    if extension is not None and extension.active_isa().startswith("avx512") and extension.is_amd():
-        return _MAX_ROWS_AMD
-    return MAX_ROWS
+    if extension is None or (isa := extension.active_isa()) == "neon":
+        return MAX_ROWS
+    if dtype is torch.bfloat16 and isa != "avx512_bf16":
+        return _ANY
+    if dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return _ANY
+    return _MAX_ROWS_AMD if isa.startswith("avx512") and extension.is_amd() else MAX_ROWS
 
 
 @functools.cache
@@ -53,9 +43,9 @@ def _kernel() -> tuple[Any, Any, Any, Any]:
 def run_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, packed: Tensor | None = None
 ) -> Tensor:
-    """``x · W + b``, ``(..., out_features)`` contiguous, in x's type. What calls has checked the arguments: on the CPU, no
-    gradient wanted, and the extension there; float32, bfloat16 or float16, ``weight`` in x's type, or of 16 bits where x
-    is float32. Sums are taken in float32 and rounded once.
+    """``x · W + b``, ``(..., out_features)`` contiguous, in x's type. What calls has checked the arguments: on the CPU,
+    no gradient wanted, and the extension there; float32, bfloat16 or float16, ``weight`` in x's type, or of 16 bits
+    where x is float32. Sums are taken in float32 and rounded once.
 
     Args:
         x: ``(..., in_features)``, any strides.

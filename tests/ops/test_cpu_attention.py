@@ -5,7 +5,6 @@ test_candidate_select.py."""
 from __future__ import annotations
 
 import math
-import platform
 import random
 
 import pytest
@@ -18,6 +17,7 @@ from simctg_fast.reference.attention import shared_prefix_attention as reference
 from simctg_fast.reference.candidate_select import candidate_scan as reference_scan
 
 from ..decoding_models import build, prompt
+from ..instruction_sets import in_every_set
 
 extension = _backends.extension()
 pytestmark = pytest.mark.skipif(extension is None, reason="the C++ extension is not built")
@@ -39,9 +39,6 @@ def taken(query, key, value, **options):
 
 NARROW = [torch.bfloat16, torch.float16]
 TYPES = [torch.float32, *NARROW]
-# Pairs of bfloat16 have a set of their own, with kernels for this among others.
-SETS = ("neon",) if platform.machine() in ("aarch64", "arm64") else ("generic", "avx2", "avx512", "avx512_bf16")
-in_every_set = pytest.mark.parametrize("isa", SETS, indirect=True)
 
 
 def as_type(call, dtype, bias_dtype=None):
@@ -559,7 +556,8 @@ def test_scan_of_extreme_states(isa):
         ({"history": torch.zeros(2, 5, 7)}, r"history has shape \(2, 5, 7\)"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask has shape \(2, 4\), must be \(2, at least 5\)"),
         ({"mask": torch.ones(2, 5)}, "mask is torch.float32 on cpu, must be bool"),
-        ({"hidden_states": torch.zeros(2, 3, 6).half()}, "hidden_states is torch.float16 on cpu"),
+        ({"hidden_states": torch.zeros(2, 3, 6).double()}, "hidden_states is torch.float64 on cpu"),
+        ({"history": torch.zeros(2, 5, 6).half()}, "history is torch.float16 on cpu"),
     ],
 )
 def test_scan_says_what_is_wrong(change, message):

@@ -362,13 +362,13 @@ def test_modules_that_are_not_what_they_seem_are_left_alone():
     class Own(torch.nn.Linear):
         pass
 
-    wrapped, hooked, half = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).to(torch.bfloat16)
+    wrapped, hooked, double = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).double()
     wrapped.forward = lambda x: x + 1
     hooked._hf_hook = object()
     parametrized = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(4, 4))
     scattered = torch.nn.Linear(4, 4)
     scattered.weight = torch.nn.Parameter(torch.randn(4, 4).t())
-    model = torch.nn.ModuleList([Own(4, 4), wrapped, hooked, half, parametrized, scattered])
+    model = torch.nn.ModuleList([Own(4, 4), wrapped, hooked, double, parametrized, scattered])
     before = inside(model)
     with fast_linears(model, 1) as routed:
         assert routed == 0
