@@ -170,6 +170,37 @@ def test_rotation(isa, shared, threads):
             assert all(torch.equal(one, other[-1:]) for one, other in zip(last, results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_16_bit(isa, dtype, centred, transposed):
+    """Rounded where a module ends: no further from float64 than PyTorch's modules are."""
+    width, between, rows = 80, 150, 5
+    x, residual = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
+    scale, shift = torch.randn(width).to(dtype), torch.randn(width).to(dtype) if centred else None
+    sizes = {"before": (width, width), "inner": (width, between), "gate": (width, between), "outer": (between, width)}
+    weights = {name: (torch.randn(*size) * size[0] ** -0.5).to(dtype) for name, size in sizes.items()}
+    laid = {name: weight if transposed else weight.t().contiguous() for name, weight in weights.items()}
+    native = {name: native_layer(weight, None, transposed, None) for name, weight in laid.items()}
+    norm = native_norm(scale, shift, EPSILON, centred)
+
+    def modules(kind):
+        z = x.to(kind) @ weights["before"].to(kind) + residual.to(kind)
+        if centred:
+            y = torch.nn.functional.layer_norm(z, (width,), scale.to(kind), shift.to(kind), EPSILON)
+        else:
+            y = torch.nn.functional.rms_norm(z, (width,), scale.to(kind), EPSILON)
+        y = torch.nn.functional.silu(y @ weights["inner"].to(kind)) * (y @ weights["gate"].to(kind))
+        return y @ weights["outer"].to(kind) + z
+
+    y = linear_feed_forward(
+        x, native["before"], residual, norm, native["inner"], native["gate"], native_activation("silu"), native["outer"]
+    )
+    assert y.dtype is dtype
+    exact = modules(torch.float64)
+    assert (y - exact).square().mean() <= 1.3 * (modules(dtype) - exact).square().mean()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize("out_features", [1, 16, 40, 64, 130, 192])
 def test_what_a_relu_closes_is_not_missed(isa, share, out_features, threads):
