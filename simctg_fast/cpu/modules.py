@@ -416,7 +416,8 @@ def fast_linears(
     Taken are modules that are exactly `torch.nn.Linear` or transformers' `Conv1D`, with the class's own forward and a
     contiguous weight on the CPU, of float32, bfloat16 or float16, and `NewGELUActivation`, `Dropout` and root mean
     square norms (of these also what computes on CUDA). It holds for the thread that enters the block: in another one
-    the model computes what it always does. Blocks may be nested. On the way out, also by an exception, every module is as it was found.
+    the model computes what it always does. Blocks may be nested. On the way out, also by an exception, every module is
+    as it was found.
 
     Args:
         model: any module.
@@ -424,8 +425,8 @@ def fast_linears(
             CPU, but where packed layers take more.
         pack: True copies float32 weights in the order in which the kernel reads them, unless that takes more than a
             quarter of the free memory, and frees the copies at the end. A change of a weight is noticed by its version
-            counter, its address and its identity, and the copy dropped; writing through ``weight.data`` within the block is not
-            seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost memory,
+            counter, its address and its identity, and the copy dropped; writing through ``weight.data`` within the
+            block is not seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost memory,
             and time at the beginning; see :func:`packing_pays`.
 
         max_rows: products of more rows than this are left to the modules; None: up to where the kernel is faster. A
