@@ -426,9 +426,8 @@ def fast_linears(
         pack: True copies float32 weights in the order in which the kernel reads them, unless that takes more than a
             quarter of the free memory, and frees the copies at the end. A change of a weight is noticed by its version
             counter, its address and its identity, and the copy dropped; writing through ``weight.data`` within the
-            block is not seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost memory,
-            and time at the beginning; see :func:`packing_pays`.
-
+            block is not seen. With AVX2, packed layers take up to 512 rows. ``"auto"`` does not pack: the copies cost
+            memory, and time at the beginning; see :func:`packing_pays`.
         max_rows: products of more rows than this are left to the modules; None: up to where the kernel is faster. A
             caller to whom it matters that a row's result does not depend on the other rows may go further.
 
@@ -446,7 +445,7 @@ def fast_linears(
     limits = {dtype: limit for dtype, limit in limits.items() if dtype in ELEMENT_TYPES}
     uses: list[Use] = []
     with Forwards() as forwards:
-        wanted = rows_hint <= max(limits.values(), default=0) or (pack is True and _packed_wins())
+        wanted = rows_hint <= max(limits.values(), default=most_rows()) or (pack is True and _packed_wins())
         if (wanted and _backends.extension() is not None) or _is_on_cuda(model):
             for module in model.modules():
                 function, outer = _stand_in(module), here(module)

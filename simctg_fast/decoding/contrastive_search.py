@@ -40,7 +40,8 @@ class ContrastiveSearch:
             with the decoder compiled as well; a model's first call takes up to a minute longer, and half-precision
             scores round differently.
         path: ``"auto"``, or ``"shared_prefix"``, ``"reorder"``, ``"uncached"`` (see ``support``) to insist on one.
-        fast_linear: on the CPU, route the linear layers of a float32 model through our small-batch kernel meanwhile.
+        fast_linear: on the CPU, route linear layers through our small-batch kernel, and blocks of some models around
+            their modules, meanwhile.
         pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if
             the copy takes at most a quarter of the free memory).
 

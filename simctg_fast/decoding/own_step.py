@@ -169,9 +169,15 @@ def input_embedding(model: Any) -> torch.nn.Module | None:
     return embedding if isinstance(embedding, torch.nn.Module) else None
 
 
-def allowed_for_noise(moved: float) -> float:
+def most_noise(allowed: float = 0.0) -> float:
+    """The largest error that noise may explain where the type alone is ``allowed`` so much: in 16 bits a model of large
+    weights rounds away more than a tenth itself."""
+    return max(MOST_NOISE, 2.5 * allowed)
+
+
+def allowed_for_noise(moved: float, allowed: float = 0.0) -> float:
     """The relative error that is allowed to a model whose logits noise moves by ``moved``."""
-    return min(MOST_NOISE, NOISE * moved)
+    return min(most_noise(allowed), NOISE * moved)
 
 
 def draw_tokens(model: Any) -> Callable[..., torch.Tensor]:

@@ -24,7 +24,7 @@ from .caches import CACHE_NAME
 from .call import Call, copy_of, cut, learned_prompt, width_of
 from .decoder import Decoder
 from .hidden_states import HiddenStatesTap
-from .own_step import MOST_NOISE, allowed_for_noise, error_of
+from .own_step import allowed_for_noise, error_of, most_noise
 from .reorder import ReorderDecoder, UncachedDecoder
 from .report import Check, SupportReport, refused_checks
 from .slots_decoder import SlotsDecoder
@@ -181,9 +181,10 @@ def judge(call: Call, tap: HiddenStatesTap, routes: list[Route], refusals: list[
             replayed = [truth.again(tap, k, replay=True) for truth in truths]
             if any(other.differs_from(truth) for other, truth in zip(replayed, truths, strict=True)):
                 truths, found = replayed, _first_that_serves(call, tap, routes, replayed, ours)
-        if found.nearest <= MOST_NOISE:  # perhaps no fault but noise: 8-bit activations make much of little
+        # Perhaps no fault but noise: 8-bit activations make much of little.
+        if found.nearest <= most_noise(truths[0].allowed):
             moved = sensitivity(truths[0], tap, k)
-            allowed = allowed_for_noise(moved)
+            allowed = allowed_for_noise(moved, truths[0].allowed)
             if allowed > max(found.nearest, truths[0].allowed):
                 detail = f"noise moves its own logits by {moved:.2g}; allowed {allowed:.2g}"
                 checks.append(Check("agrees within what the model makes of rounding", True, detail))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..decoding.own_step import (
-    MOST_NOISE,
     OwnText,
     allowed_for_noise,
     draw_tokens,
+    most_noise,
     moved_by_noise,
     own_text,
     wrong_head,
@@ -90,15 +90,16 @@ def verify(decoder: SlotDecoder, trial: SlotTrial) -> None:
         UnsupportedError: they differ, or the model cannot be run so at all.
     """
     model = decoder.model
+    normal = RELATIVE_ERROR.get(model.dtype, 1e-1)
     try:
         try:
-            _verify(decoder, trial, RELATIVE_ERROR.get(model.dtype, 1e-1))
+            _verify(decoder, trial, normal)
         except UnsupportedError as error:
-            if error.error > MOST_NOISE:
+            if error.error > most_noise(normal):
                 raise
             text = trial.texts[-1]
             moved = moved_by_noise(model, lambda: text.again(model).logits, text.logits)
-            if not error.error < (allowed := allowed_for_noise(moved)):
+            if not error.error < (allowed := allowed_for_noise(moved, normal)):
                 raise
             _verify(decoder, trial, allowed)
     except FAILURES as error:

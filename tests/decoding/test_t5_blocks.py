@@ -294,11 +294,12 @@ def test_few_entries_behind_the_relu(taken):
     assert len(taken) == 2 * 9 * LAYERS
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype, taken):
+    """In float16 a block keeps infinite numbers out, which is its own to do."""
     tokens, _ = write(make().to(dtype))
     assert tokens.shape == (2, 10)
-    assert not taken
+    assert bool(taken) == (dtype is torch.bfloat16)
 
 
 def test_more_rows_than_the_kernels_are_for(taken):

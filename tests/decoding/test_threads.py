@@ -78,8 +78,9 @@ class Turns:
 
 
 def places(model):
-    """Modules inside a forward. (Not those inside of T5's blocks: hooks there would switch our blocks off.)"""
-    inner = () if hasattr(model.get_decoder(), "block") else ("attn", "embed", "wpe")
+    """Modules inside a forward. (Not those inside of blocks that have a forward of ours: hooks would switch it off.)"""
+    ours = not model.config.is_encoder_decoder or hasattr(model.get_decoder(), "block")
+    inner = ("embed", "wpe") if ours else ("attn", "embed", "wpe")
     decoder = [
         module
         for name, module in model.get_decoder().named_modules()

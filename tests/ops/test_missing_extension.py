@@ -168,9 +168,9 @@ class TestWarning:
         record(site, self.REASON)
         assert WARNING not in python(site, "import simctg_fast.ops\n" + code).stderr
 
-    @pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("bfloat16", 0)])
+    @pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("bfloat16", 1), ("float64", 0)])
     def test_linear_layers(self, site, dtype, count):
-        """Greedy search has no operator of ours but these; in bfloat16 they are torch's with the extension as well."""
+        """Greedy search has no operator of ours but these; in float64 they are torch's with the extension as well."""
         record(site, self.REASON)
         code = f"""
             from simctg_fast.cpu.modules import fast_linears
