@@ -255,16 +255,22 @@ struct LastOne {};  // of an odd number of k's
 // How one or two k's are multiplied across the columns.
 template <class X>
 struct Across {
+    using Copied = float;  // a weight in the copy of a piece that several row tiles read
     static constexpr int kDepth = 1;
     template <class Weight>
     static SIMCTG_INLINE Vec get(const Weight* p, int64_t, Mask mask, bool masked) { return masked ? load(p, mask) : load(p); }
+    static SIMCTG_INLINE void put(float* p, Vec weights) { store(p, weights); }
     static SIMCTG_INLINE Vec all(const float* p) { return broadcast(*p); }
     static SIMCTG_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return simd::multiply_add(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
+struct Pair {  // the weights of two rows, beside each other
+    BFloat16 first, second;
+};
 template <>
-struct Across<BFloat16> {  // the weights of two rows beside each other
+struct Across<BFloat16> {
+    using Copied = Pair;
     static constexpr int kDepth = 2;
     static SIMCTG_INLINE __m512i one(const BFloat16* p, Mask mask, bool masked) {
         return _mm512_cvtepu16_epi32(masked ? _mm256_maskz_loadu_epi16(mask, p) : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -276,6 +282,11 @@ struct Across<BFloat16> {  // the weights of two rows beside each other
     static SIMCTG_INLINE __m512bh get(const BFloat16* p, int64_t, Mask mask, bool masked, LastOne) {
         return reinterpret_cast<__m512bh>(one(p, mask, masked));
     }
+    template <class... Last>
+    static SIMCTG_INLINE __m512bh get(const Pair* p, int64_t, Mask, bool, Last...) {
+        return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+    }
+    static SIMCTG_INLINE void put(Pair* p, __m512bh weights) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(weights)); }
     static SIMCTG_INLINE __m512bh all(const BFloat16* p) {
         int pair;
         __builtin_memcpy(&pair, p, sizeof pair);
@@ -394,8 +405,8 @@ SIMCTG_INLINE void axpy_tiles(const AxpyStep<X, Weight>& step, int64_t rows, int
 }
 
 // A piece of the weight, Vectors · kLanes wide and `step.count` rows high, against all rows of x. `step` describes the
-// whole height of x. `fetch`: step.ahead is to be fetched. Where its rows would push each other out of the cache between
-// two row tiles, the piece is copied first.
+// whole height of x. `fetch`: step.ahead is to be fetched. What several row tiles would widen or pair anew, or what would
+// push each other out of the cache between two of them, is copied first.
 template <int Vectors, bool Masked, class X, class Weight>
 SIMCTG_INLINE void axpy_piece(const AxpyStep<X, Weight>& step, int64_t rows, bool fetch, Mask mask) {
     constexpr int64_t width = Vectors * kLanes;
@@ -403,18 +414,33 @@ SIMCTG_INLINE void axpy_piece(const AxpyStep<X, Weight>& step, int64_t rows, boo
     constexpr int64_t bytes = width * int64_t{sizeof(Weight)};
     constexpr int lines = static_cast<int>(bytes == kLineBytes / 2 ? 1 : bytes / kLineBytes);
     const int64_t tiles = (rows + tile_rows(Vectors) - 1) / tile_rows(Vectors);
-    if constexpr (!Masked && (kWidens<X, Weight> || (kRegisters == 16 && sizeof(X) == sizeof(float)))) {
-        if (kWidens<X, Weight> ? tiles > 1 : tiles > 2 && step.w_stride % kPageFloats == 0) {
-            float copy[kAxpyHeight * width];
-            for (int64_t k = 0; k < step.count; ++k) {
-                if (kWidens<X, Weight> && fetch) prefetch_l2(step.ahead + k * step.ahead_stride);
+    using Axpy = Across<X>;
+    constexpr int64_t depth = Axpy::kDepth;
+    constexpr bool prepares = kWidens<X, Weight> || depth > 1;
+    if constexpr (!Masked && (prepares || kRegisters == 16)) {
+        if (prepares ? tiles > 1 : tiles > 2 && step.w_stride % kPageFloats == 0) {
+            typename Axpy::Copied copy[kAxpyHeight / depth * width];
+            const auto fill = [&](int64_t k, auto... last) SIMCTG_INLINE_LAMBDA {
 #pragma GCC unroll 8
                 for (int v = 0; v < Vectors; ++v) {
-                    store(copy + k * width + v * kLanes, load(step.w + k * step.w_stride + v * kLanes));
+                    const Weight* w = step.w + k * step.w_stride + v * kLanes;
+                    Axpy::put(copy + k / depth * width + v * kLanes, Axpy::get(w, step.w_stride, mask, false, last...));
+                }
+            };
+            for (int64_t k = 0; prepares && fetch && k < step.count; ++k) {
+                for (int line = 0; line < lines; ++line) {
+                    prefetch_l2(step.ahead + k * step.ahead_stride + line * kLineBytes / int64_t{sizeof(Weight)});
                 }
             }
-            const AxpyStep<X, float> copied{step.x,    step.x_stride,    copy,       width,  step.count,    copy, width,
-                                            step.sums, step.sums_stride, step.first, step.y, step.y_stride, step.add, step.bias};
+            int64_t k = 0;
+            for (; k + depth <= step.count; k += depth) fill(k);
+            if constexpr (depth > 1) {
+                if (k < step.count) fill(k, LastOne());
+            }
+            const AxpyStep<X, typename Axpy::Copied> copied{
+                step.x,     step.x_stride, copy,          width / depth, step.count, copy,
+                width,      step.sums,     step.sums_stride, step.first, step.y,     step.y_stride,
+                step.add,   step.bias};
             return axpy_tiles<Vectors, 0, Masked>(copied, rows, tiles, false, mask);
         }
     }
