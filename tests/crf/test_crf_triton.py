@@ -149,6 +149,7 @@ def test_interpreted():
     run("[t.check_operators(*shape) for shape in t.SMALL]; t.check_selection()")
 
 
+@pytest.mark.full
 def test_edges_interpreted():
     run("from tests import crf_cases; crf_cases.check_edges('triton')")
 

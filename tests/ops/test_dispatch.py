@@ -501,6 +501,7 @@ def check_kernels(monkeypatch) -> None:
             check_refused(case, "triton", torch.float32, backend, monkeypatch)
 
 
+@pytest.mark.full
 def test_kernels_that_are_named_run_interpreted():
     pytest.importorskip("triton")
     source = "from tests.ops import test_dispatch as t; t.check_kernels(t.pytest.MonkeyPatch())"
