@@ -34,8 +34,8 @@ enum class WeightLayout {
 // row.
 void linear(const Linear& call, WeightLayout layout, int num_threads);
 
-// y = max(x, 0) · W + b, all float32, with the bits of linear() on max(x, 0) if W is finite: what is zero is not multiplied where most
-// is. `x` may be overwritten.
+// y = max(x, 0) · W + b, all float32, with the bits of linear() on max(x, 0) if W is finite: what is zero is not multiplied
+// where most is. `x` may be overwritten.
 void relu_linear(const Linear& call, WeightLayout layout, int num_threads);
 
 // Floats in the packed copy of a weight.

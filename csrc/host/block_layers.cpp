@@ -50,15 +50,6 @@ void check_type(const LinearLayer& layer, ElementType type) {
     if (layer.type != type) throw std::invalid_argument("layers are of different types");
 }
 
-// Calls f(begin, count) over ranges of so many elements, or rows of `size` elements.
-template <class F>
-void in_pieces(int64_t count, int64_t size, int num_threads, const F& f) {
-    const int64_t most = std::max<int64_t>(1, kTask / std::max<int64_t>(1, size));
-    parallel_for((count + most - 1) / most, num_threads, [&](int64_t task) {
-        f(task * most, std::min(most, count - task * most));
-    });
-}
-
 const void* normed(const void* x, int64_t rows, const Norm& norm, int64_t width, ElementType type, int num_threads) {
     void* y = normed_scratch.get(rows * width, type);
     if (norm.kind == NormKind::layer) {
@@ -73,12 +64,12 @@ void activate(Activation act, ElementType type, void* y, int64_t count, int num_
     if (act == Activation::gelu_tanh) return gelu_tanh(y, y, count, num_threads, type);
     const block::Kernels& k = kernels<block::Kernels>();
     const auto function = act == Activation::silu ? k.silu : k.relu;
-    in_pieces(count, 1, num_threads, [&](int64_t begin, int64_t size) { function(type, y, begin, size); });
+    parallel_ranges(count, kTask, num_threads, [&](int64_t begin, int64_t size) { function(type, y, begin, size); });
 }
 
 void add_to(ElementType type, void* y, const void* x, int64_t count, int num_threads) {
     const auto add = kernels<block::Kernels>().add;
-    in_pieces(count, 1, num_threads, [&](int64_t begin, int64_t size) { add(type, y, x, begin, size); });
+    parallel_ranges(count, kTask, num_threads, [&](int64_t begin, int64_t size) { add(type, y, x, begin, size); });
 }
 
 void feed_forward(const void* x, int64_t rows, const Norm& norm, const LinearLayer& inner, const LinearLayer* gate,
@@ -105,7 +96,8 @@ void feed_forward(const void* x, int64_t rows, const Norm& norm, const LinearLay
         activate(act, type, middle, count, num_threads);
         if (gate) {
             const auto multiply = kernels<block::Kernels>().multiply;
-            in_pieces(count, 1, num_threads, [&](int64_t begin, int64_t size) { multiply(type, middle, factor, begin, size); });
+            parallel_ranges(count, kTask, num_threads,
+                            [&](int64_t begin, int64_t size) { multiply(type, middle, factor, begin, size); });
         }
         run(outer, middle, rows, y, num_threads);
     }
@@ -129,7 +121,8 @@ void norm_linears(const void* x, int64_t rows, const Norm& norm, const std::vect
         const int64_t features = layers[i]->out_features, heads = features / rotation->width;
         check_equal("out_features", features, heads * rotation->width);
         const auto rotate = kernels<block::Kernels>().rotate;
-        in_pieces(rows, features, num_threads, [&](int64_t begin, int64_t count) {
+        const int64_t height = std::max<int64_t>(1, kTask / std::max<int64_t>(1, features));
+        parallel_ranges(rows, height, num_threads, [&](int64_t begin, int64_t count) {
             rotate(type, y[i], rotation->cos, rotation->sin, rotation->stride, begin, count, heads, rotation->width);
         });
     }

@@ -1,7 +1,5 @@
 #include "api/gelu.h"
 
-#include <algorithm>
-
 #include "host/parallel.h"
 #include "simd/gelu.h"
 
@@ -14,10 +12,7 @@ constexpr int64_t kTask = 1 << 14;  // elements: some microseconds, so that waki
 
 void gelu_tanh(const void* x, void* y, int64_t count, int num_threads, ElementType type) {
     const auto run = kernels<gelu::Kernels>().run;
-    parallel_for((count + kTask - 1) / kTask, num_threads, [&](int64_t task) {
-        const int64_t begin = task * kTask;
-        run(type, x, y, begin, std::min(kTask, count - begin));
-    });
+    parallel_ranges(count, kTask, num_threads, [&](int64_t begin, int64_t size) { run(type, x, y, begin, size); });
 }
 
 }  // namespace simctg

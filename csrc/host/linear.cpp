@@ -110,8 +110,9 @@ Product<X, Weight> rows_apart(Product<X, Weight> call) {
     return call;
 }
 
-Product<float, float> floats_of(const Linear& call) {
-    return {static_cast<const float*>(call.x), call.x_stride, static_cast<const float*>(call.weight),
+template <class X, class Weight>
+Product<X, Weight> product_of(const Linear& call) {
+    return {static_cast<const X*>(call.x), call.x_stride, static_cast<const Weight*>(call.weight),
             call.weight_stride, static_cast<const float*>(call.bias), static_cast<float*>(call.y), call.y_stride,
             call.rows, call.in_features, call.out_features};
 }
@@ -120,9 +121,7 @@ Product<float, float> floats_of(const Linear& call) {
 template <class X, class Weight>
 void run_narrow(const InPlace<X, Weight>& k, const Linear& call, WeightLayout layout, int num_threads) {
     const NarrowKernels& convert = kernels<NarrowKernels>();
-    Product<X, Weight> product{static_cast<const X*>(call.x), call.x_stride, static_cast<const Weight*>(call.weight),
-                               call.weight_stride, static_cast<const float*>(call.bias), static_cast<float*>(call.y),
-                               call.y_stride, call.rows, call.in_features, call.out_features};
+    Product<X, Weight> product = product_of<X, Weight>(call);
     if (call.type == ElementType::float32) return run_in_place(k, rows_apart(product), layout, num_threads, [](auto...) {});
     if constexpr (sizeof(X) == sizeof(float)) {
         const int64_t stride = stride_apart(ceil_div(call.in_features, 16) * 16, sizeof(float));
@@ -183,12 +182,12 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
     const Kernels& k = kernels<Kernels>();
     const NarrowKernels& narrow = kernels<NarrowKernels>();
     if (panels) {
-        const Product<float, float> product = floats_of(call);
+        const auto product = product_of<float, float>(call);
         split_columns(call.out_features, k.panel_width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
             k.panels(product, begin, end, scratch.get(call.rows * k.panel_width));
         });
     } else if (call.weight_type == ElementType::float32) {
-        const Product<float, float> product = floats_of(call);
+        const auto product = product_of<float, float>(call);
         run_in_place(k.in_place, outputs ? rows_apart(product) : product, layout, num_threads, [](auto...) {});
     } else if (call.weight_type == ElementType::float16) {
         run_narrow(narrow.float16, call, layout, num_threads);
@@ -203,7 +202,7 @@ void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {
     const Kernels& k = kernels<Kernels>();
     check_sizes(call, num_threads);
     if (call.type != ElementType::float32) throw std::invalid_argument("type must be float32");
-    const Product<float, float> product = floats_of(call);
+    const auto product = product_of<float, float>(call);
     const int64_t elements = call.rows * call.in_features;
     if (layout == WeightLayout::panels && k.sparse_panels && elements > 0) {
         const int64_t blocks = ceil_div(call.in_features, kSparseBlock), counts = call.rows * blocks;

@@ -22,6 +22,15 @@ void parallel_for(int64_t tasks, int num_threads, Fn&& fn) {
         const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
+// Calls fn(begin, count) over 0..count-1 in ranges of `most`, the last one of what is left, as `parallel_for` does.
+template <class Fn>
+void parallel_ranges(int64_t count, int64_t most, int num_threads, const Fn& fn) {
+    parallel_for((count + most - 1) / most, num_threads, [&](int64_t task) {
+        const int64_t begin = task * most;
+        fn(begin, count - begin < most ? count - begin : most);
+    });
+}
+
 // "openmp" or "std::thread".
 const char* parallel_backend();
 

@@ -17,9 +17,8 @@ void rms_norm(const void* x, const void* weight, float epsilon, int64_t rows, in
     if (width == 0) return;
     const auto run = kernels<rms::Kernels>().run;
     const int64_t height = std::max<int64_t>(1, kTask / width);
-    parallel_for((rows + height - 1) / height, num_threads, [&](int64_t task) {
-        const int64_t begin = task * height;
-        run(type, x, weight, epsilon, begin, std::min(height, rows - begin), width, y);
+    parallel_ranges(rows, height, num_threads, [&](int64_t begin, int64_t count) {
+        run(type, x, weight, epsilon, begin, count, width, y);
     });
 }
 

@@ -441,8 +441,8 @@ def fast_linears(
         raise ValueError(f"pack is {pack!r}, must be one of {', '.join(map(repr, PACK))}")
     if rows_hint < 1:
         raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
-    limits = {p.dtype: most_rows(p.dtype) if max_rows is None else max_rows for p in model.parameters() if p.is_cpu}
-    limits = {dtype: limit for dtype, limit in limits.items() if dtype in ELEMENT_TYPES}
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_cpu}.intersection(ELEMENT_TYPES)
+    limits = {dtype: most_rows(dtype) if max_rows is None else max_rows for dtype in dtypes}
     uses: list[Use] = []
     with Forwards() as forwards:
         wanted = rows_hint <= max(limits.values(), default=most_rows()) or (pack is True and _packed_wins())
