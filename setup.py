@@ -43,8 +43,13 @@ ISAS_X86_64 = {
     "generic": [],
 }
 ISAS = {"x86_64": ISAS_X86_64, "amd64": ISAS_X86_64, "aarch64": {"neon": []}, "arm64": {"neon": []}}
-# Sets that add instructions to another one, for the sources that ask for them by their macro: name, base, flag, macro.
-EXTENDED_X86_64 = [("avx512_bf16", "avx512", "-mavx512bf16", "__AVX512BF16__")]
+# Sets that add instructions to another one, for the sources that ask for them: name, base, the macros asked for and the
+# flags that define them. The best one first.
+EXTENDED_X86_64 = [
+    ("avx512_bf16", "avx512", {"__AVX512BF16__": "-mavx512bf16", "__AVX512VNNI__": "-mavx512vnni"}),
+    ("avx512_vnni", "avx512", {"__AVX512VNNI__": "-mavx512vnni"}),
+    ("avx2_vnni", "avx2", {"__AVXVNNI__": "-mavxvnni"}),
+]
 # Where a short loop lies among the lines of the cache is a fifth of its time, and else changes with any other source.
 SIMD_FLAGS = ["-falign-functions=64", "-falign-loops=32"]
 # GCC 12 takes the deliberately undefined vectors inside its own intrinsics for a mistake of ours.
@@ -68,7 +73,7 @@ def instruction_sets() -> dict[str, list[str]]:
     return ISAS.get(platform.machine().lower() if wide else "", {"generic": []})
 
 
-def extended_sets() -> list[tuple[str, str, str, str]]:
+def extended_sets() -> list[tuple[str, str, dict[str, str]]]:
     return EXTENDED_X86_64 if instruction_sets() is ISAS_X86_64 else []
 
 
@@ -81,7 +86,9 @@ def objects() -> Iterator[tuple[str, str, list[str]]]:
             continue
         text = (ROOT / source).read_text(encoding="utf-8")
         sets = dict(instruction_sets())
-        sets |= {isa: [*sets[base], flag] for isa, base, flag, macro in extended_sets() if macro in text}
+        for isa, base, flags in extended_sets():
+            if any(macro in text for macro in flags):
+                sets[isa] = [*sets[base], *flags.values()]
         for isa, flags in sets.items():
             warnings = ISA_WARNINGS if flags else []
             yield source, f"{name}.{isa}", [*flags, *SIMD_FLAGS, *warnings, f"-DSIMCTG_ISA={isa}"]

@@ -105,6 +105,9 @@ PenaltyAlpha = Annotated[
 ]
 TopK = Annotated[int, typer.Option("--top-k", "-k", help="Candidates a step, at least 1.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest continuation, in tokens.")]
+Weights = Annotated[
+    str | None, typer.Option(help="On the CPU: int8 (rounded further), or lossless (16 bits where these are as good).")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the first GPU if there is one.")]
 
 
@@ -146,6 +149,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt, text, tokens.")] = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    weights: Weights = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue prompts by contrastive search.
@@ -175,7 +179,7 @@ def generate(
             stop=stop,
             batch_size=1 if stream else min(batch_size, len(texts) or 1),
             **_chosen(ctx, "penalty_alpha", "top_k", "max_new_tokens", "temperature", "seed"),
-            **_chosen(ctx, "device", "dtype", "trust_remote_code"),
+            **_chosen(ctx, "device", "dtype", "weights", "trust_remote_code"),
         )
 
     def show_new(request: Any, index: int, text: str) -> None:
@@ -359,6 +363,7 @@ def run(
     shard_id: Annotated[int | None, typer.Option(help="… beginning with this one, from 0.")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = None,
+    weights: Weights = None,
     ray: Annotated[
         bool, typer.Option("--ray", help=r"Spread over a Ray cluster (pip install 'simctg_fast\[ray]').")
     ] = False,

@@ -10,4 +10,7 @@ BASE = ("neon",) if platform.machine() in ("aarch64", "arm64") else ("generic", 
 # Pairs of bfloat16 have a set of their own, with kernels for linear layers and attention.
 EVERY = BASE if BASE == ("neon",) else (*BASE, "avx512_bf16")
 
+# So have weights of 8 bits.
+INT8 = BASE if BASE == ("neon",) else (*BASE, "avx2_vnni", "avx512_vnni", "avx512_bf16")
+
 in_every_set = pytest.mark.parametrize("isa", EVERY, indirect=True)

@@ -3,7 +3,7 @@
 
 namespace simctg {
 
-enum class Isa { generic, avx2, avx512, neon, avx512_bf16 };
+enum class Isa { generic, avx2, avx512, neon, avx2_vnni, avx512_vnni, avx512_bf16 };
 
 // The build says which instruction sets csrc/simd/ is compiled for: SIMCTG_ISAS(DO, …) is DO(isa, …) of each, the best one
 // first; and SIMCTG_EXTENDED_ISAS(DO, …) is DO(isa, base, …) of those that add instructions for a few of its sources to the
@@ -16,9 +16,12 @@ enum class Isa { generic, avx2, avx512, neon, avx512_bf16 };
 constexpr Isa kBuiltIsas[] = {SIMCTG_EXTENDED_ISAS(SIMCTG_LISTED, ) SIMCTG_ISAS(SIMCTG_LISTED, )};
 #undef SIMCTG_LISTED
 
-// The best instruction set that this processor, this operating system and this build support; all after it in
-// kBuiltIsas can be used too.
+// The best instruction set that this processor, this operating system and this build support.
 Isa best_isa();
+
+// Whether it can be used on a processor whose best one is `best`: what that adds to can, and what this processor has if it
+// is that one.
+bool is_supported(Isa isa, Isa best);
 
 // The one that `name` (as `isa_name` gives it; "auto" or nothing for `best`) stands for on a processor whose best one is
 // `best`. Throws std::invalid_argument, which calls the name `source` and lists what is allowed, on any other name and on

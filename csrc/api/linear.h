@@ -26,6 +26,7 @@ enum class WeightLayout {
     rows_are_outputs,  // [out_features, in_features], torch.nn.Linear: row n begins at n · weight_stride
     rows_are_inputs,   // [in_features, out_features], GPT-2's Conv1D: row k begins at k · weight_stride
     panels,            // the copy that pack_linear makes, float32; weight_stride is not read
+    int8,              // the copy that quantize_linear makes (linear_int8.h); likewise, nor is weight_type
 };
 
 // The result of a row depends on that row alone: neither on the other rows, nor on how many there are, nor on the number

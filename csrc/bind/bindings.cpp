@@ -60,7 +60,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("supported_isas", [] {  // the best one first
         std::vector<std::string> names;
         for (const simctg::Isa isa : simctg::kBuiltIsas) {
-            if (isa == simctg::best_isa() || !names.empty()) names.emplace_back(simctg::isa_name(isa));
+            if (simctg::is_supported(isa, simctg::best_isa())) names.emplace_back(simctg::isa_name(isa));
         }
         return names;
     });
@@ -71,8 +71,10 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "parse_isa",
         [](const std::string& name, const std::string& source, const std::string& best) {
-            const simctg::Isa as = simctg::parse_isa(best.c_str(), "best", simctg::kBuiltIsas[0]);
-            return simctg::isa_name(simctg::parse_isa(name.c_str(), source.c_str(), as));
+            for (const simctg::Isa as : simctg::kBuiltIsas) {
+                if (best == simctg::isa_name(as)) return simctg::isa_name(simctg::parse_isa(name.c_str(), source.c_str(), as));
+            }
+            throw std::invalid_argument("best is '" + best + "', which is not built");
         },
         py::arg("name"), py::arg("source"), py::arg("best"));
     m.def("parallel_backend", &simctg::parallel_backend);

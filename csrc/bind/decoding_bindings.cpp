@@ -8,6 +8,7 @@
 #include "api/decode_attention.h"
 #include "api/gelu.h"
 #include "api/linear.h"
+#include "api/linear_int8.h"
 #include "api/rms_norm.h"
 #include "api/top_k.h"
 
@@ -26,6 +27,21 @@ void pack_linear(address weight, int64_t weight_stride, simctg::WeightLayout fro
                  int64_t out_features, address packed, int num_threads) {
     simctg::pack_linear(pointer<const float>(weight), weight_stride, from, in_features, out_features,
                         pointer<float>(packed), num_threads);
+}
+
+bool quantize_linear(address weight, simctg::ElementType type, int64_t weight_stride, simctg::WeightLayout from,
+                     int64_t in_features, int64_t out_features, address copy, int num_threads) {
+    return simctg::quantize_linear(pointer<const void>(weight), type, weight_stride, from, in_features, out_features,
+                                   pointer<void>(copy), num_threads);
+}
+
+void certified_linear(address x, int64_t x_stride, address weight, address bias, address y, int64_t rows,
+                      int64_t in_features, int64_t out_features, int num_threads, simctg::ElementType type, address copy,
+                      int64_t top) {
+    simctg::certified_linear({pointer<const void>(x), x_stride, pointer<const void>(weight), in_features,
+                              pointer<const void>(bias), pointer<void>(y), out_features, rows, in_features, out_features,
+                              type, type},
+                             pointer<const void>(copy), top, num_threads);
 }
 
 // An array: its address, then the strides that the kernel wants. Address 0: there is none.
@@ -131,7 +147,8 @@ void bind_decoding(py::module_& m) {
     py::enum_<simctg::WeightLayout>(m, "WeightLayout")
         .value("rows_are_outputs", simctg::WeightLayout::rows_are_outputs)
         .value("rows_are_inputs", simctg::WeightLayout::rows_are_inputs)
-        .value("panels", simctg::WeightLayout::panels);
+        .value("panels", simctg::WeightLayout::panels)
+        .value("int8", simctg::WeightLayout::int8);
     m.def("linear", &linear, py::arg("layout"), py::arg("x"), py::arg("x_stride"), py::arg("weight"),
           py::arg("weight_stride"), py::arg("bias"), py::arg("y"), py::arg("y_stride"), py::arg("rows"),
           py::arg("in_features"), py::arg("out_features"), py::arg("num_threads"),
@@ -140,6 +157,14 @@ void bind_decoding(py::module_& m) {
     m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
     m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
           py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
+    m.attr("MOST_INT8_INPUTS") = simctg::kMostInt8Inputs;
+    m.def("int8_linear_size", &simctg::int8_linear_size, py::arg("in_features"), py::arg("out_features"));
+    m.def("quantize_linear", &quantize_linear, py::arg("weight"), py::arg("type"), py::arg("weight_stride"),
+          py::arg("from_layout"), py::arg("in_features"), py::arg("out_features"), py::arg("copy"),
+          py::arg("num_threads"), release_gil());
+    m.def("certified_linear", &certified_linear, py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("bias"),
+          py::arg("y"), py::arg("rows"), py::arg("in_features"), py::arg("out_features"), py::arg("num_threads"),
+          py::arg("type"), py::arg("copy"), py::arg("top"), release_gil());
     py::enum_<simctg::Activation>(m, "Activation")
         .value("relu", simctg::Activation::relu)
         .value("gelu_tanh", simctg::Activation::gelu_tanh)

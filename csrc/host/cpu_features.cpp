@@ -7,15 +7,28 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace simctg {
 namespace {
+
+#if defined(__x86_64__)
+bool has_avx_vnni() {  // compilers learned the name late
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
 
 bool runs(Isa isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool fma = __builtin_cpu_supports("fma");
     if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && fma && __builtin_cpu_supports("f16c");
-    if (isa == Isa::avx512_bf16) return runs(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    if (isa == Isa::avx2_vnni) return runs(Isa::avx2) && has_avx_vnni();
+    if (isa == Isa::avx512_vnni) return runs(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+    if (isa == Isa::avx512_bf16) return runs(Isa::avx512_vnni) && __builtin_cpu_supports("avx512bf16");
     if (isa == Isa::avx512) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && fma;
@@ -29,6 +42,19 @@ Isa from_environment() {
     return name ? parse_isa(name, "SIMCTG_FAST_ISA", best_isa()) : best_isa();
 }
 
+// A bit for each step that a set is above `generic`.
+unsigned bits_of(Isa isa) {
+    switch (isa) {
+        case Isa::avx2: return 0b1;
+        case Isa::avx2_vnni: return 0b11;
+        case Isa::avx512: return 0b101;
+        case Isa::avx512_vnni: return 0b1101;
+        case Isa::avx512_bf16: return 0b11101;
+        case Isa::neon: return 0b100000;
+        default: return 0;
+    }
+}
+
 std::atomic<Isa>& active() {
     static std::atomic<Isa> isa{from_environment()};
     return isa;
@@ -37,7 +63,7 @@ std::atomic<Isa>& active() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* names[] = {"generic", "avx2", "avx512", "neon", "avx512_bf16"};
+    constexpr const char* names[] = {"generic", "avx2", "avx512", "neon", "avx2_vnni", "avx512_vnni", "avx512_bf16"};
     return names[static_cast<int>(isa)];
 }
 
@@ -46,13 +72,17 @@ Isa best_isa() {
     return best;
 }
 
+bool is_supported(Isa isa, Isa best) {
+    const unsigned bits = bits_of(isa);
+    return (bits & bits_of(best)) == bits || (best == best_isa() && runs(isa));
+}
+
 Isa parse_isa(const char* name, const char* source, Isa best) {
     const std::string wanted = name;
     if (wanted == "auto" || wanted.empty()) return best;
     std::string allowed, lacking;
-    bool has = false;
     for (const Isa isa : kBuiltIsas) {
-        has = has || isa == best;
+        const bool has = is_supported(isa, best);
         if (wanted == isa_name(isa)) {
             if (has) return isa;
             lacking = ", which this processor lacks";

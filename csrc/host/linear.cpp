@@ -7,7 +7,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "api/linear_int8.h"
 #include "host/checks.h"
+#include "host/linear.h"
 #include "host/memory.h"
 #include "host/parallel.h"
 #include "simd/linear.h"
@@ -29,6 +31,8 @@ constexpr int64_t kStep = 192;           // columns: a multiple of the pieces of
 constexpr int64_t kDotStep = 48;         // columns: a multiple of the tiles of rows_are_outputs
 constexpr int64_t kSplitRows = 16;       // up to here rows_are_inputs is split over k as well
 constexpr double kSparseShare = 0.35;    // of x, at most, where going from entry to entry is faster
+constexpr int64_t kElements = 16;        // single results that a thread computes in a go
+constexpr int64_t kNarrowed = 1 << 13;   // columns that it narrows
 constexpr int64_t kCopiedRows = 16;      // from here on a copy of x pays that a product finds in the cache
 
 // Calls fill(begin, end) over ranges of columns, cut at multiples of `step`, in parallel.
@@ -117,12 +121,12 @@ Product<X, Weight> product_of(const Linear& call) {
             call.rows, call.in_features, call.out_features};
 }
 
-// A product with a weight of 16 bits: x and the bias are widened first, and y is narrowed as its columns are finished.
+// The call in the types that its kernels compute with: x and the bias of 16 bits are widened, unless they are taken as they are.
 template <class X, class Weight>
-void run_narrow(const InPlace<X, Weight>& k, const Linear& call, WeightLayout layout, int num_threads) {
+Product<X, Weight> widened(const Linear& call) {
     const NarrowKernels& convert = kernels<NarrowKernels>();
     Product<X, Weight> product = product_of<X, Weight>(call);
-    if (call.type == ElementType::float32) return run_in_place(k, rows_apart(product), layout, num_threads, [](auto...) {});
+    if (call.type == ElementType::float32) return product;
     if constexpr (sizeof(X) == sizeof(float)) {
         const int64_t stride = stride_apart(ceil_div(call.in_features, 16) * 16, sizeof(float));
         float* x = x_scratch.get(call.rows * stride);
@@ -131,22 +135,51 @@ void run_narrow(const InPlace<X, Weight>& k, const Linear& call, WeightLayout la
         }
         product.x = x;
         product.x_stride = stride;
-    } else {
-        product = rows_apart(product);
     }
     if (call.bias) {
         float* bias = bias_scratch.get(call.out_features);
         convert.widen(call.type, call.bias, call.out_features, bias);
         product.bias = bias;
     }
+    return product;
+}
+
+// Calls f with the kernels in place for the call's types, and the call in theirs.
+template <class F>
+void with_kernels(const Linear& call, const F& f) {
+    const NarrowKernels& narrow = kernels<NarrowKernels>();
+    if (call.weight_type == ElementType::float32) {
+        f(kernels<Kernels>().in_place, product_of<float, float>(call));
+    } else if (call.weight_type == ElementType::float16) {
+        f(narrow.float16, widened<float, Float16>(call));
+    } else if (call.type != ElementType::float32 && narrow.pairs.rows_are_outputs) {
+        f(narrow.pairs, widened<BFloat16, BFloat16>(call));
+    } else {
+        f(narrow.bfloat16, widened<float, BFloat16>(call));
+    }
+}
+
+void narrow_columns(const Linear& call, const float* y, int64_t y_stride, int64_t begin, int64_t end) {
+    const NarrowKernels& convert = kernels<NarrowKernels>();
+    for (int64_t m = 0; m < call.rows; ++m) {
+        convert.narrow(call.type, y + m * y_stride + begin, end - begin,
+                       static_cast<uint16_t*>(call.y) + m * call.y_stride + begin);
+    }
+}
+
+// A product with a weight in place; where y is of 16 bits, it is narrowed as its columns are finished.
+template <class X, class Weight>
+void run_typed(const InPlace<X, Weight>& k, Product<X, Weight> product, const Linear& call, WeightLayout layout,
+               int num_threads) {
+    const bool floats = call.type == ElementType::float32;
+    // A Conv1D's x is read one element at a time.
+    if (layout == WeightLayout::rows_are_outputs || sizeof(Weight) < sizeof(float)) product = rows_apart(product);
+    if (floats) return run_in_place(k, product, layout, num_threads, [](auto...) {});
     product.y_stride = ceil_div(call.out_features, 16) * 16;
-    product.y = y_scratch.get(call.rows * product.y_stride);
-    run_in_place(k, product, layout, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t m = 0; m < call.rows; ++m) {
-            convert.narrow(call.type, product.y + m * product.y_stride + begin, end - begin,
-                           static_cast<uint16_t*>(call.y) + m * call.y_stride + begin);
-        }
-    });
+    float* y = y_scratch.get(call.rows * product.y_stride);
+    product.y = y;
+    run_in_place(k, product, layout, num_threads,
+                 [&](int64_t begin, int64_t end) { narrow_columns(call, y, product.y_stride, begin, end); });
 }
 
 void write_bias(const Linear& call) {
@@ -169,6 +202,7 @@ void check_sizes(const Linear& call, int num_threads) {
 }  // namespace
 
 void linear(const Linear& call, WeightLayout layout, int num_threads) {
+    if (layout == WeightLayout::int8) return int8_linear(call, num_threads);
     check_sizes(call, num_threads);
     const bool floats = call.type == ElementType::float32, panels = layout == WeightLayout::panels;
     if (call.type != call.weight_type && !floats) throw std::invalid_argument("weight_type must be type, or type float32");
@@ -179,23 +213,34 @@ void linear(const Linear& call, WeightLayout layout, int num_threads) {
     if (outputs) check(call.weight_stride >= call.in_features, "weight_stride", call.weight_stride, ">= in_features");
     else if (!panels) check(call.weight_stride >= call.out_features, "weight_stride", call.weight_stride, ">= out_features");
     if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
-    const Kernels& k = kernels<Kernels>();
-    const NarrowKernels& narrow = kernels<NarrowKernels>();
     if (panels) {
+        const Kernels& k = kernels<Kernels>();
         const auto product = product_of<float, float>(call);
-        split_columns(call.out_features, k.panel_width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
+        return split_columns(call.out_features, k.panel_width, num_threads, kTasksPerThread, [&](int64_t begin, int64_t end) {
             k.panels(product, begin, end, scratch.get(call.rows * k.panel_width));
         });
-    } else if (call.weight_type == ElementType::float32) {
-        const auto product = product_of<float, float>(call);
-        run_in_place(k.in_place, outputs ? rows_apart(product) : product, layout, num_threads, [](auto...) {});
-    } else if (call.weight_type == ElementType::float16) {
-        run_narrow(narrow.float16, call, layout, num_threads);
-    } else if (!floats && narrow.pairs.rows_are_outputs) {
-        run_narrow(narrow.pairs, call, layout, num_threads);
-    } else {
-        run_narrow(narrow.bfloat16, call, layout, num_threads);
     }
+    with_kernels(call, [&](const auto& k, const auto& product) { run_typed(k, product, call, layout, num_threads); });
+}
+
+void linear_elements(const Linear& call, const Element* elements, int64_t count, float* y, int64_t y_stride, int num_threads) {
+    with_kernels(call, [&](const auto& k, const auto& product) {
+        parallel_ranges(count, kElements, num_threads, [&](int64_t begin, int64_t size) {
+            for (const Element* e = elements + begin; e < elements + begin + size; ++e) {
+                auto row = product;
+                row.rows = 1;
+                row.x += e->row * product.x_stride;
+                row.y = y + e->row * y_stride;
+                k.rows_are_outputs(row, e->column, e->column + 1, scratch.get(kDotSums));
+            }
+        });
+    });
+}
+
+void narrow_rows(const Linear& call, const float* y, int64_t y_stride, int num_threads) {
+    parallel_ranges(call.out_features, kNarrowed, num_threads, [&](int64_t begin, int64_t size) {
+        narrow_columns(call, y, y_stride, begin, begin + size);
+    });
 }
 
 void relu_linear(const Linear& call, WeightLayout layout, int num_threads) {

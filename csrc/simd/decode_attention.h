@@ -36,4 +36,4 @@ struct Kernels {
 
 }  // namespace simctg::attention
 
-SIMCTG_EXTENDED_TABLES(attention::Kernels)
+SIMCTG_EXTENDED_TABLES(attention::Kernels, Isa::avx512_bf16)

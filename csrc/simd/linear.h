@@ -83,4 +83,4 @@ struct NarrowKernels {
 }  // namespace simctg::linear_layer
 
 SIMCTG_TABLES(linear_layer::Kernels)
-SIMCTG_EXTENDED_TABLES(linear_layer::NarrowKernels)
+SIMCTG_EXTENDED_TABLES(linear_layer::NarrowKernels, Isa::avx512_bf16)

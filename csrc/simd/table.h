@@ -3,6 +3,8 @@
 // (SIMCTG_ISA is its name then), ends with SIMCTG_TABLE and the values.
 #pragma once
 
+#include <initializer_list>
+
 #include "api/cpu_features.h"
 
 namespace simctg {
@@ -15,15 +17,20 @@ const Kernels& table();
     const simctg::Kernels& simctg::table<simctg::Kernels, simctg::Isa::isa>();
 #define SIMCTG_TABLES(Kernels) SIMCTG_ISAS(SIMCTG_DECLARE_TABLE, Kernels)
 
-// The same for an algorithm whose source asks for what an extended set adds.
+// The same for an algorithm whose source asks for what extended sets add: after Kernels come those sets.
 template <class Kernels>
-constexpr bool kExtended = false;
+constexpr bool is_extended_by(Isa) { return false; }
 #define SIMCTG_DECLARE_EXTENDED(isa, base, Kernels) SIMCTG_DECLARE_TABLE(isa, Kernels)
-#define SIMCTG_EXTENDED_TABLES(Kernels)                       \
-    SIMCTG_TABLES(Kernels)                                    \
-    SIMCTG_EXTENDED_ISAS(SIMCTG_DECLARE_EXTENDED, Kernels)    \
-    template <>                                               \
-    constexpr bool simctg::kExtended<simctg::Kernels> = true;
+#define SIMCTG_EXTENDED_TABLES(Kernels, ...)                             \
+    SIMCTG_TABLES(Kernels)                                               \
+    SIMCTG_EXTENDED_ISAS(SIMCTG_DECLARE_EXTENDED, Kernels)               \
+    template <>                                                          \
+    constexpr bool simctg::is_extended_by<simctg::Kernels>(Isa wanted) { \
+        for (const Isa isa : {__VA_ARGS__}) {                            \
+            if (isa == wanted) return true;                              \
+        }                                                                \
+        return false;                                                    \
+    }
 
 #define SIMCTG_TABLE(space, Kernels, ...)                                                            \
     template <>                                                                                      \
@@ -38,7 +45,7 @@ const Kernels& kernels() {
 #define SIMCTG_CASE(isa, Kernels) \
     case Isa::isa: return table<Kernels, Isa::isa>();
 #define SIMCTG_EXTENDED_CASE(isa, base, Kernels) \
-    case Isa::isa: return table<Kernels, kExtended<Kernels> ? Isa::isa : Isa::base>();
+    case Isa::isa: return table<Kernels, is_extended_by<Kernels>(Isa::isa) ? Isa::isa : Isa::base>();
     switch (active_isa()) {
         SIMCTG_EXTENDED_ISAS(SIMCTG_EXTENDED_CASE, Kernels)
         SIMCTG_ISAS(SIMCTG_CASE, Kernels)

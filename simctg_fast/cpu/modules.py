@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -32,14 +33,17 @@ from ..ops import _backends
 from ..ops.block_layers import native_layer, native_norm
 from ..ops.dispatch import ELEMENT_TYPES
 from ..ops.gelu import run_kernel as run_gelu
-from ..ops.linear import most_rows, packed_size, run_kernel
+from ..ops.linear import ANY_ROWS, most_rows, narrowed, packed_size, run_kernel
 from ..ops.linear import pack as pack_weight
+from ..ops.linear_int8 import certified, quantized
 from ..ops.rms_norm import run_kernel as run_rms_norm
 from .forwards import Forwards, Use, has_own_forward, here
 
 logger = logging.getLogger(__name__)
 
 PACK = ("auto", True, False)
+WEIGHTS = ("int8", "lossless")
+MOST_EXACT = 64  # as many candidates as the kernel for the most probable tokens takes
 _MEMORY_SHARE = 0.25  # of the free memory, at most, goes into packed copies
 _PACKED_ROWS = 12  # from here on packed copies are faster by more than they cost
 _MOST_PACKED_ROWS = 512  # up to here they are faster than a general matrix product
@@ -55,27 +59,67 @@ _CPU = torch.device("cpu")
 _packing = threading.Lock()
 
 
-class _Packed:
-    """A packed copy, and what the weight was when it was made."""
+class _Copy:
+    """What is read in a weight's place, and what the weight was when it was made. ``data`` may be None: nothing is."""
 
     __slots__ = ("address", "data", "most_rows", "version", "weight")
 
-    def __init__(self, weight: Tensor, transposed: bool):
-        self.weight, self.version, self.address = weight, weight._version, weight.data_ptr()
-        self.data = pack_weight(weight, transposed)
-        self.most_rows = _MOST_PACKED_ROWS if _packed_wins() else 0
+    def __init__(self, weight: Tensor, data: Tensor | None, most_rows: int):
+        self.weight, self.version, self.address = weight, _version(weight), weight.data_ptr()
+        self.data, self.most_rows = data, most_rows
 
     def is_current(self, weight: Tensor) -> bool:
-        return (
-            self.weight is weight
-            and not weight.is_inference()
-            and self.version == weight._version
-            and self.address == weight.data_ptr()
-        )
+        return self.weight is weight and self.version == _version(weight) and self.address == weight.data_ptr()
+
+
+def _version(weight: Tensor) -> int | None:
+    """None: nobody counts its changes."""
+    return None if weight.is_inference() else weight._version
+
+
+class WeightCopies:
+    """Copies of a model's weights that linear layers read in their place, kept for as long as this object is.
+
+    Args:
+        kind: ``"int8"``: in 8 bits, with a factor an output, the rows they are multiplied with as well; of the output
+            layer's results the most probable are exact all the same (:mod:`simctg_fast.ops.linear_int8`).
+            ``"lossless"``: float32 weights in 16 bits, those that lose nothing by it, with the bits of the weights.
+
+    Raises:
+        ValueError: another ``kind``.
+    """
+
+    def __init__(self, kind: str):
+        check_weights(kind)
+        self.kind = kind
+        self._copies: weakref.WeakKeyDictionary[Module, _Copy] = weakref.WeakKeyDictionary()
+
+    def check(self, model: Module) -> None:
+        """Raise ValueError for a model that is not on the CPU, RuntimeError where the C++ extension is missing."""
+        elsewhere = next((parameter.device for parameter in model.parameters() if not parameter.is_cpu), None)
+        if elsewhere is not None:
+            raise ValueError(f"weights={self.kind!r} is for models on the CPU, this one is on {elsewhere}")
+        _backends.require_extension()
+
+    def of(self, module: Module, weight: Tensor, transposed: bool) -> _Copy:
+        copy = self._copies.get(module)
+        if copy is None or copy.version is None or not copy.is_current(weight):
+            if self.kind == "int8":
+                copy = _Copy(weight, quantized(weight, transposed), ANY_ROWS)
+            else:
+                copy = _Copy(weight, narrowed(weight) if weight.dtype is torch.float32 else None, 0)
+            self._copies[module] = copy
+        return copy
+
+
+def check_weights(weights: Any) -> None:
+    """Raise ValueError unless it is among `WEIGHTS`."""
+    if not any(isinstance(weights, str) and weights == each for each in WEIGHTS):
+        raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r:.80}")
 
 
 class _Limit(threading.local):
-    rows = 1 << 62
+    rows = ANY_ROWS
 
 
 _limit = _Limit()
@@ -92,31 +136,34 @@ def at_most(rows: int) -> Iterator[None]:
 
 
 class _Layer:
-    """What a block does with a module: the rows up to which products go to the kernel, and a packed weight if it asked
-    for one. (Its sums are in another order: who asks for none must not meet another thread's.)"""
+    """What a block does with a module: the rows up to which products go to the kernel, and a copy of the weight if it
+    asked for one. (The sums of a packed one are in another order: who asks for none must not meet another thread's.)
 
-    __slots__ = ("most_rows", "packed")
+    ``make`` makes the copy anew when the weight has changed; without, it is dropped. ``exact``: of an output layer, how
+    many of a row's largest results are computed from the weight itself.
+    """
+
+    __slots__ = ("copy", "exact", "make", "most_rows")
 
     def __init__(self, most_rows: int, outer: _Layer | None):
         self.most_rows: int = most_rows if outer is None else max(most_rows, outer.most_rows)
-        self.packed: _Packed | None = None if outer is None else outer.packed
+        self.copy: _Copy | None = None if outer is None else outer.copy
+        self.make: Callable[[Tensor], _Copy] | None = None if outer is None else outer.make
+        self.exact: int = 0 if outer is None else outer.exact
 
     def current(self, weight: Tensor) -> tuple[Tensor | None, int]:
-        """The packed weight if there is one, and the rows up to which the kernel is for products with it."""
-        packed, limit = self.packed, min(self.most_rows, _limit.rows)
-        if packed is None:
-            return None, limit
-        if packed.is_current(weight):
-            return packed.data, max(limit, packed.most_rows)
-        self.packed = None  # the weight has changed since
-        return None, limit
+        """The copy of the weight if there is one, and the rows up to which the kernel is for products with it."""
+        copy, limit = self.copy, min(self.most_rows, _limit.rows)
+        if copy is not None and not copy.is_current(weight):
+            self.copy = copy = None if self.make is None else self.make(weight)
+        return (None, limit) if copy is None else (copy.data, max(limit, copy.most_rows))
 
 
 def _packed_wins() -> bool:
     """Whether packed weights are faster than those in place, by a product of a dozen rows and more: measured with AVX2
     (1.15 to 1.45 times), not with AVX-512 (`benchmarks/linear.py`)."""
     extension = _backends.extension()
-    return extension is not None and extension.active_isa() == "avx2"
+    return extension is not None and extension.active_isa().startswith("avx2")
 
 
 def is_plain_eager() -> bool:
@@ -160,10 +207,10 @@ class NativeLinear:
         if bias is not None and not (is_plain(bias) and bias.dtype is dtype):
             return None
         use = uses.get(id(module))
-        packed, limit = (None, most_rows(dtype)) if use is None else use.value.current(weight)
+        copy, limit = (None, most_rows(dtype)) if use is None else use.value.current(weight)
         if rows > limit:
             return None
-        data: Tensor = weight if packed is None else packed
+        data: Tensor = weight if copy is None else copy
         state, address, bias_address = self.state, data.data_ptr(), 0 if bias is None else bias.data_ptr()
         if (
             state is None
@@ -175,7 +222,7 @@ class NativeLinear:
         ):
             if bias is not None and bias.shape != (self.shape[1 if self.transposed else 0],):
                 return None
-            layer = native_layer(weight, bias, self.transposed, packed)
+            layer = native_layer(weight, bias, self.transposed, copy)
             self.state = state = (weight, data, address, bias, bias_address, layer)
         return state
 
@@ -229,7 +276,7 @@ def _product(self: Module, x: Tensor, transposed: bool) -> Tensor | None:
     out_features, in_features = weight.shape
     if transposed:
         out_features, in_features = in_features, out_features
-    packed, limit = use.value.current(weight)
+    copy, limit = use.value.current(weight)
     takes = (
         x.dtype is weight.dtype
         and x.is_cpu
@@ -239,7 +286,9 @@ def _product(self: Module, x: Tensor, transposed: bool) -> Tensor | None:
         and (bias is None or (is_plain(bias) and bias.dtype is x.dtype and bias.numel() == out_features))
         and not _wants_gradient(x, weight, bias)
     )
-    return run_kernel(x, weight, bias, transposed, packed) if takes else None
+    if takes and copy is not None and copy.dtype is torch.int8 and use.value.exact:
+        return certified(x, weight, bias, copy, use.value.exact)
+    return run_kernel(x, weight, bias, transposed, copy) if takes else None
 
 
 def _linear_forward(self: Linear, input: Tensor) -> Tensor:
@@ -379,9 +428,9 @@ def _pack_all(uses: list[Use]) -> None:
         if (found := _weight_of(use.held.module)) is None:
             continue
         weight, transposed = found
-        copies = (other.value.packed for other in list(use.held.uses))
-        use.value.packed = next((copy for copy in copies if copy is not None and copy.is_current(weight)), None)
-        if use.value.packed is None and not weight.is_inference():
+        copies = (other.value.copy for other in list(use.held.uses) if other.value.make is None)
+        use.value.copy = next((copy for copy in copies if copy is not None and copy.is_current(weight)), None)
+        if use.value.copy is None and not weight.is_inference():
             todo.append((use.value, weight, transposed))
     fits, needed, free = _room_for((weight, transposed) for _, weight, transposed in todo)
     if not fits:
@@ -394,7 +443,21 @@ def _pack_all(uses: list[Use]) -> None:
         )
         return
     for layer, weight, transposed in todo:
-        layer.packed = _Packed(weight, transposed)
+        layer.copy = _Copy(weight, pack_weight(weight, transposed), _MOST_PACKED_ROWS if _packed_wins() else 0)
+
+
+def _copy_all(model: Module, uses: list[Use], weights: WeightCopies, exact: int) -> None:
+    """Have linear layers read copies."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    for use in uses:
+        module = use.held.module
+        transposed, weight = _FORWARDS[type(module)][2], module._parameters.get("weight")
+        if transposed is None or weight is None or not weight.is_cpu:
+            continue
+        use.value.make = functools.partial(weights.of, module, transposed=transposed)
+        use.value.exact = exact if module is head and not transposed else 0
+        use.value.copy = use.value.make(weight)
 
 
 def packing_pays(model: Module, rows: int) -> bool:
@@ -409,7 +472,12 @@ def packing_pays(model: Module, rows: int) -> bool:
 
 @contextmanager
 def fast_linears(
-    model: Module, rows_hint: int = 1, pack: bool | str = "auto", max_rows: int | None = None
+    model: Module,
+    rows_hint: int = 1,
+    pack: bool | str = "auto",
+    max_rows: int | None = None,
+    weights: WeightCopies | None = None,
+    exact: int = MOST_EXACT,
 ) -> Iterator[int]:
     """Routes the linear layers of ``model`` through the small-M kernel within the block.
 
@@ -430,22 +498,29 @@ def fast_linears(
             memory, and time at the beginning; see :func:`packing_pays`.
         max_rows: products of more rows than this are left to the modules; None: up to where the kernel is faster. A
             caller to whom it matters that a row's result does not depend on the other rows may go further.
+        weights: what linear layers read in the place of their weights, instead of packed copies. With ``"int8"`` they
+            take any number of rows.
+        exact: how many of the largest results of the model's output layer are exact, whatever ``weights``.
 
     Yields:
         The number of modules that were routed: 0 without the C++ extension, unless part of the model is on CUDA.
 
     Raises:
-        ValueError: a ``pack`` that is none of these, a ``rows_hint`` below 1.
+        ValueError: a ``pack`` that is none of these, a ``rows_hint`` below 1, ``weights`` for a model not on the CPU.
+        RuntimeError: ``weights`` without the C++ extension.
     """
     if not any(pack is allowed or pack == allowed for allowed in PACK):
         raise ValueError(f"pack is {pack!r}, must be one of {', '.join(map(repr, PACK))}")
     if rows_hint < 1:
         raise ValueError(f"rows_hint is {rows_hint!r}, must be at least 1")
+    if weights is not None:
+        weights.check(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_cpu}.intersection(ELEMENT_TYPES)
     limits = {dtype: most_rows(dtype) if max_rows is None else max_rows for dtype in dtypes}
     uses: list[Use] = []
     with Forwards() as forwards:
-        wanted = rows_hint <= max(limits.values(), default=most_rows()) or (pack is True and _packed_wins())
+        copies = (pack is True and _packed_wins()) or weights is not None
+        wanted = rows_hint <= max(limits.values(), default=most_rows()) or copies
         if (wanted and _backends.extension() is not None) or _is_on_cuda(model):
             for module in model.modules():
                 function, outer = _stand_in(module), here(module)
@@ -454,7 +529,9 @@ def fast_linears(
                     use = forwards.put(module, function, _Layer(limit, None if outer is None else outer.value))
                     if use is not None:
                         uses.append(use)
-            if pack is True:
+            if weights is not None:
+                _copy_all(model, uses, weights, exact)
+            elif pack is True:
                 with _packing:
                     _pack_all(uses)
         elif wanted and limits:

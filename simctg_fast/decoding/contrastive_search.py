@@ -12,6 +12,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..checks import is_number
+from ..cpu.modules import WeightCopies
 from .generate_loop import Run
 from .kept_arguments import keep_arguments
 from .settings import check_penalty_alpha, check_settings, check_streamer, check_top_k
@@ -44,6 +45,10 @@ class ContrastiveSearch:
             their modules, meanwhile.
         pack: on the CPU, also lay weights out anew for the call where that pays: True, False, or ``"auto"`` (only if
             the copy takes at most a quarter of the free memory).
+        weights: on the CPU, what linear layers read in the place of their weights, in copies that this object keeps:
+            ``"int8"``: a quarter of float32's bytes and rounded so far, but for the output layer, whose most probable
+            tokens stay exact (``docs/precision.md`` says what it costs); ``"lossless"``: float32 weights that are as
+            good in 16 bits are read from half the bytes, with the same result.
 
     Raises:
         ValueError: a value outside its range, named with the range, when the object is made or first used.
@@ -63,6 +68,7 @@ class ContrastiveSearch:
         path: str = "auto",
         fast_linear: bool = True,
         pack: bool | str = "auto",
+        weights: str | None = None,
     ):
         if penalty_alpha is not None:
             check_penalty_alpha(penalty_alpha)
@@ -92,10 +98,13 @@ class ContrastiveSearch:
             raise ValueError(f"fast_linear must be True or False, got {fast_linear!r:.80}")
         if not isinstance(pack, bool) and not _is_word(pack, "auto"):
             raise ValueError(f"pack is {pack!r:.80}, must be one of 'auto', True, False")
+        if weights is not None and (pack is True or not fast_linear):
+            raise ValueError(f"weights={weights!r:.80} goes with fast_linear=True and without pack=True")
         self.penalty_alpha, self.top_k, self.decode_step = penalty_alpha, top_k, decode_step
         self.temperature, self.generator = temperature, generator
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
         self.path, self.fast_linear, self.pack = path, fast_linear, pack
+        self.weights = None if weights is None else WeightCopies(weights)
 
     def __repr__(self) -> str:
         named = ((name, getattr(self, name)) for name in ("penalty_alpha", "top_k", "temperature"))

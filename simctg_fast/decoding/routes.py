@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..cpu.fast_blocks import fast_blocks
-from ..cpu.modules import fast_linears
+from ..cpu.modules import MOST_EXACT, WeightCopies, fast_linears
 from ..ops import _backends
 from .attention import current_step
 from .call import Call
@@ -31,7 +31,8 @@ class Routes:
 
     Args:
         candidates: tokens tried a step; record: as in `Decoder`.
-        search: a `ContrastiveSearch`, whose ``path``, ``decode_step``, ``fast_linear`` and ``pack`` are looked at.
+        search: a `ContrastiveSearch`, whose ``path``, ``decode_step``, ``fast_linear``, ``pack`` and ``weights`` are
+            looked at.
 
     Attributes:
         kind: of the call, if what is found is remembered.
@@ -60,7 +61,7 @@ class Routes:
                 verdict = self._verdict()
                 name, head = verdict.route
                 try:
-                    with self._ours():
+                    with self._ours(self.search.weights):
                         return decode(
                             DECODERS[name](
                                 model,
@@ -81,13 +82,17 @@ class Routes:
                     self.arguments.renew_cache()
 
     @contextmanager
-    def _ours(self) -> Iterator[None]:
-        """What stands in for the model's modules while a decoder runs."""
+    def _ours(self, weights: WeightCopies | None = None) -> Iterator[None]:
+        """What stands in for the model's modules while a decoder runs. (A trial is of the model's own weights.)"""
         if not self.search.fast_linear:
             yield
             return
         model, rows = self.call.model, len(self.call.input_ids) * self.candidates
-        with fast_linears(model, rows, pack=self.search.pack), fast_blocks(model, current_step):
+        exact = max(MOST_EXACT, self.candidates)
+        with (
+            fast_linears(model, rows, self.search.pack, weights=weights, exact=exact),
+            fast_blocks(model, current_step),
+        ):
             yield
 
     def prefill(self, decoder: Decoder, strategy: Strategy) -> tuple[Tensor, Any]:

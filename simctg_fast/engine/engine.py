@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from ..checks import is_number, require
+from ..cpu.modules import WeightCopies, check_weights
 from ..decoding.strategies import make_strategy
 from ..loading import fitting_threads, load_model
 from .embeddings import Embeddings
@@ -46,11 +47,14 @@ class Engine:
             length), or ``"auto"``: slots where a trial agrees with the model's own step.
         share_prefixes: copy what a slot holds already of a prompt, 64 tokens or more, instead of running it again. A
             prompt is then run in other pieces than alone, which rounds differently.
+        weights: ``"int8"`` or ``"lossless"``, as of `ContrastiveSearch`, for models on the CPU.
         parameters: defaults of what requests may set (`Parameters`): ``max_new_tokens``, ``penalty_alpha``, ``top_k``,
             ``logprobs`` …
 
     Raises:
-        ValueError: a value outside its range; ``batching="slots"`` for a model that cannot.
+        ValueError: a value outside its range; ``batching="slots"`` for a model that cannot; ``weights`` for one that is
+            not on the CPU.
+        RuntimeError: ``weights`` without the C++ extension.
     """
 
     def __init__(
@@ -66,12 +70,15 @@ class Engine:
         trace: bool = False,
         batching: str = "auto",
         share_prefixes: bool = True,
+        weights: str | None = None,
         **parameters: Any,
     ):
-        self.parameters = check_options(strategy, slots, memory, seed, batching, parameters)
+        self.parameters = check_options(strategy, slots, memory, seed, batching, weights, parameters)
         require(isinstance(trace, bool), "trace", trace, "True or False")
         require(isinstance(share_prefixes, bool), "share_prefixes", share_prefixes, "True or False")
         self.model, self.tokenizer, self.strategy_name = model, tokenizer, strategy
+        if weights is not None:
+            WeightCopies(weights).check(model)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         contrastive = strategy in CONTRASTIVE
         if contrastive and (self.parameters.top_k or 1) > vocabulary:
@@ -88,7 +95,7 @@ class Engine:
             max_candidates=self.parameters.top_k if contrastive else None,
             trace=trace,
         )
-        self.backend = self._backend(batching, slots, memory, share_prefixes)
+        self.backend = self._backend(batching, slots, memory, share_prefixes, weights)
         self.prompt_tokens = 0
         self._is_generating = False
 
@@ -119,7 +126,9 @@ class Engine:
         model, tokenizer = load_model(name, device, dtype, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, **options)
 
-    def _backend(self, batching: str, slots: int | None, memory: float | None, share_prefixes: bool) -> Any:
+    def _backend(
+        self, batching: str, slots: int | None, memory: float | None, share_prefixes: bool, weights: str | None
+    ) -> Any:
         from .scheduler import DEFAULT_SLOTS, SlotScheduler
         from .static import StaticBatches
 
@@ -129,13 +138,14 @@ class Engine:
                 scheduler = SlotScheduler.open(self.model, self.strategy, slots, memory, self.parameters.max_new_tokens)
             if isinstance(scheduler, SlotScheduler):
                 scheduler.shares_prefixes = share_prefixes
+                scheduler.weights = None if weights is None else WeightCopies(weights)
                 self.reason = "a trial agrees with the model's own steps"
                 return scheduler
             self.reason = scheduler
             if batching == "slots":
                 raise ValueError(f"batching='slots' cannot serve {type(self.model).__name__}: {scheduler}")
         with fitting_threads(self.model):
-            static = StaticBatches(self.model, self.tokenizer, self.strategy, slots or DEFAULT_SLOTS)
+            static = StaticBatches(self.model, self.tokenizer, self.strategy, slots or DEFAULT_SLOTS, weights)
         if static.one_length is not None:
             self.reason += f"; only prompts of one length go together: {static.one_length}"
             logger.warning("%s: %s", type(self.model).__name__, self.reason)
@@ -281,6 +291,7 @@ def check_options(
     memory: float | None,
     seed: int,
     batching: str,
+    weights: str | None,
     parameters: Mapping[str, Any],
 ) -> Parameters:
     """The defaults of a run's requests; ValueError for an option outside its range."""
@@ -292,6 +303,8 @@ def check_options(
         raise ValueError(f"slots={slots} and memory={memory} both say how many slots there are: give one of them")
     require(type(seed) is int and 0 <= seed < 2**63, "seed", seed, "an integer from 0 to 2**63 - 1")
     require(batching in BATCHING, "batching", batching, f"one of {', '.join(BATCHING)}")
+    if weights is not None:
+        check_weights(weights)
     unknown = [name for name in parameters if name not in NAMES]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; parameters of requests: {', '.join(NAMES)}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..cpu.fast_blocks import fast_blocks
-from ..cpu.modules import fast_linears
+from ..cpu.modules import MOST_EXACT, WeightCopies, fast_linears
 from ..decoding.attention import current_step
 from ..decoding.compiled_decoder import as_written
 from ..decoding.slots import round_up
@@ -67,6 +67,7 @@ class SlotScheduler:
         self.model_seconds = self.seconds = 0.0
         self.stopping = False
         self.shares_prefixes = True
+        self.weights: WeightCopies | None = None  # what is read in their place, but in trials
         self.no_graph: str | None = None  # what is known to be in the way of one
         self._last_reason: str | None = None
         self.batches_prompts = model.device.type == "cuda" and not model.config.is_encoder_decoder
@@ -131,11 +132,16 @@ class SlotScheduler:
                 self.independent_slots = max(self.slots, KERNEL_ROWS // self.strategy.candidates)
 
     @contextmanager
-    def _running(self) -> Iterator[SlotDecoder]:
+    def _running(self, weights: WeightCopies | None = None) -> Iterator[SlotDecoder]:
         """The model's hooks and fast layers, for the length of a ``with`` block."""
         with (
             as_written(self.model),
-            fast_linears(self.model, max_rows=max(KERNEL_ROWS, most_rows(self.model.dtype))),
+            fast_linears(
+                self.model,
+                max_rows=max(KERNEL_ROWS, most_rows(self.model.dtype)),
+                weights=weights,
+                exact=max(MOST_EXACT, self.strategy.candidates),
+            ),
             fast_blocks(self.model, current_step),
         ):
             try:
@@ -168,7 +174,7 @@ class SlotScheduler:
         self._pull()
         self._fit_slots()
         self._empty_slots()
-        with self._running():
+        with self._running(self.weights):
             while True:
                 self._pull()
                 out_of_memory = None

@@ -48,8 +48,9 @@ class StaticBatches:
 
     kind = "static"
 
-    def __init__(self, model: Any, tokenizer: Any, strategy: Strategy, slots: int):
+    def __init__(self, model: Any, tokenizer: Any, strategy: Strategy, slots: int, weights: str | None = None):
         self.model, self.tokenizer, self.strategy, self.slots = model, tokenizer, strategy, slots
+        self.search = ContrastiveSearch(weights=weights)
         self.pad = tokenizer.pad_token_id or 0
         self.one_length = None if slots == 1 else change_by_padding(model, self.pad)
         self.steps = self.row_steps = self.busy_row_steps = 0
@@ -140,7 +141,7 @@ class StaticBatches:
 
         def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
             arguments = Arguments(model, input_ids, generation_config, stopping_criteria.max_length, kwargs)
-            routes = Routes(arguments, self.strategy.candidates, {}, ContrastiveSearch())
+            routes = Routes(arguments, self.strategy.candidates, {}, self.search)
 
             def run(decoder: Decoder, _: Verdict) -> None:
                 for sequence in batch:

@@ -33,7 +33,7 @@ RECORD_LINES = 20  # shown of a build's record
 REASON_WIDTH = 300
 
 ISA_VARIABLE = "SIMCTG_FAST_ISA"  # `csrc/host/cpu_features.cpp` reads it
-ISA_NAMES = ("auto", "avx512_bf16", "avx512", "avx2", "generic", "neon")
+ISA_NAMES = ("auto", "avx512_bf16", "avx512_vnni", "avx2_vnni", "avx512", "avx2", "generic", "neon")
 
 
 @functools.cache

@@ -15,24 +15,24 @@ from torch import Tensor
 
 from . import _backends
 from .dispatch import element_type
+from .linear import layout_of
 
 _NOT_ROTATED = (0, 0, 0, 0, 0)
 
 
-def native_layer(weight: Tensor, bias: Tensor | None, transposed: bool, packed: Tensor | None) -> Any:
-    """A linear layer as the functions below take it. It holds addresses: the tensors have to outlive it."""
-    extension = _backends.require_extension()
-    layouts = extension.WeightLayout
+def native_layer(weight: Tensor, bias: Tensor | None, transposed: bool, copy: Tensor | None) -> Any:
+    """A linear layer as the functions below take it, ``copy`` as `linear.run_kernel` does. It holds addresses: the
+    tensors have to outlive it."""
     in_features, out_features = weight.shape if transposed else weight.shape[::-1]
-    layout = layouts.rows_are_inputs if transposed else layouts.rows_are_outputs
-    return extension.LinearLayer(
-        layout if packed is None else layouts.panels,
-        (weight if packed is None else packed).data_ptr(),
+    read = weight if copy is None else copy
+    return _backends.require_extension().LinearLayer(
+        layout_of(transposed, None if copy is None else copy.dtype),
+        read.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         in_features,
         out_features,
         element_type(weight.dtype),
-        element_type(weight.dtype),
+        element_type(weight.dtype if read.dtype is torch.int8 else read.dtype),
     )
 
 

@@ -17,7 +17,7 @@ from .dispatch import element_type
 
 MAX_ROWS = 64  # above, a general matrix product is as good
 _MAX_ROWS_AMD = 256  # with AVX-512 there: PyTorch's is slower on AMD's processors (`benchmarks/linear.py`)
-_ANY = 1 << 62  # where the processor has no instructions for 16 bits, PyTorch's is 2 to 200 times slower
+ANY_ROWS = 1 << 62  # where the processor has no instructions for 16 bits, PyTorch's is 2 to 200 times slower
 
 
 def most_rows(dtype: torch.dtype = torch.float32) -> int:
@@ -26,23 +26,31 @@ def most_rows(dtype: torch.dtype = torch.float32) -> int:
     if extension is None or (isa := extension.active_isa()) == "neon":
         return MAX_ROWS
     if dtype is torch.bfloat16 and isa != "avx512_bf16":
-        return _ANY
+        return ANY_ROWS
     if dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return _ANY
+        return ANY_ROWS
     return _MAX_ROWS_AMD if isa.startswith("avx512") and extension.is_amd() else MAX_ROWS
 
 
+# How copies lie, by their type; those of 16 bits lie as the weight does.
+_LAYOUTS = {torch.float32: "panels", torch.int8: "int8"}
+
+
 @functools.cache
-def _kernel() -> tuple[Any, Any, Any, Any]:
-    """The C++ function and the layouts it knows: rows are outputs, rows are inputs, panels."""
-    extension = _backends.require_extension()
-    layouts = extension.WeightLayout
-    return extension.linear, layouts.rows_are_outputs, layouts.rows_are_inputs, layouts.panels
+def _kernel() -> Any:
+    return _backends.require_extension().linear
 
 
-def run_kernel(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, packed: Tensor | None = None
-) -> Tensor:
+@functools.cache
+def layout_of(transposed: bool, copied: torch.dtype | None = None) -> Any:
+    """How the C++ code is told a weight lies, or a copy of it of this type."""
+    layouts = _backends.require_extension().WeightLayout
+    if copied in _LAYOUTS:
+        return getattr(layouts, _LAYOUTS[copied])
+    return layouts.rows_are_inputs if transposed else layouts.rows_are_outputs
+
+
+def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, copy: Tensor | None = None) -> Tensor:
     """``x · W + b``, ``(..., out_features)`` contiguous, in x's type. What calls has checked the arguments: on the CPU,
     no gradient wanted, and the extension there; float32, bfloat16 or float16, ``weight`` in x's type, or of 16 bits
     where x is float32. Sums are taken in float32 and rounded once.
@@ -52,25 +60,18 @@ def run_kernel(
         weight: contiguous, ``(out_features, in_features)`` as `torch.nn.Linear` has it; with ``transposed``
             ``(in_features, out_features)`` as the `Conv1D` of transformers.
         bias: ``(out_features,)``, contiguous, in x's type, or None.
-        packed: a copy of ``weight`` made by `pack`, which is read in its place.
+        copy: of ``weight``, which is read in its place: from `pack`, `narrowed` or `quantized`.
     """
-    linear, rows_are_outputs, rows_are_inputs, panels = _kernel()
     in_features, out_features = weight.shape if transposed else weight.shape[::-1]
-    layout = panels if packed is not None else rows_are_inputs if transposed else rows_are_outputs
     shape = x.shape
-    if x.is_contiguous():
-        x_stride = in_features
-    else:
-        x = x.reshape(-1, in_features)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        x_stride = x.stride(0)
+    x, x_stride = rows_of(x, in_features)
     y = x.new_empty((*shape[:-1], out_features))
-    linear(
-        layout,
+    read = weight if copy is None else copy
+    _kernel()(
+        layout_of(transposed, None if copy is None else copy.dtype),
         x.data_ptr(),
         x_stride,
-        (weight if packed is None else packed).data_ptr(),
+        read.data_ptr(),
         weight.shape[1],
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -80,9 +81,19 @@ def run_kernel(
         out_features,
         torch.get_num_threads(),
         element_type(x.dtype),
-        element_type(weight.dtype),
+        element_type(weight.dtype if read.dtype is torch.int8 else read.dtype),
     )
     return y
+
+
+def rows_of(x: Tensor, in_features: int) -> tuple[Tensor, int]:
+    """``x`` with rows in one piece each, and the elements from one to the next."""
+    if x.is_contiguous():
+        return x, in_features
+    x = x.reshape(-1, in_features)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)
 
 
 def packed_size(weight: Tensor, transposed: bool) -> int:
@@ -91,19 +102,28 @@ def packed_size(weight: Tensor, transposed: bool) -> int:
     return int(_backends.require_extension().packed_linear_size(in_features, out_features))
 
 
+def narrowed(weight: Tensor) -> Tensor | None:
+    """A float32 weight in 16 bits, bfloat16 if it can be and else float16, where nothing is lost by it: products have
+    the same bits. None where something is."""
+    for dtype in (torch.bfloat16, torch.float16):
+        copy = weight.detach().to(dtype)
+        if torch.equal(copy.to(weight.dtype), weight.detach()):
+            return copy
+    return None
+
+
 def pack(weight: Tensor, transposed: bool) -> Tensor:
     """A copy of a float32 CPU weight in the order in which the kernel walks it: a panel of outputs beside each other,
     input after input. It serves any number of rows; a transposed weight gives the same bits packed and in place. It is
     for the instruction set that is in use now."""
     extension = _backends.require_extension()
     in_features, out_features = weight.shape if transposed else weight.shape[::-1]
-    layout = extension.WeightLayout.rows_are_inputs if transposed else extension.WeightLayout.rows_are_outputs
     weight = weight.detach().contiguous()
     packed = weight.new_empty(packed_size(weight, transposed))
     extension.pack_linear(
         weight.data_ptr(),
         weight.shape[1],
-        layout,
+        layout_of(transposed),
         in_features,
         out_features,
         packed.data_ptr(),

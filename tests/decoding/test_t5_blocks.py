@@ -260,7 +260,7 @@ def test_a_packed_copy_that_goes_outlives_the_call_that_reads_it():
         plan = here(model.decoder.block[0]).value
         with fast_linears(model.decoder, pack=True):
             call = plan.begin(x, {})
-            copy_of_q = weakref.ref(here(linear).value.packed.data)
+            copy_of_q = weakref.ref(here(linear).value.copy.data)
         assert copy_of_q() is not None, "the call holds it"
         assert plan.begin(x, {}).layers[0] is not call.layers[0], "the weight in place again"
         del call

@@ -61,6 +61,7 @@ class JobOptions:
     shard_id: int = 0
     device: str | None = None
     dtype: str = "auto"
+    weights: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +81,9 @@ class JobOptions:
 
     def defaults(self) -> Parameters:
         """Of the requests. Raises ValueError for an option outside its range."""
-        return check_options(self.strategy, self.slots, self.memory, self.seed, self.batching, self.parameters)
+        return check_options(
+            self.strategy, self.slots, self.memory, self.seed, self.batching, self.weights, self.parameters
+        )
 
     def config(self) -> dict[str, Any]:
         """What decides the output: kept in the manifest and compared when a run goes on."""
@@ -487,7 +490,7 @@ def engine_options(options: JobOptions) -> dict[str, Any]:
     """What `Engine.from_pretrained` takes of them, but for the model."""
     names = (
         *("strategy", "slots", "memory", "processor", "seed", "trace", "batching", "share_prefixes"),
-        *("device", "dtype", "trust_remote_code"),
+        *("device", "dtype", "weights", "trust_remote_code"),
     )
     return {name: getattr(options, name) for name in names} | options.parameters
 

@@ -1,0 +1,190 @@
+"""Linear layers with weights of 8 bits, and the output layer that certifies its largest results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simctg_fast.ops import linear_int8
+from simctg_fast.ops.linear import layout_of, run_kernel
+from simctg_fast.ops.linear_int8 import certified, quantized
+
+from ..instruction_sets import INT8
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+in_every_set = pytest.mark.parametrize("isa", INT8, indirect=True)
+# Around fours, panels of sixteen and the groups of them, and cuts between threads.
+IN_FEATURES = (1, 3, 4, 5, 31, 64, 130, 770)
+OUT_FEATURES = (1, 15, 16, 17, 47, 49, 64, 65, 300)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 40)
+
+
+def draw(rows, in_features, out_features, dtype=torch.float32, transposed=False, outlier=1.0):
+    x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
+    x[:, in_features // 2] *= outlier
+    weight *= torch.rand(out_features, 1) * 3  # factors of their own
+    return x.to(dtype), (weight.t().contiguous() if transposed else weight).to(dtype), torch.randn(out_features).to(dtype)
+
+
+def rounded(values):
+    """Rows in 8 bits, and their factors, as the definition has it."""
+    most = values.float().abs().amax(dim=1, keepdim=True)
+    factor = torch.full_like(most, 127) / most  # (127 / most is a product with its reciprocal)
+    return (values.float() * factor).round().double(), (most / 127).double()
+
+
+def by_definition(x, weight, bias, transposed):
+    (q, x_scale), (w, scale) = rounded(x), rounded(weight.t() if transposed else weight)
+    y = q @ w.t() * x_scale * scale.t()
+    return y if bias is None else y + bias.double()
+
+
+@in_every_set
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_definition(isa, dtype, transposed, threads):
+    threads(2)
+    for index, in_features in enumerate(IN_FEATURES):
+        for jndex, out_features in enumerate(OUT_FEATURES):
+            rows = ROWS[(5 * index + jndex) % len(ROWS)]
+            x, weight, bias = draw(rows, in_features, out_features, dtype, transposed)
+            bias = bias if (index + jndex) % 3 else None
+            y = run_kernel(x, weight, bias, transposed, quantized(weight, transposed))
+            exact = by_definition(x, weight, bias, transposed)
+            assert y.dtype is dtype
+            assert y.shape == exact.shape
+            rounding = (exact.to(dtype).double() - exact).norm()
+            assert (y.double() - exact).norm() <= 1.01 * rounding + 1e-6 * exact.norm(), (rows, in_features, out_features)
+
+
+@in_every_set
+@pytest.mark.parametrize("digits", [1, 2])
+def test_a_row_depends_on_nothing_but_itself(isa, digits, threads):
+    for in_features, out_features in [(770, 300), (33, 65)]:
+        x, weight, bias = draw(40, in_features, out_features)
+        copy = quantized(weight, False)
+
+        def run(x, weight=weight, bias=bias, copy=copy):
+            return run_kernel(x, weight, bias, False, copy) if digits == 1 else certified(x, weight, bias, copy, 3)
+
+        threads(1)
+        alone = torch.cat([run(row) for row in x.split(1)])
+        for number in (1, 2):
+            threads(number)
+            for start, rows in ((0, 40), (1, 7), (5, 6), (30, 3)):
+                assert torch.equal(run(x[start : start + rows]), alone[start : start + rows])
+
+
+@in_every_set
+def test_the_same_on_every_set(isa):
+    """Integers are; what they are multiplied with is rounded once or twice."""
+    from simctg_fast.ops import _backends
+
+    x, weight, bias = draw(5, 130, 65)
+    copy = quantized(weight, False)
+    y = run_kernel(x, weight, bias, False, copy)
+    _backends.extension().set_isa("auto")
+    assert torch.equal(quantized(weight, False), copy)
+    torch.testing.assert_close(run_kernel(x, weight, bias, False, copy), y, rtol=1e-6, atol=1e-6)
+
+
+@in_every_set
+def test_extremes(isa):
+    """The largest sums there are, a row of zeros, rows that are not finite, and of strides of its own."""
+    weight, x = torch.full((17, 65536), -1.0), torch.full((3, 65536), 1.0)
+    x[1] = -1
+    y = run_kernel(x, weight, None, False, quantized(weight, False))
+    torch.testing.assert_close(y, torch.tensor([-65536.0, 65536.0, -65536.0])[:, None].expand(3, 17))
+    x, weight, bias = draw(5, 37, 19)
+    x[1] = 0
+    x[2, 3], x[3, 5] = float("nan"), float("inf")
+    copy = quantized(weight, False)
+    for y in (run_kernel(x, weight, bias, False, copy), certified(x, weight, bias, copy, 4)):
+        assert torch.equal(y[1], bias)
+        assert y[2:4].isnan().all()
+        assert y[[0, 4]].isfinite().all()
+    wide = torch.full((5, 50), float("nan"))
+    wide[:, 4:41] = x
+    assert torch.equal(run_kernel(wide[:, 4:41], weight, bias, False, copy)[[0, 1, 4]], y_of(x, weight, bias, copy))
+    assert run_kernel(x[:0], weight, bias, False, copy).shape == (0, 19)
+
+
+def y_of(x, weight, bias, copy):
+    return run_kernel(x[[0, 1, 4]], weight, bias, False, copy)
+
+
+def test_what_has_no_copy():
+    assert quantized(torch.ones(2, 65537), False) is None
+    assert quantized(torch.ones(0, 3), False) is None
+    assert quantized(torch.ones(3, 0), False) is None
+    for value in (float("nan"), float("inf")):
+        weight = torch.ones(20, 5)
+        weight[18, 4] = value
+        assert quantized(weight, False) is None
+        assert quantized(weight.t().contiguous(), True) is None
+    copy = quantized(torch.zeros(3, 5), False)
+    assert torch.equal(run_kernel(torch.ones(2, 5), torch.zeros(3, 5), None, False, copy), torch.zeros(2, 3))
+
+
+# ---- the output layer -----------------------------------------------------------------------------------------------
+
+
+def hard_cases(dtype):
+    """Hidden states and output layers on which choosing is not easy."""
+    torch.manual_seed(3)
+    yield "plain", *draw(7, 130, 3000, dtype)
+    yield "outliers", *draw(7, 130, 3000, dtype, outlier=100.0)
+    x, weight, bias = draw(4, 64, 2000, dtype)
+    yield "equal rows", x, weight[torch.randint(0, 30, (2000,))], None
+    close = weight[:1].float() + 1e-3 * torch.randn(2000, 64)
+    yield "close rows", x, close.to(dtype), None
+    yield "a large bias", x, weight, (bias.float() * 1000).to(dtype)
+    yield "small", (x.float() * 1e-4).to(dtype), weight, None
+    if dtype is torch.float32:
+        yield "vanishing", x * 1e-33, weight, None
+        yield "huge", x * 1e16, weight, None
+    states = torch.zeros(3, 64, dtype=dtype)
+    states[1, 5] = 1
+    yield "zeros", states, weight, None
+
+
+def is_certified(x, weight, bias, copy, top):
+    """Whether the largest results are those of the weight itself, bit by bit, and nothing else is among them."""
+    exact = run_kernel(x, weight, bias, False)
+    y = certified(x, weight, bias, copy, top)
+    largest = exact.topk(min(top, len(weight))).values
+    reached = exact >= largest[:, -1:]
+    return torch.equal(y.topk(largest.shape[1]).values, largest) and torch.equal(y[reached], exact[reached])
+
+
+@in_every_set
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_largest_are_exact(isa, dtype, threads):
+    threads(2)
+    for name, x, weight, bias in hard_cases(dtype):
+        copy = quantized(weight, False)
+        for top in (1, 4, 64, len(weight)):
+            assert is_certified(x, weight, bias, copy, top), (name, top)
+
+
+def test_the_bounds_are_needed(threads):
+    """Without them rounding decides, and wrongly: a copy whose bounds are zero is caught."""
+    x, weight, bias = draw(40, 130, 3000)
+    copy = quantized(weight, False)
+    assert is_certified(x, weight, bias, copy, 4)
+    broken = linear_int8.quantized(weight, False)
+    broken[-4 * 3008 :] = 0
+    assert not is_certified(x, weight, bias, broken, 4)
+
+
+def test_few_are_computed_twice():
+    """It is a choice: most results are those in 8 bits."""
+    x, weight, _ = draw(3, 770, 20000)
+    y, exact = certified(x, weight, None, quantized(weight, False), 4), run_kernel(x, weight, None, False)
+    assert ((y == exact).sum(dim=1) < 400).all()
+    assert (y - exact).abs().max() < 0.1 * exact.std()
+
+
+def test_layouts_have_names():
+    assert layout_of(False) != layout_of(True) != layout_of(True, torch.int8) == layout_of(False, torch.int8)
+    assert layout_of(True, torch.bfloat16) == layout_of(True)
