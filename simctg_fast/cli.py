@@ -165,6 +165,7 @@ def generate(
     _check(seed is None or 0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     _check(seed is None or temperature is not None, "--seed", seed, "given together with --temperature")
     _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    _check(weights in (None, "int8", "lossless"), "--weights", weights, "int8 or lossless")
     _check(all(stop or ()), "--stop", "''", "a text")
     if stream and as_json:
         raise typer.BadParameter("--stream shows text as it is written; it cannot be combined with --json")

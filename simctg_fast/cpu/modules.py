@@ -139,8 +139,8 @@ class _Layer:
     """What a block does with a module: the rows up to which products go to the kernel, and a copy of the weight if it
     asked for one. (The sums of a packed one are in another order: who asks for none must not meet another thread's.)
 
-    ``make`` makes the copy anew when the weight has changed; without, it is dropped. ``exact``: of an output layer, how
-    many of a row's largest results are computed from the weight itself.
+    ``make`` makes the copy when it is first wanted, and when the weight has changed; without, it is dropped then.
+    ``exact``: of an output layer, how many of a row's largest results are computed from the weight itself.
     """
 
     __slots__ = ("copy", "exact", "make", "most_rows")
@@ -154,7 +154,7 @@ class _Layer:
     def current(self, weight: Tensor) -> tuple[Tensor | None, int]:
         """The copy of the weight if there is one, and the rows up to which the kernel is for products with it."""
         copy, limit = self.copy, min(self.most_rows, _limit.rows)
-        if copy is not None and not copy.is_current(weight):
+        if copy is None or not copy.is_current(weight):
             self.copy = copy = None if self.make is None else self.make(weight)
         return (None, limit) if copy is None else (copy.data, max(limit, copy.most_rows))
 
@@ -457,7 +457,15 @@ def _copy_all(model: Module, uses: list[Use], weights: WeightCopies, exact: int)
             continue
         use.value.make = functools.partial(weights.of, module, transposed=transposed)
         use.value.exact = exact if module is head and not transposed else 0
-        use.value.copy = use.value.make(weight)
+        use.value.copy = None
+
+
+def lossless_bytes(model: Module) -> tuple[int, int]:
+    """Of the float32 weights that linear layers read: the bytes of those that are as good in 16 bits, and of all."""
+    routable = [module for module in model.modules() if _stand_in(module) is not None and has_own_forward(module)]
+    weights = {id(found[0]): found[0] for module in routable if (found := _weight_of(module)) is not None}
+    as_good = (weight.nbytes for weight in weights.values() if narrowed(weight) is not None)
+    return sum(as_good), sum(weight.nbytes for weight in weights.values())
 
 
 def packing_pays(model: Module, rows: int) -> bool:

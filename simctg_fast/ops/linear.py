@@ -105,9 +105,13 @@ def packed_size(weight: Tensor, transposed: bool) -> int:
 def narrowed(weight: Tensor) -> Tensor | None:
     """A float32 weight in 16 bits, bfloat16 if it can be and else float16, where nothing is lost by it: products have
     the same bits. None where something is."""
+    weight = weight.detach()
     for dtype in (torch.bfloat16, torch.float16):
-        copy = weight.detach().to(dtype)
-        if torch.equal(copy.to(weight.dtype), weight.detach()):
+        for part in (weight[:1], weight):  # most weights that lose something lose it at once
+            copy = part.to(dtype)
+            if not torch.equal(copy.to(weight.dtype), part):
+                break
+        else:
             return copy
     return None
 

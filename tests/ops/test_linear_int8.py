@@ -23,7 +23,11 @@ def draw(rows, in_features, out_features, dtype=torch.float32, transposed=False,
     x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
     x[:, in_features // 2] *= outlier
     weight *= torch.rand(out_features, 1) * 3  # factors of their own
-    return x.to(dtype), (weight.t().contiguous() if transposed else weight).to(dtype), torch.randn(out_features).to(dtype)
+    return (
+        x.to(dtype),
+        (weight.t().contiguous() if transposed else weight).to(dtype),
+        torch.randn(out_features).to(dtype),
+    )
 
 
 def rounded(values):
@@ -54,7 +58,11 @@ def test_the_definition(isa, dtype, transposed, threads):
             assert y.dtype is dtype
             assert y.shape == exact.shape
             rounding = (exact.to(dtype).double() - exact).norm()
-            assert (y.double() - exact).norm() <= 1.01 * rounding + 1e-6 * exact.norm(), (rows, in_features, out_features)
+            assert (y.double() - exact).norm() <= 1.01 * rounding + 1e-6 * exact.norm(), (
+                rows,
+                in_features,
+                out_features,
+            )
 
 
 @in_every_set

@@ -156,6 +156,23 @@ class TestGenerate:
         assert first["tokens"] == 9
         assert lines(run("generate", str(tmp_path), "A question", "-n", "9", "--json")) == [first]
 
+    def test_weights_of_fewer_bits(self, tmp_path) -> None:
+        """Rounded ones write a text of their own sooner or later; those that lose nothing never do."""
+        prompt, tokens = "The committee will decide", ["-n", "40", "--json"]
+        plain = lines(run("generate", "bundled", prompt, *tokens))
+        lossless = lines(run("generate", "bundled", prompt, *tokens, "--weights", "lossless"))
+        rounded = run("generate", "bundled", prompt, *tokens, "--weights", "int8")
+        assert lossless == plain
+        assert lines(rounded)[0]["tokens"] == 40
+        (source := tmp_path / "in.txt").write_text(prompt + "\n")
+        out = tmp_path / "out.jsonl"
+        written = run("run", "bundled", str(source), "-o", str(out), "-n", "40", "--weights", "int8")
+        assert written.exit_code == 0, written.output
+        assert json.loads(out.read_text())["text"] == lines(rounded)[0]["text"]
+        refused = run("run", "bundled", str(source), "-o", str(out), "-n", "40")
+        assert refused.exit_code == 2
+        assert 'weights: "int8" then, null now' in said(refused)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -172,6 +189,7 @@ class TestGenerate:
             (["bundled", "x", "--stop", ""], "--stop must be a text, got ''"),
             (["bundled", "x", "--seed", "3"], "--seed must be given together with --temperature, got 3"),
             (["bundled", "x", "--dtype", "int8"], "--dtype must be float32, float16, bfloat16 or auto, got int8"),
+            (["bundled", "x", "--weights", "int4"], "--weights must be int8 or lossless, got int4"),
             (["bundled", "x", "--device", "abacus"], "device must be one that this torch can use, got 'abacus'"),
             (["bundled", "x", "--stream", "--json"], "cannot be combined with --json"),
             (["bundled"], "every prompt is empty"),
