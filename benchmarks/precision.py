@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
@@ -113,11 +114,20 @@ class Agreement:
 class Measured:
     """A row of the table."""
 
-    perplexity: float
-    products: int  # of our kernels in measuring it
+    log_probs: Tensor = field(repr=False)  # of the text's tokens, in float64
+    products: int  # of our kernels in measuring them
     agreements: dict[str, Agreement] = field(default_factory=dict)  # of greedy and contrastive search
     rates: dict[str, float] = field(default_factory=dict)  # tokens a second of the commands
     peak_mb: float | None = None  # of `simctg-fast generate`
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.log_probs.mean())
+
+    def above(self, truth: Measured) -> tuple[float, float]:
+        """How much larger the perplexity is, relatively, and the standard error of that: of the tokens' differences."""
+        lost = truth.log_probs - self.log_probs
+        return math.expm1(lost.mean()), float(lost.std() / math.sqrt(len(lost)))
 
 
 # ---- a text that is written whatever the model would choose ----------------------------------------------------------
@@ -225,8 +235,8 @@ def _forget_kernels() -> None:
                 value.cache_clear()
 
 
-def perplexity(model: Any, variant: Variant, text: Tensor, window: int) -> tuple[float, int]:
-    """Of ``text (N,)``, and the products that our kernels made for it.
+def score(model: Any, variant: Variant, text: Tensor, window: int) -> tuple[Tensor, int]:
+    """The log-probabilities of the tokens of ``text (N,)``, and the products that our kernels made for them.
 
     Raises:
         RuntimeError: not all of a row of ours.
@@ -244,8 +254,7 @@ def perplexity(model: Any, variant: Variant, text: Tensor, window: int) -> tuple
     if variant.by == OURS and products[0] < steps * layers:
         raise RuntimeError(f"{variant}: our kernels made {products[0]} of {steps * layers} products")
     first, *others = torch.cat(log_probs)
-    scored = torch.cat([first, *(each[-(window // 2) :] for each in others)])
-    return math.exp(-scored.mean()), products[0]
+    return torch.cat([first, *(each[-(window // 2) :] for each in others)]), products[0]
 
 
 def agreement(
@@ -286,12 +295,13 @@ def measure(options: argparse.Namespace, text: Tensor, prompts: Tensor) -> dict[
             continue
         began = time.perf_counter()
         model, _ = load(options.model, variant)
-        found[variant] = Measured(*perplexity(model, variant, text, options.window))
+        found[variant] = Measured(*score(model, variant, text, options.window))
         for name, search in searches.items():
             given = model, variant, prompts, search, expected.get(name), options.new_tokens
             found[variant].agreements[name], tokens = agreement(*given)
             expected.setdefault(name, tokens)
-        note(f"{variant.weights}, {variant.by}: {found[variant]} ({time.perf_counter() - began:.0f} s)")
+        row, seconds = found[variant], time.perf_counter() - began
+        note(f"{variant.weights}, {variant.by}: perplexity {row.perplexity:.4f}, {row.agreements} ({seconds:.0f} s)")
     return found
 
 
@@ -299,8 +309,8 @@ def measure(options: argparse.Namespace, text: Tensor, prompts: Tensor) -> dict[
 
 
 def command(arguments: list[str]) -> None:
-    """A command of `simctg-fast` in this process; ends with a line of JSON: tokens and seconds without loading, of
-    `generate` the memory as well."""
+    """Runs a command of `simctg-fast` and prints a line of JSON: its tokens and seconds without loading, and the memory
+    of `generate`."""
     from simctg_fast.cli import app
     from simctg_fast.engine.text_generation import TextGenerator
 
@@ -369,7 +379,8 @@ What they cost in exactness and bring in speed. `{command}` writes this page, wi
 
 * **Perplexity** is that of {scored} tokens in windows of {window}, of which the first half is context only, written
   token by token as `generate` writes. *float64* rows compute the same rounded weights exactly: what they are above the
-  first row is what rounding the weights costs, and what is beyond them is what the arithmetic adds. *PyTorch* is the
+  first row is what rounding the weights costs, and what is beyond them is what the arithmetic adds. ± is
+  the standard error over tokens: differences within two of it say nothing. *PyTorch* is the
   model's own modules in the weights' type, *ours* this library's kernels, which made every product of those rows.
 * **Same next token**: behind each token that our float32 wrote ({prompts} prompts of {prompt} tokens, {new_tokens} new
   ones), how often the same next token is chosen, by greedy search and by contrastive search (k = {top_k},
@@ -386,11 +397,12 @@ HEAD = [
 ]
 
 
-def cells(variant: Variant, row: Measured | None, truth: float) -> list[str]:
+def cells(variant: Variant, row: Measured | None, truth: Measured) -> list[str]:
     if row is None:
         return [variant.weights, variant.by, variant.missing or "not measured", *[""] * (len(HEAD) - 3)]
-    agreements = row.agreements.values()
-    texts = [variant.weights, variant.by, f"{row.perplexity:.4f}", f"{row.perplexity / truth - 1:+.3%}"]
+    agreements, (above, error) = row.agreements.values(), row.above(truth)
+    texts = [variant.weights, variant.by, f"{row.perplexity:.4f}"]
+    texts.append("" if row is truth else f"{100 * above:+.4f} ± {100 * error:.4f} %")
     texts += [f"{each.same:.2%}" for each in agreements] + [f"{each.alike:g}" for each in agreements]
     texts += [f"{row.rates[name]:.1f}" if name in row.rates else "" for name in ("generate", "run")]
     return [*texts, "" if row.peak_mb is None else f"{row.peak_mb:.0f}"]
@@ -399,7 +411,7 @@ def cells(variant: Variant, row: Measured | None, truth: float) -> list[str]:
 def table(found: dict[Variant, Measured]) -> str:
     """In Markdown."""
     lines = [HEAD, ["---"] * 2 + ["---:"] * (len(HEAD) - 2)]
-    lines += [cells(variant, found.get(variant), found[TRUTH].perplexity) for variant in VARIANTS]
+    lines += [cells(variant, found.get(variant), found[TRUTH]) for variant in VARIANTS]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -441,7 +453,9 @@ def prose() -> str:
     sys.path.insert(0, str(ROOT / "examples"))
     from example_data import prose as paragraphs
 
-    return "\n\n".join(paragraphs())
+    with warnings.catch_warnings():  # of what Python is about to drop
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return "\n\n".join(paragraphs())
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -509,8 +523,7 @@ def main(arguments: list[str] | None = None) -> dict[Variant, Measured]:
     found = measure(options, ids, prompts)
     if options.repeats:
         measure_speed(options, texts, found)
-    windows = len(ids.unfold(0, options.window, options.window // 2))
-    scored = options.window - 1 + (windows - 1) * (options.window // 2)
+    scored = len(found[TRUTH].log_probs)
     print(f"{subject}\n{processor()}, {options.threads} threads, {scored} tokens scored\n\n{table(found)}")
     append_csv(options.csv, csv_rows(found, options, subject))
     if options.write:

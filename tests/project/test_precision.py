@@ -57,7 +57,7 @@ def arguments(folder, tmp_path, *more):
     return [folder, *small, "--csv", str(tmp_path / "precision.csv"), *more]
 
 
-def perplexity_of_whole_windows(folder, text):
+def scores_of_whole_windows(folder, text):
     """In float64, every window in one forward."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
     scored = []
@@ -67,7 +67,7 @@ def perplexity_of_whole_windows(folder, text):
             log_probs = model(window[None]).logits[0, :-1].log_softmax(dim=-1)
         own = log_probs.gather(1, window[1:, None])[:, 0]
         scored.append(own[-(CONTEXT // 2) :] if start else own)
-    return math.exp(-torch.cat(scored).mean())
+    return torch.cat(scored)
 
 
 def test_the_table_is_complete_and_right(precision, folder, tmp_path, capsys):
@@ -81,10 +81,11 @@ def test_the_table_is_complete_and_right(precision, folder, tmp_path, capsys):
     text, prompts, texts, _ = precision.prepare(options)
     windows = (len(text) - CONTEXT) // (CONTEXT // 2) + 1
     assert (options.window, len(text), prompts.shape, len(texts)) == (CONTEXT, 120, (2, 8), 2)
-    truth = perplexity_of_whole_windows(folder, text)
+    truth = scores_of_whole_windows(folder, text)
+    torch.testing.assert_close(found[precision.TRUTH].log_probs, truth, rtol=0, atol=1e-5)
     for variant, row in found.items():
         allowed = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}[variant.weights]
-        assert row.perplexity == pytest.approx(truth, rel=allowed), variant
+        assert row.perplexity == pytest.approx(math.exp(-truth.mean()), rel=allowed), variant
         if variant.by != precision.OURS:
             assert row.products == 0
         elif variant.weights != "int8":
@@ -112,7 +113,7 @@ def test_a_row_of_ours_that_the_kernels_did_not_make_is_refused(precision, folde
     monkeypatch.setattr(precision.Variant, "settings", {"fast_linear": False})
     model, _ = precision.load(folder, precision.REFERENCE)
     with pytest.raises(RuntimeError, match=f"our kernels made 0 of {(CONTEXT - 1) * LAYERS} products"):
-        precision.perplexity(model, precision.REFERENCE, torch.arange(CONTEXT) + 5, CONTEXT)
+        precision.score(model, precision.REFERENCE, torch.arange(CONTEXT) + 5, CONTEXT)
 
 
 def test_another_token_takes_the_last_candidates_place(precision):
