@@ -6,10 +6,12 @@ No engine may stop before all tokens are there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +30,15 @@ class Engine:
 
     module: str  # without it the engine is not installed
     versions: tuple[str, ...] = ()  # distributions
+    converts = True  # it reads files of its own
 
-    def __init__(self, model: str, folder: Path, weights: str, threads: int, **search):
+    def __init__(self, folder: Path, weights: str, threads: int, **search):
         raise NotImplementedError
 
     @classmethod
     def convert(cls, folder: Path, weights: str) -> None:
         """Make what `__init__` reads."""
+        raise NotImplementedError
 
     def generate(self, ids: list[list[int]], new: int) -> list[list[int]]:
         """New tokens of a batch, by greedy search unless it is ours."""
@@ -49,15 +53,19 @@ class Engine:
 
 
 class Transformers(Engine):
-    module = "transformers"
+    module, converts = "transformers", False
     versions = ("transformers", "torch")
 
-    def __init__(self, model, folder, weights, threads, **search):
+    def __init__(self, folder, weights, threads, **search):
         import torch
-        from decode import make_model
+        from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        self.model, self.arguments, self.search = make_model(model, weights), {}, search
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, weights), attn_implementation="sdpa"
+        ).eval()
+        self.model.config.eos_token_id = self.model.generation_config.eos_token_id = None
+        self.arguments, self.search = {}, search
 
     def generate(self, ids, new):
         import torch
@@ -83,12 +91,12 @@ class Ours(Transformers):
     module = "simctg_fast"
     versions = ("simctg_fast", "transformers", "torch")
 
-    def __init__(self, model, folder, weights, threads, **search):
+    def __init__(self, folder, weights, threads, **search):
         from simctg_fast import ContrastiveSearch
 
         if weights == "int8":
             weights, search = "bfloat16", search | {"weights": weights}
-        super().__init__(model, folder, weights, threads, **search)
+        super().__init__(folder, weights, threads, **search)
         given = {name: value for name, value in search.items() if name != "strategy"}
         if search["strategy"] == "greedy":
             given |= {"top_k": 1, "penalty_alpha": 0.0}
@@ -119,7 +127,7 @@ class CTranslate2(Engine):
     module = "ctranslate2"
     versions = ("ctranslate2",)
 
-    def __init__(self, model, folder, weights, threads, **search):
+    def __init__(self, folder, weights, threads, **search):
         import ctranslate2
 
         self.generator = ctranslate2.Generator(f"{folder}-ct2", compute_type=weights, intra_threads=threads)
@@ -152,7 +160,7 @@ class OpenVINO(Engine):
     module = "openvino_genai"
     versions = ("openvino-genai",)
 
-    def __init__(self, model, folder, weights, threads, **search):
+    def __init__(self, folder, weights, threads, **search):
         import openvino_genai
 
         cache = openvino_genai.SchedulerConfig()
@@ -167,10 +175,13 @@ class OpenVINO(Engine):
 
     @classmethod
     def convert(cls, folder, weights):
-        from peer_exports import openvino_folder
+        from peer_exports import openvino_compressed, openvino_folder
 
-        if not Path(cls.path(folder, weights)).exists():
-            openvino_folder(folder, Path(cls.path(folder, weights)), weights)
+        plain = Path(cls.path(folder, "float32"))
+        if not plain.exists():  # all types begin with it
+            openvino_folder(folder, plain)
+        if weights == "int8":
+            openvino_compressed(plain, Path(cls.path(folder, weights)))
 
     def generate(self, ids, new):
         import numpy as np
@@ -186,7 +197,7 @@ class OnnxRuntime(Engine):
     module = "onnxruntime_genai"
     versions = ("onnxruntime-genai",)
 
-    def __init__(self, model, folder, weights, threads, **search):
+    def __init__(self, folder, weights, threads, **search):
         import onnxruntime_genai
 
         config = onnxruntime_genai.Config(f"{folder}-ort-{weights}")
@@ -196,11 +207,10 @@ class OnnxRuntime(Engine):
     @classmethod
     def convert(cls, folder, weights):
         precision = {"float32": "fp32"}.get(weights, weights)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", folder, "-e", "cpu", "-p", precision]
-        command += ["-o", f"{folder}-ort-{weights}", "-c", f"{folder}-ort-cache"]
-        done = subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if done.returncode:
-            raise RuntimeError(f"its model builder: {done.stderr.decode().strip().splitlines()[-1]}")
+        arguments = ["-i", folder, "-o", f"{folder}-ort-{weights}", "-c", f"{folder}-ort-cache"]
+        sys.argv = ["builder", *map(str, arguments), "-e", "cpu", "-p", precision]
+        with contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 
     def generate(self, ids, new):
         import numpy as np
@@ -223,7 +233,7 @@ class LlamaCpp(Engine):
     module = "llama_cpp"
     versions = ("llama-cpp-python",)
 
-    def __init__(self, model, folder, weights, threads, **search):
+    def __init__(self, folder, weights, threads, **search):
         import llama_cpp as api
 
         self.quiet = api.llama_log_callback(lambda *_: None)  # kept: C calls it

@@ -6,6 +6,7 @@ state, as OpenVINO GenAI expects it: optimum-intel would write that, but not bes
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 QUANTIZATION = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
@@ -74,7 +75,7 @@ class Past:
         return self.tensors[2 * layer].shape[-2]
 
 
-def openvino_folder(folder: Path, out: Path, weights: str) -> None:
+def openvino_folder(folder: Path, out: Path) -> None:
     import openvino
     import torch
     from transformers import AutoModelForCausalLM
@@ -108,14 +109,20 @@ def openvino_folder(folder: Path, out: Path, weights: str) -> None:
     with torch.no_grad():
         graph = openvino.convert_model(Step(), example_input=example)
     give_state(graph, past, shape)
-    if weights == "int8":
-        import nncf
-
-        graph = nncf.compress_weights(graph)
     out.mkdir()
     openvino.save_model(graph, out / "openvino_model.xml", compress_to_fp16=False)
     config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
+
+
+def openvino_compressed(folder: Path, out: Path) -> None:
+    """The same with weights of 8 bits."""
+    import nncf
+    import openvino
+
+    graph = nncf.compress_weights(openvino.Core().read_model(folder / "openvino_model.xml"))
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("openvino_model.*"))
+    openvino.save_model(graph, out / "openvino_model.xml", compress_to_fp16=False)
 
 
 def give_state(graph, past: list[str], shape: list[int]) -> None:

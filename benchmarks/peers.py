@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import sys
@@ -28,28 +27,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import RESULTS, ROOT, Worker, append_csv, processor
 from decode import MODELS, first_differences, make_model
-from peer_engines import LENGTH, REFERENCE, ROWS, VARIANTS, Engine, Ours, Variant
+from peer_engines import LENGTH, REFERENCE, ROWS, VARIANTS, Engine, Ours, Transformers, Variant
 from peer_page import PAGE, instruction_set, page, rows_of, table, verdicts
 
-SCOUT = (8, 8)  # prompt and new tokens by which sizes are compared
+SCOUT = (8, 5)  # prompt and new tokens by which sizes are compared
 
 
 # ---- worker: one engine, one type of weights -------------------------------------------------------------------------
 
 
 def worker(options: argparse.Namespace) -> None:
-    """Make the folder or an engine's files, or answer one JSON request a line. The first line says how that went."""
-    variant = next((variant for variant in VARIANTS if variant.label == options.variant), None)
-    try:
-        if options.worker == "save":
-            answer = save(options.model, options.folder)
-        elif options.worker == "convert":
-            answer = variant.engine.convert(options.folder, variant.weights) or {}
-        else:
-            engine = variant.engine(options.model, options.folder, variant.weights, options.threads, **variant.search)
-            answer = {}
-    except Exception as error:  # reported in the table
-        answer = reason(error, options.folder)
+    """Make the folder, or files of variants of one engine, or answer one JSON request a line. The first line says how
+    that went."""
+    wanted = [variant for variant in VARIANTS if variant.label in json.loads(options.variants)]
+    answer: dict = {}
+    if options.worker == "convert":
+        for variant in wanted:
+            answer[variant.label] = made(variant, options.folder)
+    else:
+        try:
+            if options.worker == "save":
+                save(options.model, options.folder)
+            else:
+                engine = wanted[0].engine(options.folder, wanted[0].weights, options.threads, **wanted[0].search)
+        except Exception as error:
+            answer = reason(error, options.folder)
     print("\n" + json.dumps(answer), flush=True)
     if options.worker != "serve" or "failed" in answer:
         return
@@ -60,6 +62,15 @@ def worker(options: argparse.Namespace) -> None:
         except Exception as error:
             answer = reason(error, options.folder)
         print("\n" + json.dumps(answer), flush=True)
+
+
+def made(variant: Variant, folder: Path) -> str:
+    """What failed."""
+    try:
+        variant.engine.convert(folder, variant.weights)
+    except Exception as error:  # reported in the table
+        return reason(error, folder)["failed"]
+    return ""
 
 
 def serve(engine: Engine, ids=(), new: int = 0, size: int | None = None, judge=()) -> dict:
@@ -78,7 +89,7 @@ def reason(error: Exception, folder: Path) -> dict:
     return {"failed": f"failed: {type(error).__name__}: {lines[0]}"[:160]}
 
 
-def save(name: str, folder: Path) -> dict:
+def save(name: str, folder: Path) -> None:
     """Weights, and a tokenizer of numbers; exporters insist on it and on an end."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +101,6 @@ def save(name: str, folder: Path) -> dict:
     words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(model.config.vocab_size)}, unk_token="<0>"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<0>")
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    return {}
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
@@ -110,10 +120,9 @@ class Contender:
         self.busy = 0.0  # processor seconds of its own work
 
     def start(self, options: argparse.Namespace, folder: Path) -> None:
-        for mode in ("convert", "serve"):
-            if not self.state:
-                note(f"{self.model}: {self.variant.label}: {mode}")
-                self.process, self.state = start_worker(mode, self.model, folder, options, self.variant.label)
+        if not self.state:
+            self.process, ready = start_worker("serve", [self.variant.label], folder, options)
+            self.state = ready.get("failed", "")
 
     def ask(self, **request) -> dict | None:
         """None where it failed, now or before."""
@@ -149,20 +158,29 @@ class Contender:
         return "; ".join([*([self.state] if self.state else []), *(f"{c}: {why}" for c, why in self.wrong.items())])
 
 
-def start_worker(
-    mode: str, model: str, folder: Path, options: argparse.Namespace, label: str = ""
-) -> tuple[Worker | None, str]:
-    """The process, where it is one that serves, and what failed."""
-    arguments = ["--worker", mode, "--models", model, "--folder", folder, "--threads", options.threads]
+def start_worker(mode: str, labels: list[str], folder: Path, options: argparse.Namespace) -> tuple[Worker | None, dict]:
+    """The process, where it is one that serves and can, and what it says at first."""
+    note(f"{folder.name}: {mode} {'; '.join(labels)}")
+    arguments = ["--worker", mode, "--models", folder.name, "--folder", folder, "--threads", options.threads]
+    arguments += ["--variants", json.dumps(labels)]
     try:
-        process = Worker(sys.executable, __file__, *arguments, "--variant", label, threads=options.threads)
+        process = Worker(sys.executable, __file__, *arguments, threads=options.threads)
     except RuntimeError as error:  # it ended without a word
-        return None, f"failed: {error}"
-    failed = process.ready.get("failed", "")
-    if mode == "serve" and not failed:
-        return process, ""
+        return None, {"failed": f"failed: {error}"}
+    if mode == "serve" and "failed" not in process.ready:
+        return process, process.ready
     process.close()
-    return None, failed
+    return None, process.ready
+
+
+def convert(contenders: list[Contender], folder: Path, options: argparse.Namespace) -> None:
+    """In one process for all types of weights of an engine, for they begin alike."""
+    for engine in dict.fromkeys(contender.variant.engine for contender in contenders):
+        group = [contender for contender in contenders if contender.variant.engine is engine and not contender.state]
+        if group and engine.converts:
+            _, ready = start_worker("convert", [contender.variant.label for contender in group], folder, options)
+            for contender in group:
+                contender.state = ready.get("failed") or ready.get(contender.variant.label, "")
 
 
 def note(text: str) -> None:
@@ -179,8 +197,9 @@ def measure_model(model: str, options: argparse.Namespace) -> list[Contender]:
     contenders = [Contender(variant, model) for variant in chosen(options.only)]
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, model)
-        if failed := start_worker("save", model, folder, options)[1]:
-            raise SystemExit(f"{model}: {failed}")
+        if "failed" in (ready := start_worker("save", [], folder, options)[1]):
+            raise SystemExit(f"{model}: {ready['failed']}")
+        convert(contenders, folder, options)
         try:
             for contender in contenders:
                 contender.start(options, folder)
@@ -201,18 +220,21 @@ def measure_model(model: str, options: argparse.Namespace) -> list[Contender]:
 
 
 def measure_case(case: str, running: list[Contender], options: argparse.Namespace) -> None:
+    """Tokens are compared after the first round, which also warms what an engine makes at its first call."""
     rows, prompt = map(int, case.split("x"))
     ids, new = prompts(running[0].model, rows, prompt), options.new_tokens
-    compare_tokens(case, ids, {contender: contender.ask(ids=ids, new=new) for contender in running})
     firsts: dict[Contender, list[float]] = {contender: [] for contender in running}
     manys: dict[Contender, list[float]] = {contender: [] for contender in running}
     for round_ in range(options.repeats):
+        answers = {}
         for contender in running:
-            if contender.wrong.get(case):
-                continue
             for count, seconds in ((1, firsts), (new, manys)):
-                if answer := contender.ask(ids=ids, new=count):
+                answer = None if case in contender.wrong else contender.ask(ids=ids, new=count)
+                if answer is not None:
                     seconds[contender].append(answer["seconds"])
+            answers[contender] = answer
+        if round_ == 0:
+            compare_tokens(case, ids, answers)
         note(f"{running[0].model}: {case}: round {round_ + 1} of {options.repeats}")
     for contender in running:
         first = min(firsts[contender], default=0.0)
@@ -225,7 +247,7 @@ def measure_requests(running: list[Contender], options: argparse.Namespace) -> N
     ids = prompts(running[0].model, options.requests, prompt)
     answers = {}
     for contender in running:
-        sizes = (options.slots,) if contender.variant.engine is Ours else options.sizes
+        sizes = {Ours: (options.slots,), Transformers: options.sizes[:1]}.get(contender.variant.engine, options.sizes)
         contender.size = scout(contender, sizes, options)
         answers[contender] = contender.ask(ids=ids, new=new, size=contender.size)
         note(f"{contender.model}: {contender.variant.label}: {contender.size} at a time {contender.state}")
@@ -236,17 +258,16 @@ def measure_requests(running: list[Contender], options: argparse.Namespace) -> N
 
 
 def scout(contender: Contender, sizes: tuple[int, ...], options: argparse.Namespace) -> int:
-    """The size of the most rows a second in a few steps after short prompts."""
+    """The size of the most rows a second in a few steps after short prompts; and all is warm."""
     prompt, new = SCOUT
     rates = {}
     for size in sizes:
         ids = prompts(contender.model, size, prompt)
-        times = []
-        for count in (1, 1, new):  # the first warms it
-            answer = contender.ask(ids=ids, new=count, size=size)
-            times.append(math.nan if answer is None else answer["seconds"])
-        rates[size] = size / max(times[2] - times[1], 1e-9)
-    return max(rates, key=rates.get)
+        answers = [contender.ask(ids=ids, new=count, size=size) for count in ((1, new) if len(sizes) > 1 else (new,))]
+        if None in answers:
+            break
+        rates[size] = size / max(answers[-1]["seconds"] - answers[0]["seconds"], 1e-9)
+    return max(rates, key=rates.get, default=sizes[0])
 
 
 def compare_tokens(case: str, ids: list[list[int]], answers: dict[Contender, dict | None]) -> None:
@@ -300,7 +321,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="parts of names, comma-separated: ours,CTranslate2,int8")
     parser.add_argument("--csv", type=Path, default=RESULTS / "peers.csv")
     parser.add_argument("--write", action="store_true", help="write docs/peers.md")
-    for name in ("--worker", "--variant", "--folder"):
+    for name in ("--worker", "--variants", "--folder"):
         parser.add_argument(name, type=Path if name == "--folder" else str, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.models, options.cases = options.models.split(","), options.cases.split(",")
