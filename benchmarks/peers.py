@@ -325,7 +325,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(name, type=Path if name == "--folder" else str, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.models, options.cases = options.models.split(","), options.cases.split(",")
-    options.only = [word for word in options.only.split(",") if word]
+    options.only = [word.strip() for word in options.only.split(",") if word.strip()]
     for model in options.models:
         if model not in MODELS:
             parser.error(f"--models: {model!r} is none of {', '.join(MODELS)}")

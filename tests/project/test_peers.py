@@ -167,7 +167,7 @@ def test_only_some_of_them(peers):
 
 def test_it_runs_with_ours_alone(tmp_path):
     """In little: a model that is saved, processes that answer, tokens that are compared."""
-    arguments = ["--models", "tiny", "--only", "ours, greedy float32", "--cases", "2x4", "--new-tokens", "3"]
+    arguments = ["--models", "tiny", "--only", "greedy float32", "--cases", "2x4", "--new-tokens", "3"]
     arguments += ["--repeats", "1", "--requests", "3", "--request", "4,3", "--slots", "2", "--sizes", "2"]
     command = [sys.executable, str(BENCHMARKS / "peers.py"), *arguments, "--threads", "1"]
     done = run_child([*command, "--csv", str(tmp_path / "peers.csv")], stderr=subprocess.STDOUT)
