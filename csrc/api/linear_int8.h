@@ -1,16 +1,15 @@
 // Linear layers whose weights are rounded to 8 bits, and their output layer, whose largest results are exact all the same.
 //
-// Output n has the weights q[n, k] · scales[n], q in −127 … 127; a row of x is rounded likewise, by its largest element. Sums
-// are exact integers.
+// Output n has the weights q[n, k] · scales[n], q in −127 … 127; 64 elements of a row of x are rounded together likewise, by
+// the largest of them. Sums are exact integers within these, and of float32 beyond.
 #pragma once
 
 #include "api/linear.h"
 
 namespace simctg {
 
-// Bytes of such a copy, and the inputs up to which its sums fit in 32 bits.
+// Bytes of such a copy.
 int64_t int8_linear_size(int64_t in_features, int64_t out_features);
-constexpr int64_t kMostInt8Inputs = 65536;
 
 // Makes the copy from a weight of any type that lies as `from` says, panels excepted. `copy`, int8_linear_size bytes, has to be
 // aligned to 64. False: the weight is not finite, and the copy of no use. Throws std::invalid_argument on sizes out of range.

@@ -157,7 +157,6 @@ void bind_decoding(py::module_& m) {
     m.def("packed_linear_size", &simctg::packed_linear_size, py::arg("in_features"), py::arg("out_features"));
     m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("weight_stride"), py::arg("from_layout"),
           py::arg("in_features"), py::arg("out_features"), py::arg("packed"), py::arg("num_threads"), release_gil());
-    m.attr("MOST_INT8_INPUTS") = simctg::kMostInt8Inputs;
     m.def("int8_linear_size", &simctg::int8_linear_size, py::arg("in_features"), py::arg("out_features"));
     m.def("quantize_linear", &quantize_linear, py::arg("weight"), py::arg("type"), py::arg("weight_stride"),
           py::arg("from_layout"), py::arg("in_features"), py::arg("out_features"), py::arg("copy"),

@@ -29,17 +29,14 @@ Weight parts(const void* copy, int64_t in_features, int64_t out_features) {
     const int64_t outputs = ceil_div(out_features, kPanel) * kPanel;
     char* at = static_cast<char*>(const_cast<void*>(copy));
     Weight weight;
-    weight.panels = reinterpret_cast<int8_t*>(at);
-    at += outputs * ceil_div(in_features, kQuad) * kQuad;
-    weight.scales = reinterpret_cast<float*>(at);
-    weight.sums = reinterpret_cast<int32_t*>(at + outputs * 4);
-    weight.errors = reinterpret_cast<float*>(at + outputs * 8);
+    weight.panels = reinterpret_cast<uint8_t*>(at);
+    weight.scales = reinterpret_cast<float*>(at + outputs * ceil_div(in_features, kQuad) * kQuad);
+    weight.errors = weight.scales + outputs;
     return weight;
 }
 
 void check_features(int64_t in_features, int64_t out_features) {
     check(in_features >= 1, "in_features", in_features, ">= 1");
-    check(in_features <= kMostInt8Inputs, "in_features", in_features, "<= 65536");
     check(out_features >= 0, "out_features", out_features, ">= 0");
 }
 
@@ -54,19 +51,18 @@ void check_call(const Linear& call, int num_threads) {
 void run(const Linear& call, const void* copy, int digits, void* y, int64_t y_stride, ElementType type, float* norms,
          int num_threads) {
     const Kernels& k = kernels<Kernels>();
-    const int64_t quads = ceil_div(call.in_features, kQuad), stride = quads * kQuad;
-    const int64_t row_bytes = digits * stride * k.element_bytes;
-    float* scales = x_scratch.get(call.rows + 16 + ceil_div(call.rows * row_bytes, sizeof(float)));
-    char* x = reinterpret_cast<char*>(scales + ceil_div(call.rows, 16) * 16);
-    const int64_t x_bytes = call.x_stride * size_of(call.type);
+    Rows rows{};
+    rows.count = call.rows, rows.digits = digits, rows.norms = norms;
+    rows.quads = ceil_div(call.in_features, kQuad), rows.groups = ceil_div(call.in_features, kGroup);
+    const int64_t groups = ceil_div(call.rows * rows.groups, 16) * 16, x_bytes = call.x_stride * size_of(call.type);
+    const int64_t integers = call.rows * digits * rows.quads * kQuad * k.element_bytes;
+    rows.scales = x_scratch.get((1 + digits) * groups + ceil_div(integers, sizeof(float)));
+    rows.excesses = reinterpret_cast<int32_t*>(rows.scales + groups);
+    rows.x = rows.excesses + digits * groups;
     parallel_for(call.rows, call.rows * call.in_features < kSmallRows ? 1 : num_threads, [&](int64_t m) {
-        const RoundedRow row = k.round(call.type, static_cast<const char*>(call.x) + m * x_bytes, call.in_features, digits,
-                                       stride, x + m * row_bytes);
-        scales[m] = row.scale;
-        if (norms) norms[m] = row.norm;
+        k.round(call.type, static_cast<const char*>(call.x) + m * x_bytes, call.in_features, rows, m);
     });
-    const Call product{x, scales, parts(copy, call.in_features, call.out_features), call.bias, y, y_stride, call.rows, quads,
-                       call.out_features, digits, call.type, type};
+    const Call product{rows, parts(copy, call.in_features, call.out_features), call.bias, y, y_stride, call.type, type};
     if (call.rows * call.in_features * call.out_features < kSmallWork) num_threads = 1;
     const int64_t units = ceil_div(call.out_features, kColumns), tasks = std::min(units, num_threads * kTasksPerThread);
     parallel_for(tasks, num_threads, [&](int64_t task) {
@@ -78,7 +74,7 @@ void run(const Linear& call, const void* copy, int digits, void* y, int64_t y_st
 
 int64_t int8_linear_size(int64_t in_features, int64_t out_features) {
     check_features(in_features, out_features);
-    return ceil_div(out_features, kPanel) * kPanel * (ceil_div(in_features, kQuad) * kQuad + 12);
+    return ceil_div(out_features, kPanel) * kPanel * (ceil_div(in_features, kQuad) * kQuad + 8);
 }
 
 bool quantize_linear(const void* weight, ElementType type, int64_t weight_stride, WeightLayout from, int64_t in_features,
@@ -94,7 +90,7 @@ bool quantize_linear(const void* weight, ElementType type, int64_t weight_stride
     parallel_for(ceil_div(out_features, kPanel), num_threads, [&](int64_t panel) {
         const int64_t begin = panel * kPanel, n_stride = outputs ? weight_stride : 1, k_stride = outputs ? 1 : weight_stride;
         const Weight part{whole.panels + begin * ceil_div(in_features, kQuad) * kQuad, whole.scales + begin,
-                          whole.sums + begin, whole.errors + begin};
+                          whole.errors + begin};
         const char* w = static_cast<const char*>(weight) + begin * n_stride * size_of(type);
         if (!k.quantize(type, w, n_stride, k_stride, in_features, std::min(kPanel, out_features - begin), part)) {
             finite.store(false, std::memory_order_relaxed);

@@ -14,113 +14,133 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kLineBytes = kPanel * kQuad;
+constexpr int64_t kLineBytes = kPanel * kQuad, kQuads = kGroup / kQuad;
 
-// How a line is multiplied with four elements of x. X: what x is rounded to, plus kOffset; kVectors: registers a line takes.
+// How a line is multiplied with four elements of x. X: what x is rounded to; kVectors: registers a line takes.
 #if defined(__AVX512VNNI__)
 struct Dot {
-    using X = uint8_t;
+    using X = int8_t;
     using Sums = __m512i;
-    static constexpr int kOffset = 128, kVectors = 1, kRows = 6, kPanels = 4;
-    static SIMCTG_INLINE Sums none() { return _mm512_setzero_si512(); }
+    static constexpr int kLanes = 16, kVectors = 1, kRows = 6, kPanels = 4;
+    static SIMCTG_INLINE Sums begin(int excess) { return _mm512_set1_epi32(excess); }
     static SIMCTG_INLINE __m512i all(const X* x) {
         int quad;
         __builtin_memcpy(&quad, x, sizeof quad);
         return _mm512_set1_epi32(quad);
     }
-    static SIMCTG_INLINE __m512i line(const int8_t* w, int) { return _mm512_loadu_si512(w); }
-    static SIMCTG_INLINE Sums add(Sums sums, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sums, x, w); }
-    static SIMCTG_INLINE void put(const Sums* sums, int32_t* out) { _mm512_storeu_si512(out, sums[0]); }
+    static SIMCTG_INLINE __m512i line(const uint8_t* w, int) { return _mm512_loadu_si512(w); }
+    static SIMCTG_INLINE Sums add(Sums sums, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sums, w, x); }
+    static SIMCTG_INLINE Vec floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 };
 #elif defined(__AVX512F__)
 struct Dot {
     using X = int16_t;
     using Sums = __m512i;  // two for each of eight outputs
-    static constexpr int kOffset = 0, kVectors = 2, kRows = 6, kPanels = 2;
-    static SIMCTG_INLINE Sums none() { return _mm512_setzero_si512(); }
+    static constexpr int kLanes = 16, kVectors = 2, kRows = 6, kPanels = 2;
+    static SIMCTG_INLINE Sums begin(int excess) { return _mm512_set1_epi64(static_cast<uint32_t>(excess)); }
     static SIMCTG_INLINE __m512i all(const X* x) {
         long long quad;
         __builtin_memcpy(&quad, x, sizeof quad);
         return _mm512_set1_epi64(quad);
     }
-    static SIMCTG_INLINE __m512i line(const int8_t* w, int vector) {
-        return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + vector));
+    static SIMCTG_INLINE __m512i line(const uint8_t* w, int vector) {
+        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + vector));
     }
     static SIMCTG_INLINE Sums add(Sums sums, __m512i x, __m512i w) { return _mm512_add_epi32(sums, _mm512_madd_epi16(x, w)); }
-    static SIMCTG_INLINE void put(const Sums* sums, int32_t* out) {
-        int32_t halves[2 * kPanel];
-        for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(halves + v * 16, sums[v]);
-        for (int n = 0; n < kPanel; ++n) out[n] = halves[2 * n] + halves[2 * n + 1];
-    }
+    static SIMCTG_INLINE Vec floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 };
 #elif defined(__AVXVNNI__)
 struct Dot {
-    using X = uint8_t;
+    using X = int8_t;
     using Sums = __m256i;
-    static constexpr int kOffset = 128, kVectors = 2, kRows = 6, kPanels = 1;
-    static SIMCTG_INLINE Sums none() { return _mm256_setzero_si256(); }
+    static constexpr int kLanes = 8, kVectors = 2, kRows = 6, kPanels = 1;
+    static SIMCTG_INLINE Sums begin(int excess) { return _mm256_set1_epi32(excess); }
     static SIMCTG_INLINE __m256i all(const X* x) {
         int quad;
         __builtin_memcpy(&quad, x, sizeof quad);
         return _mm256_set1_epi32(quad);
     }
-    static SIMCTG_INLINE __m256i line(const int8_t* w, int vector) {
+    static SIMCTG_INLINE __m256i line(const uint8_t* w, int vector) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + vector);
     }
-    static SIMCTG_INLINE Sums add(Sums sums, __m256i x, __m256i w) { return _mm256_dpbusd_avx_epi32(sums, x, w); }
-    static SIMCTG_INLINE void put(const Sums* sums, int32_t* out) {
-        for (int v = 0; v < kVectors; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + v, sums[v]);
-    }
+    static SIMCTG_INLINE Sums add(Sums sums, __m256i x, __m256i w) { return _mm256_dpbusd_avx_epi32(sums, w, x); }
+    static SIMCTG_INLINE Vec floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
 };
 #elif defined(__AVX2__)
 struct Dot {
     using X = int16_t;
     using Sums = __m256i;  // two for each of four outputs
-    static constexpr int kOffset = 0, kVectors = 4, kRows = 2, kPanels = 1;
-    static SIMCTG_INLINE Sums none() { return _mm256_setzero_si256(); }
+    static constexpr int kLanes = 8, kVectors = 4, kRows = 2, kPanels = 1;
+    static SIMCTG_INLINE Sums begin(int excess) { return _mm256_set1_epi64x(static_cast<uint32_t>(excess)); }
     static SIMCTG_INLINE __m256i all(const X* x) {
         long long quad;
         __builtin_memcpy(&quad, x, sizeof quad);
         return _mm256_set1_epi64x(quad);
     }
-    static SIMCTG_INLINE __m256i line(const int8_t* w, int vector) {
-        return in_register(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w) + vector)));
+    static SIMCTG_INLINE __m256i line(const uint8_t* w, int vector) {
+        return in_register(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w) + vector)));
     }
     static SIMCTG_INLINE Sums add(Sums sums, __m256i x, __m256i w) { return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w)); }
-    static SIMCTG_INLINE void put(const Sums* sums, int32_t* out) {
-        int32_t halves[2 * kPanel];
-        for (int v = 0; v < kVectors; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves) + v, sums[v]);
-        for (int n = 0; n < kPanel; ++n) out[n] = halves[2 * n] + halves[2 * n + 1];
-    }
+    static SIMCTG_INLINE Vec floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
 };
 #else
-typedef int16_t Shorts __attribute__((vector_size(16)));
 typedef int32_t Words __attribute__((vector_size(16)));
 struct Dot {
     using X = int16_t;
     using Sums = Words;  // of four outputs
-    static constexpr int kOffset = 0, kVectors = 4, kRows = 2, kPanels = 1;
-    static SIMCTG_INLINE Sums none() { return Words{}; }
+    static constexpr int kLanes = 4, kVectors = 4, kRows = 2, kPanels = 1;
+    static SIMCTG_INLINE Sums begin(int excess) { return Words{excess, excess, excess, excess}; }
     static SIMCTG_INLINE const X* all(const X* x) { return x; }
-    static SIMCTG_INLINE const int8_t* line(const int8_t* w, int vector) { return w + 4 * kQuad * vector; }
-    static SIMCTG_INLINE Sums add(Sums sums, const X* x, const int8_t* w) {
+    static SIMCTG_INLINE const uint8_t* line(const uint8_t* w, int vector) { return w + 4 * kQuad * vector; }
+    static SIMCTG_INLINE Sums add(Sums sums, const X* x, const uint8_t* w) {
         for (int n = 0; n < 4; ++n) {
             for (int k = 0; k < kQuad; ++k) sums[n] += x[k] * w[n * kQuad + k];
         }
         return sums;
     }
-    static SIMCTG_INLINE void put(const Sums* sums, int32_t* out) { __builtin_memcpy(out, sums, kVectors * sizeof *sums); }
+    static SIMCTG_INLINE Vec floats(Sums sums) {
+        float lanes[4];
+        for (int n = 0; n < 4; ++n) lanes[n] = static_cast<float>(sums[n]);
+        return load(lanes);
+    }
 };
 #endif
 
 using X = Dot::X;
+constexpr int kParts = Dot::kVectors * Dot::kLanes / static_cast<int>(kPanel);  // sums of an output, side by side
 
 // ---- x --------------------------------------------------------------------------------------------------------------
 
-constexpr float kLeast = 1e-30f;  // a row below it is zero: its factor would not be finite
+constexpr float kLeast = 1e-30f;  // what is below is zero: its factor would not be finite
 
 template <class E>
-SIMCTG_INLINE RoundedRow round_row(const E* x, int64_t count, int digits, int64_t stride, X* q) {
+SIMCTG_INLINE void round_group(const E* x, int64_t count, float unit, int digits, int64_t stride, X* q, float* scale,
+                               int32_t* excesses, int64_t groups) {
+    Vec most = zeros();
+    for (int64_t k = 0; k < count; k += kLanes) most = max(absolute(load_first(x + k, count - k)), most);
+    const float largest = highest(most);
+    const bool is_zero = largest < kLeast;
+    const Vec factor = broadcast(is_zero ? 0.0f : unit / largest);
+    int32_t sums[2] = {0, 0};
+    for (int64_t k = 0; k < count; k += kLanes) {
+        float lanes[kLanes];
+        store(lanes, round_even(mul(load_first(x + k, count - k), factor)));
+        const int filled = static_cast<int>(smaller<int64_t>(kLanes, count - k));
+        for (int lane = 0; lane < filled; ++lane) {
+            const int value = static_cast<int>(lanes[lane]), high = digits == 1 ? value : (value + 128) >> 8;
+            q[k + lane] = static_cast<X>(high);
+            sums[0] += high;
+            if (digits == 1) continue;
+            q[stride + k + lane] = static_cast<X>(value - 256 * high);
+            sums[1] += value - 256 * high;
+        }
+    }
+    *scale = is_zero ? 0.0f : largest / unit;
+    for (int digit = 0; digit < digits; ++digit) excesses[digit * groups] = -128 * sums[digit];
+}
+
+template <class E>
+SIMCTG_INLINE void round_row(const E* x, int64_t count, const Rows& rows, int64_t row) {
     Vec most = zeros(), squares = zeros(), finite = zeros();
     for (int64_t k = 0; k < count; k += kLanes) {
         const Vec v = load_first(x + k, count - k);
@@ -128,106 +148,111 @@ SIMCTG_INLINE RoundedRow round_row(const E* x, int64_t count, int digits, int64_
         squares = multiply_add(v, v, squares);
         finite = multiply_add(v, zeros(), finite);  // NaN from here on where an element is not
     }
-    const float largest = highest(most), unit = digits == 2 ? 32512.0f : 127.0f;
-    if (sum(finite) != 0.0f) return {__builtin_nanf(""), __builtin_nanf("")};
-    const bool is_zero = largest < kLeast;
-    const Vec factor = broadcast(is_zero ? 0.0f : unit / largest);
-    for (int64_t k = 0; k < count; k += kLanes) {
-        float lanes[kLanes];
-        store(lanes, round_even(mul(load_first(x + k, count - k), factor)));
-        const int lanes_left = static_cast<int>(smaller<int64_t>(kLanes, count - k));
-        const auto put = [&](int lane) SIMCTG_INLINE_LAMBDA {
-            const int value = static_cast<int>(lanes[lane]);
-            if (digits == 1) {
-                q[k + lane] = static_cast<X>(value + Dot::kOffset);
-                return;
-            }
-            const int high = (value + 128) >> 8;
-            q[k + lane] = static_cast<X>(high + Dot::kOffset);
-            q[stride + k + lane] = static_cast<X>(value - 256 * high + Dot::kOffset);
-        };
-        if (lanes_left == kLanes) {
-            for (int lane = 0; lane < kLanes; ++lane) put(lane);
-        } else {
-            for (int lane = 0; lane < lanes_left; ++lane) put(lane);
-        }
+    const bool is_finite = sum(finite) == 0.0f;
+    const int64_t stride = rows.quads * kQuad;
+    X* q = static_cast<X*>(rows.x) + row * rows.digits * stride;
+    float* scales = rows.scales + row * rows.groups;
+    for (int64_t g = 0; g < rows.groups; ++g) {
+        const int64_t k = g * kGroup;
+        round_group(x + k, smaller(kGroup, count - k), rows.digits == 2 ? 32512.0f : 127.0f, rows.digits, stride, q + k,
+                    scales + g, rows.excesses + row * rows.digits * rows.groups + g, rows.groups);
+        if (!is_finite) scales[g] = __builtin_nanf("");
     }
-    if (is_zero) return {0.0f, largest > 0.0f ? 1e30f : 0.0f};  // of what was taken for zero nothing is known
-    const float terms = static_cast<float>(count), most_norm = largest * __builtin_sqrtf(terms) * 1.001f;
-    const float norm = __builtin_sqrtf(sum(squares)) * (1.0f + 1e-7f * terms);
-    return {largest / unit, largest > 1e-15f && largest < 1e15f ? norm : smaller(most_norm, 3e38f)};
+    for (int digit = 0; digit < rows.digits; ++digit) {
+        for (int64_t k = count; k < stride; ++k) q[digit * stride + k] = 0;
+    }
+    if (!rows.norms) return;
+    const float largest = highest(most), terms = static_cast<float>(count);
+    const float norm = __builtin_sqrtf(sum(squares)) * (1.0f + 1e-7f * terms), bound = largest * __builtin_sqrtf(terms) * 1.001f;
+    // Of what was taken for zero nothing is known; squares may vanish, or not be finite.
+    if (largest > 0.0f && largest < 1e3f * kLeast) rows.norms[row] = 1e30f;
+    else rows.norms[row] = largest > 1e-15f && largest < 1e15f ? norm : smaller(bound, 3e38f);
 }
 
-RoundedRow round(ElementType type, const void* x, int64_t count, int digits, int64_t stride, void* q) {
-    return with_type(type, x, [=](const auto* in) SIMCTG_INLINE_LAMBDA {
-        return round_row(in, count, digits, stride, static_cast<X*>(q));
-    });
+void round(ElementType type, const void* x, int64_t count, const Rows& rows, int64_t row) {
+    with_type(type, x, [&](const auto* in) SIMCTG_INLINE_LAMBDA { round_row(in, count, rows, row); });
 }
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
-// out[r, panel · kPanel + n] = Σ x[r] · panel's q[n], for Rows rows and Panels panels; asks for what lies `ahead` bytes on.
+struct Tile {
+    const X* x;              // [rows, quads · kQuad]
+    const float* scales;     // [rows / digits, groups]
+    const int32_t* excesses; // [rows, groups]
+    const uint8_t* w;
+    int64_t quads, groups;
+    int digits;
+    bool fetch;   // ask for what lies ahead
+    float* out;  // [rows, Panels, kVectors, kLanes]
+};
+
+constexpr int64_t kAhead = 16 * kLineBytes;  // far enough for memory, in a page as a rule
+
+// Sums of Panels panels and Rows rows: integers within a group, floats beyond.
 template <int Rows, int Panels>
-void tile(const X* x, int64_t x_stride, const int8_t* w, int64_t panel_bytes, int64_t quads, int64_t ahead, int32_t* out) {
-    typename Dot::Sums sums[Rows][Panels * Dot::kVectors];
+void tile(const Tile& t) {
+    constexpr int vectors = Panels * Dot::kVectors;
+    const int64_t x_stride = t.quads * kQuad, panel_bytes = t.quads * kLineBytes;
+    for (int64_t g = 0; g < t.groups; ++g) {
+        const int64_t first = g * kQuads, count = smaller(kQuads, t.quads - first);
+        const uint8_t* w = t.w + first * kLineBytes;
+        const X* x = t.x + first * kQuad;
+        typename Dot::Sums sums[Rows][vectors];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
+            const auto excess = Dot::begin(t.excesses[r * t.groups + g]);
 #pragma GCC unroll 8
-        for (int v = 0; v < Panels * Dot::kVectors; ++v) sums[r][v] = Dot::none();
-    }
-    for (int64_t i = 0; i < quads; ++i) {
-        const int8_t* lines = w + i * kLineBytes;
-        const X* quad = x + i * kQuad;
-        if (ahead) {
-#pragma GCC unroll 8
-            for (int p = 0; p < Panels; ++p) __builtin_prefetch(lines + p * panel_bytes + ahead, 0, 3);
+            for (int v = 0; v < vectors; ++v) sums[r][v] = excess;
         }
-        decltype(Dot::all(x)) a[Rows];
+        for (int64_t i = 0; i < count; ++i) {
+            const uint8_t* lines = w + i * kLineBytes;
+            const X* quad = x + i * kQuad;
+            if (t.fetch) {
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) a[r] = Dot::all(quad + r * x_stride);
+                for (int p = 0; p < Panels; ++p) __builtin_prefetch(lines + p * panel_bytes + kAhead, 0, 3);
+            }
+            decltype(Dot::all(x)) a[Rows];
 #pragma GCC unroll 8
-        for (int p = 0; p < Panels; ++p) {
+            for (int r = 0; r < Rows; ++r) a[r] = Dot::all(quad + r * x_stride);
 #pragma GCC unroll 8
-            for (int v = 0; v < Dot::kVectors; ++v) {
-                const auto b = Dot::line(lines + p * panel_bytes, v);
+            for (int v = 0; v < vectors; ++v) {
+                const auto b = Dot::line(lines + v / Dot::kVectors * panel_bytes, v % Dot::kVectors);
 #pragma GCC unroll 8
-                for (int r = 0; r < Rows; ++r) {
-                    auto& sum = sums[r][p * Dot::kVectors + v];
-                    sum = Dot::add(sum, a[r], b);
-                }
+                for (int r = 0; r < Rows; ++r) sums[r][v] = Dot::add(sums[r][v], a[r], b);
             }
         }
-    }
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
+            const Vec scale = broadcast(t.scales[r / t.digits * t.groups + g]);
 #pragma GCC unroll 8
-        for (int p = 0; p < Panels; ++p) Dot::put(&sums[r][p * Dot::kVectors], out + (r * Panels + p) * kPanel);
+            for (int v = 0; v < vectors; ++v) {
+                float* out = t.out + (r * vectors + v) * kLanes;
+                const Vec part = Dot::floats(sums[r][v]);
+                store(out, g ? multiply_add(part, scale, load(out)) : mul(part, scale));
+            }
+        }
     }
 }
 
 template <int Panels, int Rows = Dot::kRows>
-SIMCTG_INLINE void tile_of(int rows, const X* x, int64_t x_stride, const int8_t* w, int64_t panel_bytes, int64_t quads,
-                           int64_t ahead, int32_t* out) {
+SIMCTG_INLINE void tile_of(int rows, const Tile& t) {
     if constexpr (Rows > 1) {
-        if (rows < Rows) return tile_of<Panels, Rows - 1>(rows, x, x_stride, w, panel_bytes, quads, ahead, out);
+        if (rows < Rows) return tile_of<Panels, Rows - 1>(rows, t);
     }
-    tile<Rows, Panels>(x, x_stride, w, panel_bytes, quads, ahead, out);
+    tile<Rows, Panels>(t);
 }
 
-// What the integers mean.
+// What the sums of a row mean.
 template <int Width>
-void put_row(const Call& call, int64_t row, int64_t begin, int64_t count, const int32_t* high, const int32_t* low) {
+void put_row(const Call& call, int64_t row, int64_t begin, int64_t count, const float* sums) {
     float y[Width];
-    const float* scales = call.weight.scales + begin;
-    const int32_t* sums = call.weight.sums + begin;
-    const float x_scale = call.x_scales[row];
     for (int n = 0; n < Width; ++n) {
-        if (low) {
-            const double both = 256.0 * (high[n] - Dot::kOffset * sums[n]) + (low[n] - Dot::kOffset * sums[n]);
-            y[n] = static_cast<float>(both) * (x_scale * scales[n]);
-        } else {
-            y[n] = static_cast<float>(high[n] - Dot::kOffset * sums[n]) * (x_scale * scales[n]);
+        float total = 0.0f;
+        for (int digit = 0; digit < call.x.digits; ++digit) {
+            total *= 256.0f;
+            for (int part = 0; part < kParts; ++part) total += sums[(digit * Width + n) * kParts + part];
         }
+        y[n] = total * call.weight.scales[begin + n];
     }
     if (call.bias) {
         with_type(call.bias_type, call.bias, [&](const auto* bias) SIMCTG_INLINE_LAMBDA {
@@ -239,23 +264,19 @@ void put_row(const Call& call, int64_t row, int64_t begin, int64_t count, const 
     });
 }
 
-constexpr int64_t kAhead = 16 * kLineBytes;  // far enough for memory, in a page as a rule
-
 template <int Panels>
 void panels_of(const Call& call, int64_t begin, int64_t end) {
     constexpr int width = static_cast<int>(Panels * kPanel);
-    const int64_t x_stride = call.quads * kQuad, panel_bytes = call.quads * kLineBytes;
-    const int64_t most = Dot::kRows / call.digits, tiles = (call.rows + most - 1) / most;
-    const int8_t* w = call.weight.panels + begin * x_stride;
-    const X* x = static_cast<const X*>(call.x);
-    for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t first = call.rows * t / tiles, last = call.rows * (t + 1) / tiles;
-        int32_t sums[Dot::kRows * width];
-        tile_of<Panels>(static_cast<int>((last - first) * call.digits), x + first * call.digits * x_stride, x_stride, w,
-                        panel_bytes, call.quads, t == 0 ? kAhead : 0, sums);
+    const Rows& x = call.x;
+    const int64_t most = Dot::kRows / x.digits, tiles = (x.count + most - 1) / most, x_stride = x.quads * kQuad;
+    alignas(64) float sums[Dot::kRows * width * kParts];
+    for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t first = x.count * i / tiles, last = x.count * (i + 1) / tiles, line = first * x.digits;
+        const Tile t{static_cast<const X*>(x.x) + line * x_stride, x.scales + first * x.groups, x.excesses + line * x.groups,
+                     call.weight.panels + begin * x_stride, x.quads, x.groups, x.digits, i == 0, sums};
+        tile_of<Panels>(static_cast<int>((last - first) * x.digits), t);
         for (int64_t row = first; row < last; ++row) {
-            const int32_t* of_row = sums + (row - first) * call.digits * width;
-            put_row<width>(call, row, begin, end - begin, of_row, call.digits == 2 ? of_row + width : nullptr);
+            put_row<width>(call, row, begin, end - begin, sums + (row - first) * x.digits * width * kParts);
         }
     }
 }
@@ -284,7 +305,6 @@ SIMCTG_INLINE bool quantize_panel(const E* w, int64_t n_stride, int64_t k_stride
         }
     }
     double squares[kPanel] = {}, lost[kPanel] = {};
-    int32_t sums[kPanel] = {};
     float factors[kPanel];
     for (int64_t n = 0; n < kPanel; ++n) {
         const bool is_zero = most[n] < kLeast;
@@ -292,28 +312,26 @@ SIMCTG_INLINE bool quantize_panel(const E* w, int64_t n_stride, int64_t k_stride
         factors[n] = is_zero ? 0.0f : 127.0f / most[n];
     }
     for (int64_t quad = 0; quad < quads; ++quad) {
-        int8_t* line = panel.panels + quad * kLineBytes;
+        uint8_t* line = panel.panels + quad * kLineBytes;
         for (int64_t i = 0; i < kLineBytes; ++i) {
             const int64_t n = i / kQuad, k = quad * kQuad + i % kQuad;
             if (n >= count || k >= in_features) {
-                line[i] = 0;
+                line[i] = 128;
                 continue;
             }
             const float value = widen(w[n * n_stride + k * k_stride]);
             const int rounded = static_cast<int>(__builtin_rintf(value * factors[n]));
-            line[i] = static_cast<int8_t>(rounded);
-            sums[n] += rounded;
+            line[i] = static_cast<uint8_t>(rounded + 128);
             const double difference = static_cast<double>(value) - static_cast<double>(panel.scales[n]) * rounded;
             squares[n] += static_cast<double>(value) * value;
             lost[n] += difference * difference;
         }
     }
     // x in two digits is off by half a unit in 32512 of its largest element in each of them, and products and sums of
-    // floats, in the other layout as here, by less than 2^-23 a term.
+    // floats, in the other layout as here, by less than 2^-22 a term.
     const double terms = static_cast<double>(in_features);
-    const double relative = 0.52 * __builtin_sqrt(terms) / 32512.0 + (terms + 16.0) * 0x1p-23;
+    const double relative = 0.52 * __builtin_sqrt(terms) / 32512.0 + (terms + 32.0) * 0x1p-22;
     for (int64_t n = 0; n < kPanel; ++n) {
-        panel.sums[n] = sums[n];
         const double error = __builtin_sqrt(lost[n]) * (1.0 + relative) + relative * __builtin_sqrt(squares[n]);
         panel.errors[n] = static_cast<float>(error * 1.0001);
     }

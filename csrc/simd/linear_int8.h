@@ -6,41 +6,43 @@
 
 namespace simctg::int8 {
 
-constexpr int64_t kPanel = 16;  // outputs that stand together
-constexpr int64_t kQuad = 4;    // inputs that are multiplied in one go
+constexpr int64_t kPanel = 16;    // outputs that stand together
+constexpr int64_t kQuad = 4;      // inputs that are multiplied in one go
+constexpr int64_t kGroup = 64;    // inputs of a row of x with a factor of their own
 constexpr int64_t kColumns = 64;  // outputs in a unit of work: whole panels
 
-// Panels are [in_features / kQuad, kPanel, kQuad], and filled up with zeros; the rest has an element an output.
+// Panels are [in_features / kQuad, kPanel, kQuad], 128 + q; the rest has an element an output.
 struct Weight {
-    int8_t* panels;
+    uint8_t* panels;
     float* scales;
-    int32_t* sums;   // of q, over the inputs
-    float* errors;   // |h · w − what is computed in two digits| ≤ errors · ‖h‖
+    float* errors;  // |h · w − what is computed in two digits| ≤ errors · ‖h‖
 };
 
-struct RoundedRow {
-    float scale;  // NaN: the row is not finite
-    float norm;   // at least its length
+// x in integers. A row is [digits, quads · kQuad] of them, and [groups] of the rest. (What weights have too much is 128 times
+// the sum of a group: processors multiply integers without a sign with those that have one.)
+struct Rows {
+    void* x;
+    float* scales;      // NaN in a row that is not finite
+    int32_t* excesses;  // [digits, groups], −128 · the sum
+    float* norms;       // an element a row: at least its length. Or null
+    int64_t count, quads, groups;
+    int digits;
 };
 
 struct Call {
-    const void* x;  // [rows · digits, quads · kQuad], rounded
-    const float* x_scales;
+    Rows x;
     Weight weight;
     const void* bias;
     void* y;
     int64_t y_stride;
-    int64_t rows, quads, out_features;
-    int digits;
     ElementType bias_type, type;  // the latter of y
 };
 
 struct Kernels {
-    int64_t element_bytes;  // of an element of x, rounded
+    int64_t element_bytes;  // of an integer of x
 
-    // Rounds a row to 8 bits; or, where `digits` is 2, to 16 as 256 · the first row of `q` + the second, `stride` elements
-    // behind. Elements from `count` to `stride` are whatever is multiplied by zeros.
-    RoundedRow (*round)(ElementType type, const void* x, int64_t count, int digits, int64_t stride, void* q);
+    // Rounds a row of `count` elements to 8 bits; or, where there are two digits, to 16 as 256 · the first + the second.
+    void (*round)(ElementType type, const void* x, int64_t count, const Rows& rows, int64_t row);
 
     // begin is a multiple of kPanel, end as well unless the row ends there.
     void (*columns)(const Call& call, int64_t begin, int64_t end);

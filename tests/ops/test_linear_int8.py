@@ -13,8 +13,8 @@ from ..instruction_sets import INT8
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 in_every_set = pytest.mark.parametrize("isa", INT8, indirect=True)
-# Around fours, panels of sixteen and the groups of them, and cuts between threads.
-IN_FEATURES = (1, 3, 4, 5, 31, 64, 130, 770)
+# Around fours, groups of 64, panels of sixteen and the groups of them, and cuts between threads.
+IN_FEATURES = (1, 3, 4, 5, 31, 64, 66, 130, 770)
 OUT_FEATURES = (1, 15, 16, 17, 47, 49, 64, 65, 300)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 40)
 
@@ -30,16 +30,19 @@ def draw(rows, in_features, out_features, dtype=torch.float32, transposed=False,
     )
 
 
-def rounded(values):
-    """Rows in 8 bits, and their factors, as the definition has it."""
-    most = values.float().abs().amax(dim=1, keepdim=True)
-    factor = torch.full_like(most, 127) / most  # (127 / most is a product with its reciprocal)
-    return (values.float() * factor).round().double(), (most / 127).double()
+def rounded(values, group):
+    """In 8 bits and back, each ``group`` elements of a row by the largest of them."""
+    parts = []
+    for part in values.float().split(group, dim=1):
+        most = part.abs().amax(dim=1, keepdim=True)
+        factor = torch.full_like(most, 127) / most  # (127 / most is a product with its reciprocal)
+        parts.append((part * factor).round().double() * (most / 127).double())
+    return torch.cat(parts, dim=1)
 
 
 def by_definition(x, weight, bias, transposed):
-    (q, x_scale), (w, scale) = rounded(x), rounded(weight.t() if transposed else weight)
-    y = q @ w.t() * x_scale * scale.t()
+    weight = weight.t() if transposed else weight
+    y = rounded(x, 64) @ rounded(weight, weight.shape[1]).t()
     return y if bias is None else y + bias.double()
 
 
@@ -85,7 +88,7 @@ def test_a_row_depends_on_nothing_but_itself(isa, digits, threads):
 
 @in_every_set
 def test_the_same_on_every_set(isa):
-    """Integers are; what they are multiplied with is rounded once or twice."""
+    """Integers are; what they are multiplied with is rounded."""
     from simctg_fast.ops import _backends
 
     x, weight, bias = draw(5, 130, 65)
@@ -93,7 +96,7 @@ def test_the_same_on_every_set(isa):
     y = run_kernel(x, weight, bias, False, copy)
     _backends.extension().set_isa("auto")
     assert torch.equal(quantized(weight, False), copy)
-    torch.testing.assert_close(run_kernel(x, weight, bias, False, copy), y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run_kernel(x, weight, bias, False, copy), y, rtol=1e-5, atol=1e-5)
 
 
 @in_every_set
@@ -122,7 +125,6 @@ def y_of(x, weight, bias, copy):
 
 
 def test_what_has_no_copy():
-    assert quantized(torch.ones(2, 65537), False) is None
     assert quantized(torch.ones(0, 3), False) is None
     assert quantized(torch.ones(3, 0), False) is None
     for value in (float("nan"), float("inf")):
