@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from simctg_fast import SimCTGLoss, contrastive_loss, cosine_similarity_matrix
 from simctg_fast.compat import compute_contrastive_loss, t5_cosine_similarity
 from simctg_fast.losses import ContrastiveLoss, padding_mask
+from simctg_fast.ops import _backends
+from simctg_fast.reference.contrastive_search import true_float64
+
+from ..decoding_models import VOCABULARY, build, prompt
 
 PAD, VOCAB = 0, 30
 
@@ -77,6 +81,47 @@ def test_a_published_training_script_gives_the_same_curve():
     theirs = train(lambda *batch: published(0.9, *batch))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert ours[-1].sum() < ours[0].sum()
+
+
+class Watched:
+    """The extension, and which of its functions are looked up."""
+
+    def __init__(self, extension):
+        self.extension, self.names = extension, []
+
+    def __getattr__(self, name):
+        self.names.append(name)
+        return getattr(self.extension, name)
+
+
+@pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_16_bits_go_through_the_kernels(dtype, monkeypatch):
+    """Loss and gradients of a model's weights are as close to float64 as the published arithmetic's in its type."""
+    model, ids = build("gpt2").to(dtype), prompt(3, 20)
+    watched = Watched(_backends.require_extension())
+    monkeypatch.setattr(_backends, "require_extension", lambda: watched)
+
+    def trained(model, loss_function):
+        out = model(ids, output_hidden_states=True)
+        model.zero_grad()
+        loss = loss_function(out.hidden_states[-1], out.logits)
+        loss.backward()
+        return loss.detach().double(), torch.cat([p.grad.flatten().double() for p in model.transformer.parameters()])
+
+    def plain(states, logits):
+        unit = states / states.norm(dim=-1, keepdim=True)
+        similarity = unit @ unit.mT
+        pairs = ~torch.eye(20, dtype=torch.bool).expand(3, -1, -1)
+        return torch.relu(0.9 - similarity.diagonal(dim1=1, dim2=2).unsqueeze(-1) + similarity)[pairs].mean()
+
+    ours = trained(model, lambda states, logits: SimCTGLoss(0.9, VOCABULARY, PAD)(states, logits, ids, ids)[1])
+    assert {"contrastive_hinge", "contrastive_reduce", "contrastive_gradient"} <= set(watched.names)
+    theirs = trained(model, plain)
+    with true_float64():
+        exact = trained(copy.deepcopy(model).double(), plain)
+    for got, own, truth in zip(ours, theirs, exact, strict=True):
+        assert (got - truth).norm() <= 1.2 * (own - truth).norm() + 1e-3 * truth.norm()
 
 
 def test_padding_is_a_run_at_either_end():

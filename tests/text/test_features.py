@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -16,9 +17,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 from simctg_fast import bundled_model_path, extract_features
+from simctg_fast.cpu import modules
+from simctg_fast.ops import _backends
+from simctg_fast.reference.contrastive_search import true_float64
 from simctg_fast.text.features import Features, load_features, read_texts
 
 from ..decoding_models import PAD, VOCABULARY, build, tokenizer
@@ -59,6 +64,29 @@ def test_every_token(model, layer):
     for index, text in enumerate(TEXTS):
         torch.testing.assert_close(features[index], by_hand(model, text, layer), rtol=1e-4, atol=2e-5)
     assert torch.equal(features[-1], features[len(TEXTS) - 1])
+
+
+@pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+def test_16_bits_go_through_the_kernels(name, dtype, monkeypatch):
+    """As close to float64, from the same weights, as the model's own modules; float32 is left to PyTorch."""
+    model, products, original = make(name).to(dtype), [], modules.run_kernel
+    monkeypatch.setattr(modules, "run_kernel", lambda x, *args: products.append(x.dtype) or original(x, *args))
+    found = extract_features(model, tokenizer(), TEXTS, max_tokens=60)
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    linears = [m for m in body.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    assert len(products) >= 2 * len(linears), "two batches"
+    assert set(products) == {dtype}
+    plain = torch.cat([by_hand(model, text) for text in TEXTS]).double()
+    exact = copy.deepcopy(model).double()
+    with true_float64():
+        exact = torch.cat([by_hand(exact, text) for text in TEXTS])
+    ours, theirs = ((each.double() - exact).square().mean().sqrt().item() for each in (found.values, plain))
+    assert ours <= 1.1 * theirs
+    products.clear()
+    extract_features(model.float(), tokenizer(), TEXTS)
+    assert not products
 
 
 def test_pooled(model):
@@ -409,6 +437,9 @@ def test_a_file_that_comes_meanwhile_is_kept_and_so_is_the_work(tmp_path):
 
 LIMITED = """
 import resource, signal, sys, torch
+from simctg_fast.cpu import modules
+from simctg_fast.ops import _backends
+from simctg_fast.reference.contrastive_search import true_float64
 from simctg_fast.text.features import Features
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 features = Features(torch.ones(1 << 16, 64), torch.ones(1 << 16, dtype=torch.int64), "mean")

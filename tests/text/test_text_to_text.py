@@ -50,6 +50,34 @@ def test_the_answers_are_right(reverse):
     assert len(set(texts)) > 50, "the texts differ"
 
 
+@pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_16_bits_go_through_the_kernels(kind, dtype, request, monkeypatch):
+    """No linear layer is left to PyTorch, and what float32 was trained to say is still said. (That every step is as
+    close to float64 as the model's own modules are is tested in `decoding/test_16_bit.py`.)"""
+    if kind == "t5":
+        generator = ContrastiveGenerator.from_pretrained(request.getfixturevalue("trained_t5"), device=-1, dtype=dtype)
+        texts, settings = toy_t5.held_out(20), {"top_k": 3, "penalty_alpha": 0.5}
+    else:
+        generator = ContrastiveGenerator(build("gpt2").to(dtype), tokenizer())
+        texts, settings = ["Contrast", "ive search", "x"], {"max_length": 12}
+    assert generator.model.dtype == dtype
+    products, left, original = [], [], modules.run_kernel
+    monkeypatch.setattr(modules, "run_kernel", lambda x, *args: products.append(x.dtype) or original(x, *args))
+    for name in ("_LINEAR_FORWARD", "_CONV1D_FORWARD"):
+        own = getattr(modules, name)
+        monkeypatch.setattr(modules, name, lambda self, x, own=own: left.append(x.dtype) or own(self, x))
+    answers = generator(texts, **settings)
+    assert products.count(dtype) > 0
+    assert not left
+    if kind == "t5":
+        right = [toy_t5.answer(text) == answer for text, answer in zip(texts, answers, strict=True)]
+        assert sum(right) >= 18
+    else:
+        assert generator(texts[::-1], **settings) == answers[::-1]
+
+
 def test_the_order_and_the_batch_size_do_not_matter(trained_t5, reverse):
     texts = toy_t5.held_out(21)
     answers = reverse(texts)
