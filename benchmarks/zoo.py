@@ -31,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 LIMIT = 600  # seconds a class
 MEMORY = 12 << 30
 HERE = Path(__file__).resolve().parent
+DTYPES = ("float32", "bfloat16", "float16")
 JUDGED = ("agrees", "refused", "rough", "fault")
 
 # One or two of each kind, none of them slow.
@@ -60,18 +61,19 @@ CI = (
 )
 
 
-def _child(name: str, pipe) -> None:
+def _child(name: str, dtype: str, pipe) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
+    import torch
     from zoo_sweep.run import one_class
 
-    pipe.send(one_class(name))
+    pipe.send(one_class(name, getattr(torch, dtype)))
     pipe.close()
 
 
-def sweep(names: list[str], jobs: int, done):
+def sweep(names: list[str], jobs: int, done, dtype: str = "float32"):
     """``done(record)`` for every class, each in a process of its own that was forked from this one."""
     import torch
     import transformers
@@ -87,7 +89,7 @@ def sweep(names: list[str], jobs: int, done):
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, theirs), daemon=True)
+            process = context.Process(target=_child, args=(name, dtype, theirs), daemon=True)
             process.start()
             theirs.close()
             running[name] = (process, ours, time.monotonic())
@@ -206,18 +208,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="classes whose name this regular expression finds")
     parser.add_argument("--ci", action="store_true", help="some forty classes that cover every kind")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="16 bits: judged by the same weights")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="do not go on from earlier results")
     parser.add_argument("--output", type=Path, help="results, a JSON line a class")
     parser.add_argument("--write", action="store_true", help="write the page from the results")
     parser.add_argument("--page", type=Path, help="the page, instead of docs/zoo.md; may be of some classes")
     options = parser.parse_args(arguments)
+    if options.write and options.dtype != "float32":
+        parser.error("the page is written from float32's results")
     if options.ci and options.write:
         parser.error("--ci keeps no results to write a page from")
     import transformers
     from zoo_sweep.classes import generating_classes
 
-    output = options.output or HERE / "results" / f"zoo_{transformers.__version__}.jsonl"
+    kind = "" if options.dtype == "float32" else f"_{options.dtype}"
+    output = options.output or HERE / "results" / f"zoo_{transformers.__version__}{kind}.jsonl"
     names = [name for name in generating_classes() if not options.only or re.search(options.only, name)]
     if options.ci:
         names = [name for name in CI if name in names]
@@ -236,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(json.dumps(record) + "\n")
 
     if not options.write or options.only or not known:
-        sweep([n for n in names if options.again or options.only or n not in known], options.jobs, done)
+        sweep([n for n in names if options.again or options.only or n not in known], options.jobs, done, options.dtype)
     known |= {record["class"]: record for record in fresh}
     faulty = [record["class"] for record in fresh if record["status"] == "fault"]
     print(f"{len(fresh)} classes in {time.monotonic() - began:.0f} s, {len(faulty)} with faults: {' '.join(faulty)}")

@@ -18,6 +18,7 @@ from parity_zoo.weights import fill
 
 VOCABULARY, WINDOW, LAYERS, WIDTH, HEADS = 96, 4, 2, 32, 4
 IMAGE, PATCH = 8, 4
+STD = {torch.float32: 0.35, torch.bfloat16: 0.2, torch.float16: 0.2}  # the larger, the more is made of rounding
 MOST_PARAMETERS = 30_000_000
 IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN = 90, 91, 92
 
@@ -244,8 +245,8 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def build(cls: Any, seed: int = 0) -> torch.nn.Module:
-    """A new small model of ``cls`` in evaluation mode, float32, its weights drawn large enough to matter.
+def build(cls: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A new small model of ``cls`` in evaluation mode, its weights drawn in float32, large enough to matter.
 
     Raises:
         NotBuiltError: how the last attempt failed.
@@ -269,8 +270,26 @@ def build(cls: Any, seed: int = 0) -> torch.nn.Module:
             problems.append(f"{type(error).__name__}: {text[:300]}")
     else:
         raise NotBuiltError(problems[0] if len(set(problems)) == 1 else " / ".join(problems))
-    fill(model, seed)
-    return model
+    fill(model, seed, STD[dtype])
+    return model if dtype == torch.float32 else _loaded(model, dtype)
+
+
+def _loaded(model: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """As ``from_pretrained`` loads it: buffers as the class makes them in ``dtype``, and in float32 what it says it
+    needs in that."""
+    try:
+        loaded = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).eval()
+    except Exception:  # something in its initialisation knows no 16 bits
+        loaded = copy.deepcopy(model).to(dtype)
+    names = set(getattr(loaded, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names |= set(getattr(loaded, "_keep_in_fp32_modules", None) or ())
+    wide = re.compile("|".join(rf"(^|\.){name}(\.|$)" for name in sorted(names)) or r"(?!)")
+    for name, value in loaded.named_parameters():
+        if wide.search(name):
+            value.data = value.data.float()
+    loaded.load_state_dict(model.state_dict())
+    return loaded
 
 
 def _largest(cls: Any, config: Any) -> str:

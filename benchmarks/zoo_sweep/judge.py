@@ -43,7 +43,13 @@ def double_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[st
 
 
 def trace(
-    model: Any, inputs: dict[str, torch.Tensor], tokens: torch.Tensor, *, cached: bool = True, scored: bool = True
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    *,
+    cached: bool = True,
+    scored: bool = True,
+    like: list[Step] | None = None,
 ) -> list[Step]:
     """The steps of contrastive search along ``tokens (B, n)``.
 
@@ -52,6 +58,7 @@ def trace(
         inputs: arguments of ``generate``, in the model's dtype.
         cached: over the cache that transformers makes, else the whole text again at each step.
         scored: try the candidates (else ``scores`` are NaN and only the logits are of use).
+        like: try the tokens that these steps tried and not the most probable ones.
     """
     found: list[Step] = []
     if scored:
@@ -60,7 +67,7 @@ def trace(
     def loop(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs):
         kwargs.pop("synced_gpus", None)
         kwargs.pop("streamer", None)
-        walk = _Walk(model, input_ids, logits_processor, kwargs, scored)
+        walk = _Walk(model, input_ids, logits_processor, kwargs, scored, like)
         found.extend(walk.along(tokens))
         return torch.cat([input_ids, tokens], dim=1)
 
@@ -82,9 +89,9 @@ def _show_hidden_states(model: Any) -> None:
 class _Walk:
     """``generate``'s loop along given tokens."""
 
-    def __init__(self, model, ids, logits_processor, kwargs, scored):
+    def __init__(self, model, ids, logits_processor, kwargs, scored, like):
         self.model, self.ids, self.processor = model, ids, logits_processor
-        self.kwargs, self.scored = dict(kwargs), scored
+        self.kwargs, self.scored, self.like = dict(kwargs), scored, like
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         asked = scored and not getattr(model.config, "output_hidden_states", False)
         self.extra = {"output_hidden_states": True} if asked else {}
@@ -102,11 +109,14 @@ class _Walk:
         inputs = self.model.prepare_inputs_for_generation(self.ids, is_first_iteration=True, **self.kwargs)
         outputs, states = self._run(inputs)
         self._advance(outputs)
-        logits, history = outputs.logits[:, -1], states
-        for chosen in tokens.unbind(dim=1):
+        logits, history = _wide(outputs.logits[:, -1]), states
+        for index, chosen in enumerate(tokens.unbind(dim=1)):
             scores = logits if self.processor is None else self.processor(self.ids, logits.clone())
             probabilities = scores.softmax(dim=-1)
-            tried = torch.nan_to_num(scores, nan=-torch.inf).topk(TOP_K + _MORE, dim=-1).indices
+            if self.like is None:
+                tried = torch.nan_to_num(scores, nan=-torch.inf).topk(TOP_K + _MORE, dim=-1).indices
+            else:
+                tried = self.like[index].ids[:, :-1]
             found = []
             if history is not None:
                 found = [self._tried(candidate) for candidate in tried.unbind(dim=1)]
@@ -123,7 +133,7 @@ class _Walk:
                 values = (1 - ALPHA) * p - ALPHA * penalties
                 history = torch.cat([history, states[:, -1:]], dim=1)
             yield Step(logits.reshape(len(all_ids), -1), all_ids, p, values)
-            logits = outputs.logits[:, -1]
+            logits = _wide(outputs.logits[:, -1])
 
     def _inputs(self, kwargs, token):
         ids = torch.cat([self.ids, token[:, None]], dim=1)
@@ -133,7 +143,8 @@ class _Walk:
     def _run(self, inputs) -> tuple[Any, torch.Tensor | None]:
         self.heard: torch.Tensor | None = None
         outputs = self.model(**inputs | self.extra, return_dict=True)
-        return outputs, self._last_hidden(outputs) if self.scored else None
+        states = self._last_hidden(outputs) if self.scored else None
+        return outputs, None if states is None else _wide(states)
 
     def _tried(self, candidate) -> torch.Tensor:
         """The candidate's hidden state; whatever holds a state is afterwards as it was before."""
@@ -184,12 +195,19 @@ class _Walk:
         return last
 
 
-def regret(steps: list[Step], tokens: torch.Tensor, tie: float = 1e-6) -> torch.Tensor:
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """What a step makes of its model's numbers rounds nothing away: scores are ours to compute, in any type."""
+    return values.double() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def regret(steps: list[Step], tokens: torch.Tensor, tie: float = 1e-6, *, of_logarithms: bool = False) -> torch.Tensor:
     """How far each of ``tokens (B, n)`` is from the best one ``(B, n)``: inf where it was no candidate, 0 where it is
-    the choice. Probabilities nearer than ``tie`` are one. A step without hidden states is judged as candidate only."""
+    the choice. Probabilities (or their logarithms) nearer than ``tie`` are one. A step without hidden states is judged
+    as candidate only."""
     columns = []
     for index, step in enumerate(steps):
         p, scores = step.probabilities, step.scores
+        p = p.log() if of_logarithms else p
         own = p[:, -1]
         chosen = scores[:, -1]
         edge, beyond = p[:, TOP_K - 1], p[:, TOP_K]
@@ -203,9 +221,12 @@ def regret(steps: list[Step], tokens: torch.Tensor, tie: float = 1e-6) -> torch.
 
 def error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest relative error of a row, where both are finite."""
+    return float(errors(ours, expected).max())
+
+
+def errors(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Relative error of each row (the last dimension), where both are finite."""
     ours, expected = ours.double(), expected.double()
     finite = ours.isfinite() & expected.isfinite() & (expected.abs() < 1e30)
-    if not bool(finite.any()):
-        return 0.0
     difference = torch.where(finite, ours - expected, 0.0).norm(dim=-1)
-    return float((difference / torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)).max())
+    return difference / torch.where(finite, expected, 0.0).norm(dim=-1).clamp_min(1e-12)

@@ -7,19 +7,21 @@ import logging
 import time
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 
-from . import build, classes, engine, inputs, judge
+from . import build, classes, engine, inputs, judge, rounding
 
 NEW_TOKENS = 8
 PATHS = ("shared_prefix", "reorder", "uncached")
 ROUGH = 0.02  # float32 alone is further from float64 than this: nothing can be told from tokens
 _MARGIN = 30  # times the error of transformers' own step in float32
+_FOLLOWS_WHOLE = "path='uncached' follows the recomputed text, from which the class's own cached step departs"
 
 
-def one_class(name: str) -> dict[str, Any]:
-    """The record of class ``name``; whatever goes wrong is part of it."""
+def one_class(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The record of class ``name`` in ``dtype``; whatever goes wrong is part of it."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     began = time.perf_counter()
@@ -39,7 +41,7 @@ def one_class(name: str) -> dict[str, Any]:
             return record
         if not classes.enters_generate(cls):
             return record | {"status": "own loop", "reason": "its generate has a loop of its own"}
-        model = build.build(cls)
+        model = build.build(cls, dtype=dtype)
         settle(model)
     except Exception as error:
         record |= {"status": "not built", "reason": _short(error)}
@@ -102,6 +104,9 @@ def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
     case |= {"path": report.path, "reason": report.reason, "inputs": {n: list(v.shape) for n, v in given.items()}}
     faults: list[str] = case["faults"]
     double, double_inputs = judge.double_of(model, given)
+    if model.dtype != torch.float32:
+        wrong = _slower_than_in_float32(model, given, report, double, double_inputs, case)
+        faults += [wrong] if wrong else []
 
     results: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
     calls = copy.deepcopy(model)
@@ -121,7 +126,7 @@ def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
         faults.append(f"path={report.path!r} by name does not open: {case.get('refusals', {}).get(report.path)}")
     if report.path == "none":
         # transformers' greedy search did run: what it is that we refuse is the reason.
-        case["status"] = "fault" if faults else "refused"
+        case["status"] = "fault" if faults else case["status"] or "refused"
         return case
     judged: dict[tuple, str] = {}
     for label, (tokens, logits) in results.items():
@@ -142,22 +147,33 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, label) ->
     except Exception as error:
         try:
             case["truth"] = f"float32, because in float64 {_short(error)}"
-            double, double_inputs = copy.deepcopy(model), given
-            steps = judge.trace(double, given, tokens)
+            double, double_inputs = single_of(model, given)
+            steps = judge.trace(double, double_inputs, tokens)
         except Exception as again:
             case["status"] = "rough"
             case["truth"] = f"none: {_short(again)}"
             return ""
-    truth = torch.stack([step.logits for step in steps], dim=1)
+    truth = rounding.stacked(steps)
+    if model.dtype != torch.float32:
+        try:
+            found = _within_rounding(model, given, steps, tokens, logits, case)
+        except Exception as error:
+            return f"the judge failed: {_short(error)}"
+        if found and label == "uncached" and logits is not None:
+            whole = judge.trace(double, double_inputs, tokens, cached=False)
+            if not _within_rounding(model, given, whole, tokens, logits, {}, cached=False):
+                _note(case, _FOLLOWS_WHOLE)
+                return ""
+        return found
     try:
         plain = judge.trace(copy.deepcopy(model), given, tokens, scored=False)
-        own_error = judge.error(torch.stack([s.logits for s in plain], dim=1), truth)
+        own_error = judge.error(rounding.stacked(plain), truth)
     except Exception as error:
         return f"the judge failed: {_short(error)}"
     case["own_error"] = max(case.get("own_error", 0.0), own_error)
     try:
         steps_whole = judge.trace(double, double_inputs, tokens, cached=False, scored=False)
-        whole = torch.stack([step.logits for step in steps_whole], dim=1)
+        whole = rounding.stacked(steps_whole)
         apart = judge.error(whole, truth)
         if apart > (1e-3 if "truth" in case else 1e-6):
             case["own_differs"] = f"{apart:.2g}"
@@ -186,9 +202,74 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, label) ->
         return ", ".join(found)
     if judge.error(logits, whole) <= allowed:
         # What was asked for by name: the text recomputed. The class's own cached step is what departs from it.
-        case["note"] = "path='uncached' follows the recomputed text, from which the class's own cached step departs"
+        _note(case, _FOLLOWS_WHOLE)
         return ""
     return ", ".join(found)
+
+
+def _within_rounding(model, given, steps, tokens, logits, case, cached: bool = True) -> str:
+    """What is wrong with these tokens of 16 bits, by what the model's own modules round away; empty if nothing is."""
+    own, floor = rounding.Rounding(steps, cached), torch.finfo(model.dtype).eps / 2
+    for draw in range(rounding.DRAWS + rounding.MORE):
+        own.draw(model, given, tokens)
+        if draw + 1 < rounding.DRAWS:
+            continue
+        case["own_error"] = max(case.get("own_error", 0.0), own.largest)
+        case["scored"] = bool(steps[0].scores.isfinite().any())
+        if own.largest > rounding.ROUGH or not own.finite:
+            case["status"] = "rough"
+            _note(case, f"its own modules are off by {own.largest:.2g}" if own.finite else "its own modules overflow")
+            return ""
+        allowed = max(1e-3, rounding.TIMES * own.scores)
+        tie = rounding.TIMES * own.logarithms + floor
+        lost = judge.regret(steps, tokens, tie=tie, of_logarithms=True)
+        case["regret"], case["allowed"] = float(lost.max()), allowed
+        found = []
+        if float(lost.max()) > allowed:
+            row, column = divmod(int(lost.flatten().argmax()), lost.shape[1])
+            found.append(f"regret {float(lost.max()):.3g} of {allowed:.2g} allowed (row {row}, step {column})")
+        if logits is not None:
+            truth = rounding.stacked(steps)
+            if not bool((logits.isfinite() | ~truth.isfinite()).all()):
+                found.append("logits are not finite, which are in its own modules")
+            apart = judge.errors(logits, truth)
+            largest, mean = float(apart.max()), rounding.root_mean_square(apart)
+            case["error"] = max(case.get("error", 0.0), largest)
+            case["of_own"] = max(case.get("of_own", 0.0), mean / max(own.mean, 1e-12))
+            if largest > rounding.TIMES * own.largest + floor or mean > rounding.MEAN * own.mean + floor:
+                found.append(
+                    f"logits off by {largest:.2g}, {mean:.2g} in the mean "
+                    f"(its own modules by {own.largest:.2g}, {own.mean:.2g})"
+                )
+        if not found:
+            break
+    return ", ".join(found)
+
+
+def single_of(model, given) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Both in float32, the model a copy."""
+    return copy.deepcopy(model).float(), {n: v.float() if v.is_floating_point() else v for n, v in given.items()}
+
+
+def _slower_than_in_float32(model, given, report, double, double_inputs, case) -> str:
+    """What is wrong where a path opens to the same weights in float32 and not in 16 bits: that path, taken all the
+    same, has to be as close as the model's own modules, and its trial was too close to call. Empty if it opens."""
+    from simctg_fast import support
+    from simctg_fast.decoding import trial
+
+    single, single_inputs = single_of(model, given)
+    path = support(single, single_inputs, top_k=judge.TOP_K).path
+    order = (*PATHS, "none")
+    if order.index(report.path) <= order.index(path):
+        return ""
+    _note(case, f"{path} in float32")
+    try:
+        with mock.patch.object(trial, "check_close"):
+            tokens, logits = ours(copy.deepcopy(model), given, path)
+        wrong = verdict(model, given, double, double_inputs, tokens, logits, case, path)
+    except Exception as error:
+        wrong = _short(error)
+    return f"{path} in float32, not here: {report.reason}; taken all the same: {wrong}" if wrong else ""
 
 
 def in_the_engine(model: Any) -> dict[str, Any]:
@@ -252,6 +333,7 @@ def accepted_inputs(model, kind: str, rows: int) -> tuple[dict[str, torch.Tensor
     """The first guess that transformers' own greedy search takes, or how it refused the first of them."""
     problem = ""
     for guess in inputs.guesses(model, kind, rows):
+        guess = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in guess.items()}
         for attempt in range(2):
             try:
                 copied = copy.deepcopy(model)
@@ -266,6 +348,11 @@ def accepted_inputs(model, kind: str, rows: int) -> tuple[dict[str, torch.Tensor
                     break
                 guess = better
     return None, f"transformers' own greedy search: {problem}"
+
+
+def _note(case: dict[str, Any], text: str) -> None:
+    notes = case.get("note", "").split("; ") if case.get("note") else []
+    case["note"] = "; ".join(dict.fromkeys([*notes, text]))
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -9,6 +9,10 @@ import sys
 import pytest
 import torch
 
+from simctg_fast.cpu import modules
+from simctg_fast.decoding import trial
+from simctg_fast.ops import _backends
+
 from ..decoding_models import build, decode, inputs_for
 from ..processes import run_child
 from ..repository import repository
@@ -147,6 +151,83 @@ def test_a_row_of_the_engine_that_is_not_its_prompts_is_found(monkeypatch):
     assert "prompt 0" in faults[0]
 
 
+NARROW = [torch.bfloat16, torch.float16]
+
+
+def narrow(name, dtype):
+    model = small.build(find(name), dtype=dtype)
+    run.settle(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("OPTForCausalLM", torch.bfloat16), ("T5ForConditionalGeneration", torch.float16)]
+)
+def test_16_bits_agree(name, dtype):
+    record = run.one_class(name, dtype)
+    assert record["status"] == "agrees", record["faults"]
+    for case in record["cases"].values():
+        assert 0 < case["own_error"] < 0.1
+        assert case["of_own"] < 1.5
+
+
+def test_16_bits_are_loaded_as_checkpoints_are():
+    model = narrow("T5ForConditionalGeneration", torch.float16)
+    assert {p.dtype for n, p in model.named_parameters() if ".wo." in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if ".wo." not in n} == {torch.float16}
+    model = narrow("LlamaForCausalLM", torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def without_bias(x, weight, bias, *rest):
+    return x, weight, None, *rest
+
+
+def garbage(x, weight, bias, *rest):
+    return x.flip(-1), weight, bias, *rest
+
+
+FAST = ((torch.bfloat16, without_bias, False), (torch.float16, garbage, True))
+
+
+@pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    ("dtype", "mutation", "tried"),
+    [
+        pytest.param(dtype, mutation, tried, marks=() if (dtype, mutation, tried) in FAST else pytest.mark.full)
+        for dtype in NARROW
+        for mutation in (without_bias, garbage)
+        for tried in (True, False)
+    ],
+)
+def test_one_wrong_layer_of_16_bits_is_found(dtype, mutation, tried, monkeypatch):
+    """Whether the trial refuses the path that it opens in float32, or lets it pass."""
+    model, original = narrow("OPTForCausalLM", dtype), modules.run_kernel
+    wrong = model.model.decoder.layers[1].fc1.weight
+
+    def run_kernel(x, weight, *rest):
+        is_it = weight.dtype == dtype and weight.shape == wrong.shape and torch.equal(weight, wrong)
+        return original(*mutation(x, weight, *rest) if is_it else (x, weight, *rest))
+
+    monkeypatch.setattr(modules, "run_kernel", run_kernel)
+    if not tried:
+        monkeypatch.setattr(trial, "check_close", lambda *args: None)
+    case = run.one_case(model, "text", 1)
+    assert case["status"] == "fault"
+    assert any("logits off by" in fault for fault in case["faults"])
+    assert ("shared_prefix in float32, not here" in case["faults"][0]) == tried
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_some_forty_classes_agree_in_16_bits(dtype, tmp_path):
+    """But for what their own modules make of rounding: experts, and keys that a sparse attention chooses."""
+    records = sweep(tmp_path, "--dtype", dtype)
+    assert {record["status"] for record in records} <= {"agrees", "refused", "rough"}
+    assert sum(record["status"] == "rough" for record in records) <= 4
+
+
 def test_the_page_says_why():
     agrees = {"architecture": "a", "status": "agrees", "path": "shared_prefix", "reason": "one copy", "faults": []}
     text = {"status": "agrees", "path": "shared_prefix"}
@@ -177,13 +258,18 @@ def test_an_error_from_deeper_down_is_no_refusal():
     assert not run._is_ours(theirs.value)
 
 
-def test_some_forty_classes_agree(tmp_path):
-    """Each in a process of its own, forked from one that has imported everything."""
+def sweep(tmp_path, *arguments):
     output = tmp_path / "zoo.jsonl"
-    command = [sys.executable, str(BENCHMARKS / "zoo.py"), "--ci", "--jobs", "2", "--output", str(output)]
+    command = [sys.executable, str(BENCHMARKS / "zoo.py"), "--ci", "--jobs", "2", "--output", str(output), *arguments]
     out = run_child(command)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert out.returncode == 0, out.stdout + out.stderr
     assert len(records) >= 38
+    return records
+
+
+def test_some_forty_classes_agree(tmp_path):
+    """Each in a process of its own, forked from one that has imported everything."""
+    records = sweep(tmp_path)
     assert {record["status"] for record in records} <= {"agrees", "refused"}
     assert {"shared_prefix", "reorder"} <= {record["path"] for record in records}
