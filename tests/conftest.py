@@ -18,6 +18,7 @@ import torch
 import torch.utils._device
 
 from . import near_ties
+from .forks import forking
 from .instruction_sets import BASE
 
 LIBRARY = "simctg_fast"
@@ -151,6 +152,13 @@ def children():
     """An `ExitStack` for the processes of `processes.started`: they end with the test."""
     with contextlib.ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Children that find torch and transformers imported: `forks.Forks`."""
+    with forking() as forks:
+        yield forks
 
 
 @pytest.fixture

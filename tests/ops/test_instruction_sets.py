@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import textwrap
 
 import pytest
 
 from simctg_fast.ops import _backends
 
-from ..processes import run_child
 from ..repository import INSTALLED
 
 ARM = platform.machine().lower() in ("aarch64", "arm64")
@@ -59,20 +57,31 @@ for name, use in uses.items():
 """
 
 
-def child(code: str, isa: str | None = None, expect: int = 0) -> tuple[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name != "SIMCTG_FAST_ISA"}
-    environment |= {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
-    if isa is not None:
-        environment["SIMCTG_FAST_ISA"] = isa
-    done = run_child([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, cwd="/")
-    assert done.returncode == expect, done.stderr
-    return done.stdout, done.stderr
+@pytest.fixture
+def child(forks):
+    """Runs code under a value of the variable; in a fork of a process that has imported torch."""
+
+    def run(code: str, isa: str | None = None, expect: int = 0) -> tuple[str, str]:
+        environment = {name: value for name, value in os.environ.items() if name != "SIMCTG_FAST_ISA"}
+        environment |= {"PYTHONPATH": str(INSTALLED), "OMP_NUM_THREADS": "1"}
+        if isa is not None:
+            environment["SIMCTG_FAST_ISA"] = isa
+        done = forks.run(textwrap.dedent(code), cwd="/", env=environment, quiet=True)
+        assert done.returncode == expect, done.stderr
+        return done.stdout, done.stderr
+
+    return run
 
 
-def shown(isa: str | None, prologue: str = "") -> tuple[dict[str, str], str]:
+@pytest.fixture
+def shown(child):
     """What `simctg-fast env` says."""
-    out, errors = child(prologue + "from simctg_fast.cli import app; app(['env'])", isa)
-    return dict(line.split(maxsplit=1) for line in out.splitlines()), errors
+
+    def run(isa: str | None, prologue: str = "") -> tuple[dict[str, str], str]:
+        out, errors = child(prologue + "from simctg_fast.cli import app; app(['env'])", isa)
+        return dict(line.split(maxsplit=1) for line in out.splitlines()), errors
+
+    return run
 
 
 def available() -> list[str]:
@@ -110,7 +119,7 @@ def test_what_this_processor_has():
 
 
 @needs_extension
-def test_the_variable_chooses():
+def test_the_variable_chooses(shown):
     for name in available():
         info, _ = shown(name)
         assert info["instruction_set"] == name
@@ -124,7 +133,7 @@ def test_the_variable_chooses():
 
 
 @needs_extension
-def test_env_reports_a_bad_value_in_one_line():
+def test_env_reports_a_bad_value_in_one_line(shown):
     info, errors = shown("sse9")
     assert info["instruction_set"] == "none"
     allowed = ", ".join(("auto", *available()))
@@ -134,7 +143,7 @@ def test_env_reports_a_bad_value_in_one_line():
 
 
 @pytest.mark.parametrize("built", [pytest.param(True, marks=needs_extension), False])
-def test_every_use_refuses_a_bad_value(built):
+def test_every_use_refuses_a_bad_value(built, child):
     """Nothing is computed by PyTorch instead: the variable was set for the kernels' sake."""
     allowed = ("auto", *available()) if built else _backends.ISA_NAMES
     told = f"ValueError SIMCTG_FAST_ISA is 'sse9'; it must be one of {', '.join(allowed)}"
@@ -143,7 +152,7 @@ def test_every_use_refuses_a_bad_value(built):
     assert out.splitlines() == [*lines, f"support RuntimeError {told.replace('ValueError ', 'ValueError: ')}"]
 
 
-def test_without_the_extension_the_names_are_known():
+def test_without_the_extension_the_names_are_known(child, shown):
     for name in (None, "", "auto", *NAMES):
         info, _ = shown(name, WITHOUT_EXTENSION)
         assert info["extension"] == info["instruction_set"] == "none"
@@ -155,7 +164,7 @@ def test_without_the_extension_the_names_are_known():
     assert out.split() == ["loss", "done", "viterbi", "done", "generate", "done", "support", "done"]
 
 
-def test_the_command_line_says_it_in_one_error():
+def test_the_command_line_says_it_in_one_error(child):
     code = "from simctg_fast.cli import app; app(['generate', 'bundled', '-n', '2', 'hello'])"
     _, errors = child(code, "sse9", expect=2)
     assert "SIMCTG_FAST_ISA is 'sse9'" in errors
