@@ -246,6 +246,15 @@ def test_the_page_says_why():
     assert "\nC.\n" in page
     assert "3 classes: 3 agrees. Paths: shared_prefix 2, reorder 1. Engine: slots 2." in page
     assert page.splitlines()[-1].endswith("word … |")
+    assert "16 bits" not in page
+    rough = agrees | {
+        "class": "A1",
+        "status": "rough",
+        "cases": {"text 1": text | {"note": "its own modules overflow"}},
+    }
+    page = zoo.table(records, "5", {"float16": [rough, records[1]]})
+    assert "\n* float16: 1 agrees, 1 rough.\n" in page
+    assert "| A1 | float16 | shared_prefix | rough | its own modules overflow |" in page
 
 
 def test_an_error_from_deeper_down_is_no_refusal():

@@ -67,20 +67,27 @@ def read_until(terminal: int, words: str) -> str:
 # ------------------------------------------------------------------------------------------------- pipes and full disks
 
 
-@pytest.mark.parametrize("what", ["env", "--version", "-h", "train -h", "", "demo -n 2", "generate bundled x -n 2"])
+def also(*values):
+    """Of the full set: the same path as another case of the fast one, by another command."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+@pytest.mark.parametrize(
+    "what", ["env", "-h", "generate bundled x -n 2", *also("--version", "train -h", "", "demo -n 2")]
+)
 def test_a_full_disk_behind_standard_output(what, tmp_path):
     done = shell(f"$S {what} > /dev/full", tmp_path)
     assert done.returncode == 3
     assert done.stderr == "Error: standard output cannot be written: No space left on device\n"
 
 
-@pytest.mark.parametrize("what", ["env", "demo -n 2", "generate bundled x -n 40 --stream", "train -h"])
+@pytest.mark.parametrize("what", ["env", "generate bundled x -n 40 --stream", *also("demo -n 2", "train -h")])
 def test_who_reads_standard_output_may_go(what, tmp_path):
     done = shell(f"$S {what} | true", tmp_path)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("what", ["env", "demo -n 2"])
+@pytest.mark.parametrize("what", ["env", *also("demo -n 2")])
 def test_without_a_standard_output_what_was_to_be_shown_is_lost_aloud(what, tmp_path):
     done = shell(f"$S {what} >&-", tmp_path)
     assert (done.returncode, done.stderr) == (3, "Error: standard output cannot be written: it is closed\n")
@@ -223,7 +230,7 @@ def test_mistakes_end_in_code_2(case, texts, monkeypatch):
     assert texts.read_text().count("\n") == 16
 
 
-@pytest.mark.parametrize("case", ["no command", "a control character", "demo: model", "merge: binary"])
+@pytest.mark.parametrize("case", ["a control character", "demo: model", *also("no command", "merge: binary")])
 def test_mistakes_in_a_real_process_on_a_terminal(case, texts):
     (texts.parent / "bytes.txt").write_bytes(b"\xff\xfe\x00\x80\n" * 3)
     leader, follower = pty.openpty()
@@ -271,19 +278,26 @@ def test_the_model_is_spelled_alike(texts, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGNALLED = [
+    (["demo"], "loading the model"),
+    (["features", "texts.txt", "-o", "f.safetensors"], "loading the model"),
+    (["train", "bundled", "--data", "texts.txt", "--out", "run"], "loading"),
+    (["merge", "pipe", "-o", "all.jsonl"], None),
+    (["generate", "bundled", "x", "-n", "400"], None),
+    (["env"], None),
+]
+
+
 @pytest.mark.parametrize(
-    ("command", "words"),
+    ("command", "words", "number"),
     [
-        (["demo"], "loading the model"),
-        (["features", "texts.txt", "-o", "f.safetensors"], "loading the model"),
-        (["train", "bundled", "--data", "texts.txt", "--out", "run"], "loading"),
-        (["merge", "pipe", "-o", "all.jsonl"], None),
-        (["generate", "bundled", "x", "-n", "400"], None),
-        (["env"], None),
+        *((*case, signal.SIGINT) for case in SIGNALLED),
+        (*SIGNALLED[0], signal.SIGTERM),
+        (*SIGNALLED[3], signal.SIGTERM),
+        *(pytest.param(*SIGNALLED[index], signal.SIGTERM, marks=pytest.mark.full) for index in (1, 2, 4, 5)),
     ],
 )
-def test_a_signal_ends_a_command_with_a_word(command, words, number, code, texts):
+def test_a_signal_ends_a_command_with_a_word(command, words, number, texts):
     os.mkfifo(texts.parent / "pipe")
     leader, follower = pty.openpty()
     with started(PROGRAM + command, cwd=texts.parent, env=environment(), stderr=follower, stdout=follower) as job:
@@ -298,7 +312,7 @@ def test_a_signal_ends_a_command_with_a_word(command, words, number, code, texts
     assert "Traceback" not in shown
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *also(signal.SIGINT)])
 def test_training_says_from_which_step_it_goes_on(number, texts, tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed (simctg_fast[train])")
     command = [*PROGRAM, "train", "bundled", "--data", "texts.txt", "--out", "run", "--log-every", "1"]
