@@ -17,6 +17,7 @@ NEW_TOKENS = 8
 PATHS = ("shared_prefix", "reorder", "uncached")
 ROUGH = 0.02  # float32 alone is further from float64 than this: nothing can be told from tokens
 _MARGIN = 30  # times the error of transformers' own step in float32
+_DIFFERS = "differ from those of transformers' own step"
 _FOLLOWS_WHOLE = "path='uncached' follows the recomputed text, from which the class's own cached step departs"
 
 
@@ -275,6 +276,8 @@ def _slower_than_in_float32(model, given, report, double, double_inputs, case) -
 def in_the_engine(model: Any) -> dict[str, Any]:
     """Three prompts of different lengths, two at a time and one by one: what each gets from ``generate`` alone."""
     found: dict[str, Any] = {"batching": "", "reason": "", "faults": []}
+    from simctg_fast.decoding import trial
+
     alone: list[list[int] | None] = []
     calls = copy.deepcopy(model)
     for given in engine.prompts():
@@ -288,7 +291,13 @@ def in_the_engine(model: Any) -> dict[str, Any]:
     judged: dict[tuple, str] = {}
     for slots in (2, 1):
         try:
-            batching, written, reason = engine.written(model, slots)
+            try:
+                batching, written, reason = engine.written(model, slots)
+            except ValueError as error:
+                if model.dtype == torch.float32 or not _is_ours(error) or _DIFFERS not in str(error):
+                    raise
+                with mock.patch.object(trial, "check_close"):  # too close to call: judged by its tokens
+                    batching, written, reason = engine.written(model, slots)
         except Exception as error:
             if not (isinstance(error, ValueError) and _is_ours(error)):
                 found["faults"].append(f"slots={slots} raises {_short(error)}")
