@@ -123,7 +123,9 @@ class Saboteur(LogitsProcessor, StoppingCriteria, BaseStreamer):
         pass
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt(), SystemExit()], ids=type)
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), KeyboardInterrupt(), pytest.param(SystemExit(), marks=pytest.mark.full)], ids=type
+)
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize("place", ["processor", "criterion", "streamer", "embedding", "layer", "head"])
 @pytest.mark.parametrize(("name", "path"), [("llama", "shared_prefix"), ("llama", "reorder"), ("llama", "uncached")])

@@ -230,7 +230,7 @@ def within(model, outer, inner, at):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("make", [forward, generate, engine])
-@pytest.mark.parametrize("where", [0, -1])
+@pytest.mark.parametrize("where", [0, pytest.param(-1, marks=pytest.mark.full)])
 def test_all_of_it_within_a_step(name, make, where):
     """In front of the first and of the last layer. An engine is opened there, too: what it finds in the modules then is
     not the models'."""

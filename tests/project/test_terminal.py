@@ -101,7 +101,7 @@ def test_without_a_standard_error(tmp_path):
     assert shell("$S demo --top-k 0 2>/dev/full", tmp_path).returncode == 2
 
 
-@pytest.mark.parametrize("closed", [">&- 2>&- <&-", "2>/dev/full"])
+@pytest.mark.parametrize("closed", [">&- 2>&- <&-", *also("2>/dev/full")])
 def test_work_into_files_needs_no_streams(closed, texts, tmp_path):
     """And a file that is opened does not get the number of a stream, with that stream's text in it."""
     from simctg_fast.text.features import load_features
