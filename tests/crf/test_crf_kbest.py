@@ -154,7 +154,7 @@ LARGE = (256, 97, 64)
     ("impl", "size"),
     [
         ("torch", (64, 9, 8)),
-        pytest.param("cpu", (64, 9, 8), marks=needs_extension),
+        pytest.param("cpu", (64, 9, 8), marks=[needs_extension, pytest.mark.full]),
         pytest.param("cpu", LARGE, marks=needs_extension),
         pytest.param("torch", LARGE, marks=pytest.mark.full),
     ],

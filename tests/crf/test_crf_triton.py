@@ -155,12 +155,12 @@ def test_edges_interpreted():
 
 
 def test_any_range_and_any_group_of_steps_interpreted():
-    run("[t.check_ranges(*r) for r in t.RANGES[:2]]")
+    run("[t.check_ranges(*r) for r in t.RANGES[:1]]")
 
 
 @pytest.mark.full
 def test_more_ranges_interpreted():
-    run("[t.check_ranges(*r) for r in t.RANGES[2:]]")
+    run("[t.check_ranges(*r) for r in t.RANGES[1:]]")
 
 
 @pytest.mark.full
