@@ -86,7 +86,9 @@ def test_the_input_is_not_the_output(server, model, tmp_path, link):
     assert source.read_bytes() == before
 
 
-@pytest.mark.parametrize("stream", ["> {out}", "2> {out}", "-o /dev/stdout > {out}"])
+@pytest.mark.parametrize(
+    "stream", ["> {out}", "-o /dev/stdout > {out}", pytest.param("2> {out}", marks=pytest.mark.full)]
+)
 def test_a_stream_is_not_the_output(model, tmp_path, stream):
     source, out = write_lines(tmp_path / "in.jsonl", lines(1)), tmp_path / "out"
     program = f"{sys.executable} -m simctg_fast.cli run {source} -m {model} -o {out}"
