@@ -332,8 +332,8 @@ REFERENCE = Variant("transformers, greedy", Transformers, "float32")
 GREEDY = ("ours, greedy", Ours, {"strategy": "greedy"})
 CONTRASTIVE = ("ours, contrastive k=4", Ours, {"strategy": "contrastive", "top_k": 4, "penalty_alpha": 0.6})
 TABLE = (  # name, engine, search; types of weights
-    (GREEDY, ("float32", "bfloat16")),
-    (CONTRASTIVE, ("float32", "bfloat16")),
+    (GREEDY, ("float32", "bfloat16", "int8")),
+    (CONTRASTIVE, ("float32", "bfloat16", "int8")),
     (("CTranslate2", CTranslate2, {}), ("float32", "bfloat16", "int8")),
     (("OpenVINO GenAI", OpenVINO, {}), ("float32", "bfloat16", "int8")),
     (("ONNX Runtime GenAI", OnnxRuntime, {}), ("float32", "int8", "int4")),
