@@ -21,7 +21,7 @@ constexpr int64_t kLineBytes = kPanel * kQuad, kQuads = kGroup / kQuad;
 struct Dot {
     using X = int8_t;
     using Sums = __m512i;
-    static constexpr int kLanes = 16, kVectors = 1, kRows = 6, kPanels = 4;
+    static constexpr int kLanes = 16, kVectors = 1, kRows = 4, kPanels = 4;
     static SIMCTG_INLINE Sums begin(int excess) { return _mm512_set1_epi32(excess); }
     static SIMCTG_INLINE __m512i all(const X* x) {
         int quad;
@@ -36,7 +36,7 @@ struct Dot {
 struct Dot {
     using X = int16_t;
     using Sums = __m512i;  // two for each of eight outputs
-    static constexpr int kLanes = 16, kVectors = 2, kRows = 6, kPanels = 2;
+    static constexpr int kLanes = 16, kVectors = 2, kRows = 4, kPanels = 2;
     static SIMCTG_INLINE Sums begin(int excess) { return _mm512_set1_epi64(static_cast<uint32_t>(excess)); }
     static SIMCTG_INLINE __m512i all(const X* x) {
         long long quad;
@@ -53,7 +53,7 @@ struct Dot {
 struct Dot {
     using X = int8_t;
     using Sums = __m256i;
-    static constexpr int kLanes = 8, kVectors = 2, kRows = 6, kPanels = 1;
+    static constexpr int kLanes = 8, kVectors = 2, kRows = 4, kPanels = 1;
     static SIMCTG_INLINE Sums begin(int excess) { return _mm256_set1_epi32(excess); }
     static SIMCTG_INLINE __m256i all(const X* x) {
         int quad;
@@ -182,15 +182,15 @@ struct Tile {
     const uint8_t* w;
     int64_t quads, groups;
     int digits;
-    bool fetch;   // ask for what lies ahead
     float* out;  // [rows, Panels, kVectors, kLanes]
 };
 
 constexpr int64_t kAhead = 16 * kLineBytes;  // far enough for memory, in a page as a rule
 
-// Sums of Panels panels and Rows rows: integers within a group, floats beyond.
-template <int Rows, int Panels>
-void tile(const Tile& t) {
+// Sums of Panels panels and Rows rows: integers within a group, floats beyond. Fetch: asks for what lies ahead. (In a
+// function of its own, or GCC keeps sums in memory.)
+template <int Rows, int Panels, bool Fetch>
+__attribute__((noinline)) void tile(const Tile& t) {
     constexpr int vectors = Panels * Dot::kVectors;
     const int64_t x_stride = t.quads * kQuad, panel_bytes = t.quads * kLineBytes;
     for (int64_t g = 0; g < t.groups; ++g) {
@@ -207,18 +207,18 @@ void tile(const Tile& t) {
         for (int64_t i = 0; i < count; ++i) {
             const uint8_t* lines = w + i * kLineBytes;
             const X* quad = x + i * kQuad;
-            if (t.fetch) {
-#pragma GCC unroll 8
-                for (int p = 0; p < Panels; ++p) __builtin_prefetch(lines + p * panel_bytes + kAhead, 0, 3);
-            }
-            decltype(Dot::all(x)) a[Rows];
-#pragma GCC unroll 8
-            for (int r = 0; r < Rows; ++r) a[r] = Dot::all(quad + r * x_stride);
+            decltype(Dot::line(w, 0)) b[vectors];
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) {
-                const auto b = Dot::line(lines + v / Dot::kVectors * panel_bytes, v % Dot::kVectors);
+                const uint8_t* of_panel = lines + v / Dot::kVectors * panel_bytes;
+                if (Fetch && v % Dot::kVectors == 0) __builtin_prefetch(of_panel + kAhead, 0, 3);
+                b[v] = Dot::line(of_panel, v % Dot::kVectors);
+            }
 #pragma GCC unroll 8
-                for (int r = 0; r < Rows; ++r) sums[r][v] = Dot::add(sums[r][v], a[r], b);
+            for (int r = 0; r < Rows; ++r) {
+                const auto a = Dot::all(quad + r * x_stride);
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v) sums[r][v] = Dot::add(sums[r][v], a, b[v]);
             }
         }
 #pragma GCC unroll 8
@@ -235,11 +235,11 @@ void tile(const Tile& t) {
 }
 
 template <int Panels, int Rows = Dot::kRows>
-SIMCTG_INLINE void tile_of(int rows, const Tile& t) {
+SIMCTG_INLINE void tile_of(int rows, bool fetch, const Tile& t) {
     if constexpr (Rows > 1) {
-        if (rows < Rows) return tile_of<Panels, Rows - 1>(rows, t);
+        if (rows < Rows) return tile_of<Panels, Rows - 1>(rows, fetch, t);
     }
-    tile<Rows, Panels>(t);
+    fetch ? tile<Rows, Panels, true>(t) : tile<Rows, Panels, false>(t);
 }
 
 // What the sums of a row mean.
@@ -273,8 +273,8 @@ void panels_of(const Call& call, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = x.count * i / tiles, last = x.count * (i + 1) / tiles, line = first * x.digits;
         const Tile t{static_cast<const X*>(x.x) + line * x_stride, x.scales + first * x.groups, x.excesses + line * x.groups,
-                     call.weight.panels + begin * x_stride, x.quads, x.groups, x.digits, i == 0, sums};
-        tile_of<Panels>(static_cast<int>((last - first) * x.digits), t);
+                     call.weight.panels + begin * x_stride, x.quads, x.groups, x.digits, sums};
+        tile_of<Panels>(static_cast<int>((last - first) * x.digits), i == 0, t);
         for (int64_t row = first; row < last; ++row) {
             put_row<width>(call, row, begin, end - begin, sums + (row - first) * x.digits * width * kParts);
         }
