@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import pathlib
+import platform
+import runpy
+import shlex
+import shutil
+import sysconfig
+
 import pytest
 import torch
 
-from simctg_fast.ops import linear_int8
+from simctg_fast.ops import _backends, linear_int8
 from simctg_fast.ops.linear import layout_of, run_kernel
 from simctg_fast.ops.linear_int8 import certified, quantized
 
 from ..instruction_sets import INT8
+from ..processes import run_child
+from ..repository import repository
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 in_every_set = pytest.mark.parametrize("isa", INT8, indirect=True)
@@ -89,8 +100,6 @@ def test_a_row_depends_on_nothing_but_itself(isa, digits, threads):
 @in_every_set
 def test_the_same_on_every_set(isa):
     """Integers are; what they are multiplied with is rounded."""
-    from simctg_fast.ops import _backends
-
     x, weight, bias = draw(5, 130, 65)
     copy = quantized(weight, False)
     y = run_kernel(x, weight, bias, False, copy)
@@ -198,3 +207,36 @@ def test_few_are_computed_twice():
 def test_layouts_have_names():
     assert layout_of(False) != layout_of(True) != layout_of(True, torch.int8) == layout_of(False, torch.int8)
     assert layout_of(True, torch.bfloat16) == layout_of(True)
+
+
+# ---- AVX-VNNI, where the processor has none -------------------------------------------------------------------------
+
+
+def test_the_set_that_few_have(tmp_path):
+    """The same source, with the one instruction that this processor may lack written out."""
+    if platform.machine() not in ("x86_64", "AMD64") or "avx2" not in _backends.extension().supported_isas():
+        pytest.skip("needs AVX2")
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    if not shutil.which(compiler[0]):
+        pytest.skip(f"needs the compiler {compiler[0]}")
+    setuptools = pytest.importorskip("setuptools")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        build = runpy.run_path(str(repository("setup.py")))
+    flags = [*build["CXX_FLAGS"], *build["instruction_sets"]()["avx2"], *build["ISA_WARNINGS"], "-fvisibility=default"]
+    flags += [f"-I{repository('csrc')}", "-DSIMCTG_ISA=avx2_vnni", "-DSIMCTG_ISAS(DO,...)=DO(avx2,__VA_ARGS__)"]
+    flags += ["-DSIMCTG_EXTENDED_ISAS(DO,...)=DO(avx2_vnni,avx2,__VA_ARGS__)", "-Wno-builtin-macro-redefined"]
+    source, target = pathlib.Path(__file__).with_name("int8_check.cpp"), tmp_path / "check.so"
+    done = run_child([*compiler, *flags, "-shared", str(source), "-o", str(target)])
+    assert done.returncode == 0, done.stderr
+    product = ctypes.CDLL(str(target)).product
+    for rows, in_features, out_features in [(1, 770, 300), (5, 130, 65), (7, 3, 17), (9, 66, 16)]:
+        for digits in (1, 2):
+            x, weight, _ = draw(rows, in_features, out_features)
+            memory, y = torch.empty(1 << 20, dtype=torch.int8), torch.empty(rows, out_features)
+            sizes = [ctypes.c_int64(size) for size in (rows, in_features, out_features)]
+            addresses = [ctypes.c_void_p(each.data_ptr()) for each in (x, weight, memory, y)]
+            product(*addresses[:2], *sizes, ctypes.c_int(digits), *addresses[2:])
+            w = rounded(weight, in_features)
+            exact = (rounded(x, 64) if digits == 1 else x.double()) @ w.t()
+            assert (y.double() - exact).norm() <= (1e-6 if digits == 1 else 1e-4) * exact.norm()
