@@ -154,9 +154,16 @@ SIMCTG_INLINE void round_row(const E* x, int64_t count, const Rows& rows, int64_
     float* scales = rows.scales + row * rows.groups;
     for (int64_t g = 0; g < rows.groups; ++g) {
         const int64_t k = g * kGroup;
+        if (!is_finite) {
+            for (int digit = 0; digit < rows.digits; ++digit) {
+                for (int64_t i = k; i < smaller(k + kGroup, count); ++i) q[digit * stride + i] = 0;
+                rows.excesses[(row * rows.digits + digit) * rows.groups + g] = 0;
+            }
+            scales[g] = __builtin_nanf("");
+            continue;
+        }
         round_group(x + k, smaller(kGroup, count - k), rows.digits == 2 ? 32512.0f : 127.0f, rows.digits, stride, q + k,
                     scales + g, rows.excesses + row * rows.digits * rows.groups + g, rows.groups);
-        if (!is_finite) scales[g] = __builtin_nanf("");
     }
     for (int digit = 0; digit < rows.digits; ++digit) {
         for (int64_t k = count; k < stride; ++k) q[digit * stride + k] = 0;
