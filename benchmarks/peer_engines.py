@@ -86,7 +86,7 @@ class Transformers(Engine):
 
 class Ours(Transformers):
     """`search`: strategy, top_k and penalty_alpha, and what else both of our entries take. `weights` is the type the
-    model is loaded in, and of 8 bits the option of that name over a bfloat16 model."""
+    model is loaded in, and of 8 bits the option of that name over a float32 model."""
 
     module = "simctg_fast"
     versions = ("simctg_fast", "transformers", "torch")
@@ -95,7 +95,7 @@ class Ours(Transformers):
         from simctg_fast import ContrastiveSearch
 
         if weights == "int8":
-            weights, search = "bfloat16", search | {"weights": weights}
+            weights, search = "float32", search | {"weights": weights}
         super().__init__(folder, weights, threads, **search)
         given = {name: value for name, value in search.items() if name != "strategy"}
         if search["strategy"] == "greedy":
