@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import pathlib
-import shlex
 import shutil
 import subprocess
 import sysconfig
 
 import pytest
 
+from ..compiling import compiler
 from ..processes import run_child
 from ..repository import repository
 
@@ -29,9 +28,7 @@ def compile_(*command) -> None:
 @pytest.mark.parametrize("backwards", [False, True])
 def test_headers_meet_in_one_file(tmp_path, backwards):
     """A namespace a kernel: nothing is defined twice, and no header leans on one that happens to come before it."""
-    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-    if not shutil.which(compiler[0]):
-        pytest.skip(f"needs the compiler {compiler[0]}")
+    command = compiler()
     if importlib.util.find_spec("pybind11") is None:
         pytest.skip("needs pybind11")
     import pybind11
@@ -45,7 +42,7 @@ def test_headers_meet_in_one_file(tmp_path, backwards):
         flag for folder in (sysconfig.get_path("include"), pybind11.get_include()) for flag in ("-isystem", folder)
     ]
     isas = "-DSIMCTG_ISAS(DO,...)=DO(generic,__VA_ARGS__)"
-    compile_(*compiler, *FLAGS, *found, isas, "-fsyntax-only", tmp_path / "all.cpp")
+    compile_(*command, *FLAGS, *found, isas, "-fsyntax-only", tmp_path / "all.cpp")
 
 
 @pytest.mark.full

@@ -4,16 +4,12 @@ widened, and every border between two of them, from both sides, narrowed."""
 from __future__ import annotations
 
 import ctypes
-import os
 import pathlib
-import runpy
-import shlex
-import shutil
-import sysconfig
 
 import pytest
 import torch
 
+from ..compiling import compiler, setup_names
 from ..processes import run_child
 from ..repository import repository
 
@@ -26,13 +22,7 @@ GUARD = 16  # elements behind the last, which nobody may touch
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
     """`element_check.cpp` with the flags that the build has for an instruction set."""
-    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-    if not shutil.which(compiler[0]):
-        pytest.skip(f"needs the compiler {compiler[0]}")
-    setuptools = pytest.importorskip("setuptools")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **_: None)
-        build = runpy.run_path(str(SETUP))
+    command, build = compiler(), setup_names()
     folder, made = tmp_path_factory.mktemp("element"), {}
 
     def library(isa):
@@ -41,7 +31,7 @@ def libraries(tmp_path_factory):
             flags = [*build["CXX_FLAGS"], *build["instruction_sets"]()[isa], *build["SIMD_FLAGS"], "-Werror"]
             flags += [*build["ISA_WARNINGS"], f"-I{SETUP.parent / 'csrc'}", "-fvisibility=default"]
             source = pathlib.Path(__file__).with_name("element_check.cpp")
-            done = run_child([*compiler, *flags, "-shared", source, "-o", target])
+            done = run_child([*command, *flags, "-shared", source, "-o", target])
             assert done.returncode == 0, done.stderr
             made[isa] = ctypes.CDLL(str(target))
         return made[isa]

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import pathlib
 import platform
-import runpy
-import shlex
-import shutil
-import sysconfig
 
 import pytest
 import torch
@@ -18,6 +13,7 @@ from simctg_fast.ops import _backends, linear_int8
 from simctg_fast.ops.linear import layout_of, run_kernel
 from simctg_fast.ops.linear_int8 import certified, quantized
 
+from ..compiling import compiler, setup_names
 from ..instruction_sets import INT8
 from ..processes import run_child
 from ..repository import repository
@@ -216,18 +212,12 @@ def test_the_set_that_few_have(tmp_path):
     """The same source, with the one instruction that this processor may lack written out."""
     if platform.machine() not in ("x86_64", "AMD64") or "avx2" not in _backends.extension().supported_isas():
         pytest.skip("needs AVX2")
-    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-    if not shutil.which(compiler[0]):
-        pytest.skip(f"needs the compiler {compiler[0]}")
-    setuptools = pytest.importorskip("setuptools")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **_: None)
-        build = runpy.run_path(str(repository("setup.py")))
+    build = setup_names()
     flags = [*build["CXX_FLAGS"], *build["instruction_sets"]()["avx2"], *build["ISA_WARNINGS"], "-fvisibility=default"]
     flags += [f"-I{repository('csrc')}", "-DSIMCTG_ISA=avx2_vnni", "-DSIMCTG_ISAS(DO,...)=DO(avx2,__VA_ARGS__)"]
     flags += ["-DSIMCTG_EXTENDED_ISAS(DO,...)=DO(avx2_vnni,avx2,__VA_ARGS__)", "-Wno-builtin-macro-redefined"]
     source, target = pathlib.Path(__file__).with_name("int8_check.cpp"), tmp_path / "check.so"
-    done = run_child([*compiler, *flags, "-shared", str(source), "-o", str(target)])
+    done = run_child([*compiler(), *flags, "-shared", str(source), "-o", str(target)])
     assert done.returncode == 0, done.stderr
     product = ctypes.CDLL(str(target)).product
     for rows, in_features, out_features in [(1, 770, 300), (5, 130, 65), (7, 3, 17), (9, 66, 16)]:
