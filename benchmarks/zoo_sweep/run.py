@@ -6,6 +6,8 @@ import copy
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -21,10 +23,22 @@ _DIFFERS = "differ from those of transformers' own step"
 _FOLLOWS_WHOLE = "path='uncached' follows the recomputed text, from which the class's own cached step departs"
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What models, transformers and this library say of themselves is not what is asked."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@quiet()
 def one_class(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The record of class ``name`` in ``dtype``; whatever goes wrong is part of it."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     began = time.perf_counter()
     _, folder = classes.generating_classes()[name]
     record: dict[str, Any] = {

@@ -425,7 +425,9 @@ class TestExtension:
         (folder,) = (checkout / "build").glob(f"ninja-*-{sys.implementation.cache_tag}")
         wide = sorted((folder / "csrc" / "simd").glob("*.avx*.o"))
         sources = [path.read_text() for path in (checkout / "csrc" / "simd").glob("*.cpp")]
-        assert len(wide) == 2 * len(sources) + sum("__AVX512BF16__" in text for text in sources)
+        extended = [path for path in wide if "_" in path.suffixes[-2]]
+        assert {path.suffixes[-2] for path in extended} == {".avx512_bf16", ".avx512_vnni", ".avx2_vnni"}
+        assert len(wide) == 2 * len(sources) + len(extended)
         for compiled in wide:
             symbols = run("nm", "-C", "--defined-only", compiled).splitlines()
             assert [line for line in symbols if re.match(r"[0-9a-f]* *W ", line)] == [], compiled.name

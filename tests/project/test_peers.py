@@ -162,7 +162,7 @@ def test_arguments_that_make_no_sense(peers, arguments, text, capsys):
 def test_only_some_of_them(peers):
     labels = [variant.label for variant in peers.chosen(["ours", "openvino"])]
     assert labels[0] == peers.REFERENCE.label
-    assert len(labels) == 1 + 4 + 3
+    assert len(labels) == 1 + 6 + 3
 
 
 def test_it_runs_with_ours_alone(tmp_path):
