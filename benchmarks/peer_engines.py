@@ -94,9 +94,9 @@ class Ours(Transformers):
     def __init__(self, folder, weights, threads, **search):
         from simctg_fast import ContrastiveSearch
 
-        if weights == "int8":
-            weights, search = "float32", search | {"weights": weights}
-        super().__init__(folder, weights, threads, **search)
+        super().__init__(folder, "float32" if weights == "int8" else weights, threads)
+        search |= {"weights": "int8"} if weights == "int8" else {}
+        self.search = search
         given = {name: value for name, value in search.items() if name != "strategy"}
         if search["strategy"] == "greedy":
             given |= {"top_k": 1, "penalty_alpha": 0.0}
