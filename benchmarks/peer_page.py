@@ -124,7 +124,8 @@ def page(contenders: list[Contender], options: argparse.Namespace) -> str:
     return f"""# Beside other engines
 
 Decoding on the CPU against engines that were made for it, on random weights of the shapes {", ".join(options.models)}:
-`python benchmarks/peers.py --write{only}` writes this page. The others search greedily; contrastive search they do not have.
+`python benchmarks/peers.py --write{only}` writes this page. The others search greedily; contrastive search they do not
+have.
 
 {processor()}, {instruction_set()}, {options.threads} threads. {", ".join(f"{n} {v}" for n, v in versions.items())}.
 
