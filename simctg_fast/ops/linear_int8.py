@@ -1,8 +1,8 @@
 """Linear layers with weights of 8 bits, and an output layer whose most probable tokens are exact all the same.
 
 Every output has a factor of its own, and so have 64 elements of an input row: symmetric rounding, by the largest of
-them. (One factor a row would be cheaper by a tenth where it is arithmetic that counts, but a few large elements, as
-language models have them, would leave the others with few steps.) Sums of 64 are exact integers.
+them. (With one factor a row, a few large elements, as language models have them, would leave the others with few
+steps.) Sums of 64 are exact integers.
 """
 
 from __future__ import annotations
