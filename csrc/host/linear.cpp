@@ -19,8 +19,6 @@ namespace {
 
 using namespace linear_layer;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 thread_local Scratch scratch;
 // The caller's: `scratch` is of whichever thread runs a task.
 thread_local Scratch x_scratch, y_scratch, bias_scratch;

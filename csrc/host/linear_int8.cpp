@@ -16,9 +16,8 @@ namespace {
 
 using namespace int8;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 thread_local Scratch x_scratch, y_scratch;
+thread_local Scratch found_scratch;  // of whichever thread looks through a row
 
 constexpr int64_t kSmallRows = 1 << 14;  // elements of x: below, waking a thread costs more than rounding them
 constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds likewise
@@ -119,11 +118,11 @@ void certified_linear(const Linear& call, const void* copy, int64_t top, int num
     const Weight weight = parts(copy, call.in_features, call.out_features);
     std::vector<std::vector<int32_t>> found(static_cast<size_t>(call.rows));
     parallel_for(call.rows, num_threads, [&](int64_t m) {
-        std::vector<int32_t>& of_row = found[static_cast<size_t>(m)];
-        std::vector<float> values(static_cast<size_t>(top));
-        of_row.resize(static_cast<size_t>(call.out_features));
-        of_row.resize(static_cast<size_t>(k.contenders(y + m * stride, weight.errors, norms[static_cast<size_t>(m)],
-                                                       call.out_features, top, values.data(), of_row.data())));
+        float* values = found_scratch.get(top + call.out_features);
+        int32_t* columns = reinterpret_cast<int32_t*>(values + top);
+        const int64_t count = k.contenders(y + m * stride, weight.errors, norms[static_cast<size_t>(m)], call.out_features,
+                                           top, values, columns);
+        found[static_cast<size_t>(m)].assign(columns, columns + count);
     });
     std::vector<Element> elements;
     for (int64_t m = 0; m < call.rows; ++m) {

@@ -22,10 +22,13 @@ void parallel_for(int64_t tasks, int num_threads, Fn&& fn) {
         const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
+// Ranges of `b` that hold `a`.
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Calls fn(begin, count) over 0..count-1 in ranges of `most`, the last one of what is left, as `parallel_for` does.
 template <class Fn>
 void parallel_ranges(int64_t count, int64_t most, int num_threads, const Fn& fn) {
-    parallel_for((count + most - 1) / most, num_threads, [&](int64_t task) {
+    parallel_for(ceil_div(count, most), num_threads, [&](int64_t task) {
         const int64_t begin = task * most;
         fn(begin, count - begin < most ? count - begin : most);
     });

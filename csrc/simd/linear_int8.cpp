@@ -152,18 +152,18 @@ SIMCTG_INLINE void round_row(const E* x, int64_t count, const Rows& rows, int64_
     const int64_t stride = rows.quads * kQuad;
     X* q = static_cast<X*>(rows.x) + row * rows.digits * stride;
     float* scales = rows.scales + row * rows.groups;
+    int32_t* excesses = rows.excesses + row * rows.digits * rows.groups;
+    if (!is_finite) {
+        for (int64_t k = 0; k < rows.digits * stride; ++k) q[k] = 0;
+        for (int64_t g = 0; g < rows.digits * rows.groups; ++g) excesses[g] = 0;
+        for (int64_t g = 0; g < rows.groups; ++g) scales[g] = __builtin_nanf("");
+        if (rows.norms) rows.norms[row] = 0.0f;
+        return;
+    }
     for (int64_t g = 0; g < rows.groups; ++g) {
         const int64_t k = g * kGroup;
-        if (!is_finite) {
-            for (int digit = 0; digit < rows.digits; ++digit) {
-                for (int64_t i = k; i < smaller(k + kGroup, count); ++i) q[digit * stride + i] = 0;
-                rows.excesses[(row * rows.digits + digit) * rows.groups + g] = 0;
-            }
-            scales[g] = __builtin_nanf("");
-            continue;
-        }
         round_group(x + k, smaller(kGroup, count - k), rows.digits == 2 ? 32512.0f : 127.0f, rows.digits, stride, q + k,
-                    scales + g, rows.excesses + row * rows.digits * rows.groups + g, rows.groups);
+                    scales + g, excesses + g, rows.groups);
     }
     for (int digit = 0; digit < rows.digits; ++digit) {
         for (int64_t k = count; k < stride; ++k) q[digit * stride + k] = 0;

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _backends
 from .dispatch import element_type
-from .linear import layout_of
+from .linear import read_as
 
 _NOT_ROTATED = (0, 0, 0, 0, 0)
 
@@ -24,15 +24,15 @@ def native_layer(weight: Tensor, bias: Tensor | None, transposed: bool, copy: Te
     """A linear layer as the functions below take it, ``copy`` as `linear.run_kernel` does. It holds addresses: the
     tensors have to outlive it."""
     in_features, out_features = weight.shape if transposed else weight.shape[::-1]
-    read = weight if copy is None else copy
+    layout, address, element = read_as(weight, transposed, copy)
     return _backends.require_extension().LinearLayer(
-        layout_of(transposed, None if copy is None else copy.dtype),
-        read.data_ptr(),
+        layout,
+        address,
         0 if bias is None else bias.data_ptr(),
         in_features,
         out_features,
         element_type(weight.dtype),
-        element_type(weight.dtype if read.dtype is torch.int8 else read.dtype),
+        element,
     )
 
 

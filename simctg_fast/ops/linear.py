@@ -50,6 +50,14 @@ def layout_of(transposed: bool, copied: torch.dtype | None = None) -> Any:
     return layouts.rows_are_inputs if transposed else layouts.rows_are_outputs
 
 
+def read_as(weight: Tensor, transposed: bool, copy: Tensor | None) -> tuple[Any, int, Any]:
+    """What the C++ code reads for ``weight``, or for a ``copy`` of it: layout, address and type."""
+    if copy is None:
+        return layout_of(transposed), weight.data_ptr(), element_type(weight.dtype)
+    dtype = weight.dtype if copy.dtype is torch.int8 else copy.dtype
+    return layout_of(transposed, copy.dtype), copy.data_ptr(), element_type(dtype)
+
+
 def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, copy: Tensor | None = None) -> Tensor:
     """``x · W + b``, ``(..., out_features)`` contiguous, in x's type. What calls has checked the arguments: on the CPU,
     no gradient wanted, and the extension there; float32, bfloat16 or float16, ``weight`` in x's type, or of 16 bits
@@ -66,12 +74,12 @@ def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool,
     shape = x.shape
     x, x_stride = rows_of(x, in_features)
     y = x.new_empty((*shape[:-1], out_features))
-    read = weight if copy is None else copy
+    layout, address, element = read_as(weight, transposed, copy)
     _kernel()(
-        layout_of(transposed, None if copy is None else copy.dtype),
+        layout,
         x.data_ptr(),
         x_stride,
-        read.data_ptr(),
+        address,
         weight.shape[1],
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -81,7 +89,7 @@ def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool,
         out_features,
         torch.get_num_threads(),
         element_type(x.dtype),
-        element_type(weight.dtype if read.dtype is torch.int8 else read.dtype),
+        element,
     )
     return y
 

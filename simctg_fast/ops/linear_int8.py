@@ -22,7 +22,7 @@ _LINE = 64  # bytes of the cache
 def quantized(weight: Tensor, transposed: bool) -> Tensor | None:
     """A copy in 8 bits of a CPU weight, ``(out_features, in_features)`` or ``transposed``, which `linear.run_kernel`
     reads in its place, and `certified`: in the kernel's own order, with a factor and a bound an output. None where
-    there can be none: the weight is empty, not finite, or has more inputs (above 65,536) than sums have room for.
+    there can be none: the weight is empty or not finite.
     """
     extension = _backends.require_extension()
     in_features, out_features = weight.shape if transposed else weight.shape[::-1]
