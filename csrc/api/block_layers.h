@@ -1,11 +1,13 @@
 // The stretches of a transformer block between its attentions, for a few rows: norm and projections (and rotation of
-// queries and keys), projection and residual, feed-forward network. Their arithmetic is that of rms_norm, layer_norm, linear
-// and gelu_tanh, one after the other.
+// queries and keys), projection and residual, feed-forward network; and whole blocks, one after the other. Their arithmetic
+// is that of rms_norm, layer_norm, linear, gelu_tanh and decode_attention in turn.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "api/decode_attention.h"
 #include "api/linear.h"
 
 namespace simctg {
@@ -51,5 +53,32 @@ void linear_residual(const void* x, int64_t rows, const LinearLayer& layer, cons
 void linear_feed_forward(const void* x, int64_t rows, const LinearLayer& layer, const void* residual, const Norm& norm,
                          const LinearLayer& inner, const LinearLayer* gate, Activation act, const LinearLayer& outer,
                          void* y, int num_threads);
+
+// A block of a decoder: z = x + attention(norm(x)) · output, y as `linear_feed_forward` makes it of z.
+struct DecoderBlock {
+    Norm attention_norm;
+    std::vector<LinearLayer> projections;  // to queries, keys and values, or one to all three, side by side
+    float scaling;                         // of its attention
+    LinearLayer output;
+    Norm norm;
+    LinearLayer inner;
+    std::optional<LinearLayer> gate;
+    Activation act;
+    LinearLayer outer;
+};
+
+// What one of them reads and writes besides x. `query`, `new_key` and `new_value` are where the projections go; of one
+// projection, parts of what it makes.
+struct BlockArrays {
+    void *query, *new_key, *new_value;
+    const void *key, *value;  // that are there already
+    void* y;
+};
+
+// Runs blocks in turn, the first on x and each on what the one before has made. `attention` says how they attend, all alike
+// but for their arrays and the scaling, and may leave those out.
+void decoder_blocks(const void* x, int64_t rows, const std::vector<const DecoderBlock*>& blocks,
+                    const std::vector<BlockArrays>& arrays, DecodeAttention attention, const Rotation* rotation,
+                    int num_threads);
 
 }  // namespace simctg

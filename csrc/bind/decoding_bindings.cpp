@@ -48,10 +48,11 @@ void certified_linear(address x, int64_t x_stride, address weight, address bias,
 template <std::size_t Strides>
 using Array = std::array<int64_t, Strides + 1>;
 
-void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key, Array<3> value, int64_t length,
-                      address lengths, address starts, int64_t start, Array<2> new_key, Array<2> new_value,
-                      float scaling, float softcap, Array<3> mask, Array<3> bias, address sinks, address out,
-                      int num_threads, simctg::ElementType type, simctg::ElementType bias_type) {
+simctg::DecodeAttention attention_call(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key, Array<3> value,
+                                       int64_t length, address lengths, address starts, int64_t start, Array<2> new_key,
+                                       Array<2> new_value, float scaling, float softcap, Array<3> mask, Array<3> bias,
+                                       address sinks, address out, simctg::ElementType type,
+                                       simctg::ElementType bias_type) {
     simctg::DecodeAttention call{};
     call.type = type, call.bias_type = bias_type;
     call.batch = sizes[0], call.candidates = sizes[1], call.kv_heads = sizes[2];
@@ -78,7 +79,26 @@ void decode_attention(std::array<int64_t, 6> sizes, Array<2> query, Array<3> key
     call.bias_batch = bias[1], call.bias_candidate = bias[2], call.bias_head = bias[3];
     call.sinks = pointer<const void>(sinks);
     call.out = pointer<void>(out);
-    simctg::decode_attention(call, num_threads);
+    return call;
+}
+
+// Addresses and strides of cosines and sines, their width, and how many results are rotated: 0, none.
+simctg::Rotation rotation_of(const std::array<int64_t, 5>& rotation) {
+    return {pointer<const void>(rotation[0]), pointer<const void>(rotation[1]), rotation[2], rotation[3], rotation[4]};
+}
+
+// Of each block the addresses of `BlockArrays`, in its order.
+void decoder_blocks(address x, int64_t rows, const std::vector<const simctg::DecoderBlock*>& blocks,
+                    const std::vector<std::array<address, 6>>& arrays, const simctg::DecodeAttention& attention,
+                    const std::array<int64_t, 5>& rotation, int num_threads) {
+    std::vector<simctg::BlockArrays> of_blocks;
+    for (const auto& array : arrays) {
+        of_blocks.push_back({pointer<void>(array[0]), pointer<void>(array[1]), pointer<void>(array[2]),
+                             pointer<const void>(array[3]), pointer<const void>(array[4]), pointer<void>(array[5])});
+    }
+    const simctg::Rotation rotated = rotation_of(rotation);
+    simctg::decoder_blocks(pointer<const void>(x), rows, blocks, of_blocks, attention,
+                           rotated.results > 0 ? &rotated : nullptr, num_threads);
 }
 
 void norm_linears(address x, int64_t rows, const simctg::Norm& norm,
@@ -86,8 +106,7 @@ void norm_linears(address x, int64_t rows, const simctg::Norm& norm,
                   const std::array<int64_t, 5>& rotation) {
     std::vector<void*> results;
     for (const address result : y) results.push_back(pointer<void>(result));
-    const simctg::Rotation rotated{pointer<const void>(rotation[0]), pointer<const void>(rotation[1]), rotation[2],
-                                   rotation[3], rotation[4]};
+    const simctg::Rotation rotated = rotation_of(rotation);
     simctg::norm_linears(pointer<const void>(x), rows, norm, layers, rotated.results > 0 ? &rotated : nullptr, results,
                          num_threads);
 }
@@ -192,11 +211,21 @@ void bind_decoding(py::module_& m) {
     m.def("linear_feed_forward", &linear_feed_forward, py::arg("x"), py::arg("rows"), py::arg("layer"),
           py::arg("residual"), py::arg("norm"), py::arg("inner"), py::arg("gate").none(true), py::arg("act"),
           py::arg("outer"), py::arg("y"), py::arg("num_threads"), release_gil());
-    m.def("decode_attention", &decode_attention, py::arg("sizes"), py::arg("query"), py::arg("key"), py::arg("value"),
-          py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
-          py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),
-          py::arg("sinks"), py::arg("out"), py::arg("num_threads"), py::arg("type") = simctg::ElementType::float32,
-          py::arg("bias_type") = simctg::ElementType::float32, release_gil());
+    py::class_<simctg::DecodeAttention>(m, "DecodeAttention")
+        .def(py::init(&attention_call), py::arg("sizes"), py::arg("query"), py::arg("key"), py::arg("value"),
+             py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
+             py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),
+             py::arg("sinks"), py::arg("out"), py::arg("type") = simctg::ElementType::float32,
+             py::arg("bias_type") = simctg::ElementType::float32);
+    m.def("decode_attention", &simctg::decode_attention, py::arg("call"), py::arg("num_threads"), release_gil());
+    py::class_<simctg::DecoderBlock>(m, "DecoderBlock")
+        .def(py::init<simctg::Norm, std::vector<simctg::LinearLayer>, float, simctg::LinearLayer, simctg::Norm,
+                      simctg::LinearLayer, std::optional<simctg::LinearLayer>, simctg::Activation,
+                      simctg::LinearLayer>(),
+             py::arg("attention_norm"), py::arg("projections"), py::arg("scaling"), py::arg("output"), py::arg("norm"),
+             py::arg("inner"), py::arg("gate"), py::arg("act"), py::arg("outer"));
+    m.def("decoder_blocks", &decoder_blocks, py::arg("x"), py::arg("rows"), py::arg("blocks"), py::arg("arrays"),
+          py::arg("attention"), py::arg("rotation"), py::arg("num_threads"), release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
           py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
     m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),

@@ -27,7 +27,7 @@ class Elements {
     Scratch scratch_;
 };
 
-thread_local Elements summed_scratch, normed_scratch, inner_scratch, gate_scratch;
+thread_local Elements summed_scratch, normed_scratch, inner_scratch, gate_scratch, attended_scratch;
 
 Linear call_of(const LinearLayer& layer, const void* x, int64_t rows, void* y) {
     const bool outputs = layer.layout == WeightLayout::rows_are_outputs;
@@ -142,6 +142,34 @@ void linear_feed_forward(const void* x, int64_t rows, const LinearLayer& layer, 
     void* summed = summed_scratch.get(rows * layer.out_features, layer.type);
     linear_residual(x, rows, layer, residual, summed, num_threads);
     feed_forward(summed, rows, norm, inner, gate, act, outer, y, num_threads);
+}
+
+void decoder_blocks(const void* x, int64_t rows, const std::vector<const DecoderBlock*>& blocks,
+                    const std::vector<BlockArrays>& arrays, DecodeAttention attention, const Rotation* rotation,
+                    int num_threads) {
+    check_equal("number of arrays", static_cast<int64_t>(arrays.size()), static_cast<int64_t>(blocks.size()));
+    check_equal("rows of the attention", attention.batch * attention.candidates, rows);
+    const int64_t width = attention.kv_heads * attention.groups * attention.value_dim;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const DecoderBlock& block = *blocks[i];
+        const BlockArrays& array = arrays[i];
+        check_type(block.output, attention.type);
+        check_equal("output.in_features", block.output.in_features, width);
+        check_equal("output.out_features", block.output.out_features, block.inner.in_features);
+        std::vector<const LinearLayer*> projections;
+        for (const LinearLayer& projection : block.projections) projections.push_back(&projection);
+        std::vector<void*> projected{array.query, array.new_key, array.new_value};
+        projected.resize(projections.size() == 1 ? 1 : 3);
+        norm_linears(x, rows, block.attention_norm, projections, rotation, projected, num_threads);
+        attention.query = array.query, attention.new_key = array.new_key, attention.new_value = array.new_value;
+        attention.key = array.key, attention.value = array.value;
+        attention.scaling = block.scaling;
+        attention.out = attended_scratch.get(rows * width, attention.type);
+        decode_attention(attention, num_threads);
+        linear_feed_forward(attention.out, rows, block.output, x, block.norm, block.inner,
+                            block.gate ? &*block.gate : nullptr, block.act, block.outer, array.y, num_threads);
+        x = array.y;
+    }
 }
 
 }  // namespace simctg

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from transformers.models.t5.modeling_t5 import T5Block
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.block_layers import native_activation
-from .forwards import has_own_forward, uses_here
-from .modules import NativeLinear, NativeNorm, is_plain, is_plain_eager
+from .forwards import Use, has_own_forward, uses_here
+from .modules import NativeLinear, NativeNorm, Snapshot, is_plain, is_plain_eager
 
 CACHE_NAME = next(n for n in ("past_key_values", "cache") if n in inspect.signature(T5Block.forward).parameters)
 
@@ -47,13 +47,14 @@ class Family:
     """Blocks that have a forward of ours.
 
     ``blocks``: their classes; ``is_eligible``: whether a block is made of what transformers makes it of; ``plan``: what
-    its forward works with.
+    its forward works with; ``models``: whose forward hands what a block returns to the next, untouched.
     """
 
     blocks: tuple[type[Module], ...]
     is_eligible: Callable[[Any], bool]
     plan: Callable[[Any, CurrentStep], Plan]
     forward: Callable[..., Any]
+    models: dict[type[Module], Any] = field(default_factory=dict)  # as `forwards_of`
 
 
 @dataclass(slots=True)
@@ -88,19 +89,33 @@ class Plan:
             for name, part in parent._modules.items()
             if part is not None
         ]
+        self.found: tuple[int, torch.dtype, Snapshot, Call] | None = None
         self.forwards: list[Any] = [_UNSEEN] * len(self.places)  # of each part, those that were found to be its own
 
     def begin(self, hidden_states: Any, arguments: dict[str, Any]) -> Call | None:
         """None unless what the call brings, and the block as it is now, are what the kernels are for."""
+        if not self.takes(hidden_states, arguments):
+            return None
+        return self.current(len(hidden_states), hidden_states.dtype, uses_here())
+
+    def takes(self, hidden_states: Any, arguments: dict[str, Any]) -> bool:
+        """Whether what the call brings is what the kernels are for."""
         if torch.is_grad_enabled() or not is_plain(hidden_states, Tensor) or hidden_states.dim() != 3:
-            return None
-        (rows, positions, width), dtype = hidden_states.shape, hidden_states.dtype
+            return False
+        _, positions, width = hidden_states.shape
         if positions != 1 or width != self.width or not is_plain_eager() or _has_any_global_hook():
-            return None
+            return False
+        return self.knows(arguments)
+
+    def knows(self, arguments: dict[str, Any]) -> bool:
         known = self.known
         for name, value in arguments.items():
             if value is not None and value is not False and name not in known:
-                return None
+                return False
+        return True
+
+    def current(self, rows: int, dtype: torch.dtype, uses: dict[int, Use]) -> Call | None:
+        """The block as it is now, for so many rows of this type; None: it is not what the kernels are for."""
         forwards = self.forwards
         for index, (siblings, name, part, own) in enumerate(self.places):
             if siblings.get(name) is not part or part.training or part._forward_hooks or part._forward_pre_hooks:
@@ -110,7 +125,9 @@ class Plan:
                 if not has_own_forward(part):
                     return None
                 forwards[index] = forward
-        uses, layers, norms, kept = uses_here(), [], [], []
+        if self.found is not None and self.found[:2] == (rows, dtype) and self.found[2].holds(uses):
+            return self.found[3]
+        layers, norms, kept = [], [], []
         for linear in self.linears:
             state = linear.current(rows, dtype, uses)
             if state is None:
@@ -123,7 +140,9 @@ class Plan:
                 return None
             kept.append(state)
             norms.append(state[-1])
-        return Call(layers, norms, kept)
+        call = Call(layers, norms, kept)
+        self.found = rows, dtype, Snapshot(self.linears, self.norms, uses), call
+        return call
 
 
 def forwards_of(*kinds: type[Module]) -> dict[type[Module], Any]:
@@ -141,7 +160,3 @@ def has_sizes(linear: Any, in_features: int, out_features: int) -> bool:
     shape = (in_features, out_features) if isinstance(linear, Conv1D) else (out_features, in_features)
     return linear.weight.shape == shape
 
-
-def is_own_cache(cache: Any) -> bool:
-    """Whether it does nothing with keys and values but hand them to its layers, as that of a step of ours."""
-    return type(cache) is Cache

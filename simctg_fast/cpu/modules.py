@@ -230,10 +230,11 @@ class NativeLinear:
 class NativeNorm:
     """A `LayerNorm` or a root mean square norm likewise."""
 
-    __slots__ = ("centred", "module", "shape", "state")
+    __slots__ = ("centred", "epsilon_name", "module", "shape", "state")
 
     def __init__(self, module: Any):
         self.module, self.centred, self.shape = module, isinstance(module, LayerNorm), module.weight.shape
+        self.epsilon_name = "eps" if self.centred else "variance_epsilon"
         self.state: tuple[Tensor, int, Tensor | None, int, float, Any] | None = None
 
     @property
@@ -252,7 +253,7 @@ class NativeNorm:
             self.centred and is_plain(bias) and bias.dtype is dtype and bias.shape == self.shape
         ):
             return None
-        epsilon = module.eps if self.centred else module.variance_epsilon
+        epsilon = getattr(module, self.epsilon_name)
         state, address, bias_address = self.state, weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         if (
             state is None
@@ -265,6 +266,45 @@ class NativeNorm:
             norm = native_norm(weight, bias, epsilon, self.centred)
             self.state = state = (weight, address, bias, bias_address, epsilon, norm)
         return state
+
+
+class Snapshot:
+    """Linear layers and norms as `NativeLinear.current` and `NativeNorm.current` have found them, for so many rows: to
+    see in a fraction of the time that they still are."""
+
+    __slots__ = ("limit", "numbers", "tensors", "uses")
+
+    def __init__(self, linears: Iterable[NativeLinear], norms: Iterable[NativeNorm], uses: dict[int, Use]):
+        layers = list(linears)
+        modules = [each.module for each in (*layers, *norms)]
+        parameters = [(m._parameters, name, m._parameters.get(name)) for m in modules for name in ("weight", "bias")]
+        self.tensors = [
+            (of, name, t, *((None,) * 3 if t is None else (t.data_ptr(), t.dtype, t.shape))) for of, name, t in parameters
+        ]
+        self.numbers = [(norm.module, norm.epsilon_name, getattr(norm.module, norm.epsilon_name)) for norm in norms]
+        found = [(id(each.module), uses.get(id(each.module)), each.module.weight) for each in layers]
+        self.uses = [(key, use, None if use is None else use.value.copy, weight) for key, use, weight in found]
+        self.limit = _limit.rows
+
+    def holds(self, uses: dict[int, Use]) -> bool:
+        if self.limit != _limit.rows:
+            return False
+        for parameters, name, tensor, address, dtype, shape in self.tensors:
+            if parameters.get(name) is not tensor:
+                return False
+            if tensor is not None and (
+                tensor.data_ptr() != address
+                or tensor.dtype is not dtype
+                or tensor.shape != shape
+                or not tensor.is_contiguous()
+            ):
+                return False
+        for key, use, copy, weight in self.uses:
+            if uses.get(key) is not use:
+                return False
+            if use is not None and (use.value.copy is not copy or not (copy is None or copy.is_current(weight))):
+                return False
+        return all(getattr(module, name) == value for module, name, value in self.numbers)
 
 
 def _product(self: Module, x: Tensor, transposed: bool) -> Tensor | None:

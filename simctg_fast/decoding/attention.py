@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ..ops.shared_prefix_attention import shared_prefix_attention
+from ..ops.shared_prefix_attention import native_call, shared_prefix_attention
 from .slots import SlotLayer, Slots, on
 from .unsupported import UnsupportedError
 
@@ -108,21 +108,55 @@ class Attention:
     ) -> tuple[Tensor, None]:
         self._check_arguments(module, dropout, kwargs)
         new_key, new_value = self._find(module, query, key, value)
-        length = key.shape[2] - (new_key is not None)
+        call = self._arguments(module, query, key, value, new_key, new_value, attention_mask, position_bias)
+        if scaling is not None:
+            call["scaling"] = scaling
+        return shared_prefix_attention(**call, softcap=softcap, sinks=s_aux), None
+
+    def attend_natively(
+        self,
+        module: torch.nn.Module,
+        layers: Sequence[SlotLayer],
+        query: Tensor,
+        new_key: Tensor,
+        new_value: Tensor,
+        attention_mask: Tensor | None,
+    ) -> tuple[Any, Any] | None:
+        """`attend` for several layers alike, without having done it, from the operands of the first: what
+        `block_layers.decoder_blocks` takes, and what has to be kept alive meanwhile. None: they are not alike, or not
+        for C++."""
+        first, *others = layers
+        like = first.layout
+        if first.pending is not None or like is None:
+            return None
+        if any(layer.pending is not None or layer.layout != like for layer in others):
+            return None
+        key, value = first.seen
+        return native_call(**self._arguments(module, query, key, value, new_key, new_value, attention_mask))
+
+    def _arguments(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        new_key: Tensor | None,
+        new_value: Tensor | None,
+        attention_mask: Tensor | None,
+        position_bias: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Those of `shared_prefix_attention`."""
         read = self._read_ragged if self.lengths is not None else self._read_even
-        out = shared_prefix_attention(
-            query,
-            key,
-            value,
-            length,
-            new_key=new_key,
-            new_value=new_value,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=softcap,
-            sinks=s_aux,
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "length": key.shape[2] - (new_key is not None),
+            "new_key": new_key,
+            "new_value": new_value,
+            "scaling": query.shape[-1] ** -0.5,
             **read(module, key, attention_mask, position_bias, new_key is None),
-        )
-        return out, None
+        }
 
     # ---- masks ----------------------------------------------------------------------------------------------------
 

@@ -108,10 +108,7 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if extent.filling is None:
             self.pending = (key_states, value_states)
-            if extent.static:
-                return self.keys, self.values
-            rows = slice(0, extent.rows)
-            return self.keys[rows, :, : extent.length + 1], self.values[rows, :, : extent.length + 1]
+            return self.seen
         filling, start, end = extent.filling, self.filled, self.filled + key_states.shape[2]
         self.grow()
         self.keys[filling, :, start:end] = key_states
@@ -120,6 +117,23 @@ class SlotLayer(CacheLayerMixin):
         if start == 0:
             return key_states, value_states
         return self.keys[filling, :, :end], self.values[filling, :, :end]
+
+    @property
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The view that a step is given."""
+        extent = self.extent
+        if extent.static:
+            return self.keys, self.values
+        rows = slice(0, extent.rows)
+        return self.keys[rows, :, : extent.length + 1], self.values[rows, :, : extent.length + 1]
+
+    @property
+    def layout(self) -> tuple[Any, ...] | None:
+        """Layers of one layout are read alike, but for their addresses. None: there is nothing to read."""
+        if not self.is_initialized or self.extent.filling is not None:
+            return None
+        keys, values = self.keys, self.values
+        return keys.dtype, keys.device, keys.shape, keys.stride(), values.dtype, values.device, values.shape, values.stride()
 
     def get_seq_length(self) -> int:
         if self.extent.filling is not None:

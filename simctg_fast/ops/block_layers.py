@@ -1,4 +1,4 @@
-"""The stretches of a transformer block between its attentions, each in one call of the C++ extension.
+"""The stretches of a transformer block between its attentions, each in one call of the C++ extension, and whole blocks.
 
 Plain functions that need the extension, for :mod:`simctg_fast.decoding`, which has checked what it hands in: of one
 element type, on the CPU, contiguous. Results have the bits of the single kernels (:mod:`.rms_norm`, :mod:`.linear`,
@@ -49,9 +49,9 @@ def native_activation(name: str) -> Any:
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any, Any]:
+def _kernels() -> tuple[Any, Any, Any, Any]:
     extension = _backends.require_extension()
-    return extension.norm_linears, extension.linear_residual, extension.linear_feed_forward
+    return extension.norm_linears, extension.linear_residual, extension.linear_feed_forward, extension.decoder_blocks
 
 
 def norm_linears(
@@ -63,21 +63,23 @@ def norm_linears(
         rotation: cosines and sines of the rows' positions, each contiguous ``(rows or 1, …, width)``: every ``width``
             elements of the first two results are rotated by them, as Llama's queries and keys.
     """
-    rows = x.shape[0]
-    rotated = _NOT_ROTATED
-    if rotation is not None:
-        cos, sin = rotation
-        width = cos.shape[-1]
-        rotated = (cos.data_ptr(), sin.data_ptr(), 0 if cos.shape[0] == 1 else width, width, 2)
     _kernels()[0](
         x.data_ptr(),
-        rows,
+        x.shape[0],
         norm,
         layers,
         [result.data_ptr() for result in results],
         torch.get_num_threads(),
-        rotated,
+        _rotated(rotation),
     )
+
+
+def _rotated(rotation: tuple[Tensor, Tensor] | None) -> tuple[int, ...]:
+    if rotation is None:
+        return _NOT_ROTATED
+    cos, sin = rotation
+    width = cos.shape[-1]
+    return cos.data_ptr(), sin.data_ptr(), 0 if cos.shape[0] == 1 else width, width, 2
 
 
 def linear_residual(x: Tensor, layer: Any, residual: Tensor) -> Tensor:
@@ -110,3 +112,44 @@ def linear_feed_forward(
         torch.get_num_threads(),
     )
     return y
+
+
+def native_block(
+    attention_norm: Any,
+    projections: list[Any],
+    scaling: float,
+    output: Any,
+    norm: Any,
+    inner: Any,
+    gate: Any | None,
+    act: Any,
+    outer: Any,
+) -> Any:
+    """A decoder's block as `decoder_blocks` takes it, of what `native_norm`, `native_layer` and `native_activation`
+    make: ``z = x + attention(attention_norm(x)) · output``, then as `linear_feed_forward`.
+
+    Args:
+        projections: to queries, keys and values, or one to all three, side by side.
+        scaling: of the attention.
+    """
+    make = _backends.require_extension().DecoderBlock
+    return make(attention_norm, projections, scaling, output, norm, inner, gate, act, outer)
+
+
+def decoder_blocks(
+    x: Tensor,
+    blocks: list[Any],
+    arrays: list[tuple[int, ...]],
+    attention: Any,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Run blocks in turn, the first on ``x (rows, …, D)``.
+
+    Args:
+        arrays: of each block the addresses of its queries, new keys and new values, of the keys and values that are
+            there, and of its result.
+        attention: from `shared_prefix_attention.native_call`.
+        rotation: see `norm_linears`.
+    """
+    run = _kernels()[3]
+    run(x.data_ptr(), x.shape[0], blocks, arrays, attention, _rotated(rotation), torch.get_num_threads())

@@ -8,6 +8,7 @@ candidates, so keys and values are read once however many query rows share them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -137,14 +138,18 @@ def _attention(call: Call, impl: str) -> torch.Tensor:
         from simctg_fast.kernels import shared_prefix_attention as kernels
 
         return kernels.shared_prefix_attention(**vars(call))
-    if (window := call.window) is not None:
-        if call.lengths is None:
-            call = replace(call, window_start=max(call.window_start, call.length + 1 - window))
-        else:
-            first = call.lengths + (1 - window)
-            starts = first.clamp(min=0) if call.starts is None else torch.maximum(call.starts, first)
-            call = replace(call, starts=starts)
-    return (_cpu if impl == "cpu" else _torch)(call)
+    return (_cpu if impl == "cpu" else _torch)(_without_window(call))
+
+
+def _without_window(call: Call) -> Call:
+    """The same, where each row begins to read instead."""
+    if (window := call.window) is None:
+        return call
+    if call.lengths is None:
+        return replace(call, window_start=max(call.window_start, call.length + 1 - window))
+    first = call.lengths + (1 - window)
+    starts = first.clamp(min=0) if call.starts is None else torch.maximum(call.starts, first)
+    return replace(call, starts=starts)
 
 
 def _broadcast(name: str, tensor: torch.Tensor | None, call: Call) -> tuple[int, ...]:
@@ -190,6 +195,23 @@ def _cpu(call: Call) -> torch.Tensor:
     that may see nothing is NaN, as softmax makes it."""
     if (problem := _shape_problem(call)) is not None:
         raise ValueError(f"impl='cpu' {NOT_TAKEN}{problem}")
+    out = call.query.new_empty((call.query.shape[0], 1, call.query.shape[1], call.value.shape[-1]))
+    native, _kept = _native(call, out.data_ptr())
+    _backends.require_extension().decode_attention(native, torch.get_num_threads())
+    return out
+
+
+def native_call(**arguments: Any) -> tuple[Any, list[torch.Tensor | None]] | None:
+    """A call of :func:`shared_prefix_attention` as `block_layers.decoder_blocks` takes it, and what has to be kept
+    alive meanwhile; None if it is not one for C++."""
+    call = Call(**arguments)
+    if resolve("auto", call) != "cpu" or _shape_problem(call) is not None:
+        return None
+    return _native(_without_window(call), 0)
+
+
+def _native(call: Call, out: int) -> tuple[Any, list[torch.Tensor | None]]:
+    """As C++ takes it, and the tensors whose addresses it holds."""
     query, key, value, new_key, new_value = call.query, call.key, call.value, call.new_key, call.new_value
     rows, heads, _, dim = query.shape
     batch, kv_heads = key.shape[:2]
@@ -200,8 +222,7 @@ def _cpu(call: Call) -> torch.Tensor:
         bias = bias.contiguous()
     if lengths is not None or starts is not None:
         lengths, starts = contiguous(lengths, starts)
-    out = query.new_empty((rows, 1, heads, value.shape[-1]))
-    _backends.require_extension().decode_attention(
+    native = _backends.require_extension().DecodeAttention(
         (batch, rows // batch, kv_heads, heads // kv_heads, dim, value.shape[-1]),
         (query.data_ptr(), query.stride(0), query.stride(1)),
         (key.data_ptr(), *key.stride()[:3]),
@@ -217,12 +238,11 @@ def _cpu(call: Call) -> torch.Tensor:
         _broadcast("mask", mask, call),
         _broadcast("bias", bias, call),
         address(call.sinks),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        out,
         element_type(query.dtype),
         element_type(torch.float32 if bias is None else bias.dtype),
     )
-    return out
+    return native, [mask, bias, lengths, starts, call.sinks]
 
 
 def _seen(call: Call) -> torch.Tensor | None:

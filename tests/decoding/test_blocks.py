@@ -20,8 +20,8 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
 
 from simctg_fast import ContrastiveSearch
+from simctg_fast.cpu import decoder_blocks
 from simctg_fast.cpu import fast_blocks as families
-from simctg_fast.cpu import gpt2_blocks, llama_blocks
 from simctg_fast.cpu.fast_blocks import fast_blocks
 from simctg_fast.cpu.forwards import _held, here
 from simctg_fast.cpu.modules import fast_linears
@@ -97,12 +97,13 @@ def taken(monkeypatch):
         finally:
             del calls[before:]
 
-    def counted(original):
-        return lambda *args: calls.append(1) or original(*args)
+    def run(x, blocks, *args):
+        calls.extend([1] * len(blocks))
+        return original(x, blocks, *args)
 
+    original = decoder_blocks.decoder_blocks
     monkeypatch.setattr(trial, "_try", try_path)
-    for module in (gpt2_blocks, llama_blocks):
-        monkeypatch.setattr(module, "linear_feed_forward", counted(module.linear_feed_forward))
+    monkeypatch.setattr(decoder_blocks, "decoder_blocks", run)
     return calls
 
 
