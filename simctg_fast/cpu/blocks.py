@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import Module, ReLU, SiLU
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN, NewGELUActivation
-from transformers.cache_utils import Cache
 from transformers.models.t5.modeling_t5 import T5Block
 from transformers.pytorch_utils import Conv1D
 
@@ -159,4 +158,3 @@ def has_sizes(linear: Any, in_features: int, out_features: int) -> bool:
     """Whether a `Linear` or `Conv1D` has them."""
     shape = (in_features, out_features) if isinstance(linear, Conv1D) else (out_features, in_features)
     return linear.weight.shape == shape
-

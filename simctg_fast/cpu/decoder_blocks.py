@@ -1,4 +1,4 @@
-"""Blocks of an attention and a feed-forward network, each behind a norm, all that follow one another in one native call.
+"""Blocks of an attention and a feed-forward network, each behind a norm, one after the other in one native call.
 
 The first one runs those behind it as well, and each hands out what was made for it when it is given what the one before
 it has returned, in the same step. Where it is given anything else, or a block on the way is not what the kernels are
@@ -19,8 +19,6 @@ from ..ops.block_layers import decoder_blocks, native_block
 from .blocks import CurrentStep, Plan
 from .forwards import Use, uses_here
 from .modules import is_plain
-
-Turns = tuple[Tensor, Tensor]  # cosines and sines of the rows' positions
 
 
 class BlockPlan(Plan):
@@ -50,7 +48,7 @@ class BlockPlan(Plan):
         gates = () if gate is None else (gate,)
         super().__init__(block, current_step, norms, (*projections, output, inner, *gates, outer), act)
         self.block, self.attention, self.joined, self.turned = block, attention, len(projections) == 1, turned
-        self.heads, self.kv_heads = heads, kv_heads
+        self.shape = heads, kv_heads, attention.head_dim
         self.made: tuple[Any, float, Any] | None = None  # of what, with which scaling
         self.stack, self.index = Stack([self]), 0
 
@@ -69,15 +67,13 @@ class BlockPlan(Plan):
             return None
         scaling = self.attention.scaling
         if self.made is None or self.made[0] is not call or self.made[1] != scaling:
-            *projections, output, inner, gate, outer = self._with_gate(call.layers)
+            count = 1 if self.joined else 3
+            projections, (output, inner, *gates, outer) = call.layers[:count], call.layers[count:]
+            gate = gates[0] if gates else None
             first, second = call.norms
             made = native_block(first, projections, scaling, output, second, inner, gate, self.act, outer)
             self.made = call, scaling, made
         return self.made[2], call.kept
-
-    def _with_gate(self, layers: list[Any]) -> list[Any]:
-        expected = (1 if self.joined else 3) + 4
-        return layers if len(layers) == expected else [*layers[:-1], None, layers[-1]]
 
     def is_turned_by(self, turns: Any, dtype: torch.dtype, rows: int) -> bool:
         """Whether they are of one position a row, for whole heads."""
@@ -118,40 +114,46 @@ class Stack:
             self.ahead = None
         return result
 
-    def _begin(
-        self, plan: BlockPlan, x: Tensor, given: tuple[Any, ...], arguments: dict[str, Any]
-    ) -> _Ahead | None:
+    def _begin(self, plan: BlockPlan, x: Tensor, given: tuple[Any, ...], arguments: dict[str, Any]) -> _Ahead | None:
         step, mask, turns = given
         rows, attention = len(x), plan.attention
         if not plan.takes(x, arguments) or not plan.is_turned_by(turns, x.dtype, rows):
             return None
         self.begins[plan.index] = True
-        uses, natives, kept, layers = uses_here(), [], [], []
+        natives: list[Any] = []
+        layers: list[Any] = []
+        uses, kept, hooked = uses_here(), [], False
         for other in self.plans[plan.index :]:
-            if other is not plan and (self.begins[other.index] or other.block._forward_hooks):
+            if other is not plan and (hooked or self.begins[other.index] or other.block._forward_pre_hooks):
                 break
+            hooked = bool(other.block._forward_hooks)  # they may change what it returns in place
             place = other.attention.layer_idx
-            found = other.native(rows, x.dtype, uses) if place < len(step.slots.layers) else None
-            if found is None:
+            layer = step.slots.layers[place] if place < len(step.slots.layers) else None
+            if layer is None or layer.pending is not None or layer.layout is None or other.shape != plan.shape:
+                break
+            if layers and layer.layout != layers[0].layout:
+                break
+            if (found := other.native(rows, x.dtype, uses)) is None:
                 break
             natives.append(found[0])
             kept.append(found[1])
-            layers.append(step.slots.layers[place])
+            layers.append(layer)
         if not natives:
             return None
         # One position a row: (rows, heads, 1, dim) without a transposition.
-        count, dim = len(natives), attention.head_dim
+        (heads, kv_heads, dim), count = plan.shape, len(natives)
         if plan.joined:
-            joined = x.new_empty((count, rows, 3, plan.heads, 1, dim))
+            joined = x.new_empty((count, rows, 3, heads, 1, dim))
             queries, keys, values = (each.unbind() for each in joined.unbind(2))
         else:
-            queries = (x.new_empty((rows, plan.heads, 1, dim)),) * count
-            keys, values = (each.unbind() for each in x.new_empty((2, count, rows, plan.kv_heads, 1, dim)).unbind())
-        called = step.attend_natively(attention, layers, queries[0], keys[0], values[0], mask)
+            queries = (x.new_empty((rows, heads, 1, dim)),) * count
+            keys, values = (each.unbind() for each in x.new_empty((2, count, rows, kv_heads, 1, dim)).unbind())
+        called = step.attend_natively(attention, layers[0], queries[0], keys[0], values[0], mask)
         if called is None:
             return None
         results = x.new_empty((count, *x.shape)).unbind()
-        tensors = zip(queries, keys, values, [layer.keys for layer in layers], [layer.values for layer in layers], results)
+        cached = [(layer.keys, layer.values) for layer in layers]
+        tensors = [(*new, *old, y) for *new, old, y in zip(queries, keys, values, cached, results, strict=True)]
         arrays = [tuple(tensor.data_ptr() for tensor in each) for each in tensors]
         decoder_blocks(x, natives, arrays, called[0], turns)
         return _Ahead(plan.index, x, given, results, list(zip(layers, keys, values, strict=True)))

@@ -276,10 +276,11 @@ class Snapshot:
 
     def __init__(self, linears: Iterable[NativeLinear], norms: Iterable[NativeNorm], uses: dict[int, Use]):
         layers = list(linears)
-        modules = [each.module for each in (*layers, *norms)]
+        modules = [each.module for each in layers] + [each.module for each in norms]
         parameters = [(m._parameters, name, m._parameters.get(name)) for m in modules for name in ("weight", "bias")]
         self.tensors = [
-            (of, name, t, *((None,) * 3 if t is None else (t.data_ptr(), t.dtype, t.shape))) for of, name, t in parameters
+            (of, name, x, *((None, None, None) if x is None else (x.data_ptr(), x.dtype, x.shape)))
+            for of, name, x in parameters
         ]
         self.numbers = [(norm.module, norm.epsilon_name, getattr(norm.module, norm.epsilon_name)) for norm in norms]
         found = [(id(each.module), uses.get(id(each.module)), each.module.weight) for each in layers]

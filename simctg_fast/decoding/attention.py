@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,22 +116,15 @@ class Attention:
     def attend_natively(
         self,
         module: torch.nn.Module,
-        layers: Sequence[SlotLayer],
+        layer: SlotLayer,
         query: Tensor,
         new_key: Tensor,
         new_value: Tensor,
         attention_mask: Tensor | None,
     ) -> tuple[Any, Any] | None:
-        """`attend` for several layers alike, without having done it, from the operands of the first: what
-        `block_layers.decoder_blocks` takes, and what has to be kept alive meanwhile. None: they are not alike, or not
-        for C++."""
-        first, *others = layers
-        like = first.layout
-        if first.pending is not None or like is None:
-            return None
-        if any(layer.pending is not None or layer.layout != like for layer in others):
-            return None
-        key, value = first.seen
+        """What `attend` would do, for this layer and others of its layout, as `block_layers.decoder_blocks` takes it;
+        and what has to be kept alive meanwhile. None: it is not for C++."""
+        key, value = layer.seen
         return native_call(**self._arguments(module, query, key, value, new_key, new_value, attention_mask))
 
     def _arguments(

@@ -132,8 +132,7 @@ class SlotLayer(CacheLayerMixin):
         """Layers of one layout are read alike, but for their addresses. None: there is nothing to read."""
         if not self.is_initialized or self.extent.filling is not None:
             return None
-        keys, values = self.keys, self.values
-        return keys.dtype, keys.device, keys.shape, keys.stride(), values.dtype, values.device, values.shape, values.stride()
+        return tuple((x.dtype, x.device, x.shape, x.stride()) for x in (self.keys, self.values))
 
     def get_seq_length(self) -> int:
         if self.extent.filling is not None:

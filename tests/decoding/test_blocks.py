@@ -23,10 +23,11 @@ from simctg_fast import ContrastiveSearch
 from simctg_fast.cpu import decoder_blocks
 from simctg_fast.cpu import fast_blocks as families
 from simctg_fast.cpu.fast_blocks import fast_blocks
-from simctg_fast.cpu.forwards import _held, here
+from simctg_fast.cpu.forwards import _held, here, uses_here
 from simctg_fast.cpu.modules import fast_linears
 from simctg_fast.decoding import trial
 from simctg_fast.decoding.attention import current_step
+from simctg_fast.decoding.slots import Extent, SlotLayer
 from simctg_fast.engine import Engine
 from simctg_fast.ops import _backends
 
@@ -87,7 +88,8 @@ def write(model, new_tokens=9, k=4, texts=TEXTS, **settings):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Grows by one with each block that took the short way, those of trials aside."""
+    """Grows by one with each block that took the short way, those of trials aside: by the number that one call ran,
+    then by zeros."""
     calls, tried = [], trial._try
 
     def try_path(*args):
@@ -98,7 +100,7 @@ def taken(monkeypatch):
             del calls[before:]
 
     def run(x, blocks, *args):
-        calls.extend([1] * len(blocks))
+        calls.extend([len(blocks)] + [0] * (len(blocks) - 1))
         return original(x, blocks, *args)
 
     original = decoder_blocks.decoder_blocks
@@ -130,10 +132,10 @@ def test_the_results_of_the_modules(kind, k, taken, monkeypatch):
     monkeypatch.setattr(families, "_FAMILIES", {})
     plain_tokens, plain_logits = write(model, k=k)
     assert len(taken) == count
-    if same_tokens(tokens, plain_tokens, model, TEXTS):
+    if not same_tokens(tokens, plain_tokens, model, TEXTS):
         torch.testing.assert_close(logits, plain_logits, rtol=2e-4, atol=2e-4)
     slow_tokens, slow_logits = write(model, k=k, fast_linear=False)
-    if same_tokens(tokens, slow_tokens, model, TEXTS):
+    if not same_tokens(tokens, slow_tokens, model, TEXTS):
         torch.testing.assert_close(logits, slow_logits, rtol=2e-4, atol=2e-4)
 
 
@@ -210,7 +212,7 @@ def test_a_block_that_is_not_as_it_was_made(kind, change, taken, monkeypatch):
     assert len(taken) in (8 * (LAYERS - 1), 9 * (LAYERS - 1)), "the other blocks go on"
     monkeypatch.setattr(families, "_FAMILIES", {})
     plain_tokens, plain_logits = write(model)
-    if same_tokens(tokens, plain_tokens, model, TEXTS):
+    if not same_tokens(tokens, plain_tokens, model, TEXTS):
         torch.testing.assert_close(logits, plain_logits, rtol=2e-4, atol=2e-4)
 
 
@@ -329,6 +331,149 @@ def test_what_is_recorded(kind, output):
 def test_other_dtypes(dtype, taken):
     assert write(make("llama").to(dtype))[0].shape == (2, 15)
     assert bool(taken) == (dtype is not torch.float64)
+
+
+def lengths(taken):
+    """Of the calls."""
+    return [count for count in taken if count]
+
+
+@kinds
+def test_one_call_a_step(kind, taken):
+    write(make(kind))
+    assert set(lengths(taken)) == {LAYERS}
+
+
+def in_place(module, args, out):
+    out.mul_(1.25)
+
+
+def in_place_before(module, args):
+    args[0].mul_(1.25)
+
+
+def something_else(module, args, out):
+    return out * 1.25
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("change", [in_place, in_place_before, something_else])
+def test_a_block_s_own_hooks(kind, change, taken):
+    """What they do counts for the blocks behind."""
+
+    def run(fast, layer):
+        model = make(kind)
+        block = blocks(model)[layer]
+        if change is in_place_before:
+            block.register_forward_pre_hook(change)
+        else:
+            block.register_forward_hook(change)
+        return write(model, fast_linear=fast), model
+
+    for layer in range(LAYERS):
+        taken.clear()
+        (tokens, logits), model = run(True, layer)
+        assert len(taken) in (8 * LAYERS, 9 * LAYERS)
+        (slow_tokens, slow_logits), _ = run(False, layer)
+        if not same_tokens(tokens, slow_tokens, model, TEXTS):
+            torch.testing.assert_close(logits, slow_logits, rtol=2e-4, atol=2e-4)
+
+
+def test_layers_that_see_different_masks(taken):
+    """The first step learns where the mask is another one."""
+    extra = LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=4, vocab_size=90, eos_token_id=None, **extra)).eval()
+    assert len(set(model.config.layer_types)) == 2
+    tokens, _ = write(model)
+    calls = lengths(taken)
+    assert calls[-2:] == [1, 3]
+    assert sum(calls) <= 9 * 4 + 3
+    same_tokens(tokens, write(model, fast_linear=False)[0], model, TEXTS)
+
+
+def test_other_orders_of_blocks(taken):
+    """A model that leaves the last layers out, or whose forward is not transformers' own."""
+    model = make("llama")
+    model.config.num_hidden_layers = 2
+    tokens, _ = write(model)
+    assert set(lengths(taken)) <= {2, 3}
+    same_tokens(tokens, write(model, fast_linear=False)[0], model, TEXTS)
+
+    class Scaled(modeling_gpt2.GPT2Model):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = make("gpt2")
+    model.transformer.__class__ = Scaled
+    taken.clear()
+    write(model)
+    assert set(lengths(taken)) == {1}, "what it does between blocks is not known"
+
+
+def test_a_module_used_twice(taken):
+    model = make("gpt2")
+    model.transformer.h[2] = model.transformer.h[1]
+    with fast_blocks(model, current_step) as routed:
+        assert routed == 2
+        assert all(len(here(block).value.stack.plans) == 1 for block in blocks(model))
+
+
+@pytest.mark.parametrize("pruned", [("q_proj", "k_proj", "v_proj"), ("q_proj",)])
+def test_pruned_heads_end_a_call(pruned, taken):
+    """Blocks of another number of heads do not share one."""
+    model = make("llama")
+    attention = blocks(model)[1].self_attn
+    for linear in (getattr(attention, name) for name in pruned):
+        keep = 16 if linear is attention.q_proj and len(pruned) == 1 else len(linear.weight) // 2
+        linear.weight = torch.nn.Parameter(linear.weight[:keep].clone())
+        linear.bias = torch.nn.Parameter(linear.bias[:keep].clone())
+    attention.num_key_value_groups = len(attention.q_proj.weight) // len(attention.k_proj.weight)
+    heads = len(attention.q_proj.weight)
+    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :heads].clone())
+    tokens, _ = write(model)
+    assert set(lengths(taken)) == {1}
+    same_tokens(tokens, write(model, fast_linear=False)[0], model, TEXTS)
+
+
+def test_only_what_was_returned_goes_on():
+    x, y, step = torch.zeros(2, 1, 3), torch.ones(2, 1, 3), object()
+    layer = SlotLayer(Extent(2, 2))
+    ahead = decoder_blocks._Ahead(0, x, (step, None, None), [y, y + 1], [(layer, x, x), (layer, y, y)])
+    assert ahead.take() is y
+    assert layer.pending == [x, x]
+    assert layer.was_read
+    assert ahead.is_for(1, y, (step, None, None))
+    assert not ahead.is_for(1, y.clone(), (step, None, None))
+    assert not ahead.is_for(2, y, (step, None, None))
+    assert not ahead.is_for(1, y, (object(), None, None))
+    assert not ahead.is_for(1, y, (step, x, None))
+
+
+@pytest.mark.parametrize("name", ["scaling", "epsilon", "bias", "shape"])
+def test_what_a_kept_block_would_miss(name):
+    """Everything that goes into a native block is looked at in each step."""
+    model = make("gpt2")
+    block = blocks(model)[1]
+    with torch.no_grad(), fast_linears(model), fast_blocks(model, current_step):
+        plan = here(block).value
+
+        def native():
+            found = plan.native(4, torch.float32, uses_here())
+            return found and found[0]
+
+        before = native()
+        assert native() is before
+        if name == "scaling":
+            block.attn.scaling *= 2
+        elif name == "epsilon":
+            block.ln_2.eps *= 2
+        elif name == "bias":
+            block.mlp.c_fc.bias = None
+        else:
+            block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.t()
+        after = native()
+        assert after is not before
+        assert (after is None) == (name == "shape")
 
 
 def test_threads_share_a_model():
