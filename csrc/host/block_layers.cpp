@@ -157,7 +157,13 @@ void decoder_blocks(const void* x, int64_t rows, const std::vector<const Decoder
         check_equal("output.in_features", block.output.in_features, width);
         check_equal("output.out_features", block.output.out_features, block.inner.in_features);
         std::vector<const LinearLayer*> projections;
-        for (const LinearLayer& projection : block.projections) projections.push_back(&projection);
+        int64_t projected_width = 0;
+        for (const LinearLayer& projection : block.projections) {
+            projections.push_back(&projection);
+            projected_width += projection.out_features;
+        }
+        check_equal("out_features of the projections", projected_width,
+                    (attention.groups + 1) * attention.kv_heads * attention.dim + attention.kv_heads * attention.value_dim);
         std::vector<void*> projected{array.query, array.new_key, array.new_value};
         projected.resize(projections.size() == 1 ? 1 : 3);
         norm_linears(x, rows, block.attention_norm, projections, rotation, projected, num_threads);

@@ -187,11 +187,11 @@ def draw_tokens(model: Any) -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.randint(3, vocabulary, shape, generator=random)
 
 
-def moved_by_noise(model: Any, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> float:
-    """How far rounding may move the logits that ``run`` returns from those ``expected``: the larger relative error of
-    two draws of noise in the decoder's embeddings, 0 where it has none.
+def moved_by_noise(model: Any, error: Callable[[], float]) -> float:
+    """How far rounding may move what a model makes: the larger ``error`` of two runs with noise in the decoder's
+    embeddings; where it has none, that of a run.
 
-    The noise is one in their last bit; with a quantised model a coarser one, where that moves the logits out of all
+    The noise is one in their last bit; with a quantised model a coarser one, where that moves the model out of all
     proportion: layers that round their inputs (bitsandbytes) swallow a small change most of the time, and make a large
     one of it at times. (So do experts and sparse attention, but there the last bit is what decides.)
     """
@@ -200,7 +200,7 @@ def moved_by_noise(model: Any, run: Callable[[], torch.Tensor], expected: torch.
         errors = []
         for seed in (0, 1):
             with _shaken(model, seed, scale):
-                errors.append(error_of(run(), expected))
+                errors.append(error())
         return max(errors)
 
     fine = torch.finfo(model.dtype).eps if isinstance(getattr(model, "dtype", None), torch.dtype) else _COARSE

@@ -91,6 +91,15 @@ class Truth:
         """Whether transformers' own step makes something else of the same text: ``other`` is :meth:`again` of it."""
         return not error_of(self.logits, other.logits) <= self.allowed
 
+    def error_of(self, other: Truth) -> float:
+        """The largest relative error of what ``other``, :meth:`again` of it, makes: logits, and candidates' states."""
+        errors = [error_of(other.logits, self.logits)]
+        for mine, theirs in zip(self.rounds, other.rounds, strict=True):
+            errors += [
+                error_of(theirs.states[head], mine.states[head]) for head in mine.states if head in theirs.states
+            ]
+        return max(errors)
+
     @property
     def logits(self) -> torch.Tensor:
         """After the prompt and after each step, ``(3, rows, V)``."""
@@ -130,9 +139,10 @@ class Truth:
 
 
 def sensitivity(truth: Truth, tap: HiddenStatesTap, k: int) -> float:
-    """How far the smallest noise moves the model's logits, see `moved_by_noise`."""
-
-    return moved_by_noise(truth.call.model, lambda: truth.again(tap, k, truth.own_step.replay).logits, truth.logits)
+    """How far the smallest noise moves what is compared, see `moved_by_noise`. (In 16 bits, states of a model of
+    experts move several times as far as its logits.)"""
+    replay = truth.own_step.replay
+    return moved_by_noise(truth.call.model, lambda: truth.error_of(truth.again(tap, k, replay)))
 
 
 def known_tokens(model: Any, logits: torch.Tensor) -> int | None:

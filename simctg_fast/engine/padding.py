@@ -53,7 +53,8 @@ def change_by_padding(model: Any, pad: int) -> str | None:
     if error <= _ROUNDING.get(model.dtype, 2e-2):
         return None
     exact = model.dtype in (torch.float32, torch.float64)  # in half precision noise explains anything
-    moved = moved_by_noise(model, lambda: logits([short]), alone) if exact and error <= MOST_NOISE else 0.0
+    explains = exact and error <= MOST_NOISE
+    moved = moved_by_noise(model, lambda: error_of(logits([short]), alone)) if explains else 0.0
     if error <= allowed_for_noise(moved):
         return None
     return f"logits of a padded row differ from those of the row alone by {error:.2g}"

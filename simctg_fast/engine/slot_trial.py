@@ -14,6 +14,7 @@ from ..decoding.own_step import (
     OwnText,
     allowed_for_noise,
     draw_tokens,
+    error_of,
     most_noise,
     moved_by_noise,
     own_text,
@@ -98,7 +99,7 @@ def verify(decoder: SlotDecoder, trial: SlotTrial) -> None:
             if error.error > most_noise(normal):
                 raise
             text = trial.texts[-1]
-            moved = moved_by_noise(model, lambda: text.again(model).logits, text.logits)
+            moved = moved_by_noise(model, lambda: error_of(text.again(model).logits, text.logits))
             if not error.error < (allowed := allowed_for_noise(moved, normal)):
                 raise
             _verify(decoder, trial, allowed)

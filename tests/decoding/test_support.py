@@ -192,15 +192,18 @@ def test_a_path_that_was_asked_for_teaches_nothing():
 
 def without(monkeypatch, name):
     """Have our attention ignore one of its arguments."""
-    original = attention.shared_prefix_attention
     neutral = 0 if name == "window_start" else None
 
-    @functools.wraps(original)
-    def attend(*args, **kwargs):
-        assert name in kwargs
-        return original(*args, **kwargs | {name: neutral})
+    def change(function):
+        @functools.wraps(function)
+        def attend(*args, **kwargs):
+            assert name in kwargs
+            return function(*args, **kwargs | {name: neutral})
 
-    monkeypatch.setattr(attention, "shared_prefix_attention", attend)
+        return attend
+
+    for function in (attention.shared_prefix_attention, attention.native_call):
+        monkeypatch.setattr(attention, function.__name__, change(function))
 
 
 @pytest.mark.parametrize(

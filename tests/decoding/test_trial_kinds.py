@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from simctg_fast import support
+from simctg_fast.decoding import attention
+from simctg_fast.decoding.attention import Attention
 from simctg_fast.decoding.caches import CACHE_NAME
-from simctg_fast.decoding.own_step import moved_by_noise
+from simctg_fast.decoding.own_step import error_of, moved_by_noise
 from simctg_fast.decoding.report import recall
 from simctg_fast.engine import Engine
 from simctg_fast.engine.padding import change_by_padding
@@ -172,7 +174,9 @@ def test_noise_that_is_swallowed_most_of_the_time(layer, quantised, least, most)
     for module in model.model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = layer
-    moved = moved_by_noise(model, lambda: model(ids).logits, model(ids).logits)
+    with torch.no_grad():
+        expected = model(ids).logits
+        moved = moved_by_noise(model, lambda: error_of(model(ids).logits, expected))
     assert least < moved < most
 
 
@@ -184,18 +188,17 @@ def test_noise_is_for_this_thread_alone():
         thread = threading.Thread(target=lambda: seen.append(model(ids).logits))
         thread.start()
         thread.join()
-        return model(ids).logits
+        return error_of(model(ids).logits, expected)
 
-    assert moved_by_noise(model, run, expected) > 0
+    with torch.no_grad():
+        assert moved_by_noise(model, run) > 0
     assert all(torch.equal(logits, expected) for logits in seen)
-    assert moved_by_noise(torch.nn.Linear(2, 2), lambda: expected, expected) == 0  # with no embedding to be found
+    assert moved_by_noise(torch.nn.Linear(2, 2), lambda: 0.0) == 0  # with no embedding to be found
 
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_what_is_allowed_to_noise_is_not_allowed_to_an_error(monkeypatch, quantised):
     """An error of 2 % on a model that is not sensitive, whatever it calls itself."""
-    from simctg_fast.decoding.attention import Attention
-
     own = Attention.attend
 
     def bent(self, *args, **kwargs):
@@ -203,6 +206,7 @@ def test_what_is_allowed_to_noise_is_not_allowed_to_an_error(monkeypatch, quanti
         return (1.02 * out[0], *out[1:])
 
     monkeypatch.setattr(Attention, "attend", bent)
+    monkeypatch.setattr(attention, "native_call", lambda **_: None)
     model, inputs = build("llama"), inputs_for(build("llama"), 2)
     model.hf_quantizer = object() if quantised else None
     report = support(model, inputs)

@@ -5,9 +5,11 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from simctg_fast.ops.block_layers import (
+    decoder_blocks,
     linear_feed_forward,
     linear_residual,
     native_activation,
+    native_block,
     native_layer,
     native_norm,
     norm_linears,
@@ -15,6 +17,7 @@ from simctg_fast.ops.block_layers import (
 from simctg_fast.ops.gelu import run_kernel as gelu
 from simctg_fast.ops.linear import pack, run_kernel
 from simctg_fast.ops.rms_norm import run_kernel as rms_norm
+from simctg_fast.ops.shared_prefix_attention import native_call, shared_prefix_attention
 
 EPSILON = 1e-6
 layouts = pytest.mark.parametrize("layout", ["linear", "conv1d", "packed"])
@@ -243,3 +246,85 @@ def test_sizes_that_do_not_fit(isa):
         norm_linears(x, native, [good.native, good.native], [torch.empty(2, 12)])
     with pytest.raises(ValueError, match=r"outer.in_features is 9, must be 12"):
         feed_forward(x, norm, good.native, None, "relu", bad.native)
+
+
+def turns(rows, width):
+    angles = torch.rand(rows, 1, width // 2).repeat(1, 1, 2) * 6
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_blocks_in_turn(isa, joined, threads):
+    """The bits of their parts, called one after the other."""
+    threads(2)
+    heads, kv_heads, dim, between, length = (3, 3, 8, 50, 11) if joined else (4, 2, 8, 50, 11)
+    for batch, k in ((1, 1), (3, 4)):
+        rows, width = batch * k, heads * dim
+        x, rotation = torch.randn(rows, 1, width), None if joined else turns(rows, dim)
+        blocks, arrays, expected, kept, y = [], [], [], [], x
+        for _ in range(3):
+            sizes = [3 * width] if joined else [width, kv_heads * dim, kv_heads * dim]
+            projections = [Layer(width, size, "conv1d" if joined else "linear", bias=joined) for size in sizes]
+            output, inner = Layer(width, width, "linear"), Layer(width, between, "linear")
+            gate = None if joined else Layer(width, between, "linear")
+            outer = Layer(between, width, "conv1d")
+            weights = torch.randn(2, width)
+            norms = [native_norm(weight, None, EPSILON, False) for weight in weights]
+            act, scaling = native_activation("silu"), float(torch.rand(())) + 0.1
+            keys, values = torch.randn(2, batch, kv_heads, length + 2, dim).unbind()
+            gate_native = None if gate is None else gate.native
+            rest = norms[1], inner.native, gate_native, act, outer.native
+            natives = [layer.native for layer in projections]
+            blocks.append(native_block(norms[0], natives, scaling, output.native, *rest))
+
+            def new(joined=joined, rows=rows):
+                if joined:
+                    states = torch.full((rows, 3, heads, 1, dim), torch.nan)
+                    return states.unbind(1), [states]
+                parts = [torch.full((rows, n, 1, dim), torch.nan) for n in (heads, kv_heads, kv_heads)]
+                return parts, parts
+
+            (query, new_key, new_value), results = new()
+            norm_linears(y, norms[0], natives, results, rotation)
+            call = {"length": length, "new_key": new_key, "new_value": new_value, "scaling": scaling}
+            attended = shared_prefix_attention(query, keys, values, **call, impl="cpu")
+            y = linear_feed_forward(attended.view(rows, width), output.native, y, *rest)
+            expected.append((new_key, new_value, y))
+
+            own, _ = new()
+            result = torch.full_like(x, torch.nan)
+            arrays.append(tuple(tensor.data_ptr() for tensor in (*own, keys, values, result)))
+            kept.append((own, result, keys, values, projections, output, inner, gate, outer, weights))
+        first = kept[0]
+        (query, new_key, new_value), _, keys, values = first[:4]
+        native, _ = native_call(
+            query=query, key=keys, value=values, length=length, new_key=new_key, new_value=new_value, scaling=1.0
+        )
+        decoder_blocks(x, blocks, arrays, native, rotation)
+        for (key, value, y), (own, result, *_) in zip(expected, kept, strict=True):
+            assert torch.equal(own[1], key)
+            assert torch.equal(own[2], value)
+            assert torch.equal(result, y)
+
+
+def test_blocks_of_other_sizes():
+    linear, norm = Layer(8, 8, "linear").native, native_norm(torch.ones(8), None, EPSILON, False)
+    wide = Layer(8, 16, "linear").native
+    act = native_activation("relu")
+    query, new = torch.randn(2, 1, 1, 8), torch.randn(2, 1, 1, 8)
+    cache = torch.randn(2, 1, 4, 8)
+    native, _ = native_call(
+        query=query, key=cache, value=cache, length=3, new_key=new, new_value=new.clone(), scaling=1.0
+    )
+    address = (query.data_ptr(),) * 6
+    for rows, block, arrays, message in (
+        (2, (linear, linear), [address] * 2, "number of arrays is 2, must be 1"),
+        (3, (linear, linear), [address], "rows of the attention is 2, must be 3"),
+        (2, (linear, linear), [address], "out_features of the projections is 32, must be 24"),
+        (2, (wide, linear), [address], "output.out_features is 16, must be 8"),
+        (2, (Layer(16, 8, "linear").native, linear), [address], "output.in_features is 16, must be 8"),
+    ):
+        projections = [linear, linear, wide if "projections" in message else linear]
+        made = native_block(norm, projections, 1.0, block[0], norm, block[1], None, act, linear)
+        with pytest.raises(ValueError, match=message):
+            decoder_blocks(torch.randn(rows, 1, 8), [made], arrays, native)
