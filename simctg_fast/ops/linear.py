@@ -16,7 +16,7 @@ from . import _backends
 from .dispatch import element_type
 
 MAX_ROWS = 64  # above, a general matrix product is as good
-_MAX_ROWS_AMD = 256  # with AVX-512 there: PyTorch's is slower on AMD's processors (`benchmarks/linear.py`)
+_MAX_ROWS_AMD = 256  # of float32 with AVX-512: PyTorch's is slower on AMD's processors (`benchmarks/linear.py`)
 ANY_ROWS = 1 << 62  # where the processor has no instructions for 16 bits, PyTorch's is 2 to 200 times slower
 
 
@@ -29,7 +29,8 @@ def most_rows(dtype: torch.dtype = torch.float32) -> int:
         return ANY_ROWS
     if dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return ANY_ROWS
-    return _MAX_ROWS_AMD if isa.startswith("avx512") and extension.is_amd() else MAX_ROWS
+    slow = dtype is torch.float32 and isa.startswith("avx512") and extension.is_amd()
+    return _MAX_ROWS_AMD if slow else MAX_ROWS
 
 
 # How copies lie, by their type; those of 16 bits lie as the weight does.
