@@ -20,13 +20,13 @@ void panel_tiles(AxpyStep<float, float> step, int64_t rows, int64_t tiles, bool 
     constexpr int vectors = static_cast<int>(kPanelWidth / kLanes);
     const AxpyStep<float, float> whole = step;
     const int64_t lines = step.count * kPanelWidth / kLineFloats, share = step.count / kPanelEvery * Lines;
-    step.ahead_stride = Lines * kLineFloats;
+    step.ahead_stride = Lines * kLineBytes;
     for (int64_t index = 0; index < tiles; ++index) {
         const RowTile tile(rows, tiles, index);
         step.x = whole.x + tile.begin * whole.x_stride;
         step.sums = whole.sums + tile.begin * whole.sums_stride;
         if (whole.y) step.y = whole.y + tile.begin * whole.y_stride;
-        step.ahead = whole.ahead + index * share * kLineFloats;
+        step.ahead = whole.ahead + index * share * kLineBytes;
         if (fetch && index * share < lines) axpy_step<vectors, Lines, false, kPanelEvery>(tile.count, step, Mask());
         else axpy_step<vectors, 0, false, kPanelEvery>(tile.count, step, Mask());
     }
@@ -44,7 +44,7 @@ void panel_blocks(const Floats& call, int64_t begin, int64_t end, float* sums) {
             step.w = call.weight + n * call.in_features + k * kPanelWidth;
             step.w_stride = kPanelWidth;
             step.count = count;
-            step.ahead = step.w + count * kPanelWidth;  // panels follow one another
+            step.ahead = reinterpret_cast<const char*>(step.w + count * kPanelWidth);  // panels follow one another
             step.sums = sums;
             step.sums_stride = kPanelWidth;
             step.first = k % kChunk == 0;

@@ -229,7 +229,7 @@ constexpr int tile_rows(int vectors) {
     return vectors == 4 ? 2 : vectors == 2 ? 6 : 8;
 }
 
-constexpr int64_t kAxpyHeight = 32;    // k's in a piece of the weight, at most
+constexpr int64_t kAxpyHeight = 32;    // k's, or pairs of them, in a piece of the weight, at most
 constexpr int64_t kPageFloats = 1024;  // rows so far apart, or a multiple of it, meet in a few lines of the first cache
 
 template <class X, class Weight>
@@ -239,8 +239,8 @@ struct AxpyStep {
     const Weight* w;
     int64_t w_stride;
     int64_t count;         // k's
-    const Weight* ahead;   // weight to fetch meanwhile
-    int64_t ahead_stride;  // from one request to the next
+    const char* ahead;     // weight to fetch meanwhile
+    int64_t ahead_stride;  // bytes from one request to the next
     float* sums;         // carried from one step of a chunk to the next
     int64_t sums_stride;
     bool first;          // the chunk begins here
@@ -303,11 +303,11 @@ void axpy_step(const AxpyStep<X, Weight>& step, Mask mask) {
     const auto get = [&](const float* p) { return Masked ? load(p, mask) : load(p); };
     const auto put = [&](float* p, Vec v) { Masked ? store(p, v, mask) : store(p, v); };
     const int64_t x_stride = step.x_stride, count = step.count;
-    constexpr int64_t kLine = kLineBytes / int64_t{sizeof(Weight)};
     // Of a panel, the stride is known when this is compiled.
     const int64_t w_stride = Every > 1 ? Vectors * kLanes : step.w_stride;
     const X* x = step.x;
-    const Weight *w = step.w, *ahead = step.ahead;
+    const Weight* w = step.w;
+    const char* ahead = step.ahead;
     Vec acc[Rows][Vectors];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -336,7 +336,7 @@ void axpy_step(const AxpyStep<X, Weight>& step, Mask mask) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < depth; ++i) {
 #pragma GCC unroll 8
-            for (int line = 0; line < Lines; ++line) prefetch_l2(ahead + i * step.ahead_stride + line * kLine);
+            for (int line = 0; line < Lines; ++line) prefetch_l2(ahead + i * step.ahead_stride + line * kLineBytes);
         }
 #pragma GCC unroll 8
         for (int64_t i = 0; i < Every; ++i) multiply(k + i * depth);
@@ -396,7 +396,7 @@ SIMCTG_INLINE void axpy_tiles(const AxpyStep<X, Weight>& step, int64_t rows, int
             if (index == 0) axpy_step<Vectors, Lines, Masked>(tile.count, part, mask);
             else axpy_step<Vectors, 0, Masked>(tile.count, part, mask);
         } else if (index < Lines) {
-            part.ahead += index * kLineBytes / int64_t{sizeof(Weight)};
+            part.ahead += index * kLineBytes;
             axpy_step<Vectors, (Lines > 0), Masked>(tile.count, part, mask);
         } else {
             axpy_step<Vectors, 0, Masked>(tile.count, part, mask);
@@ -419,7 +419,7 @@ SIMCTG_INLINE void axpy_piece(const AxpyStep<X, Weight>& step, int64_t rows, boo
     constexpr bool prepares = kWidens<X, Weight> || depth > 1;
     if constexpr (!Masked && (prepares || kRegisters == 16)) {
         if (prepares ? tiles > 1 : tiles > 2 && step.w_stride % kPageFloats == 0) {
-            typename Axpy::Copied copy[kAxpyHeight / depth * width];
+            typename Axpy::Copied copy[kAxpyHeight * width];
             const auto fill = [&](int64_t k, auto... last) SIMCTG_INLINE_LAMBDA {
 #pragma GCC unroll 8
                 for (int v = 0; v < Vectors; ++v) {
@@ -427,21 +427,16 @@ SIMCTG_INLINE void axpy_piece(const AxpyStep<X, Weight>& step, int64_t rows, boo
                     Axpy::put(copy + k / depth * width + v * kLanes, Axpy::get(w, step.w_stride, mask, false, last...));
                 }
             };
-            for (int64_t k = 0; prepares && fetch && k < step.count; ++k) {
-                for (int line = 0; line < lines; ++line) {
-                    prefetch_l2(step.ahead + k * step.ahead_stride + line * kLineBytes / int64_t{sizeof(Weight)});
-                }
-            }
             int64_t k = 0;
             for (; k + depth <= step.count; k += depth) fill(k);
             if constexpr (depth > 1) {
                 if (k < step.count) fill(k, LastOne());
             }
             const AxpyStep<X, typename Axpy::Copied> copied{
-                step.x,     step.x_stride, copy,          width / depth, step.count, copy,
-                width,      step.sums,     step.sums_stride, step.first, step.y,     step.y_stride,
-                step.add,   step.bias};
-            return axpy_tiles<Vectors, 0, Masked>(copied, rows, tiles, false, mask);
+                step.x,            step.x_stride, copy,             width / depth, step.count, step.ahead,
+                step.ahead_stride, step.sums,     step.sums_stride, step.first,    step.y,     step.y_stride,
+                step.add,          step.bias};
+            return axpy_tiles<Vectors, lines, Masked>(copied, rows, tiles, fetch, mask);
         }
     }
     axpy_tiles<Vectors, lines, Masked>(step, rows, tiles, fetch, mask);
@@ -464,7 +459,7 @@ SIMCTG_INLINE void axpy_sweep(int64_t n, int64_t end, int64_t rows, bool fetch, 
 template <int Vectors, int64_t Height, class X, class Weight>
 void axpy_chunks(const Product<X, Weight>& call, int64_t begin, int64_t end, int64_t first_chunk, int64_t last_chunk, float* sums,
                  int64_t sums_stride, bool finish, bool follows) {
-    static_assert(kChunk % Height == 0 && Height <= kAxpyHeight, "a chunk is a whole number of steps");
+    static_assert(kChunk % Height == 0 && Height <= kAxpyHeight * Across<X>::kDepth, "a chunk is a whole number of steps");
     const int64_t stride = call.weight_stride, k_end = smaller(last_chunk * kChunk, call.in_features);
     for (int64_t k = first_chunk * kChunk; k < k_end; k += Height) {
         const int64_t chunk = k / kChunk, count = smaller(Height, k_end - k);
@@ -478,8 +473,8 @@ void axpy_chunks(const Product<X, Weight>& call, int64_t begin, int64_t end, int
             step.w = call.weight + k * stride + n;
             step.w_stride = stride;
             step.count = count;
-            step.ahead = step.w + count * stride;
-            step.ahead_stride = stride;
+            step.ahead = reinterpret_cast<const char*>(step.w + count * stride);
+            step.ahead_stride = stride * int64_t{sizeof(Weight)};
             step.sums = chunk_sums + (n - begin);
             step.sums_stride = sums_stride;
             step.first = k % kChunk == 0;
@@ -499,10 +494,11 @@ using AxpyChunks = void (*)(const Product<X, Weight>&, int64_t, int64_t, int64_t
 template <class X, class Weight>
 SIMCTG_INLINE AxpyChunks<X, Weight> axpy_for(int64_t rows) {
     constexpr int many = kRegisters == 32 ? 4 : 2;  // vectors in a tile for many rows
+    constexpr int64_t depth = Across<X>::kDepth;
     if (rows <= tile_rows(4)) return axpy_chunks<4, 8, X, Weight>;
-    if (rows <= 16) return axpy_chunks<2, 16, X, Weight>;
+    if (rows <= 16) return axpy_chunks<2, 16 * depth, X, Weight>;
     if (rows <= 24) return axpy_chunks<2, 32, X, Weight>;
-    return axpy_chunks<many, 32, X, Weight>;
+    return axpy_chunks<many, 32 * depth, X, Weight>;
 }
 
 template <class X, class Weight>
