@@ -211,12 +211,13 @@ def counted_products() -> Iterator[list[int]]:
     def counting(function: Any) -> Any:
         def call(*args: Any) -> Any:
             values = [value for arg in args for value in (arg if isinstance(arg, list) else [arg])]
-            count[0] += max(1, sum(isinstance(value, extension.LinearLayer) for value in values))
+            count[0] += max(1, sum(getattr(value, "products", 0) for value in values))
             return function(*args)
 
         return call
 
-    kernels = {n: f for n, f in vars(extension).items() if "linear" in n and "pack" not in n and callable(f)}
+    names = [n for n in vars(extension) if ("linear" in n and "pack" not in n) or n == "decoder_blocks"]
+    kernels = {name: getattr(extension, name) for name in names}
     try:
         for name, function in kernels.items():
             setattr(extension, name, counting(function))

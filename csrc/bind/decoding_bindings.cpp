@@ -203,7 +203,8 @@ void bind_decoding(py::module_& m) {
                                             weight_type};
              }),
              py::arg("layout"), py::arg("weight"), py::arg("bias"), py::arg("in_features"), py::arg("out_features"),
-             py::arg("type") = simctg::ElementType::float32, py::arg("weight_type") = simctg::ElementType::float32);
+             py::arg("type") = simctg::ElementType::float32, py::arg("weight_type") = simctg::ElementType::float32)
+        .def_property_readonly("products", [](const simctg::LinearLayer&) { return 1; });
     m.def("norm_linears", &norm_linears, py::arg("x"), py::arg("rows"), py::arg("norm"), py::arg("layers"), py::arg("y"),
           py::arg("num_threads"), py::arg("rotation") = std::array<int64_t, 5>{}, release_gil());
     m.def("linear_residual", &linear_residual, py::arg("x"), py::arg("rows"), py::arg("layer"), py::arg("residual"),
@@ -223,7 +224,10 @@ void bind_decoding(py::module_& m) {
                       simctg::LinearLayer, std::optional<simctg::LinearLayer>, simctg::Activation,
                       simctg::LinearLayer>(),
              py::arg("attention_norm"), py::arg("projections"), py::arg("scaling"), py::arg("output"), py::arg("norm"),
-             py::arg("inner"), py::arg("gate"), py::arg("act"), py::arg("outer"));
+             py::arg("inner"), py::arg("gate"), py::arg("act"), py::arg("outer"))
+        .def_property_readonly("products", [](const simctg::DecoderBlock& block) {
+            return block.projections.size() + (block.gate ? 4 : 3);
+        });
     m.def("decoder_blocks", &decoder_blocks, py::arg("x"), py::arg("rows"), py::arg("blocks"), py::arg("arrays"),
           py::arg("attention"), py::arg("rotation"), py::arg("num_threads"), release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),

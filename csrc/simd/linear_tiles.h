@@ -36,6 +36,8 @@ struct RowTile {
 constexpr int kDotRows = kRegisters == 32 ? 4 : 2;  // rows of x in a register tile, at most
 constexpr int kDotColumns = 6;                      // rows of the weight in a register tile
 constexpr int kDotColumnsFew = 8;                   // the same for calls of less than kDotRows rows
+constexpr int kDotColumnsWide = 3;                  // the same where up to twice as many rows share what is widened
+constexpr bool dot_fits(int rows, int columns) { return rows <= kDotRows || rows * columns <= kDotRows * kDotColumns; }
 // k's in a pass where row tiles share a weight tile: it stays in the first cache, widened or as it is.
 template <class X, class Weight>
 constexpr int64_t kDotBlock = sizeof(Weight) < sizeof(X) ? 512 : 1024;
@@ -108,8 +110,8 @@ SIMCTG_INLINE void dot_step(int rows, const DotStep<X, Weight>& step) {
     switch (rows) {
         case 1: return dot_step<1, Columns, Ahead>(step);
         case 2: return dot_step<2, Columns, Ahead>(step);
-        case 3: if constexpr (kDotRows >= 3) return dot_step<3, Columns, Ahead>(step); break;
-        case 4: if constexpr (kDotRows >= 4) return dot_step<4, Columns, Ahead>(step); break;
+        case 3: if constexpr (dot_fits(3, Columns)) return dot_step<3, Columns, Ahead>(step); break;
+        case 4: if constexpr (dot_fits(4, Columns)) return dot_step<4, Columns, Ahead>(step); break;
     }
 }
 
@@ -215,6 +217,10 @@ template <class X, class Weight>
 void rows_are_outputs(const Product<X, Weight>& call, int64_t begin, int64_t end, float* sums) {
     Vec* partial = reinterpret_cast<Vec*>(sums);
     if (call.rows < kDotRows) return dot_pass<kDotColumnsFew>(call, {1, 0, 1}, begin, end, partial);
+    if constexpr (kWidens<X, Weight> && kRegisters == 16) {
+        const bool one_tile = call.rows > kDotRows && call.rows <= 2 * kDotRows;
+        if (one_tile) return dot_pass<kDotColumnsWide>(call, {1, 0, 1}, begin, end, partial);
+    }
     const int64_t tiles = (call.rows + kDotRows - 1) / kDotRows, passes = (tiles + kDotTiles - 1) / kDotTiles;
     for (int64_t i = 0; i < passes; ++i) {
         dot_pass<kDotColumns>(call, {tiles, tiles * i / passes, tiles * (i + 1) / passes}, begin, end, partial);
