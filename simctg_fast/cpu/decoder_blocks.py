@@ -22,7 +22,8 @@ from .modules import is_plain
 
 
 class BlockPlan(Plan):
-    """
+    """A block ``z = x + attention(norm(x)) · output``, ``z + feed_forward(norm(z))``.
+
     Args:
         attention: has ``layer_idx``, ``head_dim`` and ``scaling``.
         projections: to queries, keys and values, or one to all three, side by side.
@@ -89,11 +90,11 @@ class BlockPlan(Plan):
 
 
 class Stack:
-    """Blocks that follow one another."""
+    """Blocks that follow one another, and what was made for those of them that have not been called yet."""
 
     def __init__(self, plans: list[BlockPlan]):
         self.plans = plans
-        self.begins = [False] * len(plans)  # a run once began there
+        self.begins = [False] * len(plans)  # a call of ours once began there: none runs on past it
         self.ahead: _Ahead | None = None
         for index, plan in enumerate(plans):
             plan.stack, plan.index = self, index
@@ -101,6 +102,7 @@ class Stack:
     def run(
         self, plan: BlockPlan, hidden_states: Tensor, given: tuple[Any, ...], arguments: dict[str, Any]
     ) -> Tensor | None:
+        """See `BlockPlan.run`; ``given``: what all blocks of a call are given alike."""
         ahead = self.ahead
         if ahead is not None and ahead.is_for(plan.index, hidden_states, given):
             if not plan.knows(arguments):
@@ -171,8 +173,8 @@ class _Ahead:
 
     def take(self) -> Tensor:
         """The next one's, whose keys and values the cache is given."""
-        layer, *layer.pending = self.pending.pop()
-        layer.was_read = True
+        layer, key, value = self.pending.pop()
+        layer.pending, layer.was_read = (key, value), True
         self.index += 1
         self.x = self.results.pop()
         return self.x

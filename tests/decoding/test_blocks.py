@@ -440,7 +440,7 @@ def test_only_what_was_returned_goes_on():
     layer = SlotLayer(Extent(2, 2))
     ahead = decoder_blocks._Ahead(0, x, (step, None, None), [y, y + 1], [(layer, x, x), (layer, y, y)])
     assert ahead.take() is y
-    assert layer.pending == [x, x]
+    assert layer.pending == (x, x)
     assert layer.was_read
     assert ahead.is_for(1, y, (step, None, None))
     assert not ahead.is_for(1, y.clone(), (step, None, None))
