@@ -124,17 +124,19 @@ class Stack:
         self.begins[plan.index] = True
         natives: list[Any] = []
         layers: list[Any] = []
-        uses, kept, hooked = uses_here(), [], False
+        uses, kept, hooked, like = uses_here(), [], False, None
         for other in self.plans[plan.index :]:
             if other is not plan and (hooked or self.begins[other.index] or other.block._forward_pre_hooks):
                 break
             hooked = bool(other.block._forward_hooks)  # they may change what it returns in place
             place = other.attention.layer_idx
             layer = step.slots.layers[place] if place < len(step.slots.layers) else None
-            if layer is None or layer.pending is not None or layer.layout is None or other.shape != plan.shape:
+            if layer is None or layer.pending is not None or other.shape != plan.shape:
                 break
-            if layers and layer.layout != layers[0].layout:
+            layout = layer.layout
+            if layout is None or layout != (like or layout):
                 break
+            like = layout
             if (found := other.native(rows, x.dtype, uses)) is None:
                 break
             natives.append(found[0])
