@@ -6,6 +6,7 @@
 #include "api/block_layers.h"
 #include "api/candidate_select.h"
 #include "api/decode_attention.h"
+#include "api/earlier_text.h"
 #include "api/gelu.h"
 #include "api/linear.h"
 #include "api/linear_int8.h"
@@ -156,6 +157,28 @@ void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> hist
     simctg::candidate_scan(call, num_threads);
 }
 
+simctg::EarlierText earlier_text(std::array<int64_t, 3> sizes, Array<1> tokens, address picks, address lengths,
+                                 address starts, address orders, address penalty, address position) {
+    return {sizes[0], sizes[1], sizes[2], pointer<const int64_t>(tokens[0]), tokens[1], pointer<const int64_t>(picks),
+            pointer<const int64_t>(lengths), pointer<const int64_t>(starts), pointer<const int64_t>(orders),
+            pointer<float>(penalty), pointer<int64_t>(position)};
+}
+
+void follower_scan(std::array<int64_t, 3> sizes, Array<1> tokens, address picks, address lengths, address starts,
+                   address orders, int64_t dim, Array<2> states, Array<1> norms, address penalty, address position,
+                   int num_threads) {
+    simctg::follower_scan(earlier_text(sizes, tokens, picks, lengths, starts, orders, penalty, position),
+                          {dim, pointer<const float>(states[0]), states[1], states[2], pointer<const float>(norms[0]),
+                           norms[1]},
+                          num_threads);
+}
+
+void ngram_penalty(std::array<int64_t, 3> sizes, Array<1> tokens, address picks, address lengths, address starts,
+                   address orders, address betas, address penalty, address position, int num_threads) {
+    simctg::ngram_penalty(earlier_text(sizes, tokens, picks, lengths, starts, orders, penalty, position),
+                          pointer<const double>(betas), num_threads);
+}
+
 }  // namespace
 
 void bind_decoding(py::module_& m) {
@@ -232,6 +255,12 @@ void bind_decoding(py::module_& m) {
           py::arg("attention"), py::arg("rotation"), py::arg("num_threads"), release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
           py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("follower_scan", &follower_scan, py::arg("sizes"), py::arg("tokens"), py::arg("picks"), py::arg("lengths"),
+          py::arg("starts"), py::arg("orders"), py::arg("dim"), py::arg("states"), py::arg("norms"), py::arg("penalty"),
+          py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("ngram_penalty", &ngram_penalty, py::arg("sizes"), py::arg("tokens"), py::arg("picks"), py::arg("lengths"),
+          py::arg("starts"), py::arg("orders"), py::arg("betas"), py::arg("penalty"), py::arg("position"),
+          py::arg("num_threads"), release_gil());
     m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),
           py::arg("y"), py::arg("num_threads"), py::arg("type") = simctg::ElementType::float32, release_gil());
     m.def("top_k_probs", &top_k_probs, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("k"),

@@ -76,6 +76,8 @@ class DecodeStep:
         """The ids ``(B, L)`` to go on from, and which rows are unfinished ``(B,)``."""
         self.end = self.offset + input_ids.shape[1]
         self.slots.keep_tokens(slice(None), self.offset, input_ids)
+        assert self.slots.tokens is not None
+        self.slots.tokens[:, : self.offset] = -1
         self.slots.active.copy_(unfinished)
 
     @property
@@ -126,7 +128,7 @@ def graph_key(run: Any) -> tuple[Any, ...]:
     mask, ends = run.arguments.prompt_mask, ends_of(run.criteria)
     padded = mask is not None and not bool(mask.all())
     size = (len(run.input_ids), padded, 0 if ends is None else len(ends))
-    return ("generate", *size, type(run.chooser), run.chooser.key(), run.strategy.decode_step == "compiled")
+    return ("generate", *size, type(run.chooser), run.chooser.key(), run.search.decode_step == "compiled")
 
 
 def ends_of(criteria: Any) -> Tensor | None:
@@ -147,7 +149,7 @@ def open_decode_step(run: Any, proposal: Proposal, result: StepResult) -> Decode
     is_slots = isinstance(decoder, SlotsDecoder)
     left = math.inf if run.max_length is None or not is_slots else run.max_length - decoder.slots.length
     for problem in (
-        run.strategy.decode_step == "auto" and left < MIN_CAPTURED and f"{left} tokens are left",
+        run.search.decode_step == "auto" and left < MIN_CAPTURED and f"{left} tokens are left",
         not is_slots and f"it is decoded on path {decoder.name!r}",
         not decoder.head and "its output embedding does not get the last hidden state",
         (run.record.wanted or run.arguments.callers_cache is not None) and "more than the tokens is wanted",
@@ -157,9 +159,9 @@ def open_decode_step(run: Any, proposal: Proposal, result: StepResult) -> Decode
     ):
         if problem:
             raise UnsupportedError(problem)
-    compiles = run.strategy.decode_step == "compiled"
+    compiles = run.search.decode_step == "compiled"
     kind, known = run.routes.kind, known_of(run.model).reproduced
-    weight = run.penalty_alpha / (run.strategy.temperature or 1.0)
+    weight = run.row.penalty_alpha / run.row.temperature
     again = (proposal, result, None if run.choice is None else run.choice.ranked, weight)
     try:
         step = _over(run, decoder, on(run.input_ids.device, result.logits))

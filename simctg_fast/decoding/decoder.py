@@ -29,11 +29,13 @@ class Decoder:
     Attributes:
         history: of hidden states, empty unless the strategy needs them.
         strategy: bound to the rows; starts: ``(B,)`` positions of padding in front of them, None: none.
+        positions: of the text so far; no_text: ``(B, positions of the prompt)`` those that are padding, None: none.
     """
 
     name = ""
     strategy: Strategy
     starts: Tensor | None = None
+    no_text: Tensor | None = None
 
     def __init__(
         self,
@@ -98,14 +100,17 @@ class Decoder:
         """From here on ``strategy``, which is bound, chooses. ``states (B, L, D)`` are the prompt's; of these ``mask
         (B, L)`` says which are of real tokens, None: all."""
         self.strategy = strategy
-        self.starts = padding_in_front(mask)
+        self.starts, self.positions = padding_in_front(mask), states.shape[1]
+        self.no_text = None if mask is None or self.starts is None else mask == 0
         if strategy.needs_history:
+            self.history.keeps_norms = strategy.needs_norms
             self.history.write(slice(0, len(states)), 0, states, mask)
         for row in range(len(states)):
             strategy.clear(row)
 
     def propose(self, input_ids: Tensor, logits: Tensor) -> Proposal:
         """Candidates of all rows, by the ``logits (B, V)`` after ``input_ids (B, L)``."""
+        self.strategy.reserve(self.positions + 1)
         self.strategy.draw(len(logits))
         self.view = self._view(input_ids)
         return self.strategy.propose(logits, self.view)
@@ -113,7 +118,7 @@ class Decoder:
     def decide(self, input_ids: Tensor, proposal: Proposal) -> tuple[StepResult, Choice | None]:
         """Step with what was just proposed. Returns also why the strategy chose, if it did so."""
         choice: Choice | None = None
-        strategy, view = self.strategy, self.view
+        strategy, view, proposal = self.strategy, self.view, self._narrowed(proposal)
 
         def choose(states: Tensor) -> Tensor:
             nonlocal choice
@@ -126,31 +131,51 @@ class Decoder:
         if view.tokens is not None:
             view.tokens[:, view.positions] = result.tokens
         strategy.advance(result.tokens, view)
+        self.positions += 1
         return result, choice
 
     def _view(self, input_ids: Tensor) -> View:
-        rows, length = input_ids.shape
-        used = self.history.length if self.strategy.needs_history else length
-        tokens = torch.nn.functional.pad(input_ids, (used - length, 1)) if self.strategy.needs_tokens else None
+        (rows, length), used, tokens = input_ids.shape, self.positions, None
+        if self.strategy.needs_tokens:
+            tokens = torch.nn.functional.pad(input_ids, (used - length, 1), value=-1)
+            if self.no_text is not None:
+                tokens[:, : self.no_text.shape[1]].masked_fill_(self.no_text, -1)
         return View(self.history, input_ids.new_full((rows,), used), tokens, self.starts, used)
+
+    def _narrowed(self, proposal: Proposal) -> Proposal:
+        """What of it is to be run, if the model's arguments can be made to fit."""
+        batch, before = self.shape
+        narrow = proposal.narrowed()
+        width = narrow.tokens.shape[1]
+        if not self.expanded or not self._can_take_rows():  # before the first step all of them are to be expanded
+            return proposal
+        if width != before:
+            self._take_rows([row * before for row in range(batch) for _ in range(width)])
+        return narrow
+
+    def _can_take_rows(self) -> bool:
+        """Whether the model's arguments can be taken apart by candidates' rows."""
+        rows = self.shape[0] * self.shape[1]
+        return all(has_rows(name, value, rows) for name, value in without_caches(self.expanded).items())
+
+    def _take_rows(self, rows: list[int]) -> None:
+        self.expanded |= {n: take_rows(value, rows, n) for n, value in without_caches(self.expanded).items()}
 
     def keep(self, kept: list[bool]) -> list[int]:
         """Go on without the rows that are not ``kept``, which cost nothing from here on, if the model's arguments can
         be taken apart. Returns, of the rows that there are then, the places they had."""
         places, every = places_kept(kept), list(range(len(kept)))
-        if places == every or not self.expanded:  # before the first step all of them are to be expanded
+        if places == every or not self.expanded or not self._can_take_rows():
             return every
-        batch, k = self.shape
-        arguments = without_caches(self.expanded)
-        if not all(has_rows(name, value, batch * k) for name, value in arguments.items()):
-            return every
-        each = [row * k + candidate for row in places for candidate in range(k)]
-        self.expanded |= {name: take_rows(value, each, name) for name, value in arguments.items()}
+        k = self.shape[1]
+        self._take_rows([row * k + candidate for row in places for candidate in range(k)])
+        self.shape = (len(places), k)
         for target, source in enumerate(places):
             if source != target:
                 self._copy(source, target)
                 self.strategy.copy(source, target)
         self.starts = None if self.starts is None else self.starts[places]
+        self.no_text = None if self.no_text is None else self.no_text[places]
         self._keep(places)
         return places
 

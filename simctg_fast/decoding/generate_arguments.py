@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 
 from .caches import CACHE_NAME, new_cache, self_attention_cache
 from .call import learned_prompt
-from .settings import check_penalty_alpha, check_settings, check_top_k
+from .settings import check_penalty_alpha, check_top_k
 
 logger = logging.getLogger("simctg_fast")
 
@@ -22,14 +22,12 @@ _SUPPORTED_CACHES = (None, "dynamic", "static")
 _RECORDED = ("output_hidden_states", "output_attentions")  # these are in the configuration as well
 
 
-def checked_settings(strategy: Any, config: GenerationConfig, model: Any) -> tuple[float, int]:
-    """``penalty_alpha`` and ``top_k`` of a call: the strategy's, else the configuration's, else the defaults."""
-    check_settings(vars(config))  # also what comes from a configuration
-    alpha = strategy.penalty_alpha
+def call_settings(alpha: float | None, top_k: int | None, config: GenerationConfig, model: Any) -> tuple[float, int]:
+    """``penalty_alpha`` and ``top_k`` of a call of contrastive search: its own, else the configuration's, else the
+    defaults."""
     if alpha is None:
         alpha = DEFAULT_PENALTY_ALPHA if config.penalty_alpha is None else config.penalty_alpha
     check_penalty_alpha(alpha)
-    top_k = strategy.top_k
     if top_k is None:
         # Neither transformers' own default nor a checkpoint's setting for sampling was typed for this.
         untyped = {None, _TRANSFORMERS_TOP_K}
@@ -37,17 +35,25 @@ def checked_settings(strategy: Any, config: GenerationConfig, model: Any) -> tup
             untyped.add(model.generation_config.top_k)
         top_k = DEFAULT_TOP_K if config.top_k in untyped else config.top_k
     check_top_k(top_k)
+    check_vocabulary("top_k", top_k, model)
+    return float(alpha), int(top_k)
+
+
+def check_vocabulary(name: str, count: int, model: Any) -> None:
+    """Raise ValueError where there are fewer tokens than ``count``, which ``name`` asks for."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    if top_k > vocabulary:
-        raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {top_k}")
+    if count > vocabulary:
+        raise ValueError(f"{name} must be at most the vocabulary size {vocabulary}, got {count}")
+
+
+def check_call(config: GenerationConfig, name: str) -> None:
+    """Raise ValueError for what a call of the search ``name`` cannot have."""
     if (config.num_beams or 1) != 1:
-        raise ValueError(f"num_beams must be 1 for contrastive search, got {config.num_beams}")
+        raise ValueError(f"num_beams must be 1 for {name}, got {config.num_beams}")
     if config.cache_implementation not in _SUPPORTED_CACHES:
         raise ValueError(
-            f"cache_implementation must be one of {_SUPPORTED_CACHES} for contrastive search, "
-            f"got {config.cache_implementation!r}"
+            f"cache_implementation must be one of {_SUPPORTED_CACHES} for {name}, got {config.cache_implementation!r}"
         )
-    return float(alpha), int(top_k)
 
 
 class Arguments:

@@ -16,15 +16,15 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from .caches import fill_cache
 from .decode_step import DecodeStep, graph_key, open_decode_step
 from .decoder import Decoder
-from .generate_arguments import Arguments, checked_settings
+from .generate_arguments import Arguments, check_call
 from .outputs import Record
 from .padding_warning import no_padding_warning
 from .processors import without_sampling_warpers
 from .routes import Routes
-from .settings import TINY
+from .settings import check_settings
 from .slots_decoder import SlotsDecoder
 from .step import StepResult
-from .strategies import Choice, Proposal, RowSettings, Strategy, gumbel
+from .strategies import Choice, Proposal, Strategy, gumbel
 from .trial import Verdict
 from .truth import known_tokens, unknown_token
 from .unsupported import UnsupportedError
@@ -33,7 +33,7 @@ logger = logging.getLogger("simctg_fast")
 
 
 class Run:
-    """A call with the settings of ``strategy``, a :class:`~.contrastive_search.ContrastiveSearch`.
+    """A call of ``search``, a :class:`~.search.Search`.
 
     Attributes:
         streamer, synced_gpus: of the call, to be set before it runs.
@@ -41,7 +41,7 @@ class Run:
 
     def __init__(
         self,
-        strategy: Any,
+        search: Any,
         model: Any,
         input_ids: Tensor,
         processors: LogitsProcessorList,
@@ -49,16 +49,14 @@ class Run:
         config: GenerationConfig,
         model_kwargs: dict[str, Any],
     ):
-        self.strategy, self.model, self.config = strategy, model, config
+        self.search, self.model, self.config = search, model, config
         self.streamer, self.synced_gpus = None, False
-        self.penalty_alpha, self.top_k = checked_settings(strategy, config, model)
-        is_random = strategy.temperature is not None
-        self.k = 1 if self.penalty_alpha == 0 and not is_random else self.top_k
-        self.noise = BatchNoise(len(input_ids), input_ids.device, strategy.generator)
-        self.chooser: Strategy = strategy.make_strategy(self.k, self.noise)
-        temperature = max(strategy.temperature, TINY) if is_random else 1.0
-        self.row = RowSettings(self.penalty_alpha, temperature)
-        self.processors = without_sampling_warpers(processors, config, model.generation_config, is_random, self.top_k)
+        check_settings(vars(config))  # also what comes from a configuration
+        check_call(config, search.name)
+        self.row = search.settings(config, model)
+        self.noise = BatchNoise(len(input_ids), input_ids.device, search.generator)
+        self.chooser: Strategy = search.make_strategy(self.row, self.noise)
+        self.processors = without_sampling_warpers(processors, config, model.generation_config, search, self.row.top_k)
         self.criteria = criteria
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.input_ids = input_ids
@@ -67,18 +65,19 @@ class Run:
         self.positions, self.max_length = self.arguments.positions, self.arguments.max_length
         self.longest_prompt = self.arguments.longest_prompt
         self.known_tokens: int | None = None  # those that the model can read, where it can write more
-        if config.do_sample and not is_random and (config.num_return_sequences or 1) > 1:
+        if config.do_sample and not search.is_random and (config.num_return_sequences or 1) > 1:
             logger.warning(
-                "num_return_sequences=%d gives equal texts: contrastive search is deterministic unless "
-                "ContrastiveSearch(temperature=...) is given.",
+                "num_return_sequences=%d gives equal texts: %s is deterministic%s.",
                 config.num_return_sequences,
+                search.name,
+                f" unless {search.random_by} is given" if search.random_by else "",
             )
         self.record = Record(config, self.is_encoder_decoder)
-        asked = strategy.decode_step
+        asked = search.decode_step
         self.wants_static = input_ids.device.type == "cuda" if asked == "auto" else bool(asked)
         self.choice: Choice | None = None  # of the last step; None where there was none
         self.streamed = 0  # steps whose tokens the streamer has
-        self.routes = Routes(self.arguments, self.k, self.record.of_model, strategy)
+        self.routes = Routes(self.arguments, self.chooser.candidates, self.record.of_model, search)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -118,8 +117,9 @@ class Run:
             self._check_room(step)
             processed = self.processors(input_ids, logits)
             self.record.add(outputs, logits, processed, self.whole_steps)
-            if self.k > processed.shape[-1]:
-                raise ValueError(f"top_k must be at most the {processed.shape[-1]} logits of the model, got {self.k}")
+            if self.chooser.weighed > processed.shape[-1]:
+                allowed = f"at most the {processed.shape[-1]} logits of the model"
+                raise ValueError(f"top_k must be {allowed}, got {self.chooser.weighed}")
             rows = None if len(running) == len(every) else torch.tensor(running, device=device)
             running_ids = input_ids if rows is None else input_ids[rows]
             proposal = self.decoder.propose(running_ids, processed if rows is None else processed[rows])
@@ -129,8 +129,7 @@ class Run:
                 if int(beyond.max()) >= self.known_tokens:
                     raise ValueError(unknown_token(self.model, int(beyond.max()), self.known_tokens))
                 proposal.tokens.clamp_(max=self.known_tokens - 1)
-            without = proposal.probs.isnan().any(dim=-1)
-            bad |= _scattered(without, rows, None, len(every)) & unfinished.bool()
+            bad |= _scattered(proposal.bad, rows, None, len(every)) & unfinished.bool()
             if interval == 1:
                 check_probabilities(bad, step)
             outputs, self.choice = self.decoder.decide(running_ids, proposal)
@@ -181,7 +180,7 @@ class Run:
 
     def _decode_step(self, proposal: Proposal, result: StepResult) -> DecodeStep | None:
         """What takes over from the step that has just been made; None where it cannot, unless it was insisted on."""
-        asked = self.strategy.decode_step
+        asked = self.search.decode_step
         try:
             if self.known_tokens is not None:
                 raise UnsupportedError("its output embedding writes tokens that it cannot read")
@@ -196,7 +195,7 @@ class Run:
 
     def _check_compiled(self, decode: DecodeStep) -> None:
         reason = decode.step.not_compiled
-        if self.strategy.decode_step == "compiled" and reason is not None:
+        if self.search.decode_step == "compiled" and reason is not None:
             raise ValueError(f"decode_step='compiled', but {reason}; allowed: True, False or 'auto'")
 
     def _loop_static(self, decode: DecodeStep, input_ids, unfinished, needed, step, interval, closely) -> None:

@@ -136,6 +136,7 @@ class Graph:
                 self.step.let_capacity_vary()
             if self.reason is None and self._tokens_left() < MIN_CAPTURED:
                 self.reason = "too few tokens are left to capture it again"
+        self.step.strategy.reserve(slots.extent.capacity)
         self.step.strategy.draw(len(grows))
         with slots.extent.seen_whole(True):
             self._run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationConfig
@@ -31,12 +32,12 @@ def without_sampling_warpers(
     processors: LogitsProcessorList,
     config: GenerationConfig,
     checkpoint: GenerationConfig,
-    is_random: bool,
+    search: Any,
     candidates: int,
 ) -> LogitsProcessorList:
     """``processors`` less the warpers that ``generate`` adds for ``do_sample=True``. One warning if that ignores what
     somebody typed: not what the ``checkpoint`` says of itself, nor what transformers' pipelines set, nor ``do_sample``
-    where the choice ``is_random`` as it was asked for, nor a ``top_k`` that is the number of ``candidates``.
+    where the ``search`` is random as it was asked for, nor a ``top_k`` that is the number of ``candidates``.
 
     A warper that the caller passed in stays, unless it equals the one the configuration asks for.
     """
@@ -52,12 +53,12 @@ def without_sampling_warpers(
         else:
             kept.append(processor)
     typed = [field for field in dropped if _was_typed(field, config, checkpoint)]
-    if typed or (not is_random and _was_typed("do_sample", config, checkpoint)):
-        said = ", ".join(f"{field}={getattr(config, field)}" for field in (dropped if not is_random else typed))
-        advice = "" if is_random else " For random choices pass ContrastiveSearch(temperature=..., generator=...)."
+    if typed or (not search.is_random and _was_typed("do_sample", config, checkpoint)):
+        said = ", ".join(f"{field}={getattr(config, field)}" for field in (dropped if not search.is_random else typed))
+        advice = "" if search.is_random or not search.random_by else f" For random choices pass {search.random_by}."
         logger.warning(
-            "contrastive search ranks the model's own probabilities: the sampling settings of do_sample=True%s are not "
-            "applied.%s",
+            "%s ranks the model's own probabilities: the sampling settings of do_sample=True%s are not applied.%s",
+            search.name,
             f" ({said})" if said else "",
             advice,
         )

@@ -96,9 +96,9 @@ def check_penalty_alpha(value: Any) -> None:
         raise ValueError(f"penalty_alpha must be a number in [0, 1], got {value!r:.80}")
 
 
-def check_top_k(value: Any) -> None:
+def check_top_k(value: Any, name: str = "top_k") -> None:
     if not is_integer(value, 1):
-        raise ValueError(f"top_k must be an integer of at least 1, got {value!r:.80}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.80}")
 
 
 def check_streamer(value: Any) -> None:

@@ -111,7 +111,9 @@ class SlotStep:
 
     def run(self, proposal: Proposal, keep: Tensor | None = None) -> tuple[Choice | None, StepResult]:
         """Try what was proposed and commit the winners' keys and values, or those at the places ``keep (rows,)``."""
-        slots, strategy, (rows, k) = self.slots, self.strategy, proposal.tokens.shape
+        slots, strategy = self.slots, self.strategy
+        proposal = proposal if slots.extent.static else proposal.narrowed()
+        rows, k = proposal.tokens.shape
         lengths, view, choices = slots.lengths[:rows], self._view(rows), []
 
         def choose(states: Tensor) -> Tensor:

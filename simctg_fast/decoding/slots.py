@@ -152,18 +152,23 @@ class SlotLayer(CacheLayerMixin):
 class History:
     """Unit-length hidden states of every position of every slot, ``(slots, capacity, D)``, normalised once, when they
     come in. ``mask (slots, capacity)``: which of them are real, None if all are; ``length``: positions written to all
-    rows alike."""
+    rows alike; ``norms (slots, capacity)`` float32: the lengths that the states had, where ``keeps_norms``."""
+
+    keeps_norms = False
 
     def __init__(self, extent: Extent):
         self.extent = extent
         self.states: Tensor | None = None
         self.last: Tensor | None = None  # (slots, D), of the newest position, as the model made it
         self.mask: Tensor | None = None
+        self.norms: Tensor | None = None
         self.length = 0
 
     def grow(self) -> None:
         if self.states is not None:
             self.states = longer(self.states, self.extent.capacity, dim=1)
+        if self.norms is not None:
+            self.norms = longer(self.norms, self.extent.capacity, dim=1)
         if self.mask is not None:  # everything after the prompt is real
             missing = self.extent.capacity - self.mask.shape[1]
             self.mask = torch.nn.functional.pad(self.mask, (0, missing), value=True) if missing > 0 else self.mask
@@ -187,6 +192,8 @@ class History:
             self.states = torch.zeros(shape, dtype=dtype, device=hidden_states.device)
             self.last = hidden_states.new_zeros(self.extent.slots, size)
         assert self.last is not None
+        if self.keeps_norms and self.norms is None:
+            self.norms = torch.zeros(self.states.shape[:2], dtype=torch.float32, device=self.states.device)
         if mask is not None and not bool(mask.all()):
             if self.mask is None:
                 self.mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
@@ -197,6 +204,8 @@ class History:
         for row, states, length in zip(places, hidden_states, lengths or [width] * count, strict=True):
             self.last[row] = states[length - 1]
             self.states[row, start : start + length] = unit(states[:length])  # a whole batch in float32 may be large
+            if self.norms is not None:
+                self.norms[row, start : start + length] = states[:length].float().norm(dim=-1)
         self.length = start + width
 
     def append(self, hidden_states: Tensor, positions: Tensor | None = None) -> None:
@@ -209,16 +218,22 @@ class History:
             self.extent.reserve(self.length + 1)
             self.grow()
             self.states[:rows, self.length] = states
+            if self.norms is not None:
+                self.norms[:rows, self.length] = hidden_states.float().norm(dim=-1)
             self.length += 1
         else:
-            index = torch.arange(rows, device=self.states.device)
-            self.states[index, on(self.states.device, positions)] = states.to(self.states.dtype)
+            index, places = torch.arange(rows, device=self.states.device), on(self.states.device, positions)
+            self.states[index, places] = states.to(self.states.dtype)
+            if self.norms is not None:
+                self.norms[index, places] = hidden_states.float().norm(dim=-1)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make row ``target`` hold what ``source`` holds in its first ``length`` positions."""
         if self.states is not None and self.last is not None:
             self.states[target, :length] = self.states[source, :length]
             self.last[target] = self.last[source]
+        if self.norms is not None:
+            self.norms[target, :length] = self.norms[source, :length]
         if self.mask is not None:
             self.mask[target] = self.mask[source]
 
@@ -308,7 +323,7 @@ class Slots:
         lengths: ``(count,)`` int64, positions in use; ``host_lengths`` what the host knows of them, never less.
         starts: ``(count,)`` positions of padding in front, None: none.
         history: hidden states. logits: ``(count, V)`` float32 for the next token of each, once there are any.
-        tokens: ``(count, capacity + 1)`` int64, the texts, where they are kept.
+        tokens: ``(count, capacity + 1)`` int64, the texts, where they are kept; −1 where a text holds no token.
         active: ``(count,)`` rows that write tokens; ``host_active`` what the host has said of them.
     """
 
@@ -426,7 +441,7 @@ class Slots:
         """``(n, T)`` of these rows, from position ``start`` on."""
         if self.tokens is None:
             shape = (self.extent.slots, self.extent.capacity + 1)
-            self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+            self.tokens = torch.full(shape, -1, dtype=torch.long, device=self.device)
         self.tokens[rows, start : start + tokens.shape[1]] = tokens
 
     # ---- a step ---------------------------------------------------------------------------------------------------

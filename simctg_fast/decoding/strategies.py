@@ -42,6 +42,13 @@ class RowSettings:
     temperature: float = 1.0
     top_k: int | None = None
     generator: Any = None
+    fsd_n: int | None = None
+    fsd_beta: float = 0.9
+    fsd_stop_tokens: tuple[int, ...] = ()
+    adaptive_q: float = 1.0
+    adaptive_k: tuple[int, int] = (5, 15)
+    guard_window: int = 7
+    guard_decay: float = 0.95
 
     @property
     def parameters(self) -> RowSettings:
@@ -53,7 +60,7 @@ class View:
     """What is there of the rows that are decoded, the first ones of all: of ``history`` and ``tokens (rows, T)`` int64,
     the prompt's among them, ``lengths (rows,)`` positions are in use (0 where there is no row), those from
     ``starts (rows,)`` on (None: 0); what lies before is padding. ``tokens`` is None unless `Strategy.needs_tokens`;
-    positions that are no tokens (images, learned prompts) hold 0. ``positions``: how many all rows have
+    positions that are no tokens (images, learned prompts, gaps) hold −1. ``positions``: how many all rows have
     alike, None: they may differ."""
 
     history: History
@@ -74,11 +81,24 @@ class View:
 
 @dataclass
 class Proposal:
-    """Candidates ``tokens (rows, k)`` and their probabilities ``probs (rows, k)``, the most probable first."""
+    """Candidates ``tokens (rows, k)`` and their probabilities ``probs (rows, k)``, the most probable first. ``among``:
+    of a strategy that has chosen one already, those it was chosen from, and why. ``needed``: how many of the columns
+    can win, where the host knows that others cannot."""
 
     tokens: Tensor
     probs: Tensor
     near: Tensor | None = None  # (rows,) where rounding may choose otherwise, if that is counted
+    among: tuple[Proposal, Choice] | None = None
+    needed: int | None = None
+
+    def narrowed(self) -> Proposal:
+        """The columns that can win."""
+        return self if self.needed is None else Proposal(self.tokens[:, : self.needed], self.probs[:, : self.needed])
+
+    @property
+    def bad(self) -> Tensor:
+        """``(rows,)`` where there were no probabilities to choose by."""
+        return (self.probs if self.among is None else self.among[0].probs).isnan().any(dim=-1)
 
 
 @dataclass
@@ -102,16 +122,18 @@ def decision(proposal: Proposal, choice: Choice | None) -> Tensor:
     if choice is not None:
         tokens = proposal.tokens.gather(1, on(tokens.device, choice.selected)[:, None])[:, 0]
     near = proposal.near if choice is None else choice.near
-    bad = proposal.probs.isnan().any(dim=-1)
-    return torch.stack([tokens, bad.to(tokens), torch.zeros_like(tokens) if near is None else near.to(tokens)], dim=1)
+    near = torch.zeros_like(tokens) if near is None else near.to(tokens)
+    return torch.stack([tokens, proposal.bad.to(tokens), near], dim=1)
 
 
 class Strategy:
     """What every strategy is asked.
 
     Attributes:
-        candidates: tokens tried a step, the rows of a forward for each row that is decoded.
-        needs_history, needs_tokens: whether hidden states, and the text's tokens, are kept for it.
+        candidates: tokens tried a step, the rows of a forward for each row that is decoded; weighed: tokens that one
+            is chosen from.
+        needs_history, needs_tokens: whether hidden states, and the text's tokens, are kept for it; needs_norms: and the
+            states' lengths.
         looks_ahead: whether candidates are run before one of them is chosen; else the first is the choice.
         asks_host: whether ``propose``, ``choose`` or ``advance`` read tensors on the host.
         near_ties: choices that rounding may make otherwise, where they are counted (``counts``).
@@ -119,8 +141,8 @@ class Strategy:
         settings: tensors that a captured step reads.
     """
 
-    candidates = 1
-    needs_history = needs_tokens = False
+    candidates = weighed = 1
+    needs_history = needs_tokens = needs_norms = False
     looks_ahead = False
     asks_host = False
     counts = False
@@ -138,6 +160,9 @@ class Strategy:
     def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
         """These rows are decoded from now on; None: a place where there is none."""
         self.rows, self.device = rows, device
+
+    def reserve(self, positions: int) -> None:
+        """Texts may reach so many positions: what grows with them makes room, outside of what is captured."""
 
     def draw(self, rows: int) -> None:
         """Random numbers for the next step of the first ``rows``."""
@@ -163,6 +188,39 @@ class Strategy:
     def count(self, rows: Sequence[Row | None], near: Sequence[Any]) -> None:
         """Add what were near ties in ``rows`` that there are."""
         self.near_ties += sum(bool(hit) for row, hit in zip(rows, near, strict=False) if row is not None)
+
+    def _chosen(self, proposal: Proposal, choice: Choice) -> Proposal:
+        """What was weighed, as a proposal of the one that won."""
+        index = choice.selected[:, None]
+        tokens, probs = proposal.tokens.gather(1, index), proposal.probs.gather(1, index)
+        return Proposal(tokens, probs, choice.near, (proposal, choice))
+
+    def _beyond(self, settings: Sequence[Any]) -> Tensor | None:
+        """``(rows, weighed)``: what a row with a smaller ``top_k`` must not take; None: all may take all."""
+        narrow = [self.weighed if p is None or p.top_k is None else p.top_k for p in settings]
+        if not self.static and min(narrow, default=self.weighed) >= self.weighed:
+            return None
+        return self._set("beyond", torch.arange(self.weighed)[None] >= torch.tensor(narrow)[:, None])
+
+    def _noise_of_each(self, rows: int, candidates: int) -> Tensor:
+        """Gumbel noise from each row's own numbers: one draw a candidate whatever its ``top_k``; none at temperature
+        0."""
+        noise = torch.ones(rows, candidates)
+        for index, row in enumerate(self.rows[:rows]):
+            if row is not None and not is_cold(row.parameters):
+                noise[index].exponential_(generator=row.generator)
+        return gumbel(noise)
+
+    def _state(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        """What the strategy knows of its rows, ``shape`` or more of it, in one place as long as that suffices."""
+        kept = self.settings.get(name)
+        if kept is None or any(have < want for have, want in zip(kept.shape, shape, strict=True)):
+            grown = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+            if kept is not None:
+                grown = torch.zeros(tuple(map(max, shape, kept.shape)), dtype=dtype, device=self.device)
+                grown[tuple(map(slice, kept.shape))] = kept
+            self.settings[name] = grown
+        return self.settings[name]
 
     def _near(self, scores: Tensor) -> Tensor | None:
         """``scores (rows, k)`` in any order."""
@@ -206,7 +264,8 @@ class Contrastive(Strategy):
 
     def __init__(self, candidates: int, random: bool = False, noise: Callable[[int, int], Tensor] | None = None):
         super().__init__()
-        self.candidates, self.random, self.noise = candidates, random, noise
+        self.candidates = self.weighed = candidates
+        self.random, self.noise = random, noise
 
     def key(self) -> tuple:
         return ("contrastive", self.candidates, self.random, self.counts)
@@ -219,13 +278,9 @@ class Contrastive(Strategy):
         if self.static or any(p is not None and p.penalty_alpha != self.alpha for p in settings):
             alpha = [0.0 if p is None else p.penalty_alpha for p in settings]
             self.alpha = self._set("alpha", torch.tensor(alpha, dtype=torch.float64)[:, None])
-        narrow = [self.candidates if p is None or p.top_k is None else p.top_k for p in settings]
-        self.beyond: Tensor | None = None  # candidates a row with a smaller top_k must not take
-        if self.static or min(narrow, default=self.candidates) < self.candidates:
-            beyond = torch.arange(self.candidates)[None] >= torch.tensor(narrow)[:, None]
-            self.beyond = self._set("beyond", beyond)
+        self.beyond = self._beyond(settings)
         if self.random:
-            temperature = [1.0 if p is None or _is_cold(p) else p.temperature for p in settings]
+            temperature = [1.0 if p is None or is_cold(p) else p.temperature for p in settings]
             self._set("temperature", torch.tensor(temperature)[:, None])
 
     def draw(self, rows: int) -> None:
@@ -248,14 +303,6 @@ class Contrastive(Strategy):
             ranked = scores / self.settings["temperature"][rows].to(scores) + self.settings["noise"][rows].to(scores)
         return Choice(ranked.argmax(dim=-1), scores, ranked, penalty, position, self._near(ranked))
 
-    def _noise_of_each(self, rows: int, candidates: int) -> Tensor:
-        """One draw a candidate whatever the row's ``top_k``; none at temperature 0."""
-        noise = torch.ones(rows, candidates)
-        for index, row in enumerate(self.rows[:rows]):
-            if row is not None and not _is_cold(row.parameters):
-                noise[index].exponential_(generator=row.generator)
-        return gumbel(noise)
-
 
 def gumbel(noise: Tensor) -> Tensor:
     """Gumbel noise of exponential noise, in place."""
@@ -275,7 +322,7 @@ class Sample(Strategy):
                 p = row.parameters
                 groups.setdefault((p.temperature, p.top_k, p.top_p, p.min_p, p.typical_p), []).append(index)
         self.groups = [(_warpers(rows[found[0]].parameters), found) for found in groups.values()]
-        self.cold = [index for index, row in enumerate(rows) if row is not None and _is_cold(row.parameters)]
+        self.cold = [index for index, row in enumerate(rows) if row is not None and is_cold(row.parameters)]
 
     def propose(self, logits: Tensor, view: View) -> Proposal:
         warped = logits.clone()
@@ -307,7 +354,7 @@ class Sample(Strategy):
         return Proposal(tokens, chosen)
 
 
-def _is_cold(p: Any) -> bool:
+def is_cold(p: Any) -> bool:
     """Temperature 0, or so near to it that float32 cannot divide by it."""
     return p.temperature < torch.finfo(torch.float32).tiny
 
@@ -315,7 +362,7 @@ def _is_cold(p: Any) -> bool:
 def _warpers(p: Any) -> list:
     """In the order in which ``generate`` applies them."""
     warpers: list = []
-    if p.temperature != 1.0 and not _is_cold(p):
+    if p.temperature != 1.0 and not is_cold(p):
         warpers.append(logits_process.TemperatureLogitsWarper(float(p.temperature)))
     if p.top_k is not None:
         warpers.append(logits_process.TopKLogitsWarper(top_k=int(p.top_k)))

@@ -70,6 +70,7 @@ class SlotDecoder:
             self.slots = recorded.slots
             for slot in range(count):
                 self.slots.set_length(slot, 0)
+        self.slots.history.keeps_norms = strategy.needs_norms
         strategy.static, strategy.settings = self.static, {} if recorded is None else recorded.settings
         strategy.bind([None] * count, self.device)
         self.forward = Step(model, self.tap, self.slots)
@@ -215,6 +216,7 @@ class SlotDecoder:
     def propose(self, count: int) -> Proposal:
         """Begin a step of the first ``count`` slots."""
         self.slots.set_rows(count)
+        self.step.strategy.reserve(self.slots.extent.capacity)
         self.step.strategy.draw(count)
         return self.step.propose()
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ..decoding.contrastive_search import ContrastiveSearch
 from ..decoding.decoder import Decoder
 from ..decoding.generate_arguments import Arguments, position_table
 from ..decoding.own_step import PLAIN
 from ..decoding.padding_warning import no_padding_warning
 from ..decoding.routes import Routes
+from ..decoding.search import Search
 from ..decoding.strategies import Strategy, decision
 from ..decoding.trial import Verdict
 from ..decoding.truth import known_tokens, unknown_token
@@ -50,7 +50,7 @@ class StaticBatches:
 
     def __init__(self, model: Any, tokenizer: Any, strategy: Strategy, slots: int, weights: str | None = None):
         self.model, self.tokenizer, self.strategy, self.slots = model, tokenizer, strategy, slots
-        self.search = ContrastiveSearch(weights=weights)
+        self.search = Search(weights=weights)
         self.pad = tokenizer.pad_token_id or 0
         self.one_length = None if slots == 1 else change_by_padding(model, self.pad)
         self.steps = self.row_steps = self.busy_row_steps = 0
