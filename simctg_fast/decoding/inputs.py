@@ -108,7 +108,7 @@ def take_rows(value: Any, rows: list[int], name: str = "") -> Any:
     if isinstance(value, Tensor):
         dim = batch_dim(name, value)
         if value.ndim > dim and value.stride(dim) == 0:  # one row, seen many times
-            return value.narrow(dim, 0, len(rows))
+            return value.narrow(dim, 0, 1).expand(*(len(rows) if d == dim else -1 for d in range(value.ndim)))
         return value.index_select(dim, torch.tensor(rows, device=value.device))
     if isinstance(value, ModelOutput):
         taken = copy_outputs(value)
