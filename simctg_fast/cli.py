@@ -108,6 +108,18 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longe
 Weights = Annotated[
     str | None, typer.Option(help="On the CPU: int8 (rounded further), or lossless (16 bits where these are as good).")
 ]
+FsdN = Annotated[int | None, typer.Option("--fsd-n", help="Of fsd, fsd-vec: the n of the n-grams.")]
+FsdBeta = Annotated[float | None, typer.Option(help="Of fsd: share of the longest context, 0 to 1.")]
+FsdStopTokens = Annotated[
+    list[int] | None,
+    typer.Option("--fsd-stop-token", help="Of fsd, fsd-vec: id that is not penalised; may be repeated."),
+]
+AdaptiveQ = Annotated[float | None, typer.Option(help="Of adaptive: how sharply it follows, above 0.")]
+AdaptiveKRange = Annotated[
+    tuple[int, int] | None, typer.Option("--adaptive-k", help="Of adaptive: the fewest and the most candidates.")
+]
+GuardWindow = Annotated[int | None, typer.Option(help="Of guard: steps, 2 to 64.")]
+GuardDecay = Annotated[float | None, typer.Option(help="Of guard: weight of a step relative to the next, to 1.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the first GPU if there is one.")]
 
 
@@ -136,9 +148,24 @@ def generate(
         typer.Argument(metavar="[MODEL] [PROMPT]...", help="Texts to continue; else standard input, one a line."),
     ] = None,
     model: ModelOption = None,
-    top_k: TopK = 4,
-    penalty_alpha: PenaltyAlpha = 0.6,
+    strategy: Annotated[
+        str | None, typer.Option(help="contrastive (default), adaptive, fsd, fsd-vec, guard, greedy or sample.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Candidates a step; contrastive: 4.")] = None,
+    penalty_alpha: Annotated[
+        float | None, typer.Option("--penalty-alpha", "-a", help="Weight of the penalty, 0 to 1; contrastive: 0.6.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
+    fsd_n: FsdN = None,
+    fsd_beta: FsdBeta = None,
+    fsd_stop_tokens: FsdStopTokens = None,
+    adaptive_q: AdaptiveQ = None,
+    adaptive_k_range: AdaptiveKRange = None,
+    guard_window: GuardWindow = None,
+    guard_decay: GuardDecay = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show for every token its candidates, and what spoke against them.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it is written, prompt by prompt.")] = False,
     temperature: Annotated[
         float | None, typer.Option(help="Draw among the candidates instead of taking the best; 0: the best.")
@@ -152,7 +179,7 @@ def generate(
     weights: Weights = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue prompts by contrastive search.
+    """Continue prompts by contrastive search, or by --strategy.
 
     The first argument is the model, unless --model names it. Files of requests are for `simctg-fast run`. Exit code 1:
     some prompts could not be continued.
@@ -163,23 +190,30 @@ def generate(
     _check(batch_size >= 1, "--batch-size", batch_size, "at least 1")
     _check(temperature is None or temperature >= 0, "--temperature", temperature, "at least 0")
     _check(seed is None or 0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
-    _check(seed is None or temperature is not None, "--seed", seed, "given together with --temperature")
+    draws = temperature is not None or strategy in ("guard", "sample")
+    _check(seed is None or draws, "--seed", seed, "given together with --temperature")
     _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
     _check(weights in (None, "int8", "lossless"), "--weights", weights, "int8 or lossless")
     _check(all(stop or ()), "--stop", "''", "a text")
     if stream and as_json:
         raise typer.BadParameter("--stream shows text as it is written; it cannot be combined with --json")
+    if stream and explain:
+        raise typer.BadParameter("--stream shows text as it is written; it cannot be combined with --explain")
     texts, failed = _read_prompts(words)
 
     with _progress("loading the model"):
         from .engine.text_generation import TextGenerator
+        from .text.explain import explained
 
         _quiet_transformers()
         generator = TextGenerator(
             name,
             stop=stop,
             batch_size=1 if stream else min(batch_size, len(texts) or 1),
-            **_chosen(ctx, "penalty_alpha", "top_k", "max_new_tokens", "temperature", "seed"),
+            trace=explain,
+            **_chosen(ctx, "strategy", "penalty_alpha", "top_k", "max_new_tokens", "temperature", "seed"),
+            **_chosen(ctx, "fsd_n", "fsd_beta", "adaptive_q", "adaptive_k_range", "guard_window", "guard_decay"),
+            fsd_stop_tokens=list(fsd_stop_tokens or ()),
             **_chosen(ctx, "device", "dtype", "weights", "trust_remote_code"),
         )
 
@@ -196,9 +230,12 @@ def generate(
         failed += _report(written.error, f"prompt {number + 1}")
         if as_json:
             line = {"prompt": written.prompt, "text": written.text, "tokens": written.tokens}
+            line |= {} if written.trace is None else {"trace": written.trace}
             print(_as_json(line | ({} if written.error is None else {"error": written.error})), flush=True)
         elif written.error is None:
             _show(console, written.prompt, written.text, written.continues_prompt, len(texts) > 1)
+            for row in explained(written.trace) if written.trace else ():
+                console.print(row, soft_wrap=True)
     for note in generator.notes:
         _note(f"note: {note}")
     if failed:
@@ -326,7 +363,10 @@ def run(
     ] = None,
     config: Annotated[str | None, typer.Option("--config", help="YAML file with these options; the line wins.")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="contrastive (default), greedy, sample or stochastic-contrastive.")
+        str | None,
+        typer.Option(
+            help="contrastive (default), adaptive, fsd, fsd-vec, guard, greedy, sample or stochastic-contrastive."
+        ),
     ] = None,
     penalty_alpha: Annotated[float | None, typer.Option("--penalty-alpha", "-a", help="0 (greedy) to 1.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Candidates a step; of sample: tokens.")] = None,
@@ -335,6 +375,13 @@ def run(
     top_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Of sample, 0 to 1.")] = None,
     typical_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
+    fsd_n: FsdN = None,
+    fsd_beta: FsdBeta = None,
+    fsd_stop_tokens: FsdStopTokens = None,
+    adaptive_q: AdaptiveQ = None,
+    adaptive_k_range: AdaptiveKRange = None,
+    guard_window: GuardWindow = None,
+    guard_decay: GuardDecay = None,
     n: Annotated[int | None, typer.Option("--samples", help="Continuations of each prompt (n of a line).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     truncate_prompt_tokens: Annotated[
@@ -535,9 +582,10 @@ def _check(valid: bool, option: str, value: object, allowed: str) -> None:
         raise typer.BadParameter(f"{option} must be {allowed}, got {value}")
 
 
-def _check_search(penalty_alpha: float, top_k: int, max_new_tokens: int) -> None:
-    _check(0.0 <= penalty_alpha <= 1.0, "--penalty-alpha", penalty_alpha, "between 0 and 1")
-    _check(top_k >= 1, "--top-k", top_k, "at least 1")
+def _check_search(penalty_alpha: float | None, top_k: int | None, max_new_tokens: int) -> None:
+    alpha_is_right = penalty_alpha is None or 0.0 <= penalty_alpha <= 1.0
+    _check(alpha_is_right, "--penalty-alpha", penalty_alpha, "between 0 and 1")
+    _check(top_k is None or top_k >= 1, "--top-k", top_k, "at least 1")
     _check(max_new_tokens >= 1, "--max-new-tokens", max_new_tokens, "at least 1")
 
 

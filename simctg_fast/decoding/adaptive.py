@@ -47,7 +47,7 @@ class AdaptiveContrastive(Contrastive):
         self.beyond = None
         settings = [RowSettings(0.0) if row is None else row.parameters for row in rows]
         self._set("q", torch.tensor([p.adaptive_q for p in settings], dtype=torch.float64))
-        ranges = [(p.top_k or self.candidates,) * 2 if self.fixed else p.adaptive_k for p in settings]
+        ranges = [(p.top_k or self.candidates,) * 2 if self.fixed else p.adaptive_k_range for p in settings]
         self._set("range", torch.tensor(ranges, dtype=torch.float64))
         self._set("is_row", torch.tensor([row is not None for row in rows]))
         self._state("steps", (len(rows),), torch.long)
@@ -151,7 +151,7 @@ class AdaptiveContrastiveSearch(Search):
         fixed = self.adaptive == "alpha"
         most = self.top_k if fixed else self.k_range[1]
         check_vocabulary("top_k" if fixed else "k_range", most, model)
-        return RowSettings(1.0, top_k=most, adaptive_q=self.q, adaptive_k=self.k_range)
+        return RowSettings(1.0, top_k=most, adaptive_q=self.q, adaptive_k_range=self.k_range)
 
     def make_strategy(self, settings: Any, noise: Callable[[int, int], Tensor]) -> Strategy:
         return AdaptiveContrastive(settings.top_k, self.adaptive == "alpha")

@@ -46,7 +46,7 @@ class RowSettings:
     fsd_beta: float = 0.9
     fsd_stop_tokens: tuple[int, ...] = ()
     adaptive_q: float = 1.0
-    adaptive_k: tuple[int, int] = (5, 15)
+    adaptive_k_range: tuple[int, int] = (5, 15)
     guard_window: int = 7
     guard_decay: float = 0.95
 
@@ -373,16 +373,3 @@ def _warpers(p: Any) -> list:
     if p.typical_p is not None and p.typical_p < 1.0:
         warpers.append(logits_process.TypicalLogitsWarper(mass=float(p.typical_p)))
     return warpers
-
-
-def make_strategy(name: str, top_k: int | None) -> Strategy:
-    """The engine's strategy ``name``, for rows of up to ``top_k`` candidates."""
-    strategy: Strategy
-    if name == "greedy":
-        strategy = Greedy()
-    elif name == "sample":
-        strategy = Sample()
-    else:
-        strategy = Contrastive(top_k or 1, random=name == "stochastic-contrastive")
-    strategy.counts = True
-    return strategy

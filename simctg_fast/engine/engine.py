@@ -14,14 +14,14 @@ from typing import Any
 
 from ..checks import is_number, require
 from ..cpu.modules import WeightCopies, check_weights
-from ..decoding.strategies import make_strategy
 from ..loading import fitting_threads, load_model
 from .embeddings import Embeddings
-from .parameters import CONTRASTIVE, NAMES, Parameters, defaults
+from .parameters import NAMES, Parameters, defaults
 from .prepare import Factory, Preparer, load_factory
 from .requests import Request, RequestError, parse_request
 from .results import Result, error_result, from_choices, from_request_error
 from .sequence import IDLE, Sequence
+from .strategies import limits, make_strategy
 
 logger = logging.getLogger("simctg_fast")
 
@@ -36,7 +36,8 @@ class Engine:
 
     Args:
         model, tokenizer: as `simctg_fast.loading.load_model` returns them.
-        strategy: ``"contrastive"``, ``"greedy"``, ``"sample"`` or ``"stochastic-contrastive"``.
+        strategy: ``"contrastive"``, ``"adaptive"``, ``"fsd"``, ``"fsd-vec"``, ``"guard"``, ``"greedy"``, ``"sample"``
+            or ``"stochastic-contrastive"`` (``docs/strategies.md``).
         slots: sequences that are written at a time; default 16. With ``memory`` it is computed instead.
         memory: share of the free memory, above 0 and at most 1, that the caches may take.
         processor: ``factory(request: dict, tokenizer)``, or its ``module:factory`` spelling, that returns the logits
@@ -80,10 +81,11 @@ class Engine:
         if weights is not None:
             WeightCopies(weights).check(model)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        contrastive = strategy in CONTRASTIVE
-        if contrastive and (self.parameters.top_k or 1) > vocabulary:
-            raise ValueError(f"top_k must be at most the vocabulary size {vocabulary}, got {self.parameters.top_k}")
-        self.strategy = make_strategy(strategy, self.parameters.top_k)
+        most = limits(strategy, self.parameters)
+        for name in most.keys() & {"top_k", "adaptive_k_range"}:
+            if most[name] > vocabulary:
+                raise ValueError(f"{name} must be at most the vocabulary size {vocabulary}, got {most[name]}")
+        self.strategy = make_strategy(strategy, self.parameters)
         factory = load_factory(processor) if isinstance(processor, str) else processor
         usable = factory is None or callable(factory)
         require(usable, "processor", processor, "a callable or 'module:factory'")
@@ -92,7 +94,7 @@ class Engine:
             tokenizer,
             seed=seed,
             factory=factory,
-            max_candidates=self.parameters.top_k if contrastive else None,
+            limits=most,
             trace=trace,
         )
         self.backend = self._backend(batching, slots, memory, share_prefixes, weights)

@@ -10,6 +10,8 @@ import torch
 from ..decoding.strategies import Choice, Proposal, Strategy
 from .sequence import Sequence
 
+_NUMBERS = {"penalty": "penalty", "score": "scores"}  # of a candidate, by the names of `Choice`
+
 
 class StepRecord:
     """One step's decision for ``rows`` (None: nobody's), on its way to the host, which does not wait until it writes.
@@ -47,6 +49,7 @@ class StepRecord:
         """Give every row that has not ended its token, or say why there is none; ``strategy`` is told of near ties.
         Returns how many got one."""
         self.wait()
+        self.by_states = strategy.needs_history
         decided: list[list[int]] = self.host.tolist()
         rows = [None if row is None or row.finished else row for row in self.rows]
         strategy.count(rows, [near for _, _, near in decided])
@@ -65,10 +68,11 @@ class StepRecord:
         return written
 
     def _read_details(self) -> None:
-        self.candidates: list[list[int]] = self.proposal.tokens.tolist()
-        self.probs: list[list[float]] = self.proposal.probs.tolist()
+        proposal, choice = self.proposal.among or (self.proposal, self.choice)
+        self.candidates: list[list[int]] = proposal.tokens.tolist()
+        self.probs: list[list[float]] = proposal.probs.tolist()
         parts = ("scores", "penalty", "position")
-        self.why = None if self.choice is None else {part: getattr(self.choice, part).tolist() for part in parts}
+        self.why = None if choice is None else {part: getattr(choice, part).tolist() for part in parts}
 
     def _write(self, row: int, token: int, sequence: Sequence) -> None:
         logits = self.logits[row : row + 1]
@@ -90,17 +94,24 @@ class StepRecord:
         }
         if self.why is not None:
             position = self.why["position"][row][column] - self.padding[row]
-            earlier = sequence.token_at(position)
-            record |= {
-                "penalty": _finite(self.why["penalty"][row][column]),
-                "score": _finite(self.why["scores"][row][column]),
-                "because": {
-                    "position": position,
-                    "token_id": earlier,
-                    "token": sequence.tokenizer.decode([earlier]),
-                },
-            }
+            record |= {name: _finite(self.why[part][row][column]) for name, part in _NUMBERS.items()}
+            if position >= 0:
+                record["because"] = self._because(position, sequence)
         return record
+
+    def _because(self, position: int, sequence: Sequence) -> dict[str, Any]:
+        """The earlier token that says most against a candidate; of FSD, the n-gram whose end it is."""
+        earlier = sequence.token_at(position)
+        found = {"position": position, "token_id": earlier, "token": sequence.tokenizer.decode([earlier])}
+        if self.proposal.among is not None and sequence.parameters.fsd_n is not None:
+            count, end = 0, len(sequence.prompt_ids) + len(sequence.tokens)
+            while count < min(sequence.parameters.fsd_n - 1, position) and (
+                self.by_states or sequence.token_at(position - 1 - count) == sequence.token_at(end - 1 - count)
+            ):
+                count += 1
+            tokens = [sequence.token_at(place) for place in range(position - count, position + 1)]
+            found["ngram"] = sequence.tokenizer.decode(tokens)
+        return found
 
 
 def _logprobs(sequence: Sequence, token: int, logits: torch.Tensor) -> dict[str, Any]:

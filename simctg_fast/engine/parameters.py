@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..checks import is_integer, is_number, require
+from ..decoding import adaptive, fsd, guard
 from ..text.texts import short
 
-STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive")
 CONTRASTIVE = ("contrastive", "stochastic-contrastive")
-RANDOM = ("sample", "stochastic-contrastive")
+FSD = ("fsd", "fsd-vec")  # by n-grams, by states
+STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive", *FSD, "adaptive", "guard")
+RANDOM = ("sample", "stochastic-contrastive", "guard")
 
 DEFAULT_TOP_K = 4
 
@@ -23,10 +25,11 @@ class Parameters:
 
     Args:
         max_new_tokens: the longest continuation.
-        penalty_alpha: weight of the degeneration penalty, 0 … 1 (contrastive strategies).
-        top_k: candidates a step (contrastive strategies); tokens to draw from, None for all (``sample``).
-        temperature: of the random strategies. ``sample`` divides logits by it, ``stochastic-contrastive`` scores; 0
-            takes the best of what the strategy allows.
+        penalty_alpha: weight of the penalty, 0 … 1 (contrastive strategies, ``fsd`` and ``fsd-vec``).
+        top_k: candidates a step (contrastive strategies); tokens that are weighed (``fsd``, ``fsd-vec``), or drawn
+            from, None for all (``sample``).
+        temperature: of the random strategies. ``sample`` divides logits by it, ``stochastic-contrastive`` and ``guard``
+            scores; 0 takes the best of what the strategy allows.
         top_p, min_p, typical_p: the warpers of transformers by these names (``sample``).
         stop: strings that end a continuation; they are not part of its text. They may be or hold special tokens.
         stop_token_ids: tokens that end it besides the model's own; neither are these part of its text.
@@ -41,6 +44,10 @@ class Parameters:
         clamp_max_new_tokens: write less than ``max_new_tokens`` where the model's context ends before, instead of
             refusing the request. (Of ``truncate_prompt_tokens=-1`` they then reserve half the context at most.)
         continue_final_message: the continuation goes on in the last of the ``messages`` instead of answering it.
+        fsd_n, fsd_beta, fsd_stop_tokens: ``n``, ``beta`` and ``stop_tokens`` of `FSD` (``fsd``; ``fsd-vec``, but for
+            ``beta``).
+        adaptive_q, adaptive_k_range: ``q`` and ``k_range`` of `AdaptiveContrastiveSearch` (``adaptive``).
+        guard_window, guard_decay: ``window`` and ``decay`` of `GUARD` (``guard``).
 
     Raises:
         ValueError: a value that is not allowed.
@@ -64,6 +71,13 @@ class Parameters:
     truncate_prompt_tokens: int | None = None
     clamp_max_new_tokens: bool = False
     continue_final_message: bool = False
+    fsd_n: int | None = None
+    fsd_beta: float = fsd.BETA
+    fsd_stop_tokens: tuple[int, ...] = ()
+    adaptive_q: float = adaptive.Q
+    adaptive_k_range: tuple[int, int] = adaptive.K_RANGE
+    guard_window: int = guard.WINDOW
+    guard_decay: float = guard.DECAY
 
     def __post_init__(self) -> None:
         for name in NAMES:
@@ -81,14 +95,16 @@ class Parameters:
         for name, value in list(checked.items()):
             if strategy in USED_BY.get(name, STRATEGIES):
                 continue
-            if value is not None and name != "seed" and value != _NEUTRAL[name]:
+            if value is not None and name != "seed" and (name not in _NEUTRAL or value != _NEUTRAL[name]):
                 only = " and ".join(USED_BY[name])
+                neutral = f", and {_NEUTRAL[name]} is the value that changes nothing" if name in _NEUTRAL else ""
                 raise ValueError(
-                    f"{name} is not used by strategy {strategy!r}, only by {only}; got {short(value)}, and "
-                    f"{_NEUTRAL[name]} is the value that changes nothing"
+                    f"{name} is not used by strategy {strategy!r}, only by {only}; got {short(value)}{neutral}"
                 )
             del checked[name]
         changed = replace(self, **checked)
+        if strategy == "fsd-vec" and (changed.fsd_n or 2) < 2:
+            raise ValueError(f"fsd_n must be at least 2 for strategy 'fsd-vec', got {changed.fsd_n}")
         if changed.top_logprobs and not changed.logprobs:
             raise ValueError(f"top_logprobs is {changed.top_logprobs}, but logprobs is false: set that as well")
         return changed
@@ -99,19 +115,29 @@ def defaults(strategy: str) -> Parameters:
     require(strategy in STRATEGIES, "strategy", strategy, f"one of {', '.join(STRATEGIES)}")
     if strategy == "sample":
         return Parameters(top_k=None)
+    if strategy in FSD:
+        kind = fsd.KINDS[FSD.index(strategy)]
+        return Parameters(penalty_alpha=fsd.ALPHA[kind], top_k=fsd.TOP_K, fsd_n=fsd.ORDER[kind])
     return Parameters(temperature=0.1) if strategy == "stochastic-contrastive" else Parameters()
 
 
 # What is not named here serves every strategy.
 USED_BY: dict[str, tuple[str, ...]] = {
-    "penalty_alpha": CONTRASTIVE,
-    "top_k": (*CONTRASTIVE, "sample"),
+    "penalty_alpha": (*CONTRASTIVE, *FSD),
+    "top_k": (*CONTRASTIVE, *FSD, "sample"),
     "temperature": RANDOM,
     "top_p": ("sample",),
     "min_p": ("sample",),
     "typical_p": ("sample",),
     "seed": RANDOM,
     "n": RANDOM,
+    "fsd_n": FSD,
+    "fsd_beta": ("fsd",),
+    "fsd_stop_tokens": FSD,
+    "adaptive_q": ("adaptive",),
+    "adaptive_k_range": ("adaptive",),
+    "guard_window": ("guard",),
+    "guard_decay": ("guard",),
 }
 # What a strategy that does not use the parameter does anyway.
 _NEUTRAL: dict[str, int] = {
@@ -146,6 +172,11 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v is None or _integer(0, 2**63 - 1)(v), "an integer from 0 to 2**63 - 1"),
     "n": (_integer(1, 1024), "an integer from 1 to 1024"),
     "top_logprobs": (_integer(0, 20), "an integer from 0 to 20"),
+    "fsd_n": (lambda v: v is None or _integer(1, fsd.MOST_ORDER)(v), f"an integer from 1 to {fsd.MOST_ORDER}"),
+    "fsd_beta": (_number(0, 1), "a number in [0, 1]"),
+    "adaptive_q": (_number(0, above=True), "a finite number above 0"),
+    "guard_window": (_integer(2, guard.MOST_WINDOW), f"an integer from 2 to {guard.MOST_WINDOW}"),
+    "guard_decay": (_number(0, 1, above=True), "a number in (0, 1]"),
     "truncate_prompt_tokens": (
         lambda v: v is None or (_integer(-1)(v) and v != 0),
         "an integer of at least 1, or -1 for the model's context",
@@ -168,6 +199,10 @@ def check(name: str, value: Any) -> Any:
     Raises:
         ValueError: an unknown name or a value outside its range.
     """
+    if name == "fsd_stop_tokens":
+        return fsd.check_stop_tokens(name, () if value is None else value)
+    if name == "adaptive_k_range":
+        return adaptive.check_k_range(name, adaptive.K_RANGE if value is None else value)
     if name in _LISTS:
         kind, valid, allowed = _LISTS[name]
         items = [value] if isinstance(value, kind) else [] if value is None else value

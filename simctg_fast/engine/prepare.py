@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Preparer:
         model, tokenizer: as `load_model` returns them.
         seed: of the run.
         factory: makes processors and criteria for a request, see :data:`Factory`.
-        max_candidates: the widest ``top_k`` the run computes; None where the strategy has no candidates.
+        limits: the most that a request may ask for, by the parameter's name: what the run has made room for.
         trace: record how every token was chosen.
     """
 
@@ -57,11 +58,11 @@ class Preparer:
         *,
         seed: int = 0,
         factory: Factory | None = None,
-        max_candidates: int | None = None,
+        limits: Mapping[str, int] = MappingProxyType({}),
         trace: bool = False,
     ):
         self.model, self.tokenizer, self.seed, self.factory = model, tokenizer, seed, factory
-        self.max_candidates, self.trace = max_candidates, trace
+        self.limits, self.trace = limits, trace
         self.special = special_tokens(tokenizer)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.limit = context_length(model)
@@ -81,13 +82,11 @@ class Preparer:
             RequestError: too long, no chat template, a tokenizer, template or factory that raises …
         """
         parameters = request.parameters
-        if self.max_candidates is not None and (parameters.top_k or 0) > self.max_candidates:
-            raise self._error(
-                request,
-                "invalid_value",
-                f"top_k is {parameters.top_k}, more than the {self.max_candidates} candidates this run computes a step "
-                "(its own top_k)",
-            )
+        for name, most in self.limits.items():
+            value = getattr(parameters, name)
+            if (value[-1] if isinstance(value, tuple) else value or 0) > most:
+                message = f"{name} is {value}, more than the {most} that this run computes (its own {name})"
+                raise self._error(request, "invalid_value", message)
         unknown = [token for token in parameters.stop_token_ids if token >= self.vocabulary]
         if unknown:
             raise self._token_out_of_range(request, "stop_token_ids", unknown[0])

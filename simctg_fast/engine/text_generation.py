@@ -17,13 +17,15 @@ __all__ = ["TextGenerator", "Written"]
 
 @dataclass(frozen=True)
 class Written:
-    """A prompt and what was written: its continuation, or an encoder-decoder's answer to it; or why there is none."""
+    """A prompt and what was written: its continuation, or an encoder-decoder's answer to it; or why there is none.
+    ``trace``: as of `Result`."""
 
     prompt: str
     text: str
     tokens: int
     continues_prompt: bool
     error: str | None = None
+    trace: list[dict[str, Any]] | None = None
 
 
 class TextGenerator:
@@ -31,40 +33,40 @@ class TextGenerator:
 
     Args:
         model: ``"bundled"``, a local folder or a hub name.
-        penalty_alpha, top_k, temperature: as in `ContrastiveSearch`.
+        strategy: of `Engine`; None: contrastive search, random where there is a ``temperature``.
         max_new_tokens: the longest continuation; less where the model's context ends before, which `notes` then says.
         stop: texts that end a continuation and are no part of it, as in the engine.
         seed: of the draws that a `temperature` makes; drawn anew where there is none.
         batch_size: prompts that are written at a time.
-        loading: ``device``, ``dtype`` and ``trust_remote_code`` of `load_model`, ``weights`` of `Engine`.
+        options: ``device``, ``dtype`` and ``trust_remote_code`` of `load_model`, ``weights`` and ``trace`` of `Engine`,
+            and its parameters: ``penalty_alpha``, ``top_k`` …
     """
 
     def __init__(
         self,
         model: str | os.PathLike[str],
         *,
-        penalty_alpha: float = 0.6,
-        top_k: int = 4,
+        strategy: str | None = None,
         max_new_tokens: int = 128,
         temperature: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] | None = None,
         batch_size: int = 8,
-        **loading: Any,
+        **options: Any,
     ) -> None:
         drawn: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+        if strategy is None:
+            strategy = "stochastic-contrastive" if drawn else "contrastive"
         self.engine = Engine.from_pretrained(
             model,
-            strategy="stochastic-contrastive" if drawn else "contrastive",
+            strategy=strategy,
             slots=batch_size,
             seed=secrets.randbits(62) if seed is None else seed,
-            penalty_alpha=penalty_alpha,
-            top_k=top_k,
             max_new_tokens=max_new_tokens,
             stop=list(stop or ()),
             clamp_max_new_tokens=True,
             **drawn,
-            **loading,
+            **{name: value for name, value in options.items() if value is not None and value != []},
         )
         self.notes: list[str] = []
 
@@ -88,4 +90,5 @@ class TextGenerator:
             )
             if note not in self.notes:
                 self.notes.append(note)
-        return Written(prompt, result.text, tokens, not self.engine.prepare.is_encoder_decoder, error)
+        continues = not self.engine.prepare.is_encoder_decoder
+        return Written(prompt, result.text, tokens, continues, error, result.trace)

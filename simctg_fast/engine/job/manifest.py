@@ -14,7 +14,18 @@ from typing import Any
 from ...assets import ADAPTER
 
 FORMAT = 2
-_LATER: dict[str, Any] = {"share_prefixes": True, "weights": None}  # settings that came later, as runs were before
+# Settings that came later, as runs were before.
+_LATER: dict[str, Any] = {
+    "share_prefixes": True,
+    "weights": None,
+    "fsd_n": None,
+    "fsd_beta": 0.9,
+    "fsd_stop_tokens": [],
+    "adaptive_q": 1.0,
+    "adaptive_k_range": [5, 15],
+    "guard_window": 7,
+    "guard_decay": 0.95,
+}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".jinja", ".model", ".py", ".spm")
 _TOKENIZERS = ("tokenizer", "spiece", "vocab", "merges", "chat_template")
