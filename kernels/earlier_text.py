@@ -41,29 +41,30 @@ def follower_scan_kernel(
     history_ptr += b * stride_hb
     tokens_ptr += b * stride_tb
     norms_ptr += b * stride_nb
-    end = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), capacity)
+    end = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0), capacity)
     begin = end * 0
     if HAS_STARTS:
-        begin = tl.maximum(tl.load(starts_ptr + b), 0)
-    context = tl.load(orders_ptr + b) - 1
+        begin = tl.maximum(tl.load(starts_ptr + b).to(tl.int32), 0)
+    context = tl.load(orders_ptr + b).to(tl.int32) - 1
     candidate = tl.arange(0, BLOCK_K)
     picks = tl.load(picks_ptr + b * k + candidate, mask=candidate < k, other=-1)
     best = tl.full((BLOCK_K,), _NOTHING, tl.int64)
-    # Whether the newest positions are text, and their length as one vector.
-    enough = end - begin > context
+    # How many of the newest positions are no text, and their length as one vector.
+    missing = tl.where(end - begin > context, 0, 1)
     own = 0.0
     for back in tl.static_range(LONGEST - 1):
-        wanted = back < context
         at = tl.maximum(end - 1 - back, 0)
-        enough = enough & ((tl.load(tokens_ptr + at) >= 0) | (wanted == 0))
+        newest = tl.where(context > back, tl.load(tokens_ptr + at), 0)
+        missing += tl.where(newest < 0, 1, 0)
         if LONGEST > 2:
             r = tl.load(norms_ptr + at)
-            own += tl.where(wanted, r * r, 0.0)
+            own += tl.where(context > back, r * r, 0.0)
+    begin = tl.where(missing > 0, end, begin)
     share = tl.cdiv(tl.cdiv(end, BLOCK_T), splits) * BLOCK_T
     first = split * share
     for t0 in range(first, tl.minimum(first + share, end), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        here = (t < end) & (t >= begin + context) & enough
+        here = (t < end) & (t >= begin + context)
         token = tl.load(tokens_ptr + t, mask=here, other=-1)
         here = here & (token >= 0)
         match = (picks[:, None] == token[None, :]) & here[None, :]
@@ -71,10 +72,10 @@ def follower_scan_kernel(
             product = tl.zeros((BLOCK_T,), tl.float32)
             size = tl.zeros((BLOCK_T,), tl.float32)
             for back in tl.static_range(LONGEST - 1):
-                wanted = here & (back < context)
+                wanted = here & (tl.full((BLOCK_T,), back, tl.int32) < context)
                 then = t - 1 - back
-                here = here & ((back >= context) | (tl.load(tokens_ptr + then, mask=wanted, other=-1) >= 0))
-                now_at = history_ptr + tl.maximum(end - 1 - back, 0) * stride_ht
+                here = here & (tl.load(tokens_ptr + then, mask=wanted, other=0) >= 0)
+                now_at = history_ptr + tl.maximum(end - 1 - back, 0).to(tl.int64) * stride_ht
                 then_at = history_ptr + tl.where(wanted, then, 0).to(tl.int64) * stride_ht
                 cosine = tl.zeros((BLOCK_T,), tl.float32)
                 for d0 in range(0, width, BLOCK_D):

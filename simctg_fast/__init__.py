@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from .crf import LowRankCRF as LowRankCRF
     from .crf import StochasticViterbiSample as StochasticViterbiSample
     from .crf import StochasticViterbiSamples as StochasticViterbiSamples
+    from .decoding.adaptive import AdaptiveContrastiveSearch as AdaptiveContrastiveSearch
     from .decoding.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from .decoding.contrastive_search import contrastive_search as contrastive_search
+    from .decoding.fsd import FSD as FSD
+    from .decoding.guard import GUARD as GUARD
     from .decoding.patch import patch_transformers as patch_transformers
     from .decoding.patch import unpatch_transformers as unpatch_transformers
     from .decoding.report import SupportReport as SupportReport
@@ -47,7 +50,8 @@ _MODULES = {
     "compat": ("T5SimCTGGenerate", "compute_contrastive_loss", "t5_cosine_simirality", "t5_cosine_similarity"),
     "crf": ("LinearChainCRF", "LowRankCRF", "StochasticViterbiSample", "StochasticViterbiSamples"),
     "decoding": (
-        *("ContrastiveSearch", "SupportReport", "contrastive_search", "support"),
+        *("ContrastiveSearch", "AdaptiveContrastiveSearch", "FSD", "GUARD"),
+        *("SupportReport", "contrastive_search", "support"),
         *("patch_transformers", "unpatch_transformers"),
     ),
     "engine": ("Engine",),

@@ -59,9 +59,8 @@ def adaptive_contrastive_search(
         exact_alpha = _share(of_candidates[-1], of_candidates[:-1], math.log(k), q)
         alpha = round(exact_alpha, 2)
         scores = []
-        for v in candidates:
-            _, ahead = text.look(v)
-            cosines = torch.cosine_similarity(ahead[:-1], ahead[-1:], dim=-1)
+        for v, states in zip(candidates, text.ahead(candidates), strict=True):
+            cosines = torch.cosine_similarity(states[:-1], states[-1:], dim=-1)
             scores.append((1 - alpha) * float(p[v]) - alpha * float(cosines.max()))
         rounded = min(_to_boundary(exact_k) if low < high else 1.0, _to_boundary(100 * exact_alpha) / 100)
         if len(entropies) == 1:  # the middle of both ranges, exactly

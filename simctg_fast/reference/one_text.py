@@ -28,16 +28,23 @@ class Text:
     processor: Processor | None = None
     margins: list[float] = field(default_factory=list)
 
-    def look(self, *more: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """After the text and `more` tokens: the next token's probabilities `(V,)`, and the states `(T, D)` of all
-        positions, in the model's precision."""
-        ids = torch.tensor([[*self.ids, *more]])
+    def look(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token's probabilities `(V,)`, and the states `(T, D)` of all positions, in the model's precision."""
+        ids = torch.tensor([self.ids])
         exact = next(self.model.parameters()).dtype == torch.float64
         with torch.no_grad(), true_float64() if exact else contextlib.nullcontext():
             logits, states = _forward(self.model, ids, None, self.inputs)
-            if self.processor is not None and not more:
+            if self.processor is not None:
                 logits = self.processor(ids, logits.clone())
             return torch.softmax(logits[0], dim=-1), states[0]
+
+    def ahead(self, candidates: Sequence[int]) -> torch.Tensor:
+        """The states `(k, T, D)` of the text with each of the candidates behind it."""
+        ids = torch.tensor([[*self.ids, v] for v in candidates])
+        inputs = {name: value.expand(len(ids), *value.shape[1:]) for name, value in self.inputs.items()}
+        exact = next(self.model.parameters()).dtype == torch.float64
+        with torch.no_grad(), true_float64() if exact else contextlib.nullcontext():
+            return _forward(self.model, ids, None, inputs)[1]
 
     def write(self, token: int, margin: float) -> None:
         self.ids.append(token)

@@ -1,0 +1,306 @@
+"""Contrastive search's successors, token for token against the naive ones of `reference/` in float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+from simctg_fast import FSD, GUARD, AdaptiveContrastiveSearch
+from simctg_fast.engine import Engine
+from simctg_fast.reference.adaptive import adaptive_contrastive_search
+from simctg_fast.reference.fsd import fsd
+from simctg_fast.reference.guard import guard
+
+from .. import near_ties
+from ..decoding_models import PAD, build, inputs_for, left_padded, prompt, shared, tokenizer
+
+NEW, CLEAR = 14, 2e-5  # a choice that is less clear than this may be another's in float32
+MODELS = ["gpt2", "llama", "mistral", "gemma2", "bloom", "mamba", "bart", "t5"]
+
+# By name: how `generate` is told, the naive search, and the engine's strategy with its settings.
+SEARCHES = {
+    "ngram": (lambda: FSD(), functools.partial(fsd, kind="ngram", n=3, k=3, alpha=0.65), ("fsd", {})),
+    "ngram-5": (
+        lambda: FSD(n=5, k=6, alpha=0.9, beta=0.5, stop_tokens=range(3, 30)),
+        functools.partial(fsd, kind="ngram", n=5, k=6, alpha=0.9, beta=0.5, stop_tokens=range(3, 30)),
+        ("fsd", {"fsd_n": 5, "top_k": 6, "penalty_alpha": 0.9, "fsd_beta": 0.5, "fsd_stop_tokens": list(range(3, 30))}),
+    ),
+    "vector": (lambda: FSD("vector"), functools.partial(fsd, kind="vector", n=2, k=3, alpha=0.45), ("fsd-vec", {})),
+    "vector-3": (
+        lambda: FSD("vector", n=3, k=6, alpha=0.9),
+        functools.partial(fsd, kind="vector", n=3, k=6, alpha=0.9),
+        ("fsd-vec", {"fsd_n": 3, "top_k": 6, "penalty_alpha": 0.9}),
+    ),
+    "guard": (lambda: GUARD(sample=False), guard, ("guard", {"temperature": 0})),
+    "guard-3": (
+        lambda: GUARD(3, 0.5, sample=False),
+        functools.partial(guard, window=3, decay=0.5),
+        ("guard", {"temperature": 0, "guard_window": 3, "guard_decay": 0.5}),
+    ),
+    "adaptive": (lambda: AdaptiveContrastiveSearch(), adaptive_contrastive_search, ("adaptive", {})),
+    "adaptive-8": (
+        lambda: AdaptiveContrastiveSearch(8.0, (2, 7)),
+        functools.partial(adaptive_contrastive_search, q=8.0, k_range=(2, 7)),
+        ("adaptive", {"adaptive_q": 8.0, "adaptive_k_range": [2, 7]}),
+    ),
+}
+FEW = ["ngram", "vector-3", "guard-3", "adaptive-8"]
+
+
+@functools.cache
+def double(name: str):
+    return copy.deepcopy(shared(name)).double()
+
+
+def truth(search: str, name: str, ids: list[int], **options):
+    return SEARCHES[search][1](double(name), ids, max_new_tokens=options.pop("new", NEW), **options)
+
+
+def same(found: list[int], text, start: int) -> None:
+    """New tokens `found` are those of the reference, up to a choice that rounding may make otherwise."""
+    expected = text.ids[start:]
+    for place, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
+        if ours != theirs:
+            assert text.margins[place] < CLEAR, (place, text.margins[place], found, expected)
+            near_ties.record(f"new token {place}: clear by {text.margins[place]:.1e}")
+            return
+    assert len(found) == len(expected)
+
+
+def check(search: str, name: str, inputs: dict, rows: list[list[int]], eos: int | None = None, **options) -> None:
+    model = shared(name)
+    out = model.generate(
+        **inputs,
+        custom_generate=SEARCHES[search][0](),
+        max_new_tokens=NEW,
+        pad_token_id=PAD,
+        eos_token_id=eos,
+        **options,
+    )
+    processor = options.get("logits_processor")
+    processor = None if processor is None else processor[0]
+    for row, ids in enumerate(rows):
+        more = {"eos_token_id": eos, "processor": processor}
+        if model.config.is_encoder_decoder:
+            mask = inputs["attention_mask"][row].bool()
+            more["inputs"] = {"input_ids": inputs["input_ids"][row][mask][None]}
+            ids = [model.config.decoder_start_token_id]
+        text = truth(search, name, ids, **more)
+        start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        found = out[row, start:].tolist()
+        if eos is not None and eos in found:
+            assert set(found[found.index(eos) + 1 :]) <= {PAD}
+            found = found[: found.index(eos) + 1]
+        same(found, text, len(ids))
+
+
+def real_rows(inputs: dict) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_one_text(search, name):
+    inputs = inputs_for(shared(name), 1, 11)
+    check(search, name, inputs, real_rows(inputs))
+
+
+@pytest.mark.parametrize("search", FEW)
+@pytest.mark.parametrize(
+    "name", [n if n in ("llama", "t5") else pytest.param(n, marks=pytest.mark.full) for n in MODELS]
+)
+def test_a_padded_batch(search, name):
+    inputs = inputs_for(shared(name), 3, 9)
+    check(search, name, inputs, real_rows(inputs))
+
+
+@pytest.mark.parametrize("path", ["reorder", "uncached"])
+@pytest.mark.parametrize("search", FEW)
+def test_other_paths(search, path, monkeypatch):
+    make = SEARCHES[search][0]
+
+    def on_path():
+        made = make()
+        made.path = path
+        return made
+
+    monkeypatch.setitem(SEARCHES, search, (on_path, *SEARCHES[search][1:]))
+    inputs = left_padded(7, 4)
+    check(search, "llama", inputs, real_rows(inputs))
+
+
+@pytest.mark.parametrize("search", FEW)
+def test_buffers_that_stay_in_place(search, monkeypatch):
+    """The step that a CUDA graph would hold."""
+    make = SEARCHES[search][0]
+
+    def static():
+        made = make()
+        made.decode_step = True
+        return made
+
+    monkeypatch.setitem(SEARCHES, search, (static, *SEARCHES[search][1:]))
+    inputs = left_padded(11, 5)
+    check(search, "gpt2", inputs, real_rows(inputs))
+
+
+class Banned(LogitsProcessor):
+    """The ten tokens whose number is the text's last token, modulo eight, and up, cannot come."""
+
+    def __call__(self, input_ids, scores):
+        first = input_ids[:, -1:] % 8
+        place = torch.arange(scores.shape[1])
+        return scores.masked_fill((place >= first) & (place < first + 30), -math.inf)
+
+
+@pytest.mark.parametrize("search", FEW)
+def test_ends_and_processors(search):
+    """Rows end at different times, and leave; processors come first."""
+    inputs = left_padded(9, 9, 6, 8, seed=3)
+    check(search, "llama", inputs, real_rows(inputs), logits_processor=[Banned()])
+    first = truth(search, "llama", real_rows(inputs)[1])
+    check(search, "llama", inputs, real_rows(inputs), eos=first.ids[9 + 4])
+
+
+@pytest.mark.parametrize("batching", ["slots", "static"])
+@pytest.mark.parametrize("search", [*FEW, "vector"])
+def test_in_the_engine(search, batching):
+    """More requests than slots, of different lengths: nothing is left of those before."""
+    name, settings = SEARCHES[search][2]
+    lengths = (5, 23, 9, 14, 3) if batching == "slots" else (9, 9, 7, 9, 9)
+    texts = [tokenizer().decode(prompt(1, length, seed=i)[0]) for i, length in enumerate(lengths)]
+    engine = Engine(
+        build("llama"), tokenizer(), strategy=name, slots=2, batching=batching, max_new_tokens=NEW, **settings
+    )
+    found = {r.id: r.token_ids for r in engine.generate({"id": i, "prompt": x} for i, x in enumerate(texts))}
+    for i, x in enumerate(texts):
+        ids = tokenizer()(x)["input_ids"]
+        same(found[i], truth(search, "llama", ids), len(ids))
+
+
+def test_lines_with_settings_of_their_own():
+    prompts = [tokenizer().decode(prompt(1, 9, seed=i)[0]) for i in range(3)]
+    engine = Engine(build("llama"), tokenizer(), strategy="fsd", slots=3, max_new_tokens=NEW, fsd_n=5, top_k=6)
+    own = [{}, {"fsd_n": 2, "penalty_alpha": 0.9, "top_k": 4}, {"fsd_beta": 0.1, "fsd_stop_tokens": [5, 6, 7, 80, 81]}]
+    lines = [{"id": i, "prompt": x} | more for i, (x, more) in enumerate(zip(prompts, own, strict=True))]
+    names = {"fsd_n": "n", "penalty_alpha": "alpha", "top_k": "k", "fsd_beta": "beta", "fsd_stop_tokens": "stop_tokens"}
+    for result in engine.generate(lines):
+        settings = {"n": 5, "k": 6, "alpha": 0.65, "beta": 0.9} | {names[n]: v for n, v in own[result.id].items()}
+        ids = tokenizer()(prompts[result.id])["input_ids"]
+        text = fsd(double("llama"), ids, kind="ngram", max_new_tokens=NEW, **settings)
+        same(result.token_ids, text, len(ids))
+    for bad, message in (
+        ({"fsd_n": 6}, "fsd_n is 6, more than the 5"),
+        ({"top_k": 7}, "top_k is 7, more than the 6"),
+        ({"adaptive_q": 2.0}, "adaptive_q is not used by strategy 'fsd', only by adaptive"),
+        ({"fsd_beta": 2}, r"fsd_beta must be a number in \[0, 1\], got 2"),
+        ({"fsd_stop_tokens": "abc"}, "fsd_stop_tokens must be token ids"),
+    ):
+        (answer,) = engine.generate([{"id": 0, "prompt": "abc"} | bad])
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(answer.error["message"])
+
+
+def test_the_trace_says_why():
+    engine = Engine(build("llama"), tokenizer(), strategy="fsd", max_new_tokens=3, trace=True)
+    (result,) = engine.generate([{"id": 0, "prompt": "abcabcabcab"}])
+    ids = tokenizer()("abcabcabcab")["input_ids"]
+    for step in result.trace:
+        assert len(step["candidates"]) == 3
+        best = max(step["candidates"], key=lambda c: c["score"])
+        assert best["token_id"] == step["token_id"]
+        for candidate in step["candidates"]:
+            assert abs(candidate["score"] - 0.35 * candidate["probability"] + 0.65 * candidate["penalty"]) < 1e-6
+            assert ("because" in candidate) == (candidate["token_id"] in ids)
+        ids.append(step["token_id"])
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def test_guard_draws_by_its_probabilities():
+    """Many draws of one step, against the products that the reference computes."""
+    model, ids = shared("gpt2"), prompt(1, 9)
+    generator = torch.Generator().manual_seed(0)
+    draws = 4000
+    out = model.generate(
+        ids.expand(draws, -1), custom_generate=GUARD(generator=generator), max_new_tokens=1, pad_token_id=PAD
+    )
+    from simctg_fast.reference.guard import schedule
+    from simctg_fast.reference.one_text import Text
+
+    p, _ = Text(double("gpt2"), ids[0].tolist()).look()
+    k, alpha = schedule([-sum(x * math.log(x + 1e-5) for x in p.tolist())], math.log(len(p)), 7, 0.95)
+    top = p.topk(int(k))
+    weights = torch.tensor([float(x) * alpha ** ids[0].tolist().count(int(v)) for x, v in zip(*top, strict=True)])
+    expected = draws * weights / weights.sum()
+    counts = torch.tensor([(out[:, -1] == v).sum() for v in top.indices])
+    assert int(counts.sum()) == draws
+    assert (
+        float(((counts - expected) ** 2 / expected).sum()) < 45
+    )  # chi squared of 9 degrees of freedom: 1 in a million
+
+
+def test_seeds_of_requests():
+    engine = Engine(build("llama"), tokenizer(), strategy="guard", max_new_tokens=NEW)
+    lines = [{"id": i, "prompt": "abcd", "seed": 5} for i in range(2)] + [{"id": 2, "prompt": "abcd", "seed": 6}]
+    found = {r.id: r.token_ids for r in engine.generate(lines)}
+    assert found[0] == found[1] != found[2]
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FSD("vec"), r"kind must be one of \('ngram', 'vector'\), got 'vec'"),
+        (lambda: FSD(n=0), "n must be an integer from 1 to 16 for kind='ngram', got 0"),
+        (lambda: FSD("vector", n=1), "n must be an integer from 2 to 16 for kind='vector', got 1"),
+        (lambda: FSD(k=0), "k must be an integer of at least 1, got 0"),
+        (lambda: FSD(alpha=1.5), r"alpha must be a number in \[0, 1\], got 1.5"),
+        (lambda: FSD(beta=float("nan")), "beta must be a number"),
+        (lambda: FSD(stop_tokens=[-1]), "stop_tokens must be token ids, 256 at most"),
+        (lambda: FSD(stop_tokens=range(257)), "stop_tokens must be token ids, 256 at most"),
+        (lambda: FSD(path="fast"), "path must be"),
+        (lambda: GUARD(1), "window must be an integer from 2 to 64, got 1"),
+        (lambda: GUARD(decay=0), r"decay must be a number in \(0, 1\], got 0"),
+        (lambda: GUARD(sample=1), "sample must be True or False, got 1"),
+        (lambda: GUARD(sample=False, generator=torch.Generator()), "generator is given, but without sample=True"),
+        (lambda: AdaptiveContrastiveSearch(0), "q must be a finite number above 0, got 0"),
+        (lambda: AdaptiveContrastiveSearch(k_range=(7, 5)), "k_range must be two integers"),
+        (lambda: AdaptiveContrastiveSearch(k_range=(1, 5)), "k_range must be two integers"),
+        (lambda: AdaptiveContrastiveSearch(adaptive="k"), "adaptive must be one of"),
+        (lambda: AdaptiveContrastiveSearch(top_k=4), "top_k is 4, but adaptive='both' takes k from k_range"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        (FSD(k=99), "k must be at most the vocabulary size 98, got 99"),
+        (AdaptiveContrastiveSearch(k_range=(2, 99)), "k_range must be at most the vocabulary size 98, got 99"),
+        (GUARD(), "num_beams must be 1 for GUARD, got 2"),
+    ],
+)
+def test_what_a_call_is_refused(search, message):
+    beams = {"num_beams": 2} if isinstance(search, GUARD) else {}
+    with pytest.raises(ValueError, match=message):
+        shared("llama").generate(prompt(), custom_generate=search, max_new_tokens=2, pad_token_id=PAD, **beams)
+
+
+def test_fixed_k_of_adaptive_search():
+    ids = prompt(1, 9)
+    search = AdaptiveContrastiveSearch(4.0, adaptive="alpha", top_k=5)
+    out = shared("llama").generate(ids, custom_generate=search, max_new_tokens=NEW, pad_token_id=PAD)
+    text = adaptive_contrastive_search(double("llama"), ids[0].tolist(), q=4.0, top_k=5, max_new_tokens=NEW)
+    same(out[0, 9:].tolist(), text, 9)
