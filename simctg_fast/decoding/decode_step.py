@@ -200,8 +200,10 @@ def _over(run: Any, decoder: SlotsDecoder, logits: Tensor) -> DecodeStep:
     before, chooser.static = chooser.settings, True
     if decoder.recorded is not None:
         chooser.settings = decoder.recorded.settings
-        for name in before.keys() & chooser.settings.keys():
-            chooser.settings[name].copy_(before[name])
+        for name in before.keys() & chooser.settings.keys():  # buffers of a graph may have more room
+            kept = chooser.settings[name]
+            part = tuple(map(slice, map(min, kept.shape, before[name].shape)))
+            kept[part] = before[name][part]
     run.bind(list(range(len(run.input_ids))), device)
     ends, pad = ends_of(run.criteria), run.config._pad_token_tensor
     return DecodeStep(

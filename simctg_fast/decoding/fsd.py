@@ -56,9 +56,9 @@ class FSDStrategy(Strategy):
         self._set("alpha", torch.tensor([p.penalty_alpha for p in settings], dtype=torch.float64)[:, None])
         self._set("order", torch.tensor([p.fsd_n or self.order for p in settings]))
         self._set("beta", torch.tensor([p.fsd_beta for p in settings], dtype=torch.float64))
-        most = MOST_STOP_TOKENS if self.static else max(len(p.fsd_stop_tokens) for p in settings)
-        stops = [[*p.fsd_stop_tokens] + [-1] * (most - len(p.fsd_stop_tokens)) for p in settings]
-        self.stops = self._set("stops", torch.tensor(stops, dtype=torch.long).reshape(len(settings), most))
+        stops = [[*p.fsd_stop_tokens] + [-1] * (MOST_STOP_TOKENS - len(p.fsd_stop_tokens)) for p in settings]
+        self._set("stops", torch.tensor(stops))
+        self.has_stops = self.static or any(p.fsd_stop_tokens for p in settings)
 
     def propose(self, logits: Tensor, view: View) -> Proposal:
         rows = slice(0, len(logits))
@@ -67,8 +67,8 @@ class FSDStrategy(Strategy):
             probs = probs.masked_fill(self.beyond[rows], 0.0)
         penalty, position = (on(probs.device, x) for x in self._penalty(tokens, view))
         penalty = penalty.to(probs.dtype)
-        if self.stops.shape[1]:
-            free = (tokens[..., None] == self.stops[rows, None]).any(dim=-1)
+        if self.has_stops:
+            free = (tokens[..., None] == self.settings["stops"][rows, None]).any(dim=-1)
             penalty = penalty.masked_fill(free, 0.0)
         scores = contrastive_scores(probs, penalty, self.settings["alpha"][rows])
         scores = scores.nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
