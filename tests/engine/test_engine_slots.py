@@ -401,7 +401,7 @@ def test_too_long_requests_and_foreign_keys():
     results = run(model, requests)
     assert results[0].error["type"] == "too_long"
     assert "9 prompt tokens and max_new_tokens=1016 are more than the model's 1024" in results[0].error["message"]
-    assert "top_k is 5, more than the 4 candidates" in results[1].error["message"]
+    assert "top_k is 5, more than the 4 that this run computes" in results[1].error["message"]
     assert results[2].error["type"] == "wrong_content"
     assert results[3].error["type"] == "no_chat_template"
     assert results[4].error is None
