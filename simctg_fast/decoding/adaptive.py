@@ -148,9 +148,12 @@ class AdaptiveContrastiveSearch(Search):
         return {"q": self.q} | (fixed if self.adaptive == "alpha" else {"k_range": self.k_range})
 
     def settings(self, config: GenerationConfig, model: Any) -> RowSettings:
-        fixed = self.adaptive == "alpha"
-        most = self.top_k if fixed else self.k_range[1]
-        check_vocabulary("top_k" if fixed else "k_range", most, model)
+        own = self.own_settings()
+        check_vocabulary("top_k" if self.adaptive == "alpha" else "k_range", own.top_k or 1, model)
+        return own
+
+    def own_settings(self) -> RowSettings:
+        most = self.top_k if self.adaptive == "alpha" else self.k_range[1]
         return RowSettings(1.0, top_k=most, adaptive_q=self.q, adaptive_k_range=self.k_range)
 
     def make_strategy(self, settings: Any, noise: Callable[[int, int], Tensor]) -> Strategy:

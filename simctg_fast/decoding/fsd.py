@@ -180,6 +180,9 @@ class FSD(Search):
 
     def settings(self, config: GenerationConfig, model: Any) -> RowSettings:
         check_vocabulary("k", self.k, model)
+        return self.own_settings()
+
+    def own_settings(self) -> RowSettings:
         return RowSettings(self.alpha, top_k=self.k, fsd_n=self.n, fsd_beta=self.beta, fsd_stop_tokens=self.stop_tokens)
 
     def make_strategy(self, settings: Any, noise: Callable[[int, int], Tensor]) -> Strategy:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationConfig
 
 from ..checks import is_integer, is_number
 from ..ops.earlier_text import token_counts
@@ -180,7 +179,7 @@ class GUARD(Search):
     def is_random(self) -> bool:
         return self.sample
 
-    def settings(self, config: GenerationConfig, model: Any) -> RowSettings:
+    def own_settings(self) -> RowSettings:
         return RowSettings(1.0, guard_window=self.window, guard_decay=self.decay)
 
     def make_strategy(self, settings: Any, noise: Callable[[int, int], Tensor]) -> Strategy:

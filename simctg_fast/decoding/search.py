@@ -18,7 +18,7 @@ from ..cpu.modules import WeightCopies
 from .generate_loop import Run
 from .kept_arguments import keep_arguments
 from .settings import check_settings, check_streamer
-from .strategies import Strategy
+from .strategies import RowSettings, Strategy
 from .trial import DECODERS
 
 
@@ -117,12 +117,16 @@ class Search:
     def is_random(self) -> bool:
         return False
 
-    def settings(self, config: GenerationConfig, model: Any) -> Any:
+    def settings(self, config: GenerationConfig, model: Any) -> RowSettings:
         """What the rows of a call are bound with: this search's settings, completed by the call's.
 
         Raises:
             ValueError: one of them is not allowed.
         """
+        return self.own_settings()
+
+    def own_settings(self) -> RowSettings:
+        """The same where the call has no say."""
         raise NotImplementedError
 
     def make_strategy(self, settings: Any, noise: Callable[[int, int], torch.Tensor]) -> Strategy:

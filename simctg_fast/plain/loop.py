@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..checks import require
+from ..decoding.contrastive_search import ContrastiveSearch
 from ..decoding.generate_arguments import DEFAULT_TOP_K
-from ..decoding.generate_loop import check_probabilities, stop_check_interval
+from ..decoding.generate_loop import BatchNoise, check_probabilities, stop_check_interval
+from ..decoding.named import as_search
 from ..decoding.settings import check_penalty_alpha, check_streamer, check_top_k
 from ..decoding.slots import Extent, History
-from ..decoding.strategies import Contrastive, RowSettings, View
+from ..decoding.strategies import Contrastive, RowSettings, Strategy, View
 from .protocols import PROTOCOLS, Select, StepOutput, Stepper, detect_protocol
 from .settings import make_config, make_criteria, make_processors
 
@@ -41,6 +43,7 @@ def generate(
     streamer: Any = None,
     protocol: str = "auto",
     select: Select | None = None,
+    strategy: Any = None,
     prefix_allowed_tokens_fn: Callable | None = None,
     tokenizer: Any = None,
     generation_config: GenerationConfig | None = None,
@@ -72,6 +75,9 @@ def generate(
             ``input_pos`` or ``state`` says the others. A step of any other shape has to be told.
         penalty_alpha: above 0, contrastive search over ``top_k`` candidates (4 unless given), for a step that returns
             ``hidden``, ``(B, T, D)`` for the prompt and ``(B, 1, D)`` or ``(B, D)`` after it.
+        strategy: an `FSD`, `GUARD` or `AdaptiveContrastiveSearch`, or ``"fsd"``, ``"fsd-vec"``, ``"guard"`` or
+            ``"adaptive"``. ``FSD("vector")`` needs ``hidden`` as well; adaptive search that and what ``penalty_alpha``
+            needs.
         select: ``select(state, index) -> state``, rows ``index (N,)`` of a state, in memory of their own; contrastive
             search branches with it. (A stateless step needs none, and returns ``logits, hidden``.)
         prefix_allowed_tokens_fn, tokenizer, generation_config: as in ``model.generate``.
@@ -104,10 +110,12 @@ def generate(
     prompt = _checked_prompt(input_ids)
     config = make_config(generation_config, prompt, values | settings)
     mask = _checked_mask(attention_mask, prompt, config)
-    contrastive = bool(config.penalty_alpha)
-    if contrastive:
+    if config.penalty_alpha:
         default_top_k = top_k is None and (generation_config is None or generation_config.top_k is None)
-        _check_contrastive(config, protocol, select, default_top_k)
+        check_penalty_alpha(config.penalty_alpha)
+        if default_top_k:
+            config.top_k = DEFAULT_TOP_K
+        check_top_k(config.top_k)
     check_streamer(streamer)
     is_generator = generator is None or isinstance(generator, torch.Generator)
     require(is_generator, "generator", generator, "a torch.Generator")
@@ -119,11 +127,14 @@ def generate(
             "attention_mask marks padding, but step takes no attention_mask; allowed: prompts of equal length, or a "
             "step with a parameter of that name"
         )
+    chooser, row = _chooser(config, strategy, prompt, generator)
+    if chooser is not None:
+        _check_chooser(config, chooser, strategy, protocol, select)
     copies = config.num_return_sequences or 1
     if copies > 1:
         prompt = prompt.repeat_interleave(copies, dim=0)
         mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
-    run = _Run(stepper, config, prompt, mask, generator, streamer)
+    run = _Run(stepper, config, prompt, mask, generator, streamer, chooser, row)
     try:
         if streamer is not None:
             streamer.put(prompt.cpu())
@@ -143,19 +154,30 @@ def generate(
 class _Run:
     """One call: the tokens so far and how the next ones are chosen."""
 
-    def __init__(self, stepper: Stepper, config, prompt: Tensor, mask: Tensor | None, generator, streamer):
+    def __init__(
+        self,
+        stepper: Stepper,
+        config,
+        prompt: Tensor,
+        mask: Tensor | None,
+        generator,
+        streamer,
+        chooser: Strategy | None,
+        row: RowSettings | None,
+    ):
         self.stepper, self.config, self.generator, self.streamer = stepper, config, generator, streamer
-        self.ids, self.mask = prompt, mask
-        self.history: History | None = None
+        self.ids, self.mask, self.chooser, self.row = prompt, mask, chooser, row
+        self.history = History(Extent(len(prompt), len(prompt), max_length=config.max_length))
 
     def first(self) -> StepOutput:
-        output = self.stepper(self.ids, self.mask, first=True)
-        if self.config.penalty_alpha:
-            hidden = self._hidden(output, *self.ids.shape)
-            rows = len(self.ids)
-            self.chooser, self.row = Contrastive(self.config.top_k), RowSettings(self.config.penalty_alpha)
-            self.history = History(Extent(rows, rows, max_length=self.config.max_length))
-            self.history.write(slice(0, rows), 0, hidden, self.mask)
+        output, rows = self.stepper(self.ids, self.mask, first=True), len(self.ids)
+        if self.chooser is not None:
+            self.chooser.bind([self.row] * rows, self.ids.device)
+            for index in range(rows):
+                self.chooser.clear(index)
+            if self.chooser.needs_history:
+                self.history.keeps_norms = self.chooser.needs_norms
+                self.history.write(slice(0, rows), 0, self._hidden(output, *self.ids.shape), self.mask)
         return output
 
     def __call__(self, output: StepOutput, processors, criteria, interval: int) -> Tensor:
@@ -170,8 +192,8 @@ class _Run:
             logits = output.logits.to(device=device, dtype=torch.float32, copy=True)
             scores = processors(self.ids, logits)
             ahead = None
-            if self.history is not None:
-                tokens, ahead, wrong = self._contrastive(scores)
+            if self.chooser is not None:
+                tokens, ahead, wrong = self._choose(scores, self.chooser)
             else:
                 tokens, wrong = self._draw(scores) if self.config.do_sample else _best(scores)
             bad |= wrong & unfinished.bool()
@@ -193,6 +215,8 @@ class _Run:
             if finished:
                 return self.ids[:, : self.ids.shape[1] - (done - int(needed))]
             output = self.stepper(self.ids, self.mask) if ahead is None else ahead
+            if self.chooser is not None and self.chooser.needs_history and ahead is None:
+                self.history.append(self._hidden(output, len(self.ids), 1)[:, 0])
 
     def _draw(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         probs = torch.nn.functional.softmax(scores, dim=-1)
@@ -203,42 +227,55 @@ class _Run:
             check_probabilities(bad, self.ids.shape[1])
         return torch.multinomial(probs, num_samples=1, generator=self.generator).squeeze(1), bad
 
-    def _contrastive(self, scores: Tensor) -> tuple[Tensor, StepOutput, Tensor]:
-        """Try the candidates, keep the winners: their tokens, and what the step returned for them."""
-        assert self.history is not None
-        (rows, vocabulary), k = scores.shape, self.config.top_k
-        if k > vocabulary:
-            raise ValueError(f"top_k must be at most the {vocabulary} logits of the step, got {k}")
-        length = self.history.length
-        view = View(self.history, self.ids.new_full((rows,), length), positions=length)
-        self.chooser.bind([self.row] * rows, scores.device)
-        proposal = self.chooser.propose(scores, view)
-        candidates = proposal.tokens
-        every = torch.arange(rows, device=scores.device)
-        repeated = every.repeat_interleave(k)
-        self.stepper.branch(repeated)
-        ids = torch.cat([self.ids[repeated], candidates.reshape(-1, 1)], dim=-1)
-        mask = None
-        if self.mask is not None:
-            mask = torch.cat([self.mask[repeated], self.mask.new_ones(rows * k, 1)], dim=-1)
-        output = self.stepper(ids, mask)
-        hidden = self._hidden(output, rows * k, 1).unflatten(0, (rows, k)).squeeze(2)
-        selected = self.chooser.choose(hidden, proposal, view).selected
-        winners = (every * k).to(selected.device) + selected
-        self.stepper.branch(winners)
-        self.history.append(hidden.reshape(rows * k, -1)[winners])
-        tokens = candidates.reshape(-1)[winners.to(candidates.device)]
-        return (
-            tokens,
-            StepOutput(output.logits[winners.to(output.logits.device)], None),
-            proposal.probs.isnan().any(dim=-1),
-        )
+    def _choose(self, scores: Tensor, chooser: Strategy) -> tuple[Tensor, StepOutput | None, Tensor]:
+        """The winners' tokens, where candidates were tried what the step returned for them, and bad rows."""
+        rows, vocabulary = scores.shape
+        if chooser.weighed > vocabulary:
+            raise ValueError(f"top_k must be at most the {vocabulary} logits of the step, got {chooser.weighed}")
+        view = self._view()
+        chooser.reserve(self.ids.shape[1] + 1)
+        chooser.draw(rows)
+        proposal = chooser.propose(scores, view)
+        tokens, output = proposal.tokens[:, 0], None
+        if chooser.looks_ahead:
+            narrow = proposal.narrowed()
+            k = narrow.tokens.shape[1]
+            every = torch.arange(rows, device=scores.device)
+            repeated = every.repeat_interleave(k)
+            self.stepper.branch(repeated)
+            ids = torch.cat([self.ids[repeated], narrow.tokens.reshape(-1, 1)], dim=-1)
+            mask = None
+            if self.mask is not None:
+                mask = torch.cat([self.mask[repeated], self.mask.new_ones(rows * k, 1)], dim=-1)
+            output = self.stepper(ids, mask)
+            hidden = self._hidden(output, rows * k, 1).unflatten(0, (rows, k)).squeeze(2)
+            selected = chooser.choose(hidden, narrow, view).selected
+            winners = (every * k).to(selected.device) + selected
+            self.stepper.branch(winners)
+            self.history.append(hidden.reshape(rows * k, -1)[winners])
+            tokens = narrow.tokens.reshape(-1)[winners.to(scores.device)]
+            output = StepOutput(output.logits[winners.to(output.logits.device)], None)
+        if view.tokens is not None:
+            view.tokens[:, -1] = tokens
+        chooser.advance(tokens, view)
+        return tokens, output, proposal.bad
+
+    def _view(self) -> View:
+        assert self.chooser is not None
+        (rows, length), tokens, starts = self.ids.shape, None, None
+        if self.chooser.needs_tokens:
+            tokens = torch.nn.functional.pad(self.ids, (0, 1), value=-1)
+            if self.mask is not None:
+                tokens[:, :length].masked_fill_(self.mask == 0, -1)
+                starts = self.mask.argmax(dim=-1)
+        return View(self.history, self.ids.new_full((rows,), length), tokens, starts, length)
 
     def _hidden(self, output: StepOutput, rows: int, length: int) -> Tensor:
         hidden = output.hidden
         if hidden is None:
             wanted = "(logits, hidden)" if self.stepper.protocol == "stateless" else "(logits, state, hidden)"
-            raise ValueError(f"penalty_alpha={self.config.penalty_alpha} needs a step that returns {wanted}")
+            what = f"penalty_alpha={self.config.penalty_alpha}" if self.config.penalty_alpha else "this strategy"
+            raise ValueError(f"{what} needs a step that returns {wanted}")
         if length == 1 and hidden.ndim == 3:
             hidden = hidden[:, -1:]  # a stateless step returns those of all positions
         if length == 1 and hidden.ndim == 2:
@@ -286,18 +323,34 @@ def _checked_mask(mask: Tensor | None, prompt: Tensor, config: GenerationConfig)
     return None if bool(mask.all()) else mask
 
 
-def _check_contrastive(config: GenerationConfig, protocol: str, select: Select | None, default_top_k: bool) -> None:
-    alpha = config.penalty_alpha
-    check_penalty_alpha(alpha)
+def _chooser(
+    config: GenerationConfig, strategy: Any, prompt: Tensor, generator: torch.Generator | None
+) -> tuple[Strategy | None, RowSettings | None]:
+    """What chooses, and the settings of its rows; None: the most probable token, or a draw."""
+    if strategy is None:
+        if not config.penalty_alpha:
+            return None, None
+        return Contrastive(config.top_k), RowSettings(config.penalty_alpha)
+    search = as_search(strategy)
+    if config.penalty_alpha or isinstance(search, ContrastiveSearch):
+        raise ValueError(f"strategy={strategy!r:.80}: contrastive search is penalty_alpha=..., without a strategy")
+    row = search.own_settings()
+    rows = len(prompt) * (config.num_return_sequences or 1)
+    noise = BatchNoise(rows, prompt.device, search.generator if generator is None else generator)
+    return search.make_strategy(row, noise), row
+
+
+def _check_chooser(
+    config: GenerationConfig, chooser: Strategy, strategy: Any, protocol: str, select: Select | None
+) -> None:
+    what = f"penalty_alpha={config.penalty_alpha}" if strategy is None else f"strategy={strategy!r:.80}"
     if config.do_sample:
-        raise ValueError(f"penalty_alpha={alpha} is contrastive search, which draws nothing; leave do_sample=True out")
-    if protocol == "positional":
+        by = "is contrastive search, which draws nothing" if strategy is None else "chooses by itself"
+        raise ValueError(f"{what} {by}; leave do_sample=True out")
+    if chooser.looks_ahead and protocol == "positional":
         raise ValueError(
-            f"penalty_alpha={alpha} needs a state that can be branched, and a positional step keeps its own cache; "
-            "allowed: a stateful step with select=, or a stateless one"
+            f"{what} needs a state that can be branched, and a positional step keeps its own cache; allowed: a "
+            "stateful step with select=, or a stateless one"
         )
-    if protocol == "stateful" and select is None:
-        raise ValueError(f"penalty_alpha={alpha} tries several candidates: pass select=, (state, index) -> state")
-    if default_top_k:
-        config.top_k = DEFAULT_TOP_K
-    check_top_k(config.top_k)
+    if chooser.looks_ahead and protocol == "stateful" and select is None:
+        raise ValueError(f"{what} tries several candidates: pass select=, (state, index) -> state")

@@ -15,6 +15,8 @@ from ..cpu.modules import fast_linears, packing_pays
 from ..decoding import ContrastiveSearch
 from ..decoding.generate_arguments import position_table
 from ..decoding.hidden_states import decoder_of
+from ..decoding.named import as_search
+from ..decoding.search import Search
 from ..decoding.settings import check_penalty_alpha, check_top_k
 from ..loading import fitting_threads, load_model
 from .batches import by_length, cut_rows, pad_token, padded_rows
@@ -87,6 +89,7 @@ class ContrastiveGenerator:
         *,
         temperature: float | None = None,
         seed: int | None = None,
+        strategy: str | Search = "contrastive",
     ) -> list[str]:
         """One text a text: an encoder-decoder's answer to it, or a decoder's continuation without the prompt.
 
@@ -100,6 +103,8 @@ class ContrastiveGenerator:
             top_k, penalty_alpha: candidates a step, and the weight of their penalty, as in `ContrastiveSearch`.
             temperature, seed: draw among the candidates, as in `ContrastiveSearch`; without a seed from the global
                 stream.
+            strategy: another search in its place: `FSD`, `GUARD` or `AdaptiveContrastiveSearch` with its settings, or
+                ``"fsd"``, ``"fsd-vec"``, ``"guard"``, ``"adaptive"`` as they are by default.
 
         Raises:
             ValueError: texts that are not strings, or one that the tokenizer cannot take or finds no token in; a value
@@ -113,13 +118,17 @@ class ContrastiveGenerator:
         if seed is not None and temperature is None:
             raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        strategy = ContrastiveSearch(penalty_alpha, top_k, temperature=temperature, generator=generator)
+        search: Search = ContrastiveSearch(penalty_alpha, top_k, temperature=temperature, generator=generator)
+        if strategy != "contrastive":
+            if temperature is not None:
+                raise ValueError(f"temperature={temperature} is of contrastive search, got strategy={strategy!r:.80}")
+            search = as_search(strategy)
         rows = self._encode(texts, max_length)
         answers = [""] * len(rows)
-        most = min(self.batch_size, len(rows)) * top_k
+        most = min(self.batch_size, len(rows)) * (top_k if strategy == "contrastive" else 1)
         with torch.inference_mode(), fitting_threads(self.model), self._packed(most):
             for batch in self._batches(rows, max_length):
-                tokens = self._generate([rows[index] for index in batch], max_length, strategy)
+                tokens = self._generate([rows[index] for index in batch], max_length, search)
                 for index, row in zip(batch, tokens.tolist(), strict=True):
                     before = [] if self._is_encoder_decoder else rows[index]
                     answers[index] = continuation_text(self.tokenizer, before, row)
@@ -160,7 +169,7 @@ class ContrastiveGenerator:
     def _is_encoder_decoder(self) -> bool:
         return bool(self.model.config.is_encoder_decoder)
 
-    def _generate(self, rows: list[list[int]], max_length: int, strategy: ContrastiveSearch) -> Tensor:
+    def _generate(self, rows: list[list[int]], max_length: int, search: Search) -> Tensor:
         """New tokens ``(len(rows), n)`` of a batch."""
         pad = pad_token(self.tokenizer, self.model.config)
         inputs = padded_rows(self.model, rows, pad)
@@ -168,17 +177,15 @@ class ContrastiveGenerator:
         limit = position_table(self.model)
         # The last token's candidates are run as well, one position further than greedy search goes.
         most = max_length if limit is None else min(max_length, limit - start)
-        return search_tokens(self.model, inputs, start + most, strategy, pad)[:, start:]
+        return search_tokens(self.model, inputs, start + most, search, pad)[:, start:]
 
 
-def search_tokens(
-    model: Any, inputs: dict[str, Tensor], max_length: int, strategy: ContrastiveSearch, pad: int
-) -> Tensor:
+def search_tokens(model: Any, inputs: dict[str, Tensor], max_length: int, search: Search, pad: int) -> Tensor:
     """``(B, up to max_length)`` tokens, the prompt's or the decoder's first one among them."""
     # As max_length and not as max_new_tokens: checkpoints come with a max_length, and transformers would warn.
     return model.generate(
         **inputs,
-        custom_generate=strategy,
+        custom_generate=search,
         max_length=max_length,
         do_sample=False,
         num_beams=1,

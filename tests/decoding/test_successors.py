@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from simctg_fast import FSD, GUARD, AdaptiveContrastiveSearch
+import simctg_fast
+from simctg_fast import FSD, GUARD, AdaptiveContrastiveSearch, ContrastiveGenerator
 from simctg_fast.engine import Engine
 from simctg_fast.reference.adaptive import adaptive_contrastive_search
 from simctg_fast.reference.fsd import fsd
@@ -304,3 +305,55 @@ def test_fixed_k_of_adaptive_search():
     out = shared("llama").generate(ids, custom_generate=search, max_new_tokens=NEW, pad_token_id=PAD)
     text = adaptive_contrastive_search(double("llama"), ids[0].tolist(), q=4.0, top_k=5, max_new_tokens=NEW)
     same(out[0, 9:].tolist(), text, 9)
+
+
+# ---- beyond transformers' generate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("search", FEW)
+def test_plain_models(search, padded):
+    """The same tokens from a step that returns logits (and hidden states where they are looked at)."""
+    model, inputs = shared("llama"), left_padded(9, 6) if padded else left_padded(9, 9)
+
+    def step(ids, attention_mask=None):
+        out = model(ids, attention_mask=attention_mask, output_hidden_states=True)
+        return (out.logits, out.hidden_states[-1]) if search in ("vector-3", "adaptive-8") else out.logits
+
+    made, start = SEARCHES[search][0], 9
+    found = simctg_fast.generate(step, **inputs, strategy=made(), max_new_tokens=NEW, protocol="stateless")
+    for row, ids in enumerate(real_rows(inputs)):
+        same(found[row, start:].tolist(), truth(search, "llama", ids), len(ids))
+
+
+def test_names_for_plain_models():
+    model, ids = shared("llama"), prompt(1, 9)
+
+    def logits(ids):
+        return model(ids).logits
+
+    found = simctg_fast.generate(logits, ids, strategy="fsd", max_new_tokens=NEW)
+    same(found[0, 9:].tolist(), truth("ngram", "llama", ids[0].tolist()), 9)
+    for strategy, message in (
+        ("fsd-vec", r"this strategy needs a step that returns \(logits, hidden\)"),
+        ("dry", "strategy must be a search or one of contrastive, adaptive, fsd, fsd-vec, guard, got 'dry'"),
+        ("contrastive", "contrastive search is penalty_alpha"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simctg_fast.generate(logits, ids, strategy=strategy, max_new_tokens=2)
+    with pytest.raises(ValueError, match="leave do_sample=True out"):
+        simctg_fast.generate(logits, ids, strategy="guard", do_sample=True, max_new_tokens=2)
+    with pytest.raises(ValueError, match="a positional step keeps its own cache"):
+        simctg_fast.generate(lambda ids, input_pos: logits(ids), ids, strategy="adaptive", max_new_tokens=2)
+
+
+def test_lists_of_texts():
+    texts = [tokenizer().decode(prompt(1, length, seed=length)[0]) for length in (9, 5)]
+    generator = ContrastiveGenerator(build("llama"), tokenizer())
+    for strategy, search in (("fsd", "ngram"), (FSD("vector"), "vector")):
+        for text, answer in zip(texts, generator(texts, NEW, strategy=strategy), strict=True):
+            ids = tokenizer()(text)["input_ids"]
+            expected = truth(search, "llama", ids)
+            assert answer == tokenizer().decode(expected.ids[len(ids) :], skip_special_tokens=True)
+    with pytest.raises(ValueError, match=r"temperature=0.5 is of contrastive search, got strategy='fsd'"):
+        generator(texts, strategy="fsd", temperature=0.5)
