@@ -74,7 +74,10 @@ VARIANTS = {
         for form in ("even", "ragged", "odd", "scan")
     ],
     "centered": [
-        f"{kind}-k{k}-{form}" for kind in (*SIZES, "fp32high") for k in (4, 20, 60) for form in ("even", "ragged", "odd")
+        f"{kind}-k{k}-{form}"
+        for kind in (*SIZES, "fp32high")
+        for k in (4, 20, 60)
+        for form in ("even", "ragged", "odd")
     ],
     "attention": [
         f"{kind}-d{dim}-m{rows}-{flags}"

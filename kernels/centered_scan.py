@@ -1,8 +1,8 @@
 """Candidates of contrastive search against the history of hidden states, both less the history's mean.
 
-The scan of `candidate_select.py` with one row more: the mean m is held against the history as the candidates are, and what
-it gives is subtracted from their products before these are divided by lengths. Candidates come in raw: the shift that the
-history was kept without is taken out in float32, and what is left is rounded to the history's dtype, as the history was.
+The scan of `candidate_select.py` with one row more: the mean m is held against the history as the candidates are, and
+what it gives is subtracted from their products before these are divided by lengths. Candidates come in raw: the shift
+that the history is kept without is taken out in float32, and what is left rounded to the history's dtype, as that was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,17 @@ def _store(best, b, k, count, penalty_ptr, position_ptr, BLOCK_K: tl.constexpr):
 
 # What moves from step to step or call to call must not compile anew: k, lengths, and what grows with the buffers.
 @triton.jit(
-    do_not_specialize=["mask_ptr", "stride_mb", "lengths_ptr", "squares_ptr", "stride_qb", "length", "splits", "k", "capacity"]
+    do_not_specialize=[
+        "mask_ptr",
+        "stride_mb",
+        "lengths_ptr",
+        "squares_ptr",
+        "stride_qb",
+        "length",
+        "splits",
+        "k",
+        "capacity",
+    ]
 )
 def centered_scan_kernel(
     states_ptr, stride_sb, stride_sk,  # [B, k, D]
@@ -138,24 +148,22 @@ def centered_scan_kernel(
 
 
 def configuration(arch: int, size: int, width: int, k: int, exact: bool) -> tuple[int, Config]:
-    """Rows of a tile, the mean's among them, and how the launch is cut; ``size``: bytes of an element of the history."""
+    """Rows of a tile, the mean's among them, and how a launch is cut; ``size``: bytes of an element of the history."""
     block_k = max(16, triton.next_power_of_2(k + 1))
     return block_k, config_of(arch, size, width, block_k, exact, False)
 
 
-def obstacle(
-    hidden_states: Tensor, shift: Tensor, history: Tensor, squares: Tensor, sums: Tensor
-) -> str | None:
+def obstacle(hidden_states: Tensor, shift: Tensor, history: Tensor, squares: Tensor, sums: Tensor) -> str | None:
     """What keeps these operands (wherever they are) from the kernel."""
     _, k, width = hidden_states.shape
     dtypes = all(tensor.dtype in DTYPES for tensor in (hidden_states, shift, history))
-    sixteen = squares.dtype == sums.dtype == torch.float32
-    if dtypes and sixteen and 1 <= k <= CANDIDATE_LIMIT and 1 <= width <= WIDTH_LIMIT:
+    single = squares.dtype == sums.dtype == torch.float32
+    if dtypes and single and 1 <= k <= CANDIDATE_LIMIT and 1 <= width <= WIDTH_LIMIT:
         return None
     return (
-        f"takes up to {CANDIDATE_LIMIT} candidates of width up to {WIDTH_LIMIT} in {DTYPE_NAMES}, with squares and sums in "
-        f"float32, got hidden_states {tuple(hidden_states.shape)} of {hidden_states.dtype}, a shift of {shift.dtype}, a "
-        f"history of {history.dtype}, squares of {squares.dtype} and sums of {sums.dtype}"
+        f"takes up to {CANDIDATE_LIMIT} candidates of width up to {WIDTH_LIMIT} in {DTYPE_NAMES}, with squares and "
+        f"sums in float32, got hidden_states {tuple(hidden_states.shape)} of {hidden_states.dtype}, a shift of "
+        f"{shift.dtype}, a history of {history.dtype}, squares of {squares.dtype} and sums of {sums.dtype}"
     )
 
 

@@ -33,6 +33,8 @@ class ContrastiveSearch:
             (Not a 50, which is transformers' default, nor a checkpoint's own value for sampling: say those here.)
         temperature: makes the choice random: candidate i with probability ∝ exp(score_i / temperature).
         generator: random numbers for ``temperature``; the global generator of the device if None.
+        center: take the mean of the history out of the states before cosines are taken: cos(h − μ, h_j − μ), μ the mean
+            of the h_j, or 0 where these are fewer than 3. For models whose states point much the same way.
         streamer: a ``transformers`` streamer, in the place of ``generate``'s; it gets the prompt, then every token, and
             is always ended.
         tokenizer, stop_strings: end a sequence at any of these strings, beside those that ``generate`` is given.
@@ -61,6 +63,7 @@ class ContrastiveSearch:
         *,
         temperature: float | None = None,
         generator: torch.Generator | None = None,
+        center: bool = False,
         streamer: Any | None = None,
         tokenizer: Any | None = None,
         stop_strings: str | Sequence[str] | None = None,
@@ -80,6 +83,8 @@ class ContrastiveSearch:
             raise ValueError(f"generator must be a torch.Generator, got {generator!r:.80}")
         if generator is not None and temperature is None:
             raise ValueError("generator is given, but without a temperature contrastive search makes no random choice")
+        if not isinstance(center, bool):
+            raise ValueError(f"center must be True or False, got {center!r:.80}")
         check_streamer(streamer)
         strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
         if strings is not None and (
@@ -101,13 +106,14 @@ class ContrastiveSearch:
         if weights is not None and (pack is True or not fast_linear):
             raise ValueError(f"weights={weights!r:.80} goes with fast_linear=True and without pack=True")
         self.penalty_alpha, self.top_k, self.decode_step = penalty_alpha, top_k, decode_step
-        self.temperature, self.generator = temperature, generator
+        self.temperature, self.generator, self.center = temperature, generator, center
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
         self.path, self.fast_linear, self.pack = path, fast_linear, pack
         self.weights = None if weights is None else WeightCopies(weights)
 
     def __repr__(self) -> str:
-        named = ((name, getattr(self, name)) for name in ("penalty_alpha", "top_k", "temperature"))
+        named = [(name, getattr(self, name)) for name in ("penalty_alpha", "top_k", "temperature")]
+        named += [("center", True)] if self.center else []
         return f"ContrastiveSearch({', '.join(f'{n}={v!r}' for n, v in named if v is not None)})"
 
     def make_strategy(self, candidates: int, noise: Callable[[int, int], torch.Tensor]) -> Strategy:
@@ -115,7 +121,7 @@ class ContrastiveSearch:
         if candidates == 1:
             return Greedy()
         is_random = self.temperature is not None
-        return Contrastive(candidates, random=is_random, noise=noise if is_random else None)
+        return Contrastive(candidates, is_random, noise if is_random else None, self.center)
 
     def __call__(
         self,

@@ -87,6 +87,9 @@ class Decoder:
     def _new_history(self, rows: int) -> History:
         return History(Extent(rows, rows, max_length=self.max_length))
 
+    def _use(self, history: History) -> None:
+        self.history = history
+
     def _after_prefill(self, outputs: Any) -> None:
         raise NotImplementedError
 
@@ -100,6 +103,7 @@ class Decoder:
         self.strategy = strategy
         self.starts = padding_in_front(mask)
         if strategy.needs_history:
+            self._use(self.history.of_kind(strategy.centers))
             self.history.write(slice(0, len(states)), 0, states, mask)
         for row in range(len(states)):
             strategy.clear(row)

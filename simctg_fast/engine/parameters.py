@@ -25,6 +25,7 @@ class Parameters:
         max_new_tokens: the longest continuation.
         penalty_alpha: weight of the degeneration penalty, 0 … 1 (contrastive strategies).
         top_k: candidates a step (contrastive strategies); tokens to draw from, None for all (``sample``).
+        center: as of `ContrastiveSearch`, of a whole run: its requests can say nothing else (contrastive strategies).
         temperature: of the random strategies. ``sample`` divides logits by it, ``stochastic-contrastive`` scores; 0
             takes the best of what the strategy allows.
         top_p, min_p, typical_p: the warpers of transformers by these names (``sample``).
@@ -49,6 +50,7 @@ class Parameters:
     max_new_tokens: int = 128
     penalty_alpha: float = 0.6
     top_k: int | None = DEFAULT_TOP_K
+    center: bool = False
     temperature: float = 1.0
     top_p: float | None = None
     min_p: float | None = None
@@ -106,6 +108,7 @@ def defaults(strategy: str) -> Parameters:
 USED_BY: dict[str, tuple[str, ...]] = {
     "penalty_alpha": CONTRASTIVE,
     "top_k": (*CONTRASTIVE, "sample"),
+    "center": CONTRASTIVE,
     "temperature": RANDOM,
     "top_p": ("sample",),
     "min_p": ("sample",),
@@ -120,6 +123,7 @@ _NEUTRAL: dict[str, int] = {
     "typical_p": 1,
     "n": 1,
     "penalty_alpha": 0,
+    "center": False,
     "temperature": 0,
     "min_p": 0,
 }

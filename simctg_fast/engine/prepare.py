@@ -47,6 +47,7 @@ class Preparer:
         seed: of the run.
         factory: makes processors and criteria for a request, see :data:`Factory`.
         max_candidates: the widest ``top_k`` the run computes; None where the strategy has no candidates.
+        center: whether the run compares hidden states less their mean.
         trace: record how every token was chosen.
     """
 
@@ -58,10 +59,11 @@ class Preparer:
         seed: int = 0,
         factory: Factory | None = None,
         max_candidates: int | None = None,
+        center: bool = False,
         trace: bool = False,
     ):
         self.model, self.tokenizer, self.seed, self.factory = model, tokenizer, seed, factory
-        self.max_candidates, self.trace = max_candidates, trace
+        self.max_candidates, self.center, self.trace = max_candidates, center, trace
         self.special = special_tokens(tokenizer)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.limit = context_length(model)
@@ -88,6 +90,10 @@ class Preparer:
                 f"top_k is {parameters.top_k}, more than the {self.max_candidates} candidates this run computes a step "
                 "(its own top_k)",
             )
+        if parameters.center != self.center:
+            given, own = (str(value).lower() for value in (parameters.center, self.center))
+            message = f"center is {given}, but {own} in this run: it is of all its requests alike"
+            raise self._error(request, "invalid_value", message)
         unknown = [token for token in parameters.stop_token_ids if token >= self.vocabulary]
         if unknown:
             raise self._token_out_of_range(request, "stop_token_ids", unknown[0])

@@ -31,7 +31,7 @@ class TextGenerator:
 
     Args:
         model: ``"bundled"``, a local folder or a hub name.
-        penalty_alpha, top_k, temperature: as in `ContrastiveSearch`.
+        penalty_alpha, top_k, center, temperature: as in `ContrastiveSearch`.
         max_new_tokens: the longest continuation; less where the model's context ends before, which `notes` then says.
         stop: texts that end a continuation and are no part of it, as in the engine.
         seed: of the draws that a `temperature` makes; drawn anew where there is none.
@@ -45,6 +45,7 @@ class TextGenerator:
         *,
         penalty_alpha: float = 0.6,
         top_k: int = 4,
+        center: bool = False,
         max_new_tokens: int = 128,
         temperature: float | None = None,
         seed: int | None = None,
@@ -60,6 +61,7 @@ class TextGenerator:
             seed=secrets.randbits(62) if seed is None else seed,
             penalty_alpha=penalty_alpha,
             top_k=top_k,
+            center=center,
             max_new_tokens=max_new_tokens,
             stop=list(stop or ()),
             clamp_max_new_tokens=True,

@@ -1,7 +1,7 @@
 """Cosines of candidates with the history of hidden states, both less the mean of that history.
 
-States of a model share most of their direction (mean cosines of .98 are common), and what tells them apart is lost where
-that is rounded. So the history is kept less a shift c near its mean, taken out before anything is rounded: with
+States of a model may share most of their direction (mean cosines of .98 are common), and what tells them apart is lost
+where that is rounded. So the history is kept less a shift c near its mean, taken out before anything is rounded: with
 g_j = h_j − c, g = h − c, n positions and m = Σ g_j / n the cosine of h − μ and h_j − μ is ::
 
     (g·g_j − m·g − m·g_j + m·m) / √((|g|² − 2 m·g + m·m) (|g_j|² − 2 m·g_j + m·m))
@@ -48,8 +48,8 @@ def centered_scan(
 
     Returns:
         ``penalty (B, k)``, float32 (float64 for float64 states), within −1 … 1, and ``position (B, k)`` int64 (the
-        earliest on ties). A state that is the mean up to rounding has cosine 0. In a row with fewer than 3 real positions
-        both are 0. NaN propagates, but where there is no real position.
+        earliest on ties). A state that is the mean up to rounding has cosine 0. In a row with fewer than 3 real
+        positions both are 0. NaN propagates, but where there is no real position.
 
     Raises:
         ValueError: an unknown ``impl``, or one that does not take these operands. RuntimeError: an ``impl`` that this

@@ -16,8 +16,8 @@ _NOTHING = 1e-6  # relative length under which a difference is the rounding of w
 
 
 def centered_scan(candidates: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest cosine of ``candidates (k, D)`` with ``history (n, D)``, both less the mean of the history, and its earliest
-    position, ``(k,)`` each; in float64. Raw states of one sequence, all of them real."""
+    """Largest cosine of ``candidates (k, D)`` with ``history (n, D)``, both less the mean of the history, and its
+    earliest position, ``(k,)`` each; in float64. Raw states of one sequence, all of them real."""
     candidates, history = candidates.double(), history.double()
     if len(history) < FEWEST:
         return torch.zeros(len(candidates), dtype=torch.float64), torch.zeros(len(candidates), dtype=torch.int64)
@@ -34,8 +34,8 @@ def _direction(states: Tensor, mean: Tensor) -> Tensor:
 
 
 def centered_penalty(history: Tensor, candidates: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """As `reference.contrastive_search.degeneration_penalty`, between states less their mean: of ``history (N, L, D)`` with
-    ``candidates (N, D)``, ``(N,)``; ``attention_mask (N, L)``: 1 for real positions, which alone count."""
+    """As `reference.contrastive_search.degeneration_penalty`, between states less their mean: of ``history (N, L, D)``
+    with ``candidates (N, D)``, ``(N,)``; ``attention_mask (N, L)``: 1 for real positions, which alone count."""
     penalties = []
     for row, candidate in enumerate(candidates):
         real = slice(None) if attention_mask is None else attention_mask[row].bool()

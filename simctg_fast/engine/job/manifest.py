@@ -14,7 +14,8 @@ from typing import Any
 from ...assets import ADAPTER
 
 FORMAT = 2
-_LATER: dict[str, Any] = {"share_prefixes": True, "weights": None}  # settings that came later, as runs were before
+# Settings that came later, as runs were before.
+_LATER: dict[str, Any] = {"share_prefixes": True, "weights": None, "center": False}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".jinja", ".model", ".py", ".spm")
 _TOKENIZERS = ("tokenizer", "spiece", "vocab", "merges", "chat_template")
