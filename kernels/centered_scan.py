@@ -17,12 +17,25 @@ from ._launch import architecture, last_dimension_contiguous, on, precise
 from .candidate_select import _NOTHING, _SPLIT_LIMIT, WIDTH_LIMIT, Config, config_of, plan
 
 CANDIDATE_LIMIT = 63  # with the mean a tile of 64 rows
-_ROUNDING: tl.constexpr = tl.constexpr(2.0**-16)  # as in ops/centered_scan.py
-_FEWEST: tl.constexpr = tl.constexpr(3)
+_ROUNDING = tl.constexpr(2.0**-16)  # as in ops/centered_scan.py
+_FEWEST = tl.constexpr(3)
 _COUNTED = 1024  # positions of a mask that are counted at a time
-# By the rows of a tile: from Hopper on, in 16 bits, the mean beside them leaves no registers for 128 channels.
-HALF = {16: Config(32, 64, 4, 5, 128), 32: Config(32, 64, 8, 5, 128), 64: Config(32, 64, 8, 5, 255)}
-SINGLE_WIDE = Config(16, 32, 8, 3, 255)  # 64 rows of float32
+# (architecture, bytes of an element of the product, rows of a tile). The row of the mean and the subtractions take
+# registers that the scan without a mean has for wider tiles. Blackwell takes what Hopper does.
+CONFIGS = {
+    (80, 2, 16): Config(32, 64, 4, 4, 128),
+    (80, 2, 32): Config(32, 64, 8, 4, 128),
+    (80, 2, 64): Config(32, 64, 8, 4, 255),
+    (80, 4, 16): Config(32, 32, 4, 3, 168),
+    (80, 4, 32): Config(32, 64, 8, 3, 168),
+    (80, 4, 64): Config(16, 32, 8, 3, 255),
+    (90, 2, 16): Config(32, 64, 4, 5, 128),
+    (90, 2, 32): Config(32, 64, 8, 5, 128),
+    (90, 2, 64): Config(32, 64, 8, 5, 255),
+    (90, 4, 16): Config(32, 64, 4, 5),
+    (90, 4, 32): Config(32, 64, 8, 5),
+    (90, 4, 64): Config(16, 32, 8, 3, 255),
+}
 
 
 @triton.jit
@@ -153,10 +166,8 @@ def centered_scan_kernel(
 def configuration(arch: int, size: int, width: int, k: int, exact: bool) -> tuple[int, Config]:
     """Rows of a tile, the mean's among them, and how a launch is cut; ``size``: bytes of an element of the history."""
     block_k = max(16, triton.next_power_of_2(k + 1))
-    if arch >= 90 and size == 2 and width % 16 == 0:
-        return block_k, HALF[block_k]
-    if block_k == 64 and size == 4 and exact and width % 16 == 0:
-        return block_k, SINGLE_WIDE
+    if exact and width % 16 == 0:
+        return block_k, CONFIGS[min(arch, 90), size, block_k]
     return block_k, config_of(arch, size, width, block_k, exact, False)
 
 

@@ -59,7 +59,7 @@ def test_aot_decode_kernels(case):
 
 def test_every_configuration_is_compiled():
     """What the launchers can pick is what the cases hold."""
-    from simctg_fast.kernels import candidate_select, shared_prefix_attention
+    from simctg_fast.kernels import candidate_select, centered_scan, shared_prefix_attention
 
     for table in (candidate_select.CONFIGS, candidate_select.WIDE):
         assert {arch for arch, _ in table} == set(aot.ARCHITECTURES)
@@ -67,6 +67,7 @@ def test_every_configuration_is_compiled():
     assert scoring == {*aot.SIZES, "fp32high", "mixed", "k4", "k20", "k64"}  # tiles of 16, 32 and 64 candidates
     centered = {case.variant.split("-")[:2][i] for case in aot.cases(["centered"]) for i in (0, 1)}
     assert centered == {*aot.SIZES, "fp32high", "k4", "k20", "k60"}
+    assert {arch for arch, *_ in centered_scan.CONFIGS} == {80, 90}
     compiled: dict[int, set] = {16: set(), 32: set(), 64: set()}
     for case in aot.cases(["attention"]):
         kind, dim, rows, _ = case.variant.split("-")
