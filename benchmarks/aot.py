@@ -25,7 +25,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from simctg_fast.kernels import candidate_select, prefix_commit, shared_prefix_attention, top_k
+from simctg_fast.kernels import candidate_select, centered_scan, prefix_commit, shared_prefix_attention, top_k
 
 BIN = Path(nvidia.__file__).parent / "bin"
 ARCHITECTURES = (80, 90, 100)
@@ -72,6 +72,12 @@ VARIANTS = {
         for kind in (*SIZES, "fp32high", "mixed")
         for k in (4, 20, 64)
         for form in ("even", "ragged", "odd", "scan")
+    ],
+    "centered": [
+        f"{kind}-k{k}-{form}"
+        for kind in (*SIZES, "fp32high")
+        for k in (4, 20, 60)
+        for form in ("even", "ragged", "odd")
     ],
     "attention": [
         f"{kind}-d{dim}-m{rows}-{flags}"
@@ -125,6 +131,27 @@ def _scoring(variant: str, arch: int):
     return candidate_select.candidate_select_kernel, signature, constants, _options(config, config.registers)
 
 
+def _centered(variant: str, arch: int):
+    """even: the step's launch; ragged: with a mask; odd: the same, of a width that is no multiple of 16."""
+    kind, k, form = variant.split("-")
+    operand, exact = kind.removesuffix("high"), not kind.endswith("high")
+    width = 8 if form == "odd" else 4096
+    block_k, config = centered_scan.configuration(arch, SIZES[operand], width, int(k[1:]), exact)
+    signature = {
+        "states_ptr": f"*{operand}", "stride_sb": I, "stride_sk": I, "shift_ptr": f"*{operand}", "stride_cb": I,
+        "history_ptr": f"*{operand}", "stride_hb": "i64", "stride_ht": I, "squares_ptr": F, "stride_qb": I,
+        "sums_ptr": F, "stride_ub": I, "mask_ptr": "*u8", "stride_mb": I, "lengths_ptr": L, "partial_ptr": L,
+        "counter_ptr": "*i32", "penalty_ptr": F, "position_ptr": L, "length": I, "splits": I, "k": I, "width": I,
+        "capacity": I,
+    }  # fmt: skip
+    constants = {
+        "HAS_MASK": form != "even", "HAS_LENGTHS": True, "EVEN": form == "even",
+        "PRECISION": "ieee" if exact else "tf32x3", "SPLIT": True, "BLOCK_S": candidate_select._SPLIT_LIMIT,
+        "BLOCK_K": block_k, "BLOCK_T": config.block_t, "BLOCK_D": config.block_d, "BLOCK_C": centered_scan._COUNTED,
+    }  # fmt: skip
+    return centered_scan.centered_scan_kernel, signature, constants, _options(config, config.registers)
+
+
 def _attention(variant: str, arch: int):
     kind, dim, rows, flags = variant.split("-")
     operand, dim, rows = kind.removesuffix("high"), int(dim[1:]), int(rows[1:])
@@ -168,8 +195,9 @@ def _top_k(variant: str, arch: int):
     return top_k.top_k_kernel, signature, constants, {"num_warps": top_k.NUM_WARPS, "num_stages": 3}
 
 
-_MAKERS = {"scoring": _scoring, "attention": _attention, "commit": _commit, "top_k": _top_k}
-_ODD = {"scoring": {"width", "stride_sk", "stride_ht", "stride_sb", "stride_hb"}}  # where the variant says odd
+_MAKERS = {"scoring": _scoring, "centered": _centered, "attention": _attention, "commit": _commit, "top_k": _top_k}
+_SCAN = {"width", "stride_sk", "stride_ht", "stride_sb", "stride_hb"}
+_ODD = {"scoring": _SCAN, "centered": {*_SCAN, "stride_cb", "stride_ub"}}  # where the variant says odd
 
 
 def build(case: Case):

@@ -105,6 +105,9 @@ PenaltyAlpha = Annotated[
 ]
 TopK = Annotated[int, typer.Option("--top-k", "-k", help="Candidates a step, at least 1.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest continuation, in tokens.")]
+Center = Annotated[
+    bool, typer.Option("--center", help="Compare hidden states less their mean: for models whose states are all alike.")
+]
 Weights = Annotated[
     str | None, typer.Option(help="On the CPU: int8 (rounded further), or lossless (16 bits where these are as good).")
 ]
@@ -170,6 +173,7 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(help="Draw among the candidates instead of taking the best; 0: the best.")
     ] = None,
+    center: Center = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws of --temperature.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
@@ -211,7 +215,7 @@ def generate(
             stop=stop,
             batch_size=1 if stream else min(batch_size, len(texts) or 1),
             trace=explain,
-            **_chosen(ctx, "strategy", "penalty_alpha", "top_k", "max_new_tokens", "temperature", "seed"),
+            **_chosen(ctx, "strategy", "penalty_alpha", "top_k", "center", "max_new_tokens", "temperature", "seed"),
             **_chosen(ctx, "fsd_n", "fsd_beta", "adaptive_q", "adaptive_k_range", "guard_window", "guard_decay"),
             fsd_stop_tokens=list(fsd_stop_tokens or ()),
             **_chosen(ctx, "device", "dtype", "weights", "trust_remote_code"),
@@ -370,6 +374,7 @@ def run(
     ] = None,
     penalty_alpha: Annotated[float | None, typer.Option("--penalty-alpha", "-a", help="0 (greedy) to 1.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Candidates a step; of sample: tokens.")] = None,
+    center: Center = False,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Longest continuation.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the random strategies; 0: the best.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,

@@ -30,6 +30,7 @@ CSRC = {
     # operators
     "test_block_layers.py": "",
     "test_candidate_select.py": "",
+    "test_centered_scan.py": "",
     "test_cpu_attention.py": "",
     "test_crf_operators.py": "",
     "test_gelu.py": "",
@@ -43,6 +44,7 @@ CSRC = {
     "test_top_k.py": "",
     "test_viterbi_backtrace.py": "",
     # what goes through them
+    "test_centered.py": r"reference\[llama",
     "test_contrastive_search.py": "",
     "test_decode_step.py": "",
     "test_engine_is_generate.py": "",

@@ -26,4 +26,20 @@ struct CandidateScan {
 // lengths outside 0..length.
 void candidate_scan(const CandidateScan& call, int num_threads);
 
+// The same of cosines of h − μ, μ the mean of the real positions. Given are a shift c near to μ, and in the place of
+// unit-length states g_j = h_j − c, their squares |g_j|² and their sum s: with g = h − c and m = s / n a cosine is that of
+// g − m and g_j − m.
+struct CenteredScan : CandidateScan {  // here the history is of any length
+    const float* shift;  // [batch, dim]
+    int64_t shift_batch;
+    const float* squares;  // [batch, length]
+    int64_t squares_batch;
+    const float* sums;  // [batch, dim]
+    int64_t sums_batch;
+};
+
+// As candidate_scan, m being one more row. A length of g − m or g_j − m that is lost in rounding makes a cosine 0; others
+// are within −1..1. Of fewer than 3 real positions the penalty is 0, at position 0.
+void centered_scan(const CenteredScan& call, int num_threads);
+
 }  // namespace simctg

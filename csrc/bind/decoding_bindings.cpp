@@ -141,9 +141,8 @@ void top_k_probs(address logits, int64_t rows, int64_t count, int64_t k, address
                         num_threads);
 }
 
-void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, address lengths, Array<1> mask,
-                    address penalty, address position, int num_threads) {
-    simctg::CandidateScan call{};
+void set_scan(simctg::CandidateScan& call, const std::array<int64_t, 4>& sizes, const Array<2>& states,
+              const Array<2>& history, address lengths, const Array<1>& mask, address penalty, address position) {
     call.batch = sizes[0], call.candidates = sizes[1], call.dim = sizes[2], call.length = sizes[3];
     call.states = pointer<const float>(states[0]);
     call.state_batch = states[1], call.state_candidate = states[2];
@@ -154,7 +153,23 @@ void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> hist
     call.mask_batch = mask[1];
     call.penalty = pointer<float>(penalty);
     call.position = pointer<int64_t>(position);
+}
+
+void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> history, address lengths, Array<1> mask,
+                    address penalty, address position, int num_threads) {
+    simctg::CandidateScan call{};
+    set_scan(call, sizes, states, history, lengths, mask, penalty, position);
     simctg::candidate_scan(call, num_threads);
+}
+
+void centered_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<1> shift, Array<2> history, Array<1> squares,
+                   Array<1> sums, address lengths, Array<1> mask, address penalty, address position, int num_threads) {
+    simctg::CenteredScan call{};
+    set_scan(call, sizes, states, history, lengths, mask, penalty, position);
+    call.shift = pointer<const float>(shift[0]), call.shift_batch = shift[1];
+    call.squares = pointer<const float>(squares[0]), call.squares_batch = squares[1];
+    call.sums = pointer<const float>(sums[0]), call.sums_batch = sums[1];
+    simctg::centered_scan(call, num_threads);
 }
 
 simctg::EarlierText earlier_text(std::array<int64_t, 3> sizes, Array<1> tokens, address picks, address lengths,
@@ -255,6 +270,9 @@ void bind_decoding(py::module_& m) {
           py::arg("attention"), py::arg("rotation"), py::arg("num_threads"), release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
           py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("centered_scan", &centered_scan, py::arg("sizes"), py::arg("states"), py::arg("shift"), py::arg("history"),
+          py::arg("squares"), py::arg("sums"), py::arg("lengths"), py::arg("mask"), py::arg("penalty"),
+          py::arg("position"), py::arg("num_threads"), release_gil());
     m.def("follower_scan", &follower_scan, py::arg("sizes"), py::arg("tokens"), py::arg("picks"), py::arg("lengths"),
           py::arg("starts"), py::arg("orders"), py::arg("dim"), py::arg("states"), py::arg("norms"), py::arg("penalty"),
           py::arg("position"), py::arg("num_threads"), release_gil());

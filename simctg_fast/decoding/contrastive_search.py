@@ -31,6 +31,8 @@ class ContrastiveSearch(Search):
             (Not a 50, which is transformers' default, nor a checkpoint's own value for sampling: say those here.)
         temperature: makes the choice random: candidate i with probability ∝ exp(score_i / temperature).
         generator: random numbers for ``temperature``; the global generator of the device if None.
+        center: take the mean of the history out of the states before cosines are taken: cos(h − μ, h_j − μ), μ the mean
+            of the h_j, or 0 where these are fewer than 3. For models whose states point much the same way.
         options: how it is run, see `Search`: ``streamer``, ``tokenizer``, ``stop_strings``, ``decode_step``, ``path``,
             ``fast_linear``, ``pack``, ``weights``.
 
@@ -48,6 +50,7 @@ class ContrastiveSearch(Search):
         *,
         temperature: float | None = None,
         generator: torch.Generator | None = None,
+        center: bool = False,
         **options: Unpack[Options],
     ):
         if penalty_alpha is not None:
@@ -57,12 +60,15 @@ class ContrastiveSearch(Search):
         if temperature is not None and not is_number(temperature, 0, above=True):
             raise ValueError(f"temperature must be a finite number above 0, got {temperature!r:.80}")
         check_generator(generator, temperature is not None, "a temperature")
+        if not isinstance(center, bool):
+            raise ValueError(f"center must be True or False, got {center!r:.80}")
         super().__init__(**options)
         self.penalty_alpha, self.top_k = penalty_alpha, top_k
-        self.temperature, self.generator = temperature, generator
+        self.temperature, self.generator, self.center = temperature, generator, center
 
     def _shown(self) -> Mapping[str, Any]:
         named = {name: getattr(self, name) for name in ("penalty_alpha", "top_k", "temperature")}
+        named |= {"center": True} if self.center else {}
         return {name: value for name, value in named.items() if value is not None}
 
     @property
@@ -82,7 +88,7 @@ class ContrastiveSearch(Search):
     def make_strategy(self, settings: Any, noise: Callable[[int, int], torch.Tensor]) -> Strategy:
         if settings.top_k == 1:
             return Greedy()
-        return Contrastive(settings.top_k, random=self.is_random, noise=noise if self.is_random else None)
+        return Contrastive(settings.top_k, self.is_random, noise if self.is_random else None, self.center)
 
 
 def contrastive_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):

@@ -162,6 +162,7 @@ def open_decode_step(run: Any, proposal: Proposal, result: StepResult) -> Decode
     compiles = run.search.decode_step == "compiled"
     kind, known = run.routes.kind, known_of(run.model).reproduced
     weight = run.row.penalty_alpha / run.row.temperature
+    weight *= decoder.history.amplification() if run.chooser.needs_history else 1.0
     again = (proposal, result, None if run.choice is None else run.choice.ranked, weight)
     try:
         step = _over(run, decoder, on(run.input_ids.device, result.logits))

@@ -89,6 +89,9 @@ class Decoder:
     def _new_history(self, rows: int) -> History:
         return History(Extent(rows, rows, max_length=self.max_length))
 
+    def _use(self, history: History) -> None:
+        self.history = history
+
     def _after_prefill(self, outputs: Any) -> None:
         raise NotImplementedError
 
@@ -103,6 +106,7 @@ class Decoder:
         self.starts, self.positions = padding_in_front(mask), states.shape[1]
         self.no_text = None if mask is None or self.starts is None else mask == 0
         if strategy.needs_history:
+            self._use(self.history.of_kind(strategy.centers))
             self.history.keeps_norms = strategy.needs_norms
             self.history.write(slice(0, len(states)), 0, states, mask)
         for row in range(len(states)):

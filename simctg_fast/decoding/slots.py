@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ..ops.candidate_select import candidate_scan
+from ..ops.centered_scan import centered_scan
 from ..ops.prefix_commit import prefix_commit
 
 Rows = slice | list[int]
@@ -150,9 +151,9 @@ class SlotLayer(CacheLayerMixin):
 
 
 class History:
-    """Unit-length hidden states of every position of every slot, ``(slots, capacity, D)``, normalised once, when they
-    come in. ``mask (slots, capacity)``: which of them are real, None if all are; ``length``: positions written to all
-    rows alike; ``norms (slots, capacity)`` float32: the lengths that the states had, where ``keeps_norms``."""
+    """Hidden states of every position of every slot, ``(slots, capacity, D)``: of unit length, normalised once, when
+    they come in. ``mask (slots, capacity)``: which of them are real, None if all are; ``length``: positions written to
+    all rows alike; ``norms (slots, capacity)`` float32: the lengths that the states had, where ``keeps_norms``."""
 
     keeps_norms = False
 
@@ -163,6 +164,16 @@ class History:
         self.mask: Tensor | None = None
         self.norms: Tensor | None = None
         self.length = 0
+
+    def of_kind(self, centered: bool) -> History:
+        """This, if it is of the kind that is wanted, or a new one."""
+        kind = CenteredHistory if centered else History
+        return self if type(self) is kind else kind(self.extent)
+
+    @property
+    def bytes_per_position(self) -> int:
+        norms = 0 if self.norms is None else self.norms.element_size()
+        return 0 if self.states is None else self.states.shape[2] * self.states.element_size() + norms
 
     def grow(self) -> None:
         if self.states is not None:
@@ -180,17 +191,15 @@ class History:
         hidden_states: Tensor,
         mask: Tensor | None = None,
         lengths: list[int] | None = None,
+        whole: bool = True,
     ) -> None:
         """States ``(n, T, D)`` of positions from ``start`` on; ``mask (n, T)``: zero at padding; ``lengths``: of each
-        row's text within T, None: all."""
-        count, width, size = hidden_states.shape
+        row's text within T, None: all; ``whole``: the prompt ends with them, else more of it follows."""
+        count, width, _ = hidden_states.shape
         self.extent.reserve(start + width)
         if self.states is None:
-            # Half precision is kept only where it saves bandwidth; a CPU multiplies float32 faster.
-            dtype = hidden_states.dtype if hidden_states.is_cuda else _at_least_float32(hidden_states)
-            shape = (self.extent.slots, self.extent.capacity, size)
-            self.states = torch.zeros(shape, dtype=dtype, device=hidden_states.device)
-            self.last = hidden_states.new_zeros(self.extent.slots, size)
+            self._allocate(hidden_states)
+        assert self.states is not None
         assert self.last is not None
         if self.keeps_norms and self.norms is None:
             self.norms = torch.zeros(self.states.shape[:2], dtype=torch.float32, device=self.states.device)
@@ -203,29 +212,42 @@ class History:
         places = torch.arange(self.extent.slots)[rows].tolist()
         for row, states, length in zip(places, hidden_states, lengths or [width] * count, strict=True):
             self.last[row] = states[length - 1]
-            self.states[row, start : start + length] = unit(states[:length])  # a whole batch in float32 may be large
-            if self.norms is not None:
-                self.norms[row, start : start + length] = states[:length].float().norm(dim=-1)
+            self._write_row(row, start, states[:length], whole)  # a whole batch in float32 may be large
         self.length = start + width
+
+    def _allocate(self, hidden_states: Tensor) -> None:
+        # Half precision is kept only where it saves bandwidth; a CPU multiplies float32 faster.
+        dtype = hidden_states.dtype if hidden_states.is_cuda else _at_least_float32(hidden_states)
+        shape = (self.extent.slots, self.extent.capacity, hidden_states.shape[2])
+        self.states = torch.zeros(shape, dtype=dtype, device=hidden_states.device)
+        self.last = hidden_states.new_zeros(self.extent.slots, hidden_states.shape[2])
+
+    def _write_row(self, row: int, start: int, hidden_states: Tensor, whole: bool) -> None:
+        assert self.states is not None
+        self.states[row, start : start + len(hidden_states)] = unit(hidden_states)
+        if self.norms is not None:
+            self.norms[row, start : start + len(hidden_states)] = hidden_states.float().norm(dim=-1)
 
     def append(self, hidden_states: Tensor, positions: Tensor | None = None) -> None:
         """States ``(n, D)`` of the first rows, each at its own position ``(n,)``; None: behind those of all rows."""
         assert self.states is not None
         assert self.last is not None
-        states, rows = unit(hidden_states), len(hidden_states)
+        rows = len(hidden_states)
         self.last[:rows] = hidden_states
         if positions is None:
             self.extent.reserve(self.length + 1)
             self.grow()
-            self.states[:rows, self.length] = states
-            if self.norms is not None:
-                self.norms[:rows, self.length] = hidden_states.float().norm(dim=-1)
+            self._append_at((slice(0, rows), self.length), hidden_states)
             self.length += 1
         else:
-            index, places = torch.arange(rows, device=self.states.device), on(self.states.device, positions)
-            self.states[index, places] = states.to(self.states.dtype)
-            if self.norms is not None:
-                self.norms[index, places] = hidden_states.float().norm(dim=-1)
+            index = torch.arange(rows, device=self.states.device)
+            self._append_at((index, on(self.states.device, positions)), hidden_states)
+
+    def _append_at(self, place: tuple[Any, Any], hidden_states: Tensor) -> None:
+        assert self.states is not None
+        self.states[place] = unit(hidden_states).to(self.states.dtype)
+        if self.norms is not None:
+            self.norms[place] = hidden_states.float().norm(dim=-1)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make row ``target`` hold what ``source`` holds in its first ``length`` positions."""
@@ -241,13 +263,104 @@ class History:
         """Largest cosine of candidates ``(n, k, D)`` of the first rows with their history, and its position, both
         ``(n, k)``; ``lengths (n,)``: positions in use, or of all rows alike, None: all that were written."""
         assert self.states is not None
-        rows = len(hidden_states)
-        mask = None if self.mask is None else self.mask[:rows]
+        mask = None if self.mask is None else self.mask[: len(hidden_states)]
         if not isinstance(lengths, Tensor):
             length = self.length if lengths is None else lengths
-            return candidate_scan(hidden_states, self.states[:rows], length, mask)
-        lengths = on(self.states.device, lengths)
-        return candidate_scan(hidden_states, self.states[:rows], self.extent.width, mask, lengths=lengths)
+            return self._scan(hidden_states, length, mask, None)
+        return self._scan(hidden_states, self.extent.width, mask, on(self.states.device, lengths))
+
+    def _scan(
+        self, hidden_states: Tensor, length: int, mask: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert self.states is not None
+        return candidate_scan(hidden_states, self.states[: len(hidden_states)], length, mask, lengths=lengths)
+
+    def amplification(self) -> float:
+        """How much more than states, of their lengths, cosines may move: 1 where they are those of the states."""
+        return 1.0
+
+
+class CenteredHistory(History):
+    """States less the mean of their row's real positions, for cosines between such.
+
+    ``states`` are kept less ``shift (slots, D)``, the mean of the row's whole prompt; what is left to take out is their
+    own mean, from ``sums (slots, D)``. ``squares (slots, capacity)`` are of their lengths. Until a prompt is whole its
+    states lie there as they came. All of it is of a row alone, by its positions from the first on: neither batch mates
+    nor the pieces a prompt is run in change a bit.
+    """
+
+    shift: Tensor
+    squares: Tensor
+    sums: Tensor
+
+    @property
+    def bytes_per_position(self) -> int:
+        return super().bytes_per_position + (0 if self.states is None else self.squares.element_size())
+
+    def grow(self) -> None:
+        super().grow()
+        if self.states is not None:
+            self.squares = longer(self.squares, self.extent.capacity, dim=1)
+
+    def _allocate(self, hidden_states: Tensor) -> None:
+        super()._allocate(hidden_states)
+        assert self.states is not None
+        slots, capacity, width = self.states.shape
+        self.shift = self.states.new_zeros(slots, width)
+        self.squares = self.states.new_zeros(slots, capacity, dtype=_at_least_float32(self.states))
+        self.sums = self.squares.new_zeros(slots, width)
+
+    def _write_row(self, row: int, start: int, hidden_states: Tensor, whole: bool) -> None:
+        assert self.states is not None
+        end = start + len(hidden_states)
+        self.states[row, start:end] = hidden_states
+        if whole:
+            kept = self.states[row, :end]
+            real = slice(None) if self.mask is None else self.mask[row, :end]
+            self.shift[row] = mean_of(kept[real])
+            kept[:] = self._centered(kept, self.shift[row])
+            self.squares[row, :end] = squares_of(kept)
+            self.sums[row] = sum_of(kept[real])
+
+    def _append_at(self, place: tuple[Any, Any], hidden_states: Tensor) -> None:
+        assert self.states is not None
+        rows = len(hidden_states)
+        kept = self._centered(hidden_states, self.shift[:rows])
+        self.states[place] = kept
+        self.squares[place] = squares_of(kept)
+        self.sums[:rows] += kept
+
+    def _centered(self, hidden_states: Tensor, shift: Tensor) -> Tensor:
+        """Rounded once, when the shift is out of them."""
+        assert self.states is not None
+        precise = self.squares.dtype
+        return (on(shift.device, hidden_states).to(precise) - shift.to(precise)).to(self.states.dtype)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make row ``target`` hold what ``source`` holds, all of its ``length`` positions: the sums are of all."""
+        super().copy(source, target, length)
+        if self.states is not None:
+            self.squares[target, :length] = self.squares[source, :length]
+            for of_row in (self.shift, self.sums):
+                of_row[target] = of_row[source]
+
+    def _scan(
+        self, hidden_states: Tensor, length: int, mask: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert self.states is not None
+        shift, states, squares, sums = (
+            x[: len(hidden_states)] for x in (self.shift, self.states, self.squares, self.sums)
+        )
+        return centered_scan(hidden_states, shift, states, squares, sums, length, mask, lengths=lengths)
+
+    def amplification(self) -> float:
+        """By the newest states: as long as they are, beside what they are from the mean."""
+        assert self.last is not None
+        newest, precise = self.last, self.squares.dtype
+        real = self.length if self.mask is None else self.mask[:, : self.length].sum(dim=-1, keepdim=True)
+        rest = on(self.shift.device, newest).to(precise) - self.shift.to(precise) - self.sums / real
+        ratio = newest.to(precise).norm(dim=-1).to(rest.device) / rest.norm(dim=-1)
+        return max(1.0, float(ratio.nan_to_num(nan=1.0, posinf=1.0).max()))
 
 
 class CrossSlots:
@@ -553,3 +666,23 @@ def unit(hidden_states: Tensor) -> Tensor:
 
 def _at_least_float32(hidden_states: Tensor) -> torch.dtype:
     return torch.promote_types(hidden_states.dtype, torch.float32)
+
+
+def squares_of(states: Tensor) -> Tensor:
+    """Of the lengths of ``states (…, D)``, ``(…)``."""
+    return states.to(_at_least_float32(states)).square().sum(dim=-1)
+
+
+_TOGETHER = 1024  # positions that are summed in float64 at a time
+
+
+def sum_of(states: Tensor) -> Tensor:
+    """Of ``states (n, D)``, ``(D,)`` float64: the same whatever they were run in."""
+    total = torch.zeros(states.shape[-1], dtype=torch.float64, device=states.device)
+    for some in states.split(_TOGETHER):
+        total += some.double().sum(dim=0)
+    return total
+
+
+def mean_of(states: Tensor) -> Tensor:
+    return sum_of(states) / max(1, len(states))

@@ -68,6 +68,9 @@ class SlotsDecoder(Decoder):
     def _new_history(self, rows: int) -> History:
         return self.slots.history
 
+    def _use(self, history: History) -> None:
+        self.history = self.slots.history = history
+
     def _after_prefill(self, outputs: Any) -> None:
         lengths = {layer.filled for layer in self.slots.layers if layer.is_initialized}
         if len(lengths) != 1:

@@ -70,7 +70,8 @@ class View:
     positions: int | None = None
 
     def similarity(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest cosine of ``states (rows, k, D)`` with the rows' histories, and its position, both ``(rows, k)``."""
+        """Largest cosine of ``states (rows, k, D)`` with the rows' histories, or of both less the histories' means, and
+        its position, both ``(rows, k)``."""
         return self.history.penalty(states, self.lengths if self.positions is None else self.positions)
 
     def last(self, rows: int) -> Tensor:
@@ -134,6 +135,7 @@ class Strategy:
             is chosen from.
         needs_history, needs_tokens: whether hidden states, and the text's tokens, are kept for it; needs_norms: and the
             states' lengths.
+        centers: whether hidden states are kept to be compared less their mean, a `CenteredHistory`.
         looks_ahead: whether candidates are run before one of them is chosen; else the first is the choice.
         asks_host: whether ``propose``, ``choose`` or ``advance`` read tensors on the host.
         near_ties: choices that rounding may make otherwise, where they are counted (``counts``).
@@ -143,6 +145,7 @@ class Strategy:
 
     candidates = weighed = 1
     needs_history = needs_tokens = needs_norms = False
+    centers = False
     looks_ahead = False
     asks_host = False
     counts = False
@@ -258,17 +261,24 @@ class Contrastive(Strategy):
         candidates: tried a step; rows whose own ``top_k`` is smaller take of the first of them.
         random: draws among them by ``exp(score / temperature)``.
         noise: makes Gumbel noise ``(rows, k)`` of so many rows and candidates; None: each row's from its own generator.
+        center: cosines are between states less the mean of the history.
     """
 
     needs_history = looks_ahead = True
 
-    def __init__(self, candidates: int, random: bool = False, noise: Callable[[int, int], Tensor] | None = None):
+    def __init__(
+        self,
+        candidates: int,
+        random: bool = False,
+        noise: Callable[[int, int], Tensor] | None = None,
+        center: bool = False,
+    ):
         super().__init__()
         self.candidates = self.weighed = candidates
-        self.random, self.noise = random, noise
+        self.random, self.noise, self.centers = random, noise, center
 
     def key(self) -> tuple:
-        return ("contrastive", self.candidates, self.random, self.counts)
+        return ("contrastive", self.candidates, self.random, self.counts, self.centers)
 
     def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
         super().bind(rows, device)

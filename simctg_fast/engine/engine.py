@@ -47,7 +47,8 @@ class Engine:
         batching: ``"slots"`` (rows of different lengths, replaced one by one), ``"static"`` (batches of similar
             length), or ``"auto"``: slots where a trial agrees with the model's own step.
         share_prefixes: copy what a slot holds already of a prompt, 64 tokens or more, instead of running it again. A
-            prompt is then run in other pieces than alone, which rounds differently.
+            prompt is then run in other pieces than alone, which rounds differently. With ``center`` none is copied:
+            the mean of a prompt is taken out of states as they come from the model.
         weights: ``"int8"`` or ``"lossless"``, as of `ContrastiveSearch`, for models on the CPU.
         parameters: defaults of what requests may set (`Parameters`): ``max_new_tokens``, ``penalty_alpha``, ``top_k``,
             ``logprobs`` …
@@ -95,6 +96,7 @@ class Engine:
             seed=seed,
             factory=factory,
             limits=most,
+            center=self.parameters.center,
             trace=trace,
         )
         self.backend = self._backend(batching, slots, memory, share_prefixes, weights)
@@ -139,7 +141,7 @@ class Engine:
             with fitting_threads(self.model):
                 scheduler = SlotScheduler.open(self.model, self.strategy, slots, memory, self.parameters.max_new_tokens)
             if isinstance(scheduler, SlotScheduler):
-                scheduler.shares_prefixes = share_prefixes
+                scheduler.shares_prefixes = share_prefixes and not self.strategy.centers
                 scheduler.weights = None if weights is None else WeightCopies(weights)
                 self.reason = "a trial agrees with the model's own steps"
                 return scheduler

@@ -28,6 +28,7 @@ class Parameters:
         penalty_alpha: weight of the penalty, 0 … 1 (contrastive strategies, ``fsd`` and ``fsd-vec``).
         top_k: candidates a step (contrastive strategies); tokens that are weighed (``fsd``, ``fsd-vec``), or drawn
             from, None for all (``sample``).
+        center: as of `ContrastiveSearch`, of a whole run: its requests can say nothing else (contrastive strategies).
         temperature: of the random strategies. ``sample`` divides logits by it, ``stochastic-contrastive`` and ``guard``
             scores; 0 takes the best of what the strategy allows.
         top_p, min_p, typical_p: the warpers of transformers by these names (``sample``).
@@ -56,6 +57,7 @@ class Parameters:
     max_new_tokens: int = 128
     penalty_alpha: float = 0.6
     top_k: int | None = DEFAULT_TOP_K
+    center: bool = False
     temperature: float = 1.0
     top_p: float | None = None
     min_p: float | None = None
@@ -125,6 +127,7 @@ def defaults(strategy: str) -> Parameters:
 USED_BY: dict[str, tuple[str, ...]] = {
     "penalty_alpha": (*CONTRASTIVE, *FSD),
     "top_k": (*CONTRASTIVE, *FSD, "sample"),
+    "center": CONTRASTIVE,
     "temperature": RANDOM,
     "top_p": ("sample",),
     "min_p": ("sample",),
@@ -146,6 +149,7 @@ _NEUTRAL: dict[str, int] = {
     "typical_p": 1,
     "n": 1,
     "penalty_alpha": 0,
+    "center": False,
     "temperature": 0,
     "min_p": 0,
 }

@@ -48,6 +48,7 @@ class Preparer:
         seed: of the run.
         factory: makes processors and criteria for a request, see :data:`Factory`.
         limits: the most that a request may ask for, by the parameter's name: what the run has made room for.
+        center: whether the run compares hidden states less their mean.
         trace: record how every token was chosen.
     """
 
@@ -59,10 +60,11 @@ class Preparer:
         seed: int = 0,
         factory: Factory | None = None,
         limits: Mapping[str, int] = MappingProxyType({}),
+        center: bool = False,
         trace: bool = False,
     ):
         self.model, self.tokenizer, self.seed, self.factory = model, tokenizer, seed, factory
-        self.limits, self.trace = limits, trace
+        self.limits, self.center, self.trace = limits, center, trace
         self.special = special_tokens(tokenizer)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.limit = context_length(model)
@@ -87,6 +89,10 @@ class Preparer:
             if (value[-1] if isinstance(value, tuple) else value or 0) > most:
                 message = f"{name} is {value}, more than the {most} that this run computes (its own {name})"
                 raise self._error(request, "invalid_value", message)
+        if parameters.center != self.center:
+            given, own = (str(value).lower() for value in (parameters.center, self.center))
+            message = f"center is {given}, but {own} in this run: it is of all its requests alike"
+            raise self._error(request, "invalid_value", message)
         unknown = [token for token in parameters.stop_token_ids if token >= self.vocabulary]
         if unknown:
             raise self._token_out_of_range(request, "stop_token_ids", unknown[0])

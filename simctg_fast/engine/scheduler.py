@@ -452,11 +452,9 @@ class SlotScheduler:
             for buffer in (layer.keys, layer.values)
         )
         size *= 2 if decoder.is_encoder_decoder else 1
-        width, states = 0, decoder.slots.history.states
-        if states is not None:
-            width = states.shape[2]
-            size += width * states.element_size()
-        self.bytes_per_position = size
+        history = decoder.slots.history
+        width = 0 if history.states is None else history.states.shape[2]
+        self.bytes_per_position = size + history.bytes_per_position
         self.bytes_per_slot = 4 * (4 * decoder.logits.shape[1] + 16 * width * self.strategy.candidates)
 
     def _lacks_memory(self, slots: int, positions: int) -> str | None:

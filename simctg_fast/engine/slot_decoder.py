@@ -70,6 +70,7 @@ class SlotDecoder:
             self.slots = recorded.slots
             for slot in range(count):
                 self.slots.set_length(slot, 0)
+        self.slots.history = self.slots.history.of_kind(strategy.centers)
         self.slots.history.keeps_norms = strategy.needs_norms
         strategy.static, strategy.settings = self.static, {} if recorded is None else recorded.settings
         strategy.bind([None] * count, self.device)
@@ -164,7 +165,7 @@ class SlotDecoder:
         """Keep what the strategy asks for; ``logits (n, V)``: of prompts that are whole, None: they are not."""
         slots, strategy = self.slots, self.strategy
         if strategy.needs_history:
-            slots.history.write(places, start, states, lengths=lengths)
+            slots.history.write(places, start, states, lengths=lengths, whole=logits is not None)
         if strategy.needs_tokens:
             slots.keep_tokens(places, start, tokens)
         if logits is None:
@@ -194,7 +195,8 @@ class SlotDecoder:
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int | None = None) -> None:
         """Make slot ``target`` hold what ``source`` holds: its prefix, its history and its logits. With ``length``, no
-        more than so many positions of the prefix."""
+        more than so many positions of the prefix, which a strategy that centers has no use for."""
+        assert length is None or not self.strategy.centers
         self.slots.copy(source, target, length)
         if length is None:
             self.strategy.copy(source, target)

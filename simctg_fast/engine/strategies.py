@@ -24,7 +24,7 @@ def make_strategy(name: str, parameters: Parameters) -> Strategy:
     elif name == "adaptive":
         strategy = AdaptiveContrastive(parameters.adaptive_k_range[1])
     else:
-        strategy = Contrastive(top_k, random=name == "stochastic-contrastive")
+        strategy = Contrastive(top_k, random=name == "stochastic-contrastive", center=parameters.center)
     strategy.counts = True
     return strategy
 

@@ -165,6 +165,7 @@ def contrastive_search(
     logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     decoder_input_ids: torch.Tensor | None = None,
     decoder_attention_mask: torch.Tensor | None = None,
+    penalty: Callable[..., torch.Tensor] = degeneration_penalty,
     **model_inputs: torch.Tensor,
 ) -> ReferenceOutput:
     """Contrastive search by recomputing everything at every step.
@@ -182,6 +183,7 @@ def contrastive_search(
         logits_processor: called as `(ids (B, T), logits (B, V))` before the softmax, like those of `generate`.
         decoder_input_ids: the decoder's prompt `(B, L)`, default one start token (encoder-decoders only).
         decoder_attention_mask: `(B, L)`, 0 for padding of that prompt.
+        penalty: in the place of `degeneration_penalty`, with its arguments.
         model_inputs: further inputs of the model (`pixel_values`, …), passed to every forward.
 
     Returns:
@@ -201,11 +203,12 @@ def contrastive_search(
     exact = true_float64() if next(model.parameters()).dtype == torch.float64 else contextlib.nullcontext()
     with exact:
         return _search(
-            model, ids, mask, model_inputs, penalty_alpha, top_k, max_new_tokens, ends, pad_token_id, logits_processor
-        )
+            model, ids, mask, model_inputs, penalty_alpha, top_k, max_new_tokens, ends, pad_token_id, logits_processor,
+            penalty,
+        )  # fmt: skip
 
 
-def _search(model, ids, mask, inputs, alpha, top_k, max_new_tokens, ends, pad_token_id, logits_processor):
+def _search(model, ids, mask, inputs, alpha, top_k, max_new_tokens, ends, pad_token_id, logits_processor, penalty):
     batch = ids.shape[0]
     unfinished = torch.ones(batch, dtype=torch.bool, device=ids.device)
     steps = []
@@ -216,7 +219,7 @@ def _search(model, ids, mask, inputs, alpha, top_k, max_new_tokens, ends, pad_to
         ranked, order = logits.log_softmax(dim=-1).sort(dim=-1, descending=True)
         candidates, probabilities = order[:, :top_k], ranked[:, :top_k].exp()  # (B, k)
 
-        candidate_logits, penalties = _look_ahead(model, ids, mask, inputs, candidates)  # (B, k, V), (B, k)
+        candidate_logits, penalties = _look_ahead(model, ids, mask, inputs, candidates, penalty)  # (B, k, V), (B, k)
         scores = (1.0 - alpha) * probabilities - alpha * penalties
         selected = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
         tokens = candidates.gather(1, selected).squeeze(1)
@@ -243,7 +246,7 @@ def _search(model, ids, mask, inputs, alpha, top_k, max_new_tokens, ends, pad_to
     return ReferenceOutput(sequences=ids, steps=tuple(steps))
 
 
-def _look_ahead(model, ids, mask, inputs, candidates):
+def _look_ahead(model, ids, mask, inputs, candidates, penalty_of):
     """Runs the text with each candidate appended: logits after it `(B, k, V)` and its penalty `(B, k)`."""
     # All candidates at once where inputs have one row a sequence. Images may have any number of rows: one by one, then.
     at_once = candidates.shape[1] if model.config.is_encoder_decoder or not inputs else 1
@@ -257,7 +260,7 @@ def _look_ahead(model, ids, mask, inputs, candidates):
             history_mask = mask.repeat_interleave(width, dim=0)
             wide_mask = torch.cat([history_mask, torch.ones_like(history_mask[:, :1])], dim=1)
         wide_logits, hidden = _forward(model, wide_ids, wide_mask, wide_inputs)
-        penalty = degeneration_penalty(hidden[:, :-1], hidden[:, -1], history_mask)
+        penalty = penalty_of(hidden[:, :-1], hidden[:, -1], history_mask)
         logits.append(wide_logits.unflatten(0, (-1, width)))
         penalties.append(penalty.unflatten(0, (-1, width)))
     return torch.cat(logits, dim=1), torch.cat(penalties, dim=1)

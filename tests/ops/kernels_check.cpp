@@ -257,6 +257,52 @@ void candidates() {
     report_equal("candidate_scan positions", position, where);
 }
 
+// Of states that share a direction twenty times as long as they differ.
+void centered_candidates() {
+    const int64_t count = 5, dim = 67, length = 203;
+    const Array common = normal(dim, 20.0f);
+    Array states = normal(count * dim), raw = normal(length * dim), history = raw, squares(length), sums(dim);
+    for (int64_t i = 0; i < count * dim; ++i) states[i] += common[i % dim];
+    Truth mean(dim);
+    for (int64_t t = 0; t < length; ++t) {
+        double square = 0.0;
+        for (int64_t d = 0; d < dim; ++d) {
+            raw[t * dim + d] += common[d];
+            history[t * dim + d] = raw[t * dim + d] - common[d];
+            mean[d] += static_cast<double>(raw[t * dim + d]) / length;
+            square += static_cast<double>(history[t * dim + d]) * history[t * dim + d];
+            sums[d] += history[t * dim + d];
+        }
+        squares[t] = static_cast<float>(square);
+    }
+    Array penalty(count);
+    std::vector<int64_t> position(count), where;
+    Truth want;
+    for (int64_t c = 0; c < count; ++c) {
+        double best = -2.0;
+        int64_t at = 0;
+        for (int64_t t = 0; t < length; ++t) {
+            double product = 0.0, own = 0.0, other = 0.0;
+            for (int64_t d = 0; d < dim; ++d) {
+                const double x = states[c * dim + d] - mean[d], y = raw[t * dim + d] - mean[d];
+                product += x * y, own += x * x, other += y * y;
+            }
+            const double cosine = product / std::sqrt(own * other);
+            if (cosine > best) best = cosine, at = t;
+        }
+        want.push_back(best), where.push_back(at);
+    }
+    CenteredScan call{};
+    call.batch = 1, call.candidates = count, call.dim = dim, call.length = length;
+    call.states = states.data(), call.state_batch = count * dim, call.state_candidate = dim;
+    call.history = history.data(), call.history_batch = length * dim, call.history_position = dim;
+    call.shift = common.data(), call.squares = squares.data(), call.sums = sums.data();
+    call.penalty = penalty.data(), call.position = position.data();
+    centered_scan(call, 1);
+    report("centered_scan", penalty, want, 2e-6);
+    report_equal("centered_scan positions", position, where);
+}
+
 // Against the derivative of the sum of the hinges as well, threshold 0.1.
 void contrastive(int64_t length, int64_t width, float shared) {
     const float threshold = 0.1f;
@@ -466,6 +512,7 @@ int main() {
             attention(19, 37, type);
         }
         candidates();
+        centered_candidates();
         contrastive(150, 40, 0.0f);
         contrastive(270, 70, 1.5f);
         low_rank_crf(33, 16);

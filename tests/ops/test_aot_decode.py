@@ -25,7 +25,13 @@ _spec.loader.exec_module(aot)
 
 TENSOR_CORE = {80: r"HMMA", 90: r"HG?MMA", 100: r"HMMA|UTC\w*MMA"}
 # The telling ones for the fast set: what a model in bfloat16 with grouped heads runs on a Hopper GPU.
-FAST = {"scoring-bf16-k4-even-sm90", "attention-bf16-d128-m16-plain-sm90", "commit-int64-sm90", "top_k-fp32-k4-sm90"}
+FAST = {
+    "scoring-bf16-k4-even-sm90",
+    "centered-bf16-k4-even-sm90",
+    "attention-bf16-d128-m16-plain-sm90",
+    "commit-int64-sm90",
+    "top_k-fp32-k4-sm90",
+}
 
 
 def marks(case):
@@ -43,9 +49,9 @@ def test_aot_decode_kernels(case):
     assert report.shared_bytes <= aot.SHARED_LIMIT[case.arch]
     assert report.blocks >= 1
     exact = case.variant.startswith("fp32-")  # "highest": products on the plain units
-    if case.kernel == "attention" or (case.kernel == "scoring" and not exact):
+    if case.kernel == "attention" or (case.kernel in ("scoring", "centered") and not exact):
         assert bool(re.search(TENSOR_CORE[case.arch], report.matrix)) != exact, report
-    if case.kernel in ("scoring", "attention", "top_k") and not case.variant.endswith("odd"):
+    if case.kernel in ("scoring", "centered", "attention", "top_k") and not case.variant.endswith("odd"):
         wide = re.search(r"128×(\d+)", report.loads)
         assert wide, report
         assert int(wide[1]) >= (1 if case.kernel == "top_k" else 12), report
@@ -53,12 +59,15 @@ def test_aot_decode_kernels(case):
 
 def test_every_configuration_is_compiled():
     """What the launchers can pick is what the cases hold."""
-    from simctg_fast.kernels import candidate_select, shared_prefix_attention
+    from simctg_fast.kernels import candidate_select, centered_scan, shared_prefix_attention
 
     for table in (candidate_select.CONFIGS, candidate_select.WIDE):
         assert {arch for arch, _ in table} == set(aot.ARCHITECTURES)
     scoring = {case.variant.split("-")[:2][i] for case in aot.cases(["scoring"]) for i in (0, 1)}
     assert scoring == {*aot.SIZES, "fp32high", "mixed", "k4", "k20", "k64"}  # tiles of 16, 32 and 64 candidates
+    centered = {case.variant.split("-")[:2][i] for case in aot.cases(["centered"]) for i in (0, 1)}
+    assert centered == {*aot.SIZES, "fp32high", "k4", "k20", "k60"}
+    assert {arch for arch, *_ in centered_scan.CONFIGS} == {80, 90}
     compiled: dict[int, set] = {16: set(), 32: set(), 64: set()}
     for case in aot.cases(["attention"]):
         kind, dim, rows, _ = case.variant.split("-")
@@ -74,12 +83,13 @@ class Launches:
     def __init__(self, monkeypatch):
         from triton.runtime.jit import JITFunction
 
-        from simctg_fast.kernels import candidate_select, shared_prefix_attention
+        from simctg_fast.kernels import candidate_select, centered_scan, shared_prefix_attention
 
         self.calls = []
         monkeypatch.setattr(JITFunction, "run", self._run())
         for module in (candidate_select, shared_prefix_attention):  # as on an H100
             monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+        for module in (candidate_select, centered_scan, shared_prefix_attention):
             monkeypatch.setattr(module, "architecture", lambda device: 90)
 
     def _run(self):
@@ -146,6 +156,27 @@ def test_growing_texts_compile_few_scorings(launches):
     assert launches.kinds() == {"candidate_select": 4}
 
 
+def test_growing_texts_compile_few_centered_scans(launches):
+    """As many as scorings: one for histories that are split and one for those that are not, in three tiles."""
+    from simctg_fast.kernels import centered_scan
+
+    def step(batch, length, k=4, masked=False):
+        states, history, row = torch.empty(batch, k, 64), torch.empty(batch, length + 1, 64), torch.empty(batch, 64)
+        lengths, mask = torch.full((batch + 1,), length)[1:], torch.ones(batch, length + 1, dtype=torch.bool)
+        squares = torch.empty(batch + 1, length + 1)[1:]
+        centered_scan.centered_scan(states, row, history, squares, row, 0, mask if masked else None, lengths)
+
+    for masked in (False, True):
+        for batch in BATCHES:
+            for length in LENGTHS:
+                step(batch, length, masked=masked)
+        assert launches.kinds() == {"centered_scan": 2}
+    for k in range(1, 64):
+        for length in (5, 500, 5000):
+            step(2, length, k)
+    assert launches.kinds() == {"centered_scan": 6}
+
+
 def test_growing_texts_compile_few_attentions(launches):
     """One kernel where prefixes are split and one where they are not."""
     from simctg_fast.kernels.shared_prefix_attention import shared_prefix_attention
@@ -195,20 +226,28 @@ def test_growing_texts_compile_one_top_k_and_one_commit(launches):
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_cases_are_what_the_launchers_start(launches, monkeypatch, arch):
     """Constants and options of a case of each kernel: what is compiled here is what runs there."""
-    from simctg_fast.kernels import candidate_select, prefix_commit, shared_prefix_attention, top_k
+    from simctg_fast.kernels import candidate_select, centered_scan, prefix_commit, shared_prefix_attention, top_k
 
-    for module in (candidate_select, shared_prefix_attention):
+    for module in (candidate_select, centered_scan, shared_prefix_attention):
         monkeypatch.setattr(module, "architecture", lambda device: arch)
     half, lengths = {"dtype": torch.bfloat16}, torch.full((2,), 900)
     states, history = torch.empty(2, 4, 4096, **half), torch.empty(2, 999, 4096, **half)
     candidate_select.candidate_select(states, torch.empty(2, 4), history, lengths, None, 0.6, False)
+    row, squares, sums = torch.empty(2, 4096, **half), torch.empty(2, 999), torch.empty(2, 4096)
+    centered_scan.centered_scan(states, row, history, squares, sums, 0, None, lengths)
     query, new = (torch.empty(8, heads, 1, 128, **half) for heads in (32, 8))
     prefix = torch.empty(2, 8, 999, 128, **half)
     options = (0.125, None, None, None, None, 0, lengths, lengths)
     shared_prefix_attention.shared_prefix_attention(query, prefix, prefix, 999, new, new, *options, None)
     top_k.top_k_probs(torch.empty(2, 128256), 4)
     prefix_commit.launch(torch.zeros(2, prefix_commit.COLUMNS), torch.int64, lengths, lengths)
-    variants = ("scoring-bf16-k4-even", "attention-bf16-d128-m16-plain", "top_k-fp32-k4", "commit-int64")
+    variants = (
+        "scoring-bf16-k4-even",
+        "centered-bf16-k4-even",
+        "attention-bf16-d128-m16-plain",
+        "top_k-fp32-k4",
+        "commit-int64",
+    )
     for (kernel, _, given), variant in zip(launches.calls, variants, strict=True):
         name, variant = variant.split("-", 1)
         compiled, _, constants, options = aot._MAKERS[name](variant, arch)

@@ -31,6 +31,7 @@ from simctg_fast.functional import (
 from simctg_fast.losses import ContrastiveLoss, SimCSELoss, SimCTGLoss
 from simctg_fast.ops import (
     candidate_select,  # noqa: F401 - defines its operators
+    centered_scan,  # noqa: F401 - as above
     simcse,
     top_k,  # noqa: F401 - as above
 )
@@ -626,6 +627,9 @@ def test_operators_that_only_decode_raise():
         "candidate_select": lambda x: operators.candidate_select(x, probs, history.clone(), lengths, None, 0.6, True)[
             1
         ],
+        "centered_scan": lambda x: operators.centered_scan(
+            x, history[:, 0], history, history[..., 0], history[:, 0], 5, None
+        )[0],
         "top_k_probs": lambda x: operators.top_k_probs(x[:, 0], 2)[0],
         "crf_beam_select": lambda x: operators.crf_beam_select(x, 2)[1],
     }

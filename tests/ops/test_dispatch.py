@@ -24,6 +24,7 @@ from torch import Tensor
 import simctg_fast.ops
 from simctg_fast.ops import _backends
 from simctg_fast.ops.candidate_select import candidate_scan, candidate_select
+from simctg_fast.ops.centered_scan import centered_scan
 from simctg_fast.ops.contrastive_loss import contrastive_loss
 from simctg_fast.ops.cosine_similarity import cosine_similarity_matrix
 from simctg_fast.ops.crf_beam import crf_beam_select
@@ -37,7 +38,7 @@ from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
 from simctg_fast.ops.simcse import pair_loss, pair_lse, self_loss
 from simctg_fast.ops.top_k import top_k_probs
 from simctg_fast.ops.viterbi_backtrace import viterbi_backtrace
-from simctg_fast.reference import attention, crf, viterbi
+from simctg_fast.reference import attention, centered, crf, viterbi
 from simctg_fast.reference import candidate_select as reference_scan
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference_contrastive_loss
 
@@ -178,6 +179,19 @@ def select_truth(states: Tensor, history: Tensor, logits: Tensor) -> tuple[Tenso
     return chosen, winner, penalty, position, history
 
 
+def scan_centered(impl: str, states: Tensor, history: Tensor) -> tuple[Tensor, ...]:
+    seen = (torch.arange(LENGTH) < LENGTHS[:, None])[..., None]
+    shift = history[:, 0]
+    kept = history - shift[:, None]
+    sums = (kept * seen).float().sum(dim=1)
+    return centered_scan(states, shift, kept, kept.float().square().sum(-1), sums, LENGTH, None, impl, LENGTHS)
+
+
+def scan_centered_truth(states: Tensor, history: Tensor) -> tuple[Tensor, ...]:
+    rows = [centered.centered_scan(x, past[:n]) for x, past, n in zip(states, history, LENGTHS.tolist(), strict=True)]
+    return tuple(map(torch.stack, zip(*rows, strict=True)))
+
+
 def attend(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
     query, key, value, new_key, new_value = inputs
     return function(query, key, value, LENGTH, new_key, new_value, scaling=0.5, **options)
@@ -258,6 +272,10 @@ CASES = {
     "candidate_select": Case(
         ((BATCH, 3, WIDTH), STATES, (BATCH, 3)), select, select_truth,
         functions=(candidate_select,), operators=("candidate_select",),
+    ),
+    "centered_scan": Case(
+        ((BATCH, 3, WIDTH), STATES), scan_centered, scan_centered_truth,
+        functions=(centered_scan,), operators=("centered_scan",),
     ),
     "top_k_probs": Case(
         ((BATCH, VOCABULARY),),

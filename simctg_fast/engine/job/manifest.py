@@ -18,6 +18,7 @@ FORMAT = 2
 _LATER: dict[str, Any] = {
     "share_prefixes": True,
     "weights": None,
+    "center": False,
     "fsd_n": None,
     "fsd_beta": 0.9,
     "fsd_stop_tokens": [],
