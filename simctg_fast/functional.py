@@ -217,7 +217,7 @@ def contraclm_token_loss(
     check_choice("reduction", reduction, TOKEN_REDUCTIONS)
     real = _real_states(hidden_states, attention_mask)
     scale = 1.0 / check_positive("temperature", temperature)
-    losses = _contraclm_loss(hidden_states, hidden_states_2, real, scale, impl).sum(dim=(1, 2)) / 2
+    losses = _contraclm_loss(hidden_states, hidden_states_2, real, scale, impl) / 2
     count = real.sum(dim=1)
     if reduction == "sequences":
         losses = losses / count.clamp_min(1)
@@ -250,7 +250,8 @@ def cosine_regularization(
 
     Returns:
         A scalar; float32, or float64 for float64. A sequence of fewer than two real tokens adds 0 and is counted (the
-        metric `isotropy` leaves it out). NaN where a real state beside another is not finite. Differentiable as often as one likes.
+        metric `isotropy` leaves it out). NaN where a real state beside another is not finite.
+        Differentiable as often as one likes.
 
     Raises:
         TypeError: an argument that is no tensor. ValueError: a shape, dtype, layout, device or normalizer outside the

@@ -178,9 +178,7 @@ class ContraCLMTokenLoss(nn.Module):
         self.reduction = reduction
         self.impl = impl
 
-    def forward(
-        self, hidden_states: Tensor, hidden_states_2: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, hidden_states_2: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """A scalar from two views `(batch, length, width)` of the same tokens."""
         return contraclm_token_loss(
             hidden_states, hidden_states_2, attention_mask, self.temperature, self.reduction, impl=self.impl

@@ -1,22 +1,24 @@
 """ContraCLM's token-level loss without its matrix: the operator `simctg_fast::contraclm_loss`.
 
 Each sequence has two views of its tokens, and each of their states is to find its twin, the same token in the other
-view, among all other states of both. The loss of a sequence is a `self_loss` (`simcse.py`) over its real states, so
-what is kept for the backward pass is a log-sum-exp and a reciprocal norm a state. Off the GPU each sequence's real
-states are gathered and go through the blocks of `_simcse_torch.py`, one sequence after the other; the kernels take all
-sequences at once.
+view, among all other states of both. The loss of a sequence is a `self_loss` (`simcse.py`) over its real states, and
+all of them have one weight. So its gradient is known up to a factor: on the CPU it is made in the forward pass, where
+one is wanted, from the blocks that the log-sum-exps were taken of (as many as a fixed number holds; the others are
+computed again). The kernels, which take all sequences at once, and PyTorch off the CPU keep a log-sum-exp and a
+reciprocal norm a state, and compute the probabilities again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_devices
 from . import _simcse_torch as _tiled
-from ._autograd import define, register
+from ._autograd import define, register, tracked
 from ._contrastive_loss_torch import accumulator_dtype, full_precision
 from .contrastive_loss import check_states, dtype_obstacle
 from .dispatch import IMPLS, choose
@@ -26,8 +28,8 @@ Rows = Tensor | slice
 
 
 def contraclm_loss(first: Tensor, second: Tensor, real: Tensor, scale: float, impl: str) -> Tensor:
-    """``(B, 2, T)`` cross-entropies of ``scale * cosine`` of each real state to its twin among the others of its
-    sequence and of both views; 0 at padding and in sequences of fewer than two real tokens.
+    """``(B,)``: the sum over a sequence's real states, of both views, of the cross-entropy of ``scale * cosine`` to the
+    twin among the others; 0 for a sequence of fewer than two real tokens.
 
     Args:
         first, second: ``(B, T, D)``, the views; a zero vector has similarity 0 to everything and gradient 0.
@@ -36,7 +38,8 @@ def contraclm_loss(first: Tensor, second: Tensor, real: Tensor, scale: float, im
     Returns:
         float32, or float64 for float64.
     """
-    result: Tensor = torch.ops.simctg_fast.contraclm_loss(first, second, real, scale, impl)[0]
+    keep = tracked(first) or tracked(second)
+    result: Tensor = torch.ops.simctg_fast.contraclm_loss(first, second, real, scale, keep, impl)[0]
     return result
 
 
@@ -86,57 +89,85 @@ def _unit(views: tuple[Tensor, Tensor], item: int, rows: Rows, count: int, inver
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _outputs(first: Tensor) -> tuple[Tensor, ...]:
-    batch, length, _ = first.shape
-    return tuple(first.new_zeros((batch, 2, length), dtype=accumulator_dtype(first.dtype)) for _ in range(3))
+def _outputs(first: Tensor, keep: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses ``(B,)``; log-sum-exps and reciprocal norms, ``(B, 2, T)``; the gradient of the losses, ``(B, 2, T, D)``,
+    of no size where the backward pass makes it. Zeros."""
+    batch, length, width = first.shape
+    dtype = accumulator_dtype(first.dtype)
+    made = keep and first.device.type == "cpu" and impl != "triton"
+    losses, lse, inverse, gradient = (
+        first.new_zeros(shape, dtype=dtype)
+        for shape in ((batch,), *[(batch, 2, length)] * 2, (batch, 2, length, width) if made else (0, 2, length, width))
+    )
+    return losses, lse, inverse, gradient
 
 
-def _forward(first: Tensor, second: Tensor, real: Tensor, scale: float, impl: str) -> tuple[Tensor, ...]:
-    """Losses, log-sum-exps and reciprocal norms, ``(B, 2, T)``; the last two mean nothing where the first is 0 by
-    definition."""
+def _forward(first: Tensor, second: Tensor, real: Tensor, scale: float, keep: bool, impl: str) -> tuple[Tensor, ...]:
     _check(first, second, real, scale, impl)
     with full_precision(first.device):
+        losses, lse, inverse, gradient = _outputs(first, keep, impl)
         if _uses_kernels(impl, first):
-            return _kernels_forward(first, second, real, scale)
-        losses, lse, inverse = _outputs(first)
+            return *_kernels_forward(first, second, real, scale), gradient
         for item, rows, count in _sequences(real):
             own = torch.stack([_tiled.inverse_norms(view[item, rows]) for view in (first, second)])
             unit = _unit((first, second), item, rows, count, own)
-            sums = _tiled.self_forward(unit, scale).view(2, count)
-            twins = (unit[:count] * unit[count:]).sum(dim=1)
-            inverse[item][:, rows], lse[item][:, rows] = own, sums
-            losses[item][:, rows] = sums - scale * twins
-        return losses, lse, inverse
+            kept: list[Tensor] | None = [] if gradient.shape[0] else None
+            sums = _tiled.self_forward(unit, scale, kept)
+            twins = (unit[:count] * unit[count:]).sum()
+            losses[item] = sums.sum() - 2 * scale * twins
+            inverse[item][:, rows], lse[item][:, rows] = own, sums.view(2, count)
+            if kept is not None:
+                _gradient(torch.ones_like(losses[item]), unit, own, rows, sums, scale, gradient[item], kept)
+        return losses, lse, inverse, gradient
 
 
-def _fake(first, second, real, scale, impl):
+def _gradient(
+    grad: Tensor, unit: Tensor, inverse: Tensor, rows: Rows, lse: Tensor, scale: float, out: Any, kept: Any = ()
+) -> None:
+    """``grad`` times the gradient of a sequence's loss, into the rows of ``out``: ``(2, T, D)``, or two ``(T, D)``."""
+    gradient = _tiled.self_backward(grad.expand(unit.shape[0]), unit, lse, scale, kept)
+    count = unit.shape[0] // 2
+    parts = (slice(0, count), slice(count, 2 * count))
+    for part, twins in (parts, parts[::-1]):
+        gradient[part].addcmul_(unit[twins], -2 * scale * grad)
+    for view, part in enumerate(parts):
+        pulled = gradient[part], unit[part], inverse[view]
+        if isinstance(rows, slice):
+            _tangent(*pulled, out[view][rows])
+        else:
+            out[view][rows] = _tangent(*pulled, gradient[part]).to(out[view].dtype)
+
+
+def _fake(first, second, real, scale, keep, impl):
     _check(first, second, real, scale, impl)
-    return tuple(torch.empty_like(each) for each in _outputs(first))
+    return tuple(torch.empty_like(each) for each in _outputs(first, keep, impl))
 
 
 def _backward(
-    grad: Tensor, first: Tensor, second: Tensor, real: Tensor, lse: Tensor, inverse: Tensor, scale: float, impl: str
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    real: Tensor,
+    lse: Tensor,
+    inverse: Tensor,
+    gradient: Tensor,
+    scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     with full_precision(first.device):
+        grad = grad.to(lse.dtype)
+        if gradient.shape[0]:
+            factor = grad.view(-1, 1, 1)
+            left, right = ((gradient[:, view] * factor).to(first.dtype) for view in range(2))
+            return left, right
         if _uses_kernels(impl, first):
             return _kernels_backward(grad, first, second, real, lse, inverse, scale)
-        results = tuple(torch.zeros_like(view, memory_format=torch.contiguous_format) for view in (first, second))
+        left, right = (torch.zeros_like(view, memory_format=torch.contiguous_format) for view in (first, second))
         for item, rows, count in _sequences(real):
             own = inverse[item][:, rows]
             unit = _unit((first, second), item, rows, count, own)
-            weight = grad[item][:, rows].to(lse.dtype)
-            gradient = _tiled.self_backward(weight.flatten(), unit, lse[item][:, rows].flatten(), scale)
-            both = weight.sum(dim=0).mul_(-scale).unsqueeze(1)
-            parts = (slice(0, count), slice(count, 2 * count))
-            for part, twins in (parts, parts[::-1]):
-                gradient[part].addcmul_(unit[twins], both)
-            for view, part in enumerate(parts):
-                out, pulled = results[view][item], (gradient[part], unit[part], own[view])
-                if isinstance(rows, slice):
-                    _tangent(*pulled, out[rows])
-                else:
-                    out[rows] = _tangent(*pulled, gradient[part]).to(out.dtype)
-        return results[0], results[1]
+            _gradient(grad[item], unit, own, rows, lse[item][:, rows].flatten(), scale, (left[item], right[item]))
+        return left, right
 
 
 def _counted(real: Tensor) -> Tensor:
@@ -160,7 +191,7 @@ def _kernels_forward(first: Tensor, second: Tensor, real: Tensor, scale: float) 
     unit = _stacked(first, second, counted, inverse)
     lse = kernels.forward(unit, counted.flatten(1).to(torch.uint8), scale).unflatten(1, (2, length))
     twins = (unit[:, :length].to(lse.dtype) * unit[:, length:]).sum(dim=2, dtype=lse.dtype)
-    losses = (lse - scale * twins.unsqueeze(1)).masked_fill_(~counted, 0.0)
+    losses = (lse - scale * twins.unsqueeze(1)).masked_fill_(~counted, 0.0).sum(dim=(1, 2))
     return losses, lse.contiguous(), inverse
 
 
@@ -170,10 +201,10 @@ def _kernels_backward(
     from simctg_fast.kernels import contraclm as kernels
 
     length, counted = first.shape[1], _counted(real)
-    grad = grad.to(lse.dtype).masked_fill(~counted, 0.0)
     unit = _stacked(first, second, counted, inverse)
-    gradient = kernels.backward(grad.flatten(1), unit, lse.flatten(1), scale)
-    both = (grad.sum(dim=1) * -scale).unsqueeze(2).to(unit.dtype)
+    weight = (grad.view(-1, 1, 1) * counted).flatten(1)
+    gradient = kernels.backward(weight, unit, lse.flatten(1), scale)
+    both = (grad * (-2 * scale)).view(-1, 1, 1).to(unit.dtype)
     gradient[:, :length].addcmul_(unit[:, length:], both)
     gradient[:, length:].addcmul_(unit[:, :length], both)
     gradient = _tangent(gradient.flatten(0, 1), unit.flatten(0, 1), inverse.flatten(), gradient.flatten(0, 1))
@@ -182,7 +213,7 @@ def _kernels_backward(
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.impl = inputs
+    *tensors, ctx.scale, _, ctx.impl = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
@@ -201,7 +232,7 @@ def _second_setup(ctx, inputs, output) -> None:
 
 def _second(ctx, *directions):
     """Sequence by sequence; nothing is written in place, as under vmap a result may have a dimension more."""
-    grad, first, second, real, lse, inverse = ctx.saved_tensors
+    grad, first, second, real, lse, inverse, _ = ctx.saved_tensors
     views, changes, results = (first, second), [], ([], [])
     found = {item: (rows, count) for item, rows, count in _sequences(real)}
     for item in range(first.shape[0]):
@@ -220,9 +251,9 @@ def _second(ctx, *directions):
         direction = both([each[item] for each in directions])
         twins = torch.arange(2 * count, device=real.device).roll(count)
         of_grad, left, right = _second_derivative(
-            both(grad[item]), side, side, direction, direction, twins, both(lse[item]), ctx.scale, 0
+            grad[item].expand(2 * count), side, side, direction, direction, twins, both(lse[item]), ctx.scale, 0
         )
-        changes.append(torch.zeros_like(grad[item]).index_copy(1, where, of_grad.view(2, count)))
+        changes.append(of_grad.sum())
         for result, part in zip(results, (left + right).view(2, count, -1), strict=True):
             result.append(torch.zeros_like(first[item]).index_copy(0, where, part))
     if not changes:
@@ -231,13 +262,14 @@ def _second(ctx, *directions):
 
 
 define(
-    "contraclm_loss(Tensor first, Tensor second, Tensor real, float scale, str impl) -> (Tensor, Tensor, Tensor)",
+    "contraclm_loss(Tensor first, Tensor second, Tensor real, float scale, bool keep, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
 )
 define(
     "contraclm_loss_backward(Tensor grad, Tensor first, Tensor second, Tensor real, Tensor lse, Tensor inverse, "
-    "float scale, str impl) -> (Tensor, Tensor)",
+    "Tensor gradient, float scale, str impl) -> (Tensor, Tensor)",
     _backward,
     lambda grad, first, second, *_: (_contiguous_like(first), _contiguous_like(second)),
 )
