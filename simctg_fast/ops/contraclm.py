@@ -233,7 +233,8 @@ def _second_setup(ctx, inputs, output) -> None:
 def _second(ctx, *directions):
     """Sequence by sequence; nothing is written in place, as under vmap a result may have a dimension more."""
     grad, first, second, real, lse, inverse, _ = ctx.saved_tensors
-    views, changes, results = (first, second), [], ([], [])
+    views, changes = (first, second), []
+    results: tuple[list[Tensor], list[Tensor]] = ([], [])
     found = {item: (rows, count) for item, rows, count in _sequences(real)}
     for item in range(first.shape[0]):
         if item not in found:
