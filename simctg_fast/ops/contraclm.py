@@ -105,9 +105,10 @@ def _outputs(first: Tensor, keep: bool, impl: str) -> tuple[Tensor, Tensor, Tens
 def _forward(first: Tensor, second: Tensor, real: Tensor, scale: float, keep: bool, impl: str) -> tuple[Tensor, ...]:
     _check(first, second, real, scale, impl)
     with full_precision(first.device):
-        losses, lse, inverse, gradient = _outputs(first, keep, impl)
         if _uses_kernels(impl, first):
-            return *_kernels_forward(first, second, real, scale), gradient
+            losses, lse, inverse = _kernels_forward(first, second, real, scale)
+            return losses, lse, inverse, lse.new_empty((0, 2, *first.shape[1:]))
+        losses, lse, inverse, gradient = _outputs(first, keep, impl)
         for item, rows, count in _sequences(real):
             own = torch.stack([_tiled.inverse_norms(view[item, rows]) for view in (first, second)])
             unit = _unit((first, second), item, rows, count, own)
