@@ -114,8 +114,8 @@ def _forward(first: Tensor, second: Tensor, real: Tensor, scale: float, keep: bo
             unit = _unit((first, second), item, rows, count, own)
             kept: list[Tensor] | None = [] if gradient.shape[0] else None
             sums = _tiled.self_forward(unit, scale, kept)
-            twins = (unit[:count] * unit[count:]).sum()
-            losses[item] = sums.sum() - 2 * scale * twins
+            twins = (unit[:count] * unit[count:]).sum(dim=1)
+            losses[item] = (sums.view(2, count) - scale * twins).sum()  # large numbers that are nearly equal
             inverse[item][:, rows], lse[item][:, rows] = own, sums.view(2, count)
             if kept is not None:
                 _gradient(torch.ones_like(losses[item]), unit, own, rows, sums, scale, gradient[item], kept)
