@@ -3,6 +3,7 @@
     python benchmarks/losses.py                              # the CPU table: 8x256, 8x1024, 2x4096, fp32, width 768
     python benchmarks/losses.py --device cuda --dtype bf16   # the table of an H200
     python benchmarks/losses.py --simcse 1024,4096           # SimCSE instead
+    python benchmarks/losses.py --tokens                     # ContraCLM's token loss and the mean cosine instead
     python benchmarks/losses.py --crossover                  # the length up to which eager is faster than ours
     python benchmarks/losses.py --shapes 2x128x64 --repeats 2 --kinds mixed
 
@@ -10,7 +11,9 @@ Peers of the contrastive loss: `eager` (vectorised), `compile` (torch.compile of
 whose mask is built row by row on the host) and `tutorial` (the T5 tutorial's two functions, its own mean over all
 entries). Of SimCSE: `matmul` (normalise, one product, cross-entropy), `broadcast` (the usual code, (N, 1, d) against
 (1, N, d)), and sentence-transformers' loss where it is installed, which compares anchors with positives only; `ours,
-its loss` has the same value.
+its loss` has the same value. Of ContraCLM's token loss: `eager` (both views in one matrix a sequence), `compile` of
+it, and `published` (the arithmetic of the authors' code, sequence by sequence, exponentials without a maximum taken
+out); of the mean cosine: `eager`, over the matrix.
 
 Where a goal is set for a case it is printed beside what was reached.
 
@@ -42,12 +45,14 @@ from common import RESULTS, Row, append_csv, device_name, interleaved, quantiles
 from common import versions as module_versions
 from published_simctg_loss import SimCTGLoss
 
-from simctg_fast import contrastive_loss, simcse_unsup_loss
+from simctg_fast import contraclm_token_loss, contrastive_loss, cosine_regularization, simcse_unsup_loss
 from simctg_fast.functional import simcse_loss_from_embeddings
+from simctg_fast.reference import contraclm as contraclm_reference
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 from simctg_fast.reference.simcse import simcse_unsup_loss as simcse_reference
 
 CPU_SHAPES, CUDA_SHAPES = "8x256x768,8x1024x768,2x4096x768", "32x256x768,16x1024x768,4x4096x768,1x16384x4096"
+TOKEN_SHAPES = {"cpu": "1x1024x768,4x1024x768,2x2048x768", "cuda": "16x1024x768,4x4096x768"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BIAS = {"isotropic": 0.0, "mixed": 1.0, "biased": 1.5}
 MODES = ("forward", "backward", "both")
@@ -78,6 +83,10 @@ SIMCSE_GOALS = {
     ("cpu", "fp32"): {1024: {"broadcast": 5.0}, 4096: {"matmul": 1.2}},
     ("cuda", "bf16"): {1024: {"matmul": 1.0}, 2048: {"matmul": 1.0}, 32768: {"matmul": 1.5}},
     ("cuda", "fp32"): {1024: {"matmul": 1.0}, 2048: {"matmul": 1.0}, 32768: {"matmul": 3.5}},
+}
+TOKEN_GOALS = {
+    ("cpu", "fp32"): {"1x1024x768": {"eager": 3.0}, "4x1024x768": {"eager": 3.0}},
+    ("cuda", "bf16"): {"16x1024x768": {"eager": 3.0}},
 }
 
 
@@ -135,6 +144,53 @@ def simcse_providers(rows: int, device: str) -> dict[str, Loss]:
         providers["sentence-transformers"] = peer
         providers["ours, its loss"] = lambda embeddings: simcse_loss_from_embeddings(embeddings[0::2], embeddings[1::2])
     return providers
+
+
+def eager_contraclm(views: Tensor) -> Tensor:
+    """Both views of each sequence in one matrix."""
+    length = views.shape[2]
+    unit = F.normalize(torch.cat([views[0], views[1]], dim=1), dim=-1)
+    logits = unit @ unit.mT / 0.05
+    twins = logits.diagonal(length, dim1=1, dim2=2)
+    own = torch.eye(2 * length, dtype=torch.bool, device=views.device)
+    return (logits.masked_fill(own, -torch.inf).logsumexp(dim=-1) - torch.cat([twins, twins], dim=1)).mean()
+
+
+def published_contraclm(views: Tensor) -> Tensor:
+    """The arithmetic of the authors' code: all but a state and its twin are negatives, the twin is added to them."""
+    losses = []
+    for first, second in zip(views[0], views[1], strict=True):
+        first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
+        both, length = torch.cat([first, second]), len(first)
+        negatives = ~torch.eye(length, dtype=torch.bool, device=views.device).repeat(2, 2)
+        positive = ((first * second).sum(dim=-1).float() / 0.05).exp().repeat(2)
+        others = ((both @ both.T).float() / 0.05).exp().masked_select(negatives).view(2 * length, -1).sum(dim=-1)
+        losses.append(-(positive / (others + positive)).log().mean())
+    return torch.stack(losses).mean()
+
+
+def eager_cosines(views: Tensor) -> Tensor:
+    unit = F.normalize(views.flatten(0, 1), dim=-1)
+    length = unit.shape[1]
+    own = torch.eye(length, dtype=torch.bool, device=views.device)
+    return (unit @ unit.mT).masked_fill(own, 0.0).sum() / (len(unit) * length * (length - 1))
+
+
+def token_providers(names: list[str], impl: str, backend: str = "inductor") -> dict[str, dict[str, Loss]]:
+    """Losses of two views ``(2, B, T, D)``: ContraCLM's, and the mean cosine of either view."""
+    providers: dict[str, Loss] = {
+        "ours": lambda views: contraclm_token_loss(views[0], views[1], impl=impl),
+        "eager": eager_contraclm,
+    }
+    if "compile" in names:
+        torch._dynamo.reset()
+        providers["compile"] = torch.compile(eager_contraclm, dynamic=False, backend=backend)
+    providers["published"] = published_contraclm
+    cosines: dict[str, Loss] = {"ours": lambda v: cosine_regularization(v.flatten(0, 1)), "eager": eager_cosines}
+    return {
+        "contraclm_token_loss": {name: loss for name, loss in providers.items() if name in names},
+        "cosine_regularization": {name: loss for name, loss in cosines.items() if name in names},
+    }
 
 
 def sentence_transformers_loss() -> Loss | None:
@@ -354,6 +410,41 @@ def run_simcse(args: argparse.Namespace) -> bool:
     return passed
 
 
+TOKEN_TRUTHS: dict[str, tuple[Loss, Loss]] = {
+    "contraclm_token_loss": (lambda v: contraclm_reference.contraclm_token_loss(v[0], v[1]), eager_contraclm),
+    "cosine_regularization": (lambda v: contraclm_reference.cosine_regularization(v.flatten(0, 1)), eager_cosines),
+}
+
+
+def tokens_agree(kernel: str, ours: Loss, views: Tensor) -> bool:
+    """Against loops over pairs for a few tokens, which are held against the matrix in turn, and that for a sequence."""
+    loops, matrix = TOKEN_TRUTHS[kernel]
+    few, whole = views[:, :2, :24], views[:, :1, :2048]
+    return agrees(ours, matrix, loops, few) and agrees(ours, matrix, matrix, whole)
+
+
+def token_views(size: tuple[int, ...]) -> Tensor:
+    """``(2, B, T, D)``: tokens in a cone, as those of a language model are, twins nearer than others."""
+    torch.manual_seed(0)
+    states = torch.randn(size) + BIAS["biased"] * torch.randn(size[-1])
+    return torch.stack([states, states + 0.6 * torch.randn(size)])
+
+
+def run_tokens(args: argparse.Namespace) -> bool:
+    passed = True
+    for shape in args.shapes.split(","):
+        views = token_views(tuple(int(n) for n in shape.split("x"))).to(args.device, DTYPES[args.dtype])
+        for kernel, providers in token_providers(args.peers.split(","), args.impl).items():
+            if not tokens_agree(kernel, providers["ours"], views):
+                print(f"\n{kernel} {shape}: WRONG, not measured", flush=True)
+                passed = False
+                continue
+            goals = TOKEN_GOALS.get((args.device, args.dtype), {}).get(shape, {})
+            goals = goals if kernel == "contraclm_token_loss" else {}
+            compare(kernel, f"{kernel} {shape} {args.dtype}", providers, views, args, goals)
+    return passed
+
+
 def run_crossover(args: argparse.Namespace) -> bool:
     """Where eager stops being faster; rows of the CSV too."""
     now, width = stopwatch(args.device, args.clock), 768
@@ -396,6 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", default="ours,eager,compile,published,tutorial,broadcast")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--simcse", help="numbers of rows: measure SimCSE instead")
+    parser.add_argument("--tokens", action="store_true", help="measure ContraCLM's token loss and the mean cosine")
     parser.add_argument("--crossover", action="store_true")
     parser.add_argument("--repeats", type=int, help="rounds; default 5, cuda 20")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -404,13 +496,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", default=str(RESULTS / "losses.csv"))
     args = parser.parse_args(arguments)
     args.repeats = args.repeats or (20 if args.device == "cuda" else 5)
+    if args.tokens:
+        args.shapes = args.shapes or TOKEN_SHAPES[args.device]
     args.shapes = args.shapes or (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch finds no CUDA device")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.precision)
     print(f"{device_name()}, {args.threads} threads, {module_versions('triton')}")
-    run = run_crossover if args.crossover else run_simcse if args.simcse else run_contrastive
+    chosen = {run_crossover: args.crossover, run_simcse: args.simcse, run_tokens: args.tokens, run_contrastive: True}
+    run = next(run for run, wanted in chosen.items() if wanted)
     return 0 if run(args) else 1
 
 

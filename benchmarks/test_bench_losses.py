@@ -45,3 +45,22 @@ def test_simcse(benchmark, provider):
     assert losses.agrees(providers["ours"], losses.simcse_reference, losses.simcse_reference, data)
     benchmark.group = "SimCSE"
     benchmark.pedantic(step, (providers[provider], data), rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("provider", ["ours", "eager", "compile", "published"])
+def test_contraclm(benchmark, provider):
+    data = losses.token_views((2, 128, 64)).to(DEVICE)
+    providers = losses.token_providers(["ours", provider], "auto")["contraclm_token_loss"]
+    assert losses.tokens_agree("contraclm_token_loss", providers["ours"], data)
+    assert losses.agrees(providers[provider], losses.eager_contraclm, losses.eager_contraclm, data)
+    benchmark.group = "ContraCLM, token level"
+    benchmark.pedantic(step, (providers[provider], data), rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("provider", ["ours", "eager"])
+def test_cosine_regularization(benchmark, provider):
+    data = losses.token_views((2, 128, 64)).to(DEVICE)
+    providers = losses.token_providers(["ours", provider], "auto")["cosine_regularization"]
+    assert losses.tokens_agree("cosine_regularization", providers["ours"], data)
+    benchmark.group = "mean cosine"
+    benchmark.pedantic(step, (providers[provider], data), rounds=5, warmup_rounds=1)

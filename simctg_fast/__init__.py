@@ -30,11 +30,15 @@ if TYPE_CHECKING:
     from .decoding.report import SupportReport as SupportReport
     from .decoding.support import support as support
     from .engine.engine import Engine as Engine
+    from .functional import contraclm_token_loss as contraclm_token_loss
     from .functional import contrastive_loss as contrastive_loss
+    from .functional import cosine_regularization as cosine_regularization
     from .functional import cosine_similarity_matrix as cosine_similarity_matrix
     from .functional import simcse_sup_loss as simcse_sup_loss
     from .functional import simcse_unsup_loss as simcse_unsup_loss
     from .functional import viterbi_backtrace as viterbi_backtrace
+    from .losses import ContraCLMTokenLoss as ContraCLMTokenLoss
+    from .losses import CosReg as CosReg
     from .losses import SimCSELoss as SimCSELoss
     from .losses import SimCTGLoss as SimCTGLoss
     from .ops import backend_info as backend_info
@@ -56,10 +60,10 @@ _MODULES = {
     ),
     "engine": ("Engine",),
     "functional": (
-        *("contrastive_loss", "cosine_similarity_matrix", "simcse_sup_loss", "simcse_unsup_loss"),
-        "viterbi_backtrace",
+        *("contraclm_token_loss", "contrastive_loss", "cosine_regularization", "cosine_similarity_matrix"),
+        *("simcse_sup_loss", "simcse_unsup_loss", "viterbi_backtrace"),
     ),
-    "losses": ("SimCSELoss", "SimCTGLoss"),
+    "losses": ("ContraCLMTokenLoss", "CosReg", "SimCSELoss", "SimCTGLoss"),
     "ops": ("backend_info",),
     "plain": ("generate",),
     "text.contrastive_generator": ("ContrastiveGenerator",),

@@ -292,10 +292,17 @@ def train(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     validation: Annotated[str | None, typer.Option(help="Held-out texts, as --data.")] = None,
-    margin: Annotated[float, typer.Option(help="Of the contrastive loss, -1 to 1.")] = 0.5,
-    reduction: Annotated[str, typer.Option(help="Of the contrastive loss: pairs, paper or dense.")] = "pairs",
+    loss: Annotated[
+        str, typer.Option(help="Beside the likelihood: simctg (contrastive), contraclm (token level) or cosreg.")
+    ] = "simctg",
+    margin: Annotated[float | None, typer.Option(help="Of simctg, -1 to 1; by default 0.5.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of contraclm; by default 0.05.")] = None,
+    reduction: Annotated[
+        str | None,
+        typer.Option(help="Of simctg: pairs (default), paper or dense; of contraclm: sequences (default) or tokens."),
+    ] = None,
     contrastive_weight: Annotated[
-        float, typer.Option(help="Factor of the contrastive loss; 0: likelihood alone.")
+        float, typer.Option(help="Factor of the loss beside the likelihood; 0: likelihood alone.")
     ] = 1.0,
     max_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
     pack: Annotated[bool, typer.Option("--pack", help="Join short texts into sequences of full length.")] = False,
@@ -318,7 +325,7 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what the folder holds of a run.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Fine-tune a model with likelihood and contrastive loss. A run that was killed goes on when started again."""
+    """Fine-tune a model with likelihood and a contrastive loss. A run that was killed goes on when started again."""
     name = _the_model(model, model_option)
     with _progress("loading"):  # torch, transformers and accelerate: seconds
         from .training.run import TrainingOptions, last_checkpoint

@@ -8,22 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_margin, check_positive, check_weight, is_integer, is_number
+from .checks import check_choice, check_devices, check_margin, check_positive, check_weight, is_integer, is_number
 from .distributed import gather_columns, sum_over_processes, world_size
-from .ops._contrastive_loss_torch import accumulator_dtype
-from .ops.contrastive_loss import REDUCTIONS, check_mask
+from .ops._contrastive_loss_torch import accumulator_dtype, full_precision
+from .ops.contraclm import contraclm_loss as _contraclm_loss
+from .ops.contrastive_loss import REDUCTIONS, check_mask, check_states
 from .ops.contrastive_loss import contrastive_loss as _contrastive_loss
 from .ops.cosine_similarity import cosine_similarity_matrix as _cosine_similarity_matrix
 from .ops.dispatch import IMPLS
 from .ops.simcse import pair_loss as _pair_loss
 from .ops.simcse import self_loss as _self_loss
+from .ops.simcse import unit_vectors
 from .ops.viterbi_backtrace import IMPLS as _VITERBI_IMPLS
 from .ops.viterbi_backtrace import viterbi_backtrace as _viterbi_backtrace
 from .ranking import ranking_loss
 
 __all__ = [
+    "contraclm_token_loss",
+    "contraclm_token_loss_items",
     "contrastive_loss",
     "contrastive_loss_items",
+    "cosine_regularization",
     "cosine_similarity_matrix",
     "info_nce",
     "simcse_loss_from_embeddings",
@@ -31,6 +36,8 @@ __all__ = [
     "simcse_unsup_loss",
     "viterbi_backtrace",
 ]
+
+TOKEN_REDUCTIONS = ("sequences", "tokens")
 
 
 def viterbi_backtrace(
@@ -162,6 +169,130 @@ def contrastive_loss_items(attention_mask: Tensor, reduction: str = "pairs") -> 
         return torch.full((), attention_mask.shape[0], dtype=torch.int64, device=attention_mask.device)
     tokens = (attention_mask != 0).sum(dim=1)
     return (tokens * (tokens - 1)).sum()
+
+
+def contraclm_token_loss(
+    hidden_states: Tensor,
+    hidden_states_2: Tensor,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.05,
+    reduction: str = "sequences",
+    *,
+    normalizer: Tensor | float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """ContraCLM's token-level loss: two views of a sequence, as dropout makes them; each state is to find its twin.
+
+    For each of the ``2 n`` real states of a sequence: the cross-entropy, with cosine / temperature as logits, of its
+    twin (the same token in the other view) among the ``2 n - 1`` other real states of both views of that sequence. So
+    the twin is in the denominator once, the state itself is not, and other sequences and padding are not either.
+
+    Args:
+        hidden_states, hidden_states_2: `(batch, length, width)`, any floating dtype, the same of both, not yet
+            normalised; a zero vector has similarity 0 to everything and gradient 0. From two passes in training mode.
+        attention_mask: `(batch, length)`, non-zero at real tokens; padding may be anywhere. None: all are real.
+        temperature: from 1e-30 to 1e30.
+        reduction: ``"sequences"`` is the mean over the states of each sequence, then over the sequences, as published;
+            ``"tokens"`` the mean over the states of all sequences together.
+        normalizer: replaces the count that the reduction divides by (sequences, or real tokens), as in
+            :func:`contrastive_loss`; see :func:`contraclm_token_loss_items`.
+        impl: as in :func:`contrastive_loss`; ``"cpu"`` and ``"torch"`` are one implementation here.
+
+    Returns:
+        A scalar; float32, or float64 for float64. A sequence of fewer than two real tokens adds 0 with a zero gradient,
+        and is counted. NaN where a real state, in a sequence of two or more, is not finite.
+
+    Raises:
+        TypeError: `hidden_states`, `hidden_states_2` or `attention_mask` is no tensor; a temperature that is no number.
+        ValueError: a shape, dtype, layout, device, temperature, reduction, normalizer or impl outside the above.
+
+    Source: Jain et al. 2023, "ContraCLM: Contrastive Learning For Causal Language Model". The authors' code takes both
+    the state and its twin out of the sum of the negatives and then adds the twin, once, to the denominator; it leaves
+    padding out, averages over the ``2 n`` states of a sequence and then over the sequences. The default is that value,
+    but for a sequence without real tokens, which makes theirs NaN, and where an exponential overflows theirs. Memory
+    linear in the length; differentiable as :func:`info_nce`.
+    """
+    require_tensor("hidden_states", hidden_states)
+    require_tensor("hidden_states_2", hidden_states_2)
+    check_choice("reduction", reduction, TOKEN_REDUCTIONS)
+    real = _real_states(hidden_states, attention_mask)
+    scale = 1.0 / check_positive("temperature", temperature)
+    losses = _contraclm_loss(hidden_states, hidden_states_2, real, scale, impl) / 2
+    count = real.sum(dim=1)
+    if reduction == "sequences":
+        losses = losses / count.clamp_min(1)
+    if normalizer is None:
+        return losses.sum() / (count.sum().clamp_min(1) if reduction == "tokens" else max(1, real.shape[0]))
+    return _divide(losses.sum(), _normalizer(normalizer, hidden_states))
+
+
+def contraclm_token_loss_items(attention_mask: Tensor, reduction: str = "sequences") -> Tensor:
+    """What `contraclm_token_loss` divides by, as :func:`contrastive_loss_items`: sequences, or real tokens."""
+    check_choice("reduction", reduction, TOKEN_REDUCTIONS)
+    if reduction == "sequences":
+        return contrastive_loss_items(attention_mask, "paper")
+    contrastive_loss_items(attention_mask)  # the same checks
+    return (attention_mask != 0).sum()
+
+
+def cosine_regularization(
+    hidden_states: Tensor, attention_mask: Tensor | None = None, *, normalizer: Tensor | float | None = None
+) -> Tensor:
+    """Mean cosine of the pairs of different real tokens of each sequence, averaged over the sequences: 1 - isotropy.
+
+    ``(|sum h|² - sum |h|²) / (n (n - 1))`` over unit vectors h, so in time and memory linear in the length.
+
+    Args:
+        hidden_states: `(batch, length, width)`, any floating dtype; a zero vector has cosine 0 to everything.
+        attention_mask: `(batch, length)`, non-zero at real tokens; padding may be anywhere. None: all are real.
+        normalizer: replaces the number of sequences that the sum is divided by, as in :func:`contrastive_loss`; that
+            number is ``contrastive_loss_items(attention_mask, "paper")``.
+
+    Returns:
+        A scalar; float32, or float64 for float64. A sequence of fewer than two real tokens adds 0 and is counted (the
+        metric `isotropy` leaves it out). NaN where a real state beside another is not finite.
+        Differentiable as often as one likes.
+
+    Raises:
+        TypeError: an argument that is no tensor. ValueError: a shape, dtype, layout, device or normalizer outside the
+            above.
+
+    Source: Gao et al. 2019, "Representation Degeneration Problem in Training Natural Language Generation Models", who
+    regularise word embeddings and divide by n² where this divides by the number of pairs; here for hidden states.
+    """
+    require_tensor("hidden_states", hidden_states)
+    check_states(hidden_states)
+    real = _real_states(hidden_states, attention_mask)
+    with full_precision(hidden_states.device):
+        count = real.sum(dim=1)
+        counted = real & (count >= 2).unsqueeze(1)
+        unit = unit_vectors(hidden_states.masked_fill(~counted.unsqueeze(-1), 0.0))
+        pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
+        cosines = pairs / (count * (count - 1)).clamp_min(1)
+        if normalizer is None:
+            return cosines.sum() / max(1, real.shape[0])
+        return _divide(cosines.sum(), _normalizer(normalizer, hidden_states))
+
+
+def _real_states(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``(batch, length)`` bool; shapes that do not fit are left to others."""
+    if attention_mask is None:
+        return torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+    require_tensor("attention_mask", attention_mask)
+    check_mask(attention_mask)
+    if attention_mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, must be {tuple(hidden_states.shape[:2])} "
+            "as hidden_states has"
+        )
+    check_devices("hidden_states", hidden_states, attention_mask=attention_mask)
+    return attention_mask != 0
+
+
+def _divide(total: Tensor, count: Tensor) -> Tensor:
+    """A batch with nothing in it over a count of 0 is 0."""
+    empty = (count == 0) & (total == 0)
+    return total / count.to(total.dtype).masked_fill(empty, 1.0)
 
 
 def cosine_similarity_matrix(hidden_states: Tensor | Sequence[Tensor], *, impl: str = "auto") -> Tensor:

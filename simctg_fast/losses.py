@@ -9,11 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_choice, check_devices, check_margin, check_positive, check_weight, is_integer
-from .functional import contrastive_loss, require_tensor, simcse_sup_loss, simcse_unsup_loss
+from .functional import (
+    TOKEN_REDUCTIONS,
+    contraclm_token_loss,
+    contrastive_loss,
+    cosine_regularization,
+    require_tensor,
+    simcse_sup_loss,
+    simcse_unsup_loss,
+)
 from .ops.contrastive_loss import REDUCTIONS
 from .ops.dispatch import IMPLS
 
-__all__ = ["ContrastiveLoss", "SimCSELoss", "SimCTGLoss", "padding_mask"]
+__all__ = ["ContraCLMTokenLoss", "ContrastiveLoss", "CosReg", "SimCSELoss", "SimCTGLoss", "padding_mask"]
 
 
 def padding_mask(tokens: Tensor, pad_token_id: int, ignore_index: int = -100) -> Tensor:
@@ -157,6 +165,35 @@ class ContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, reduction={self.reduction!r}"
+
+
+class ContraCLMTokenLoss(nn.Module):
+    """:func:`simctg_fast.contraclm_token_loss` as a module."""
+
+    def __init__(self, temperature: float = 0.05, reduction: str = "sequences", *, impl: str = "auto"):
+        super().__init__()
+        self.temperature = check_positive("temperature", temperature)
+        check_choice("reduction", reduction, TOKEN_REDUCTIONS)
+        check_choice("impl", impl, IMPLS)
+        self.reduction = reduction
+        self.impl = impl
+
+    def forward(self, hidden_states: Tensor, hidden_states_2: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """A scalar from two views `(batch, length, width)` of the same tokens."""
+        return contraclm_token_loss(
+            hidden_states, hidden_states_2, attention_mask, self.temperature, self.reduction, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+
+
+class CosReg(nn.Module):
+    """:func:`simctg_fast.cosine_regularization` as a module."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """A scalar from `(batch, length, width)`."""
+        return cosine_regularization(hidden_states, attention_mask)
 
 
 class SimCSELoss(nn.Module):

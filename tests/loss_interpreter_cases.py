@@ -15,9 +15,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from simctg_fast.functional import contrastive_loss, cosine_similarity_matrix, simcse_sup_loss, simcse_unsup_loss
+from simctg_fast.functional import (
+    contraclm_token_loss,
+    contrastive_loss,
+    cosine_similarity_matrix,
+    simcse_sup_loss,
+    simcse_unsup_loss,
+)
 from simctg_fast.ops.simcse import pair_loss
 from simctg_fast.ranking import ranking_loss
+from simctg_fast.reference import contraclm as contraclm_reference
 from simctg_fast.reference import simcse as simcse_reference
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 
@@ -123,6 +130,28 @@ def simcse(rows, width, dtype, supervised, temperature) -> dict[str, float]:
     theirs = simcse_reference.simcse_sup_loss if supervised else simcse_reference.simcse_unsup_loss
     truth, gradient = gradient_of(lambda e: theirs(e, temperature), embeddings.double())
     loss, got = gradient_of(lambda e: mine(e, temperature=temperature, impl="triton"), embeddings)
+    return {"loss": float((loss - truth).abs() / truth), "gradient": relative(got, gradient)}
+
+
+def contraclm(shape, dtype, temperature, strip=None) -> dict[str, float]:
+    """Padding on the left, on the right and in the middle, a single token, and NaN where nothing is real."""
+    from simctg_fast.kernels import contraclm as kernels
+
+    if strip is not None:
+        kernels._STRIP_ELEMENTS = strip
+    batch, length, _ = shape
+    views = (torch.randn(2, *shape) * 0.4 + torch.randn(shape) + 0.3).to(DTYPES[dtype])
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, : length // 4] = mask[0, length // 2] = mask[-1, 1:] = 0
+    if batch > 2:
+        mask[1, length - length // 3 :] = 0
+    views[0, 0, length - 2] = 0.0
+    junk = views.masked_fill(mask[..., None] == 0, float("nan"))
+    factor = float(length)
+    truth, gradient = gradient_of(
+        lambda v: contraclm_reference.contraclm_token_loss(v[0], v[1], mask, temperature), views.double(), factor
+    )
+    loss, got = gradient_of(lambda v: contraclm_token_loss(v[0], v[1], mask, temperature, impl="triton"), junk, factor)
     return {"loss": float((loss - truth).abs() / truth), "gradient": relative(got, gradient)}
 
 

@@ -8,13 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_margin, is_number
+from ..checks import check_choice, check_margin, check_positive, is_number
+from ..functional import TOKEN_REDUCTIONS
 from ..ops.contrastive_loss import REDUCTIONS
 from ..ops.dispatch import IMPLS
 
 IGNORE_INDEX = -100
 # Present where several sequences lie in one row; their hidden states must not be compared with each other.
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+# What stands beside the likelihood: its own settings with their defaults, and what logs call it.
+LOSSES: dict[str, dict[str, Any]] = {
+    "simctg": {"margin": 0.5, "reduction": "pairs"},
+    "contraclm": {"temperature": 0.05, "reduction": "sequences"},
+    "cosreg": {},
+}
+TERMS = {"simctg": "contrastive_loss", "contraclm": "contraclm_loss", "cosreg": "cosreg_loss"}
+
+
+def loss_settings(
+    loss: str,
+    margin: float | None,
+    reduction: str | None,
+    temperature: float | None,
+    contrastive_weight: float,
+    impl: str = "auto",
+) -> dict[str, Any]:
+    """The settings of a loss, all three of them: the loss's own default in place of None, None where it has none.
+
+    Raises:
+        ValueError: an unknown loss, a value outside its range, or one of a setting that the loss does not have.
+        TypeError: a temperature that is no number.
+    """
+    check_choice("loss", loss, tuple(LOSSES))
+    given = {"margin": margin, "reduction": reduction, "temperature": temperature}
+    for name, value in given.items():
+        if value is not None and name not in LOSSES[loss]:
+            raise ValueError(f"{name} is {value!r:.80}, must be left out with loss={loss!r}, which has none")
+    settings: dict[str, Any] = {
+        name: LOSSES[loss].get(name) if value is None else value for name, value in given.items()
+    }
+    if loss == "contraclm":
+        check_choice("reduction", settings["reduction"], TOKEN_REDUCTIONS)
+        settings["temperature"] = check_positive("temperature", settings["temperature"])
+    checked = settings if loss == "simctg" else LOSSES["simctg"]
+    check_loss_settings(checked["margin"], checked["reduction"], contrastive_weight, impl)
+    return settings
 
 
 def check_loss_settings(margin: float, reduction: str, contrastive_weight: float, impl: str = "auto") -> None:

@@ -1,4 +1,4 @@
-"""SimCTG with the Hugging Face Trainer: likelihood plus ``contrastive_weight`` times the contrastive loss.
+"""The Hugging Face Trainer with likelihood plus ``contrastive_weight`` times the contrastive loss, or another.
 
 `SimCTGTrainer` is exact: gradient accumulation and several processes give the gradient of one big batch.
 `SimCTGComputeLoss` plugs into a plain Trainer through ``compute_loss_func`` and is an approximation.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,23 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from ..decoding.caches import CACHE_NAME
 from ..distributed import sum_over_processes, world_size
-from ..functional import contrastive_loss, contrastive_loss_items
-from ._batch import IGNORE_INDEX, check_lengths, check_loss_settings, count_labels, isotropy_sums, real_tokens
+from ..functional import (
+    contraclm_token_loss,
+    contraclm_token_loss_items,
+    contrastive_loss,
+    contrastive_loss_items,
+    cosine_regularization,
+)
+from ._batch import (
+    IGNORE_INDEX,
+    TERMS,
+    check_lengths,
+    check_loss_settings,
+    count_labels,
+    isotropy_sums,
+    loss_settings,
+    real_tokens,
+)
 
 __all__ = ["SimCTGComputeLoss", "SimCTGSeq2SeqTrainer", "SimCTGTrainer", "SimCTGTrainerMixin"]
 
@@ -41,27 +57,38 @@ class SimCTGTrainerMixin(_Base):
     """Puts the loss into any `Trainer`: ``class MyTrainer(SimCTGTrainerMixin, Trainer)``.
 
     Args:
-        margin: in [-1, 1].
-        reduction: ``"pairs"``, ``"paper"`` or ``"dense"``, see :func:`simctg_fast.contrastive_loss`.
-        contrastive_weight: factor of the contrastive term, at least 0.
+        loss: what stands beside the likelihood: ``"simctg"``, the contrastive loss; ``"contraclm"``, ContraCLM's
+            token-level loss, see :func:`simctg_fast.contraclm_token_loss`; or ``"cosreg"``, the mean cosine, see
+            :func:`simctg_fast.cosine_regularization`.
+        margin: of ``"simctg"``, in [-1, 1]; None: 0.5.
+        reduction: of ``"simctg"`` ``"pairs"`` (None), ``"paper"`` or ``"dense"``, see
+            :func:`simctg_fast.contrastive_loss`; of ``"contraclm"`` ``"sequences"`` (None) or ``"tokens"``.
+        temperature: of ``"contraclm"``, from 1e-30 to 1e30; None: 0.05.
+        contrastive_weight: factor of the loss beside the likelihood, at least 0.
         impl: as in :func:`simctg_fast.contrastive_loss`.
         All other arguments are Trainer's.
 
     What the terms are divided by is counted over the whole accumulated batch and all processes: the likelihood by the
-    labels that count, ``"pairs"`` by the pairs of real tokens, ``"paper"`` by the sequences. ``"dense"`` counts
-    padding, whose amount depends on how the batch was cut, so it is refused where there is more than one piece. Real
-    tokens are those of ``attention_mask``; for an encoder-decoder the labels that are not -100.
+    labels that count, ``"pairs"`` by the pairs of real tokens, ``"tokens"`` by the real tokens, ``"paper"``,
+    ``"sequences"`` and ``"cosreg"`` by the sequences. ``"dense"`` counts padding, whose amount depends on how the batch
+    was cut, so it is refused where there is more than one piece. Real tokens are those of ``attention_mask``; for an
+    encoder-decoder the labels that are not -100.
+
+    ``"contraclm"`` takes a second forward pass a training step, whose dropout makes the second view; a model without
+    dropout gives the same view twice. In evaluation, without dropout, the one view is compared with itself.
 
     The likelihood is the model's own loss (or that of Trainer's ``compute_loss_func`` or label smoothing), asked for as
     the mean over the micro-batch and weighted by its labels here: many models, T5 and BART among them, take
     ``num_items_in_batch`` and ignore it.
 
-    Training logs carry ``mle_loss``, ``contrastive_loss`` (unweighted) and ``isotropy`` beside ``loss``, evaluation
-    ``eval_mle_loss`` and ``eval_contrastive_loss``. Hidden states are not gathered in evaluation.
+    Training logs carry ``mle_loss``, ``contrastive_loss`` (unweighted; ``contraclm_loss`` or ``cosreg_loss``) and
+    ``isotropy`` beside ``loss``, evaluation ``eval_mle_loss`` and ``eval_contrastive_loss``. Hidden states are not
+    gathered in evaluation.
 
     Raises:
-        ValueError: a setting outside the above; ``"dense"`` with accumulation or several processes; several GPUs in one
-            process; a batch whose rows hold several sequences each.
+        TypeError: a temperature that is no number.
+        ValueError: a setting outside the above, or one that the loss does not have; ``"dense"`` with accumulation or
+            several processes; several GPUs in one process; a batch whose rows hold several sequences each.
     """
 
     # The loss is divided by the counts of the whole accumulated batch; Trainer must not divide it again.
@@ -70,15 +97,18 @@ class SimCTGTrainerMixin(_Base):
     def __init__(
         self,
         *args: Any,
-        margin: float = 0.5,
-        reduction: str = "pairs",
+        loss: str = "simctg",
+        margin: float | None = None,
+        reduction: str | None = None,
+        temperature: float | None = None,
         contrastive_weight: float = 1.0,
         impl: str = "auto",
         **kwargs: Any,
     ):
-        check_loss_settings(margin, reduction, contrastive_weight, impl)
+        settings = loss_settings(loss, margin, reduction, temperature, contrastive_weight, impl)
         super().__init__(*args, **kwargs)
-        self.margin, self.reduction, self.contrastive_weight, self.impl = margin, reduction, contrastive_weight, impl
+        self.loss, self.contrastive_weight, self.impl = loss, contrastive_weight, impl
+        self.margin, self.reduction, self.temperature = (settings[n] for n in ("margin", "reduction", "temperature"))
         self._totals: tuple[Tensor, Tensor] | None = None
         self._micro_batches_left = 0
         self._train_sums: Tensor | None = None
@@ -95,7 +125,7 @@ class SimCTGTrainerMixin(_Base):
             raise ValueError(f"{self.args.n_gpu} GPUs in one process; start one process a GPU (torchrun) instead")
         for what in ("get_cp_size", "get_sp_size"):
             if hasattr(self, what) and getattr(self, what)() > 1:
-                raise ValueError("the contrastive loss compares all tokens of a sequence: no sequence parallelism")
+                raise ValueError(f"loss={loss!r} compares all tokens of a sequence: no sequence parallelism")
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -112,8 +142,12 @@ class SimCTGTrainerMixin(_Base):
         return batches, num_items
 
     def _count(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Labels and pairs (or sequences) of a micro-batch."""
-        items = contrastive_loss_items(real_tokens(batch, self._is_encoder_decoder), self.reduction)
+        """Labels and pairs (or sequences, or real tokens) of a micro-batch."""
+        mask = real_tokens(batch, self._is_encoder_decoder)
+        if self.loss == "contraclm":
+            items = contraclm_token_loss_items(mask, self.reduction)
+        else:
+            items = contrastive_loss_items(mask, "paper" if self.loss == "cosreg" else self.reduction)
         return count_labels(batch, shifted=not self._is_encoder_decoder), items
 
     def compute_loss(
@@ -124,21 +158,24 @@ class SimCTGTrainerMixin(_Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         mask, (labels, _) = real_tokens(inputs, self._is_encoder_decoder), self._count(inputs)
+        given = inputs
         inputs = {**inputs, "output_hidden_states": _LAST_LAYER}
         mle, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=None)
-        states = outputs["decoder_hidden_states" if self._is_encoder_decoder else "hidden_states"][-1]
+        states = self._last_states(outputs)
         check_lengths(states, mask)
 
         totals = self._totals_of_this_micro_batch() if model.training else None
         items = None if totals is None or self.reduction == "dense" else totals[1]
-        contrastive = contrastive_loss(
-            states,
-            self.margin,
-            None if self.reduction == "dense" else mask,
-            self.reduction,
-            normalizer=items,
-            impl=self.impl,
-        )
+        if self.loss == "cosreg":
+            contrastive = cosine_regularization(states, mask, normalizer=items)
+        elif self.loss == "contraclm":
+            second = self._second_view(model, given) if model.training else states
+            contrastive = contraclm_token_loss(
+                states, second, mask, self.temperature, self.reduction, normalizer=items, impl=self.impl
+            )
+        else:
+            real = None if self.reduction == "dense" else mask
+            contrastive = contrastive_loss(states, self.margin, real, self.reduction, normalizer=items, impl=self.impl)
         if totals is not None:
             # Data-parallel training averages over processes what is a share of one sum here.
             share = labels.to(mle.dtype) / totals[0].clamp_min(1)
@@ -149,6 +186,19 @@ class SimCTGTrainerMixin(_Base):
         if totals is not None and self._trainer_divides(num_items_in_batch):
             loss = loss * self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _last_states(self, outputs: Any) -> Tensor:
+        states: Tensor = outputs["decoder_hidden_states" if self._is_encoder_decoder else "hidden_states"][-1]
+        return states
+
+    def _second_view(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The last hidden states of another pass, with a dropout of its own."""
+        inputs = {**inputs, "output_hidden_states": _LAST_LAYER}
+        if not self._is_encoder_decoder:  # which makes its decoder's inputs from the labels
+            inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+            if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+                inputs["logits_to_keep"] = 1  # nobody looks at them
+        return self._last_states(model(**inputs))
 
     def _totals_of_this_micro_batch(self) -> tuple[Tensor, Tensor] | None:
         """None where `get_batch_samples` did not prepare this step: then the micro-batch is the batch."""
@@ -178,7 +228,7 @@ class SimCTGTrainerMixin(_Base):
         if "loss" in logs and "learning_rate" in logs and self._train_sums is not None:
             mle, contrastive, isotropy, sequences = (sum_over_processes(self._train_sums) / world_size()).tolist()
             steps = max(1, self._steps_summed)
-            logs = {**logs, "mle_loss": mle / steps, "contrastive_loss": contrastive / steps}
+            logs = {**logs, "mle_loss": mle / steps, TERMS[self.loss]: contrastive / steps}
             if sequences:
                 logs["isotropy"] = isotropy / sequences
             self._train_sums, self._steps_summed = None, 0
@@ -210,7 +260,7 @@ class SimCTGTrainerMixin(_Base):
         if self._eval_sums is not None and output.metrics is not None:
             mle, contrastive, rows = sum_over_processes(self._eval_sums).tolist()
             output.metrics[f"{metric_key_prefix}_mle_loss"] = mle / rows
-            output.metrics[f"{metric_key_prefix}_contrastive_loss"] = contrastive / rows
+            output.metrics[f"{metric_key_prefix}_{TERMS[self.loss]}"] = contrastive / rows
         return output
 
 

@@ -5,12 +5,15 @@ The functions are those of `kernels/simcse.py`, for unit vectors in the accumula
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ._contrastive_loss_torch import accumulator_dtype, reciprocal_norms
 
 BLOCK = 512  # on the CPU, rows and columns of a block of S: 1 MB of floats, which stays in the second-level cache
+KEPT_BLOCKS = 16  # that a forward pass may leave to a backward pass right behind it: 16 MB of floats, whatever the rows
 # Elsewhere launches cost more than caches save: a block is a strip of so many elements, 128 MB of floats. The forward
 # pass holds one or two of them, the backward pass two.
 STRIP_ELEMENTS = 1 << 25
@@ -98,9 +101,10 @@ class _Logits:
         sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in self.blocks]
         self.buffer = left.new_empty(max(sizes, default=0))
 
-    def block(self, rows: slice, columns: slice) -> Tensor:
+    def block(self, rows: slice, columns: slice, own: bool = False) -> Tensor:
+        """`own`: in memory of its own."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        out = self.buffer[: height * width].view(height, width)
+        out = self.left.new_empty((height, width)) if own else self.buffer[: height * width].view(height, width)
         left, right = self.left[rows], self.right[columns]
         return torch.addmm(out, left, right.T, beta=0.0, alpha=self.scale, out=out)
 
@@ -118,30 +122,36 @@ def _weights_of(lse: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor
     return grad, torch.where(lse == -torch.inf, torch.inf, lse)
 
 
-def self_forward(unit: Tensor, scale: float) -> Tensor:
-    """``(N,)`` log-sum-exp over the other rows."""
+def self_forward(unit: Tensor, scale: float, kept: list[Tensor] | None = None) -> Tensor:
+    """``(N,)`` log-sum-exp over the other rows. Leaves its first blocks, as `self_backward` wants them, in `kept`."""
     sums = _Sums(unit.shape[0], unit, scale)
     logits = _Logits(unit, unit, scale, 0, symmetric=True)
     for rows, columns in logits.blocks:
-        block = logits.block(rows, columns)
+        keeps = kept is not None and len(kept) < KEPT_BLOCKS
+        block = logits.block(rows, columns, own=keeps)
+        if kept is not None and keeps:
+            kept.append(block)
         logits.fill(block, rows, columns, -torch.inf)
         sums.add(block, rows, None if columns == rows else columns)
     return sums.finish()
 
 
-def self_backward(grad: Tensor, unit: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Gradient of the unit vectors, from the log-sum-exp alone."""
+def self_backward(grad: Tensor, unit: Tensor, lse: Tensor, scale: float, kept: Sequence[Tensor] = ()) -> Tensor:
+    """Gradient of the unit vectors, from the log-sum-exp alone; overwrites what `self_forward` has kept."""
     weight, shift = _weights_of(lse, grad * scale, scale)
     plain = scale <= _LARGEST_PLAIN_SCALE
     result = torch.zeros_like(unit)
     logits = _Logits(unit, unit, scale, 0, symmetric=True)
     other = torch.empty_like(logits.buffer)
-    for rows, columns in logits.blocks:
-        block = logits.block(rows, columns)
+    for place, (rows, columns) in enumerate(logits.blocks):
+        fresh = place >= len(kept)
+        block = logits.block(rows, columns) if fresh else kept[place]
         factor = other[: block.numel()].view_as(block)
         if plain:
             torch.add(weight[rows].unsqueeze(1), weight[columns], out=factor)
-            block.exp_().mul_(factor)
+            if fresh:
+                block.exp_()
+            block.mul_(factor)
         else:
             torch.sub(block, shift[columns], out=factor).exp_().mul_(weight[columns])
             block.sub_(shift[rows].unsqueeze(1)).exp_().mul_(weight[rows].unsqueeze(1)).add_(factor)

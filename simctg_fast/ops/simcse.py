@@ -61,7 +61,7 @@ def pair_lse(queries: Tensor, keys: Tensor, scale: float, impl: str, itself: int
 
 def cosines(left: Tensor, right: Tensor) -> Tensor:
     """``(N,)`` cosines of the rows; a zero vector has cosine 0 and gradient 0. float32, or float64 for float64."""
-    return (_normalized(left) * _normalized(right)).sum(dim=1)
+    return (unit_vectors(left) * unit_vectors(right)).sum(dim=1)
 
 
 def self_loss(vectors: Tensor, scale: float, impl: str) -> Tensor:
@@ -86,23 +86,23 @@ def _dense_pair_loss(queries: Tensor, keys: Tensor, targets: Tensor, scale: floa
 
 def _dense_logits(queries: Tensor, keys: Tensor, scale: float, itself: int) -> Tensor:
     with full_precision(queries.device):
-        left = _normalized(queries).to(queries.dtype)
-        right = left if keys is queries else _normalized(keys).to(keys.dtype)
+        left = unit_vectors(queries).to(queries.dtype)
+        right = left if keys is queries else unit_vectors(keys).to(keys.dtype)
         logits = (left @ right.T).to(accumulator_dtype(queries.dtype)) * scale
     if itself >= 0:
         logits.diagonal(itself).fill_(-torch.inf)
     return logits
 
 
-def _normalized(vectors: Tensor) -> Tensor:
-    """Unit vectors in the accumulator's dtype, differentiable; zeros, with gradient 0, for zero vectors."""
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Of ``(…, D)``, in the accumulator's dtype, differentiable; zeros, with gradient 0, for zero vectors."""
     wide = vectors.to(accumulator_dtype(vectors.dtype))
-    if wide.shape[1] == 0:
+    if wide.shape[-1] == 0:
         return wide
-    largest = wide.detach().abs().amax(dim=1, keepdim=True)
+    largest = wide.detach().abs().amax(dim=-1, keepdim=True)
     zero = largest <= SMALLEST_NORM
     wide = (wide / largest.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)  # no square overflows or vanishes
-    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).masked_fill(zero, 1.0)
+    return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).masked_fill(zero, 1.0)
 
 
 def _backend(impl: str, *vectors: Tensor) -> tuple[ModuleType, torch.dtype]:

@@ -1,4 +1,4 @@
-"""Fine-tuning with likelihood and contrastive loss from a file of texts: what `simctg-fast train` runs.
+"""Fine-tuning with likelihood and contrastive loss, or another, from a file of texts: what `simctg-fast train` runs.
 
 A run lives in one folder and survives being killed: the same call goes on from the last checkpoint that was written
 whole and ends with the same weights as an unbroken run.
@@ -26,15 +26,25 @@ __all__ = ["Summary", "TrainingOptions", "last_checkpoint", "train"]
 RECORD, LOG, CARD = "simctg_training.json", "train_log.jsonl", "README.md"
 # As many sequences as isotropy is measured on, before and after.
 MEASURED_SEQUENCES = 64
-_TERMS = ("loss", "mle_loss", "contrastive_loss", "isotropy")
+_TERMS = ("loss", "mle_loss", "contrastive_loss", "contraclm_loss", "cosreg_loss", "isotropy")
+_ADDED = {"loss": "simctg", "temperature": None}  # options that records of earlier versions do not have
+_SOURCES = {
+    "simctg": 'Su et al. 2022, "A Contrastive Framework for Neural Text Generation"',
+    "contraclm": 'Jain et al. 2023, "ContraCLM: Contrastive Learning For Causal Language Model"',
+    "cosreg": 'Gao et al. 2019, "Representation Degeneration Problem in Training Natural Language Generation Models"',
+}
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What decides the weights. A folder is continued with the same options only."""
+    """What decides the weights. A folder is continued with the same options only.
 
-    margin: float = 0.5
-    reduction: str = "pairs"
+    ``loss``, ``margin``, ``reduction``, ``temperature`` and ``contrastive_weight`` are those of `SimCTGTrainer`: None
+    becomes the loss's own default, and stays None where the loss has no such setting.
+    """
+
+    margin: float | None = None
+    reduction: str | None = None
     contrastive_weight: float = 1.0
     max_length: int = 256
     pack: bool = False
@@ -48,11 +58,15 @@ class TrainingOptions:
     seed: int = 0
     bf16: bool = False
     gradient_checkpointing: bool = False
+    loss: str = "simctg"
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
-        from ..integrations._batch import check_loss_settings
+        from ..integrations._batch import loss_settings
 
-        check_loss_settings(self.margin, self.reduction, self.contrastive_weight)
+        own = loss_settings(self.loss, self.margin, self.reduction, self.temperature, self.contrastive_weight)
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
         for name, low in (("batch_size", 1), ("accumulation", 1), ("max_length", 2), ("warmup_steps", 0), ("seed", 0)):
             high = 2**32 - 1 if name == "seed" else math.inf  # numpy's
             allowed = "an integer from 0 to 2**32 - 1" if name == "seed" else f"an integer of at least {low}"
@@ -227,7 +241,7 @@ def _make_trainer(options: TrainingOptions, parts: dict[str, Any], progress: Any
         report_to="none",
         **arguments,
     )
-    loss = _named(options, "margin", "reduction", "contrastive_weight")
+    loss = _named(options, "loss", "margin", "reduction", "temperature", "contrastive_weight")
     trainer = SimCTGTrainer(args=settings, callbacks=[progress], **parts, **loss)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -344,7 +358,7 @@ def _new_record(folder: Path, facts: dict[str, Any], isotropy_before: float) -> 
 
 
 def _differences(record: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    old, new = dict(record["options"]), dict(facts["options"])
+    old, new = _ADDED | record["options"], dict(facts["options"])
     for name in ("model", "data", "validation"):
         old[name], new[name] = record[name], facts[name]
     changed = [name for name in new if old.get(name) != new[name]]
@@ -383,14 +397,20 @@ def _cut_log(path: Path, step: int) -> None:
 
 
 def _card(record: dict[str, Any]) -> str:
-    options = record["options"]
-    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in options.items()]
+    options = _ADDED | record["options"]
+    unused = [name for name in ("margin", "reduction", "temperature") if options[name] is None]
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in options.items() if name not in unused]
+    beside = {
+        "simctg": "contrastive loss",
+        "contraclm": "ContraCLM's token-level loss",
+        "cosreg": "cosine regularisation",
+    }
     return f"""---
 base_model: {record["model"]}
 library_name: transformers
 tags: [simctg, contrastive-search]
 ---
-# {Path(record["model"]).name}, fine-tuned with likelihood and contrastive loss
+# {Path(record["model"]).name}, fine-tuned with likelihood and {beside[options["loss"]]}
 
 Trained for {record["steps"]} steps on `{record["data"]["file"]}` with simctg_fast {record["simctg_fast"]}.
 Isotropy of the last hidden states (1 - mean cosine): {record["isotropy_before"]:.3f} before,
@@ -402,7 +422,7 @@ Isotropy of the last hidden states (1 - mean cosine): {record["isotropy_before"]
 
 Try it: `simctg-fast generate FOLDER "…" --top-k 4 --penalty-alpha 0.6`
 
-Loss: Su et al. 2022, "A Contrastive Framework for Neural Text Generation".
+Loss: {_SOURCES[options["loss"]]}.
 """
 
 

@@ -17,7 +17,7 @@ from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from simctg_fast.kernels import contrastive_loss, cosine_similarity, simcse  # noqa: E402
+from simctg_fast.kernels import contraclm, contrastive_loss, cosine_similarity, simcse  # noqa: E402
 
 BIN = Path(nvidia.__file__).parent / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -51,6 +51,12 @@ LSE = {
 WEIGHTS = {
     "stride_q": I, "stride_k": I, "row_lse_ptr": F, "row_grad_ptr": F, "column_lse_ptr": F, "column_grad_ptr": F,
     "first_row": I, "end_row": I, "count_q": I, "count_k": I, "width": I, "scale": "fp32", "itself": I,
+}  # fmt: skip
+TOKEN_LSE = {
+    "real_ptr": "*u8", "out_ptr": F, "count": I, "width": I, "scale": "fp32", "tiles_each": I, "shares": I,
+}  # fmt: skip
+TOKEN_WEIGHTS = {
+    "lse_ptr": F, "grad_ptr": F, "first_row": I, "end_row": I, "count": I, "width": I, "scale": "fp32",
 }  # fmt: skip
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -91,11 +97,18 @@ def case(name: str, kind: str, capability: int, highest: bool = False):
         return cosine_similarity.cosine_kernel, {**COSINE, "x_ptr": x, "out_ptr": out}, constants, config
     config = simcse.CONFIGS[capability, size]
     constants = {"SELF": True, "PRECISION": precision, "TILE": 128, "BLOCK_K": config.block_k}
+    if name.startswith("token"):
+        del constants["SELF"]
+    if name == "token_lse":
+        return contraclm.token_lse_kernel, {**TOKEN_LSE, "u_ptr": x}, constants, config
     if name == "lse":
         return simcse.lse_kernel, {**LSE, "q_ptr": x, "k_ptr": x}, constants, config
     tile, warps = simcse.weights_tile((capability, size))
-    constants |= {"ROW_TERM": True, "COLUMN_TERM": True, "TILE": tile}
+    constants |= {"TILE": tile}
     config = simcse.Config(config.block_k, warps, config.num_stages)
+    if name == "token_weights":
+        return contraclm.token_weights_kernel, {**TOKEN_WEIGHTS, "u_ptr": x, "out_ptr": out}, constants, config
+    constants |= {"ROW_TERM": True, "COLUMN_TERM": True}
     return simcse.weights_kernel, {**WEIGHTS, "q_ptr": x, "k_ptr": x, "out_ptr": out}, constants, config
 
 
@@ -124,8 +137,9 @@ def inspect(cubin: bytes, folder: Path) -> tuple[dict[str, int], str]:
     return {key: int(value) for key, value in numbers}, code.stdout.decode()
 
 
+EXPONENTIAL = ("lse", "weights", "token_lse", "token_weights")
 MATRIX = [(name, kind) for name in ("hinge", "gradient") for kind in ("bf16", "fp16", "planes", "fp32")]
-MATRIX += [(name, kind) for name in ("cosine", "lse", "weights") for kind in ("bf16", "fp32")]
+MATRIX += [(name, kind) for name in ("cosine", *EXPONENTIAL) for kind in ("bf16", "fp32")]
 OTHERS = [("norms", "bf16"), ("norms", "planes"), ("sums", "fp32"), ("tile_sums", "bf16"), ("tile_sums", "planes")]
 # The telling ones for the fast set: both phases, in the two kinds that training uses.
 FAST = {("hinge", "bf16", 90), ("gradient", "bf16", 90), ("hinge", "planes", 90), ("gradient", "planes", 90)}
@@ -173,7 +187,7 @@ def test_aot_streaming_kernels(name, kind, capability, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", ["cosine", "lse", "weights"])
+@pytest.mark.parametrize("name", ["cosine", *EXPONENTIAL])
 def test_aot_highest_precision(name, capability, tmp_path):
     compiled = build(name, "fp32", capability, highest=True)
     used, code = inspect(compiled.asm["cubin"], tmp_path)

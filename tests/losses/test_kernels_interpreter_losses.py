@@ -30,6 +30,13 @@ def simcse(rows, width, dtype, supervised, temperature):
     return {"function": "simcse", "arguments": {**arguments, "temperature": temperature}}
 
 
+def contraclm(shape, dtype, temperature, strip=None):
+    return {
+        "function": "contraclm",
+        "arguments": {"shape": shape, "dtype": dtype, "temperature": temperature, "strip": strip},
+    }
+
+
 DIRECTIONS = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 
 
@@ -53,6 +60,8 @@ FAST = [
         "function": "simcse",
         "arguments": {"rows": 150, "width": 40, "dtype": "fp16", "supervised": True, "temperature": 0.05},
     },
+    contraclm([3, 70, 24], "fp32", 0.2, 140 * 140 * 2 + 1),  # two sequences, then one
+    contraclm([2, 70, 40], "fp16", 0.2, 140),  # each sequence in two strips
     {"function": "left_out", "arguments": {"rows": 134, "width": 16, "dtype": "fp32"}},
     {"function": "cosine", "arguments": {"shape": [2, 70, 40], "dtype": "fp32"}},
     ranking(70, 24, "fp32", {"hardness_mode": "in_batch_negatives", "hardness_strength": 4.0}),
@@ -70,6 +79,7 @@ SLOW = [
 SLOW += [contrastive([2, 128, 1100], 1.0, dtype, "paper") for dtype in ("fp32", "fp16")]
 SLOW += [contrastive([1, 9, 8192], 1.5, dtype, "pairs") for dtype in ("fp32", "fp16")]
 SLOW += [simcse(390, 70, d, s, t) for d in ("fp32", "fp16") for s in (False, True) for t in (1.0, 0.01)]
+SLOW += [contraclm([2, 150, 70], d, t) for d in ("fp32", "fp16") for t in (1.0, 0.05)]
 SLOW += [{"function": "cosine", "arguments": {"shape": [1, 140, 100], "dtype": "fp16"}}]
 
 

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from simctg_fast.kernels import _launch, contrastive_loss, cosine_similarity, simcse  # noqa: E402
+from simctg_fast.kernels import _launch, contraclm, contrastive_loss, cosine_similarity, simcse  # noqa: E402
 from simctg_fast.kernels._launch import start_kernel  # noqa: E402
 
 
@@ -109,6 +109,8 @@ SHIPPED = [
     cosine_similarity.cosine_kernel,
     simcse.lse_kernel,
     simcse.weights_kernel,
+    contraclm.token_lse_kernel,
+    contraclm.token_weights_kernel,
 ]
 
 

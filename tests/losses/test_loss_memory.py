@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from simctg_fast import contrastive_loss, simcse_unsup_loss
+from simctg_fast import contraclm_token_loss, contrastive_loss, cosine_regularization, simcse_unsup_loss
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 from simctg_fast.reference.simcse import simcse_unsup_loss as simcse_reference
 
@@ -77,3 +77,18 @@ def test_simcse():
     plain = added_bytes(simcse_reference, embeddings)
     assert plain > 2 * 4 * 4096**2
     assert added_bytes(simcse_unsup_loss, embeddings) <= plain / 4
+
+
+def test_contraclm():
+    """What a longer text adds is what its states take: twice the length, less than three times the memory."""
+    added = {}
+    for length in (2048, 4096):
+        views = torch.randn(2, 1, length, 64) + 0.5
+        added[length] = added_bytes(lambda v: contraclm_token_loss(*v), views) - views.numel() * 4
+    assert added[2048] <= 40e6 < 4 * (2 * 2048) ** 2
+    assert added[4096] - added[2048] <= 15e6
+
+
+def test_cosine_regularization():
+    states = torch.randn(1, 4096, 64)
+    assert added_bytes(cosine_regularization, states) <= 12 * states.numel() * 4 < 4 * 4096**2

@@ -27,6 +27,7 @@ from simctg_fast.functional import (
 from simctg_fast.integrations._batch import isotropy_sums
 from simctg_fast.losses import padding_mask
 from simctg_fast.ops import _accumulate
+from simctg_fast.ops import contraclm as contraclm_ops
 from simctg_fast.ops import contrastive_loss as contrastive_ops
 from simctg_fast.ops import cosine_similarity as cosine_ops
 from simctg_fast.ops import simcse as simcse_ops
@@ -79,10 +80,10 @@ class Launches(list):
 def launches(monkeypatch):
     """The Triton kernels are noted and not run."""
     pytest.importorskip("triton")
-    from simctg_fast.kernels import contrastive_loss, cosine_similarity, simcse
+    from simctg_fast.kernels import contraclm, contrastive_loss, cosine_similarity, simcse
 
     noted = Launches()
-    for module in (contrastive_loss, cosine_similarity, simcse):
+    for module in (contraclm, contrastive_loss, cosine_similarity, simcse):
         monkeypatch.setattr(module, "start_kernel", noted)
         monkeypatch.setattr(module, "architecture", lambda device: 90)
         monkeypatch.setattr(module, "on", lambda tensor: contextlib.nullcontext())
@@ -192,6 +193,23 @@ def test_simcse(cuda, launches, scale, dtype, impl):
             assert [g.dtype for g in gradients] == [dtype] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "launched"), [((40, 300, 32), 1), ((200, 300, 32), 3), ((3, 3000, 32), 6)])
+def test_contraclm(cuda, launches, shape, launched, dtype):
+    """The host never asks how long a sequence is, nor starts kernels for each: backward a kernel and a product for
+    2^25 weights, so for several sequences or for a strip of a long one."""
+    first, second, real = cuda(*shape, dtype=dtype), cuda(*shape, dtype=dtype), cuda(*shape[:2], dtype=torch.bool)
+    with Watch() as watch:
+        _, *saved = contraclm_ops._forward(first, second, real, 20.0, True, "triton")
+        assert launches == ["norms_kernel", "norms_kernel", "token_lse_kernel"]
+        gradients = contraclm_ops._backward(cuda(shape[0]), first, second, real, *saved, 20.0, "triton")
+    assert [(g.shape, g.dtype, g.device) for g in gradients] == [(first.shape, dtype, first.device)] * 2
+    assert launches[3:] == ["token_weights_kernel"] * launched
+    assert watch.names.count("aten.bmm.out") == launched
+    assert len(watch.names) <= 50 + 2 * launched
+    assert watch.largest <= max(1 << 25, 2 * first.numel())
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_rest(cuda, launches, impl, monkeypatch):
     states, tokens = cuda(2, 70, 32, dtype=torch.bfloat16), cuda(2, 70, dtype=torch.int64)
@@ -201,6 +219,8 @@ def test_the_rest(cuda, launches, impl, monkeypatch):
         mask = padding_mask(tokens, 0)
         contrastive_loss_items(mask)
         isotropy_sums(states, mask)
+        functional.cosine_regularization(states, mask, normalizer=cuda())
+        functional.contraclm_token_loss_items(mask, "tokens")
         simcse_ops._dense_pair_loss(states[0], states[1], tokens[0], 20.0, 0)
         seen = []
         monkeypatch.setattr(functional, "_contrastive_loss", lambda *args: seen.append(args))
@@ -272,6 +292,9 @@ def public_losses():
         yield states, lambda s, r=reduction, m=own: contrastive_loss(s, 0.5, m, r, normalizer=torch.tensor(7))
     yield states, lambda s: sum(SimCTGLoss(0.5, 8, 0)(s, s, ids, ids))
     yield states, lambda s: cosine_similarity_matrix([s, s]).sum()
+    for reduction in ("sequences", "tokens"):
+        yield states, lambda s, r=reduction: functional.contraclm_token_loss(s, 2 - s, mask, reduction=r)
+    yield states, lambda s: functional.cosine_regularization(s, mask, normalizer=torch.tensor(7))
     yield rows, simcse_unsup_loss
     for symmetric in (False, True):
         yield rows, lambda e, s=symmetric: simcse_sup_loss(e, symmetric=s)
@@ -297,7 +320,7 @@ def test_autograd_around_our_operators(monkeypatch, delegated):
 SCRIPT = """
 import torch
 from simctg_fast import contrastive_loss, simcse_unsup_loss
-from simctg_fast.functional import cosine_similarity_matrix, info_nce
+from simctg_fast.functional import contraclm_token_loss, cosine_similarity_matrix, info_nce
 
 def bits(function, leaf, deterministic):
     torch.use_deterministic_algorithms(deterministic)
@@ -318,6 +341,7 @@ for impl in ("torch", "triton"):
             "paper": (states, lambda s: contrastive_loss(s, 0.5, mask, "paper", impl=impl)),
             "dense": (states, lambda s: contrastive_loss(s, 0.5, None, "dense", impl=impl)),
             "cosine": (states, lambda s: cosine_similarity_matrix(s, impl=impl).float().square().sum()),
+            "contraclm": (states, lambda s: contraclm_token_loss(s, s * s + 1, mask, impl=impl)),
             "unsupervised": (rows, lambda e: simcse_unsup_loss(e, impl=impl)),
             "repeated targets": (rows, lambda e: info_nce(e[:3000], e[3000:], targets=targets, impl=impl)),
             "small": (rows[:512], lambda e: simcse_unsup_loss(e)),

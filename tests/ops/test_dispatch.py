@@ -25,6 +25,7 @@ import simctg_fast.ops
 from simctg_fast.ops import _backends
 from simctg_fast.ops.candidate_select import candidate_scan, candidate_select
 from simctg_fast.ops.centered_scan import centered_scan
+from simctg_fast.ops.contraclm import contraclm_loss
 from simctg_fast.ops.contrastive_loss import contrastive_loss
 from simctg_fast.ops.cosine_similarity import cosine_similarity_matrix
 from simctg_fast.ops.crf_beam import crf_beam_select
@@ -208,6 +209,13 @@ def cross_entropies(queries: Tensor, keys: Tensor, targets: Tensor, alone: bool 
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
+def twins(first: Tensor, second: Tensor) -> Tensor:
+    """The sums of the cross-entropies of each sequence's states, without its last token, to their twins."""
+    states = torch.cat([first[:, :-1], second[:, :-1]], dim=1)
+    places = torch.arange(2 * LENGTH - 2).roll(LENGTH - 1)
+    return torch.stack([cross_entropies(each, each, places, alone=True).sum() for each in states])
+
+
 def messages(scores: Tensor, left: Tensor, right: Tensor) -> Tensor:
     alpha, result = torch.zeros_like(scores[:, 0]), []
     for t in range(LENGTH):
@@ -319,6 +327,13 @@ CASES = {
         lambda impl, vectors: self_loss(vectors, 3.0, impl),
         lambda vectors: cross_entropies(vectors, vectors, TARGETS, alone=True),
         functions=(self_loss,), operators=("self_loss", "self_loss_backward"), differentiable=True, compiled=False,
+    ),
+    "contraclm_loss": Case(
+        (STATES, STATES),
+        lambda impl, *x: contraclm_loss(*x, (torch.arange(LENGTH) < LENGTH - 1).expand(BATCH, -1), 3.0, impl),
+        twins,
+        functions=(contraclm_loss,), operators=("contraclm_loss", "contraclm_loss_backward"), differentiable=True,
+        compiled=False,
     ),
     "crf_beam_select": Case(
         ((BATCH, LENGTH, VOCABULARY),),

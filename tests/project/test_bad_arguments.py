@@ -23,13 +23,16 @@ from simctg_fast import (
 from simctg_fast.decoding.settings import check_settings
 from simctg_fast.engine.parameters import Parameters
 from simctg_fast.functional import (
+    contraclm_token_loss,
+    contraclm_token_loss_items,
     contrastive_loss,
     contrastive_loss_items,
+    cosine_regularization,
     cosine_similarity_matrix,
     viterbi_backtrace,
 )
 from simctg_fast.integrations._batch import check_loss_settings
-from simctg_fast.losses import ContrastiveLoss, SimCTGLoss, padding_mask
+from simctg_fast.losses import ContraCLMTokenLoss, ContrastiveLoss, SimCTGLoss, padding_mask
 from simctg_fast.metrics import diversity, isotropy, repetition
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference
 from simctg_fast.training import TrainingOptions
@@ -496,8 +499,10 @@ def test_parameters_of_a_request(name, value):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("margin", [NAN, 1.1, True, "x", None, [], torch.tensor(0.5)]),
-        ("reduction", ["mean", None, 1, []]),
+        ("margin", [NAN, 1.1, True, "x", [], torch.tensor(0.5)]),
+        ("reduction", ["mean", "tokens", 1, []]),
+        ("loss", ["x", None, 1, []]),
+        ("temperature", [0.05]),
         ("contrastive_weight", [NAN, INF, -1, True, "x", None]),
         *((each, [NAN, INF, -1, 0, 2.5, True, "x", None]) for each in ("batch_size", "accumulation", "max_length")),
         ("epochs", [NAN, INF, -1, 0, True, "x", None]),
@@ -540,6 +545,17 @@ def good():
     return {
         contrastive_loss: {**loss, "normalizer": 3.0, "impl": "cpu"},
         contrastive_loss_items: {"attention_mask": torch.ones(2, 4), "reduction": "paper"},
+        contraclm_token_loss: {
+            "hidden_states": states,
+            "hidden_states_2": states + 0.1,
+            "attention_mask": torch.ones(2, 4),
+            "temperature": 0.05,
+            "reduction": "tokens",
+            "normalizer": 3.0,
+            "impl": "cpu",
+        },
+        contraclm_token_loss_items: {"attention_mask": torch.ones(2, 4), "reduction": "tokens"},
+        cosine_regularization: {"hidden_states": states, "attention_mask": torch.ones(2, 4), "normalizer": 3.0},
         cosine_similarity_matrix: {"hidden_states": states, "impl": "torch"},
         viterbi_backtrace: {"backpointers": pointers, "last": pointers[:, 0, 0], "lengths": None, "impl": "auto"},
         padding_mask: {"tokens": ids, "pad_token_id": 0, "ignore_index": -100},
@@ -548,6 +564,7 @@ def good():
         diversity: {"tokens": [1, 2, 1]},
         SimCTGLoss: made,
         ContrastiveLoss: {"margin": 0.5, "reduction": "pairs", "impl": "auto"},
+        ContraCLMTokenLoss: {"temperature": 0.05, "reduction": "tokens", "impl": "auto"},
         SimCTGLoss(0.5, 9, 0).forward: forward,
         check_loss_settings: {"margin": 0.5, "reduction": "pairs", "contrastive_weight": 1.0},
         ContrastiveSearch: search,

@@ -226,12 +226,62 @@ class TestCommand:
         assert after[1.0] > after[0.0] + 0.02
 
     @pytest.mark.parametrize(
+        ("settings", "shown", "hidden"),
+        [
+            (["--loss", "contraclm", "--temperature", "0.1"], ["| temperature | 0.1 |", "Jain et al."], "| margin"),
+            (["--loss", "cosreg"], ["| loss | cosreg |", "Gao et al. 2019"], "| temperature"),
+        ],
+    )
+    def test_other_losses(self, settings, shown, hidden, place, tmp_path):
+        out = tmp_path / "run"
+        command = ["train", str(place / "gpt2"), "--data", str(place / "texts.txt"), "--out", str(out), "--steps", "20"]
+        command += ["--validation", str(place / "texts.txt"), "--batch-size", "8", "--learning-rate", "3e-3"]
+        command += ["--max-length", "32", "--log-every", "1", "--device", "cpu", *settings]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        term = f"{settings[1]}_loss"
+        lines = [line for line in log_lines(out) if "loss" in line]
+        assert [line["step"] for line in lines] == list(range(1, 21))
+        for line in lines:
+            assert line["loss"] == pytest.approx(line["mle_loss"] + line[term], rel=1e-5)
+        assert lines[-1][term] < lines[0][term]
+        assert any(f"eval_{term}" in line for line in log_lines(out))
+        card = (out / "README.md").read_text()
+        assert all(text in card for text in shown)
+        assert hidden not in card
+
+        refused = CliRunner(env={"COLUMNS": "400"}).invoke(app, [*command, "--contrastive-weight", "2"])
+        assert refused.exit_code == 2
+        assert "was started with contrastive_weight 1.0, now 2.0" in refused.output
+        if "--temperature" in settings:
+            command[command.index("--temperature") + 1] = "0.2"
+            refused = CliRunner(env={"COLUMNS": "400"}).invoke(app, command)
+            assert "was started with temperature 0.1, now 0.2" in refused.output
+
+    def test_a_record_without_the_losses(self, place, tmp_path):
+        """As versions wrote it that had one loss: it is continued as that, and not as another."""
+        options = {"steps": 2, "batch_size": 4, "max_length": 32}
+        where = (place / "gpt2", place / "texts.txt", tmp_path / "run")
+        train(*where, TrainingOptions(**options), device="cpu")
+        path = tmp_path / "run" / "simctg_training.json"
+        record = json.loads(path.read_text())
+        assert (record["options"].pop("loss"), record["options"].pop("temperature")) == ("simctg", None)
+        path.write_text(json.dumps(record))
+        assert train(*where, TrainingOptions(**options), device="cpu").steps == 2
+        with pytest.raises(ValueError, match=r"started with margin 0\.5, now None; reduction pairs, now seq.*; loss"):
+            train(*where, TrainingOptions(**options, loss="contraclm"), device="cpu")
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["--margin", "2"], "margin is 2.0, must lie in [-1, 1]"),
             (["--steps", "0"], "steps must be an integer of at least 1, got 0"),
             (["--max-length", "65"], "max_length is 65, the model's context holds 64"),
             (["--reduction", "dense", "--accumulate", "2"], "reduction='dense' takes no accumulation, got 2"),
+            (["--loss", "simcse"], "loss is 'simcse', must be one of 'simctg', 'contraclm', 'cosreg'"),
+            (["--loss", "contraclm", "--margin", "0.5"], "margin is 0.5, must be left out with loss='contraclm'"),
+            (["--temperature", "0.1"], "temperature is 0.1, must be left out with loss='simctg'"),
+            (["--loss", "contraclm", "--temperature", "-1"], "temperature is -1.0, must be positive"),
             (["--save-every", "0"], "save_every must be an integer of at least 1, got 0"),
             (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
         ],
@@ -348,9 +398,10 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "nothing") is None
 
 
-def test_a_run_whose_last_checkpoint_was_cut_short(place, tmp_path):
+@pytest.mark.parametrize("loss", ["simctg", "contraclm"])
+def test_a_run_whose_last_checkpoint_was_cut_short(loss, place, tmp_path):
     """As if killed while the checkpoint of step 12 was written: it goes on from step 8, to the same weights and log."""
-    options = TrainingOptions(steps=14, batch_size=4, max_length=32, learning_rate=1e-3)
+    options = TrainingOptions(steps=14, batch_size=4, max_length=32, learning_rate=1e-3, loss=loss)
     out = tmp_path / "run"
 
     def run():

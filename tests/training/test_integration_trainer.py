@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from simctg_fast.integrations import SimCTGComputeLoss, SimCTGSeq2SeqTrainer, SimCTGTrainer
 from simctg_fast.integrations.trainer import SimCTGTrainerMixin
 from simctg_fast.metrics import isotropy
+from simctg_fast.reference import contraclm as reference_contraclm
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference_loss
 
 from ..training_models import ARCHITECTURES, LENGTHS, collate, collate_for_compute_loss, dataset, tiny_model
@@ -209,6 +210,116 @@ class TestExactness:
         assert_same(change_of_weights(trainer, "gpt2"), {key: p.grad for key, p in model.named_parameters()})
 
 
+def other_term(states: tuple[Tensor, Tensor], mask: Tensor, settings: dict[str, Any]) -> Tensor:
+    """A loss that is not SimCTG's, of two views of a batch, by the reference."""
+    if settings["loss"] == "cosreg":
+        return reference_contraclm.cosine_regularization(states[0], mask)
+    temperature, reduction = settings.get("temperature", 0.05), settings.get("reduction", "sequences")
+    return reference_contraclm.contraclm_token_loss(*states, mask, temperature, reduction)
+
+
+def other_gradient(name: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], float, float]:
+    """Of one big batch, of a model whose two views are alike: gradient, loss, and its second term."""
+    model, batch = tiny_model(name), collate(dataset(name))
+    outputs = [model(**batch, output_hidden_states=True) for _ in range(2)]
+    key = "decoder_hidden_states" if name == "t5" else "hidden_states"
+    term = other_term(tuple(out[key][-1] for out in outputs), batch["labels"].ne(-100), settings)
+    loss = outputs[0].loss + WEIGHT * term
+    loss.backward()
+    return {key: value.grad for key, value in model.named_parameters()}, loss.item(), term.item()
+
+
+OTHERS = {
+    "contraclm": {"loss": "contraclm"},
+    "tokens": {"loss": "contraclm", "reduction": "tokens", "temperature": 0.2},
+    "cosreg": {"loss": "cosreg"},
+}
+
+
+class TestOtherLosses:
+    @pytest.mark.parametrize("kind", OTHERS)
+    @pytest.mark.parametrize("name", ["gpt2", "t5"])
+    @pytest.mark.parametrize(("rows", "steps"), [(2, 4), pytest.param(3, 3, marks=pytest.mark.full)])
+    def test_accumulation_equals_one_big_batch(self, name, kind, rows, steps, tmp_path):
+        trainer = SimCTGTrainer(
+            tiny_model(name),
+            arguments(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps),
+            train_dataset=dataset(name),
+            data_collator=collate,
+            contrastive_weight=WEIGHT,
+            **OTHERS[kind],
+        )
+        gradient, loss, term = other_gradient(name, OTHERS[kind])
+        assert_same(change_of_weights(trainer, name), gradient)
+        line = trainer.state.log_history[0]
+        assert line["loss"] == pytest.approx(loss, rel=1e-6)
+        assert line[f"{OTHERS[kind]['loss']}_loss"] == pytest.approx(term, rel=1e-5)
+        assert "contrastive_loss" not in line
+
+    @pytest.mark.parametrize("name", ["gpt2", "t5"])
+    def test_the_second_view_has_a_dropout_of_its_own(self, name, tmp_path):
+        model, batch = tiny_model(name, dropout=0.3), collate(dataset(name))
+        trainer = SimCTGTrainer(model, arguments(tmp_path), loss="contraclm", contrastive_weight=WEIGHT)
+        key = "decoder_hidden_states" if name == "t5" else "hidden_states"
+        passes = []
+        hook = model.register_forward_pre_hook(lambda *_: passes.append(model.training))
+        for training, views in ((True, 2), (False, 1)):
+            model.train(training)
+            torch.manual_seed(3)
+            outputs = [model(**batch, output_hidden_states=True) for _ in range(views)]
+            states = [out[key][-1] for out in outputs]
+            assert not torch.equal(states[0], states[-1]) or not training
+            term = other_term((states[0], states[-1]), batch["labels"].ne(-100), OTHERS["contraclm"])
+            passes.clear()
+            torch.manual_seed(3)
+            loss = trainer.compute_loss(model, dict(batch))
+            assert loss.item() == pytest.approx((outputs[0].loss + WEIGHT * term).item(), rel=1e-6)
+            assert passes == [training] * views
+        hook.remove()
+
+    def test_evaluation(self, tmp_path):
+        trainer = SimCTGTrainer(
+            tiny_model("gpt2", dropout=0.3),
+            arguments(tmp_path, per_device_eval_batch_size=8),
+            eval_dataset=dataset("gpt2"),
+            data_collator=collate,
+            contrastive_weight=WEIGHT,
+            loss="contraclm",
+        )
+        metrics = trainer.evaluate()
+        _, loss, term = other_gradient("gpt2", OTHERS["contraclm"])
+        assert metrics["eval_contraclm_loss"] == pytest.approx(term, rel=1e-6)
+        assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"loss": "simcse"}, "loss is 'simcse', must be one of 'simctg', 'contraclm', 'cosreg'"),
+            ({"loss": "contraclm", "margin": 0.5}, "margin is 0.5, must be left out with loss='contraclm'"),
+            ({"loss": "contraclm", "reduction": "pairs"}, "reduction is 'pairs', must be one of 'sequences', 'tokens'"),
+            ({"loss": "contraclm", "temperature": 0.0}, "temperature is 0.0, must be positive"),
+            ({"loss": "cosreg", "temperature": 0.05}, "temperature is 0.05, must be left out with loss='cosreg'"),
+            ({"loss": "cosreg", "reduction": "paper"}, "reduction is 'paper', must be left out with loss='cosreg'"),
+            ({"loss": "cosreg", "contrastive_weight": -1}, "contrastive_weight is -1, must be a number of at least 0"),
+            ({"temperature": 0.05}, "temperature is 0.05, must be left out with loss='simctg'"),
+        ],
+    )
+    def test_settings(self, settings, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            SimCTGTrainer(tiny_model("gpt2"), arguments(tmp_path), **settings)
+
+    def test_defaults(self, tmp_path):
+        found = {}
+        for loss in ("simctg", "contraclm", "cosreg"):
+            trainer = SimCTGTrainer(tiny_model("gpt2"), arguments(tmp_path), loss=loss)
+            found[loss] = trainer.margin, trainer.reduction, trainer.temperature
+        assert found == {
+            "simctg": (0.5, "pairs", None),
+            "contraclm": (None, "sequences", 0.05),
+            "cosreg": (None, None, None),
+        }
+
+
 PROCESSES = """
 from transformers import Trainer
 from simctg_fast.integrations import SimCTGComputeLoss, SimCTGTrainer
@@ -227,6 +338,16 @@ for name in ("gpt2", "t5"):
         )
         assert trainer.args.world_size == 2
         result[name, reduction] = change_of_weights(trainer, name), trainer.state.log_history[0]
+for kind, settings in OTHERS.items():
+    trainer = SimCTGTrainer(
+        tiny_model("gpt2"),
+        arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        train_dataset=dataset("gpt2"),
+        data_collator=collate,
+        contrastive_weight=WEIGHT,
+        **settings,
+    )
+    result[kind] = change_of_weights(trainer, "gpt2"), trainer.state.log_history[0]
 model = tiny_model("gpt2")
 trainer = Trainer(
     model,
@@ -257,6 +378,10 @@ def test_two_processes_equal_one_big_batch(tmp_path):
                 assert_same(change, gradient)
                 assert log["loss"] == pytest.approx(loss, rel=1e-6)
                 assert log["mle_loss"] + WEIGHT * log["contrastive_loss"] == pytest.approx(loss, rel=1e-5)
+        for kind, settings in OTHERS.items():
+            gradient, loss, _ = other_gradient("gpt2", settings)
+            assert_same(result[kind][0], gradient)
+            assert result[kind][1]["loss"] == pytest.approx(loss, rel=1e-6)
         # Where all sequences have one length the share of the labels is that of the pairs.
         gradient, loss = true_gradient("gpt2", "pairs", (9,) * 8)
         assert_same(result["compute_loss"][0], gradient)
