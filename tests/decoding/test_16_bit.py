@@ -52,18 +52,18 @@ def test_as_close_as_the_models_own_modules(name, dtype):
 def cpmant():
     config = transformers.CpmAntConfig(
         vocab_size=98, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=2,
-        prompt_length=4, position_bias_num_buckets=16, position_bias_max_distance=64,
+        prompt_length=16, position_bias_num_buckets=16, position_bias_max_distance=64,
     )  # fmt: skip
-    return draw(transformers.CpmAntForCausalLM(config))
+    return draw(transformers.CpmAntForCausalLM(config), 0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *TYPES], ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_text_that_sees_ahead_is_not_recomputed(dtype, rows):
     """CPM-Ant's attention has no direction: the whole text again is something else than the step with its cache, by
     less than what rounding is allowed."""
     model, ids = cpmant().to(dtype), prompt(rows)
-    with pytest.raises(ValueError, match=r"cannot be decoded .*uncached: "):
+    with pytest.raises(ValueError, match="uncached: in a whole text its positions see later ones"):
         decode(model, {"input_ids": ids}, new_tokens=NEW)
 
 
