@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ PATHS = ("shared_prefix", "reorder", "uncached")
 ROUGH = 0.02  # float32 alone is further from float64 than this: nothing can be told from tokens
 _MARGIN = 30  # times the error of transformers' own step in float32
 _DIFFERS = "differ from those of transformers' own step"
+_NO_PROBABILITIES = re.compile(r"logits of row (\d+) left no probabilities at new token (\d+)")
 _FOLLOWS_WHOLE = "path='uncached' follows the recomputed text, from which the class's own cached step departs"
 
 
@@ -124,15 +126,22 @@ def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
         faults += [wrong] if wrong else []
 
     results: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-    calls = copy.deepcopy(model)
+    calls, overflows = copy.deepcopy(model), False
     for label, path in (("first", "auto"), ("second", "auto"), *((p, p) for p in PATHS)):
         try:
             results[label] = ours(calls, given, path)
         except Exception as error:  # noqa: PERF203
             if isinstance(error, ValueError) and _is_ours(error):
                 case.setdefault("refusals", {})[label] = _short(error)
+                if _overflows_itself(model, given, error, case):
+                    overflows = True
+                elif _NO_PROBABILITIES.search(str(error)) and model.dtype != torch.float32:
+                    faults.append(f"{label}: no numbers where its own modules have some: {_short(error)}")
             else:
                 faults.append(f"{label}: raises {_short(error)}")
+    if overflows:
+        case["status"] = "fault" if faults else "rough"
+        return case
     if ("first" in results) != (report.path != "none") and not any(f.startswith("first:") for f in faults):
         faults.append(f"support says {report.path}, generate {'decodes' if 'first' in results else 'does not'}")
     if {"first", "second"} <= set(results) and not torch.equal(results["first"][0], results["second"][0]):
@@ -283,8 +292,25 @@ def _slower_than_in_float32(model, given, report, double, double_inputs, case) -
             tokens, logits = ours(copy.deepcopy(model), given, path)
         wrong = verdict(model, given, double, double_inputs, tokens, logits, case, path)
     except Exception as error:
-        wrong = _short(error)
+        wrong = "" if _overflows_itself(model, given, error, case) else _short(error)
     return f"{path} in float32, not here: {report.reason}; taken all the same: {wrong}" if wrong else ""
+
+
+def _overflows_itself(model, given, error: Exception, case) -> bool:
+    """Whether ``error`` says of a row that its logits are no numbers at a token where, by transformers' own greedy
+    search on the same inputs with nothing of ours in place, they are none either; the case says so. (In float64 they
+    may be: that is what an overflow is.)"""
+    about = _NO_PROBABILITIES.search(str(error))
+    if model.dtype == torch.float32 or about is None or not _is_ours(error):
+        return False
+    row, step = map(int, about.groups())
+    out = copy.deepcopy(model).generate(
+        **given, max_new_tokens=step + 1, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    lost = bool(torch.stack(out.logits, dim=1)[row].isnan().any())
+    if lost:
+        _note(case, f"its own modules overflow (NaN in row {row} by greedy search)")
+    return lost
 
 
 def in_the_engine(model: Any) -> dict[str, Any]:

@@ -83,13 +83,14 @@ class OwnStep:
             self.kwargs = before
         return states, outputs.logits[:, -1].float()
 
-    def whole(self, tokens: torch.Tensor) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
-        """The same for the prompt and ``tokens (rows, n)`` in one forward without any cache."""
+    def whole(self, tokens: torch.Tensor, at: int = -1) -> tuple[dict[bool, torch.Tensor | None], torch.Tensor]:
+        """The same for the prompt and ``tokens (rows, n)`` in one forward without any cache; ``at``: the position whose
+        states of the last layer are given."""
         ids = torch.cat([self.rows.ids, tokens], dim=1)
         kwargs = grow_kwargs(self.model, self.rows.kwargs | {"use_cache": False}, tokens)
         inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
         inputs = with_own_states(inputs) | self.tap.arguments
-        outputs, states = self._listen(lambda: self.model(**inputs, return_dict=True))
+        outputs, states = self._listen(lambda: self.model(**inputs, return_dict=True), at)
         return states, outputs.logits[:, -1].float()
 
     def _advance(self, outputs: Any) -> None:
@@ -99,7 +100,7 @@ class OwnStep:
         if not self.cached:  # Llama hands back a prefix of PEFT's, with the text in it
             self.kwargs.pop(CACHE_NAME, None)
 
-    def _listen(self, forward: Any) -> tuple[Any, dict[bool, torch.Tensor | None]]:
+    def _listen(self, forward: Any, at: int = -1) -> tuple[Any, dict[bool, torch.Tensor | None]]:
         self.tap.listen(lambda states: states)
         try:
             outputs = forward()
@@ -110,7 +111,7 @@ class OwnStep:
         head = heard.head[0] if len(heard.head) == 1 else None
         return outputs, {
             True: None if head is None else head[:, -1],
-            False: layers[-1][:, -1] if layers else None,
+            False: layers[-1][:, at] if layers else None,
         }
 
 

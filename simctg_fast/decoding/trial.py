@@ -80,6 +80,10 @@ def _try(tap: HiddenStatesTap, truth: Truth, name: str, head: bool) -> None:
         if step is None or step.was_used is not False or isinstance(error, torch.OutOfMemoryError):
             raise
         raise UnsupportedError("it does not use the attention interface") from error
+    if isinstance(decoder, UncachedDecoder) and truth.sees_ahead():
+        raise UnsupportedError(
+            "in a whole text its positions see later ones, which transformers' own cached step does not let them"
+        )
 
 
 def _two_steps(decoder: Decoder, truth: Truth, head: bool) -> None:

@@ -219,6 +219,32 @@ def test_one_wrong_layer_of_16_bits_is_found(dtype, mutation, tried, monkeypatch
     assert ("shared_prefix in float32, not here" in case["faults"][0]) == tried
 
 
+def test_16_bits_that_overflow_themselves_are_rough():
+    """LongT5's own mask of a padded block is one of -inf alone."""
+    model = narrow("LongT5ForConditionalGeneration", torch.float16)
+    case = run.one_case(model, "text", 2)
+    assert case["status"] == "rough"
+    assert "its own modules overflow (NaN in row 1 by greedy search)" in case["note"]
+    assert case["faults"] == []
+
+
+@pytest.mark.skipif(_backends.extension() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("name", ["LongT5ForConditionalGeneration", "OPTForCausalLM"])
+def test_a_nan_that_is_ours_alone_is_a_fault(name, monkeypatch):
+    """In a model of finite numbers, and in a row of which they are while the other's are not."""
+    model, original = narrow(name, torch.float16), modules.run_kernel
+
+    def run_kernel(x, weight, *rest):
+        y = original(x, weight, *rest)
+        return torch.full_like(y, torch.nan) if weight.dtype == torch.float16 else y
+
+    monkeypatch.setattr(modules, "run_kernel", run_kernel)
+    monkeypatch.setattr(trial, "check_close", lambda *args: None)
+    case = run.one_case(model, "text", 2)
+    assert case["status"] == "fault"
+    assert any("no numbers where its own modules have some" in fault for fault in case["faults"])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_some_forty_classes_agree_in_16_bits(dtype, tmp_path):
