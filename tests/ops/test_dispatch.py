@@ -35,11 +35,12 @@ from simctg_fast.ops.crf_sample import crf_ffbs
 from simctg_fast.ops.crf_stochastic import crf_stochastic_viterbi
 from simctg_fast.ops.crf_viterbi import crf_kbest, crf_viterbi
 from simctg_fast.ops.dispatch import choose
+from simctg_fast.ops.earlier_text import follower_scan, ngram_penalty
 from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
 from simctg_fast.ops.simcse import pair_loss, pair_lse, self_loss
 from simctg_fast.ops.top_k import top_k_probs
 from simctg_fast.ops.viterbi_backtrace import viterbi_backtrace
-from simctg_fast.reference import attention, centered, crf, viterbi
+from simctg_fast.reference import attention, centered, crf, fsd, viterbi
 from simctg_fast.reference import candidate_select as reference_scan
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference_contrastive_loss
 
@@ -193,6 +194,23 @@ def scan_centered_truth(states: Tensor, history: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(torch.stack, zip(*rows, strict=True)))
 
 
+def followers(impl: str, history: Tensor) -> Tensor:
+    return follower_scan(unit(history), TOKENS[:, :, 0] % 2, PICKS, LENGTHS, impl=impl)[0]
+
+
+def text_truth(penalty: Callable[[int, list[int], int], float]) -> Tensor:
+    """``penalty(row, its tokens, pick)`` of every row and pick."""
+    texts = [row[:n] for row, n in zip((TOKENS[:, :, 0] % 2).tolist(), LENGTHS.tolist(), strict=True)]
+    return torch.tensor(
+        [[penalty(b, text, int(v)) for v in PICKS[b]] for b, text in enumerate(texts)], dtype=torch.float64
+    )
+
+
+def grams(impl: str) -> Tensor:
+    orders, betas = torch.full_like(LENGTHS, 3), torch.full(LENGTHS.shape, 0.9, dtype=torch.float64)
+    return ngram_penalty(TOKENS[:, :, 0] % 2, PICKS, LENGTHS, orders=orders, betas=betas, impl=impl, longest=3)[0]
+
+
 def attend(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
     query, key, value, new_key, new_value = inputs
     return function(query, key, value, LENGTH, new_key, new_value, scaling=0.5, **options)
@@ -268,6 +286,7 @@ def marginals_truth(emissions: Tensor, transitions: Tensor) -> Tensor:
     return torch.autograd.grad(crf.dense_log_partition(emissions, transitions, LENGTHS).sum(), emissions)[0]
 
 
+PICKS = torch.tensor([[0, 1, 2]] * BATCH)
 STATES, CHAIN, DENSE = (BATCH, LENGTH, WIDTH), (BATCH, LENGTH, BEAM), ((BATCH, LENGTH, BEAM), (BEAM, BEAM))
 LOW_RANK = (CHAIN, (VOCABULARY, RANK), (VOCABULARY, RANK))
 CASES = {
@@ -284,6 +303,15 @@ CASES = {
     "centered_scan": Case(
         ((BATCH, 3, WIDTH), STATES), scan_centered, scan_centered_truth,
         functions=(centered_scan,), operators=("centered_scan",),
+    ),
+    "follower_scan": Case(
+        (STATES,), followers,
+        lambda history: text_truth(lambda b, text, v: fsd.vector_penalty(history[b, : len(text)], text, v, 2)),
+        functions=(follower_scan,), operators=("follower_scan",),
+    ),
+    "ngram_penalty": Case(
+        (), grams, lambda: text_truth(lambda b, text, v: fsd.ngram_penalty(text, v, 3, 0.9)),
+        functions=(ngram_penalty,), operators=("ngram_penalty",), kernel=False, floats=False,
     ),
     "top_k_probs": Case(
         ((BATCH, VOCABULARY),),
