@@ -25,7 +25,14 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from simctg_fast.kernels import candidate_select, centered_scan, prefix_commit, shared_prefix_attention, top_k
+from simctg_fast.kernels import (
+    candidate_select,
+    centered_scan,
+    earlier_text,
+    prefix_commit,
+    shared_prefix_attention,
+    top_k,
+)
 
 BIN = Path(nvidia.__file__).parent / "bin"
 ARCHITECTURES = (80, 90, 100)
@@ -89,6 +96,7 @@ VARIANTS = {
     + [f"bf16-{size}-all" for size in ("d32-m16", "d64-m32", "d80-m16", "d112-m64", "d128-m32")]
     + ["bf16-d64-m32-plain", "bf16-d80-m16-plain", "bf16-d128-m32-plain"]
     + [f"fp32high-d{dim}-m16-{flags}" for dim in (64, 128, 256) for flags in ("plain", "all")],
+    "follower": [f"{kind}-k{k}-n{n}" for kind in SIZES for k in (3, 60) for n in (2, 4)],
     "commit": ["int64", "int16"],
     "top_k": ["fp32-k4", "bf16-k64"],
 }
@@ -152,6 +160,26 @@ def _centered(variant: str, arch: int):
     return centered_scan.centered_scan_kernel, signature, constants, _options(config, config.registers)
 
 
+def _follower(variant: str, arch: int):
+    """n: the largest order."""
+    operand, k, n = variant.split("-")
+    signature = {
+        "history_ptr": f"*{operand}", "stride_hb": "i64", "stride_ht": I, "tokens_ptr": L, "stride_tb": I,
+        "picks_ptr": L, "lengths_ptr": L, "starts_ptr": L, "orders_ptr": L, "norms_ptr": F, "stride_nb": I,
+        "partial_ptr": L, "k": I, "width": I, "capacity": I,
+    }  # fmt: skip
+    constants = {
+        "HAS_STARTS": True, "LONGEST": int(n[1:]), "BLOCK_K": triton.next_power_of_2(int(k[1:])),
+        "BLOCK_T": earlier_text.BLOCK_T, "BLOCK_D": earlier_text.BLOCK_D,
+    }  # fmt: skip
+    return (
+        earlier_text.follower_scan_kernel,
+        signature,
+        constants,
+        {"num_warps": earlier_text.NUM_WARPS, "num_stages": 3},
+    )
+
+
 def _attention(variant: str, arch: int):
     kind, dim, rows, flags = variant.split("-")
     operand, dim, rows = kind.removesuffix("high"), int(dim[1:]), int(rows[1:])
@@ -195,7 +223,14 @@ def _top_k(variant: str, arch: int):
     return top_k.top_k_kernel, signature, constants, {"num_warps": top_k.NUM_WARPS, "num_stages": 3}
 
 
-_MAKERS = {"scoring": _scoring, "centered": _centered, "attention": _attention, "commit": _commit, "top_k": _top_k}
+_MAKERS = {
+    "scoring": _scoring,
+    "centered": _centered,
+    "follower": _follower,
+    "attention": _attention,
+    "commit": _commit,
+    "top_k": _top_k,
+}
 _SCAN = {"width", "stride_sk", "stride_ht", "stride_sb", "stride_hb"}
 _ODD = {"scoring": _SCAN, "centered": {*_SCAN, "stride_cb", "stride_ub"}}  # where the variant says odd
 

@@ -17,7 +17,7 @@ from ._launch import last_dimension_contiguous, on
 
 PICK_LIMIT = 64
 WIDTH_LIMIT = 16384
-BLOCK_T, BLOCK_D, NUM_WARPS = 32, 128, 4
+BLOCK_T, BLOCK_D, NUM_WARPS, REGISTERS = 32, 128, 4, 128
 _SPLIT_LIMIT = 64
 _NOTHING = tl.constexpr(-9223372036854775808)
 
@@ -54,11 +54,11 @@ def follower_scan_kernel(
     own = 0.0
     for back in tl.static_range(LONGEST - 1):
         at = tl.maximum(end - 1 - back, 0)
-        newest = tl.where(context > back, tl.load(tokens_ptr + at), 0)
-        missing += tl.where(newest < 0, 1, 0)
+        last = tl.where(context > back, tl.load(tokens_ptr + at), 0)
+        missing += tl.where(last < 0, 1, 0)
         if LONGEST > 2:
-            r = tl.load(norms_ptr + at)
-            own += tl.where(context > back, r * r, 0.0)
+            mine = tl.load(norms_ptr + at)
+            own += tl.where(context > back, mine * mine, 0.0)
     begin = tl.where(missing > 0, end, begin)
     share = tl.cdiv(tl.cdiv(end, BLOCK_T), splits) * BLOCK_T
     first = split * share
@@ -155,7 +155,7 @@ def follower_scan(
             lengths.contiguous(), lengths if starts is None else starts.contiguous(), orders.contiguous(),
             history if norms is None else norms, 0 if norms is None else norms.stride(0), partial, k, width, capacity,
             HAS_STARTS=starts is not None, LONGEST=max(2, longest), BLOCK_K=block_k, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
         follower_finish_kernel[(batch,)](
             partial, penalty, position, splits, k, BLOCK_S=triton.next_power_of_2(splits), BLOCK_K=block_k, num_warps=1

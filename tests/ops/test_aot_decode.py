@@ -28,6 +28,7 @@ TENSOR_CORE = {80: r"HMMA", 90: r"HG?MMA", 100: r"HMMA|UTC\w*MMA"}
 FAST = {
     "scoring-bf16-k4-even-sm90",
     "centered-bf16-k4-even-sm90",
+    "follower-bf16-k3-n2-sm90",
     "attention-bf16-d128-m16-plain-sm90",
     "commit-int64-sm90",
     "top_k-fp32-k4-sm90",
