@@ -172,12 +172,8 @@ def _follower(variant: str, arch: int):
         "HAS_STARTS": True, "LONGEST": int(n[1:]), "BLOCK_K": triton.next_power_of_2(int(k[1:])),
         "BLOCK_T": earlier_text.BLOCK_T, "BLOCK_D": earlier_text.BLOCK_D,
     }  # fmt: skip
-    return (
-        earlier_text.follower_scan_kernel,
-        signature,
-        constants,
-        {"num_warps": earlier_text.NUM_WARPS, "num_stages": 3},
-    )
+    options = {"num_warps": earlier_text.NUM_WARPS, "num_stages": 3, "maxnreg": earlier_text.REGISTERS}
+    return earlier_text.follower_scan_kernel, signature, constants, options
 
 
 def _attention(variant: str, arch: int):

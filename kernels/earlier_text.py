@@ -17,7 +17,7 @@ from ._launch import last_dimension_contiguous, on
 
 PICK_LIMIT = 64
 WIDTH_LIMIT = 16384
-BLOCK_T, BLOCK_D, NUM_WARPS, REGISTERS = 32, 128, 4, 128
+BLOCK_T, BLOCK_D, NUM_WARPS, REGISTERS = 32, 128, 4, 168
 _SPLIT_LIMIT = 64
 _NOTHING = tl.constexpr(-9223372036854775808)
 
