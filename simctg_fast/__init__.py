@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .crf import StochasticViterbiSamples as StochasticViterbiSamples
     from .decoding.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from .decoding.contrastive_search import contrastive_search as contrastive_search
+    from .decoding.dry import DRYLogitsProcessor as DRYLogitsProcessor
     from .decoding.patch import patch_transformers as patch_transformers
     from .decoding.patch import unpatch_transformers as unpatch_transformers
     from .decoding.report import SupportReport as SupportReport
@@ -48,6 +49,7 @@ _MODULES = {
     "crf": ("LinearChainCRF", "LowRankCRF", "StochasticViterbiSample", "StochasticViterbiSamples"),
     "decoding": (
         *("ContrastiveSearch", "SupportReport", "contrastive_search", "support"),
+        "DRYLogitsProcessor",
         *("patch_transformers", "unpatch_transformers"),
     ),
     "engine": ("Engine",),

@@ -108,6 +108,21 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longe
 Weights = Annotated[
     str | None, typer.Option(help="On the CPU: int8 (rounded further), or lossless (16 bits where these are as good).")
 ]
+# Of `DRYLogitsProcessor`; the engine has their defaults.
+DryMultiplier = Annotated[
+    float | None, typer.Option(help="DRY, a penalty on repetitions that grows with their length; 0 (default): off.")
+]
+DryBase = Annotated[float | None, typer.Option(help="Of DRY: growth a token, at least 1.")]
+DryAllowedLength = Annotated[int | None, typer.Option(help="Of DRY: repetitions shorter than this are free.")]
+DrySequenceBreakers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dry-sequence-breaker",
+        help="Of DRY: repetitions begin behind this text ($'\\n': a new line); may be repeated.",
+    ),
+]
+DryPenaltyRange = Annotated[int | None, typer.Option(help="Of DRY: tokens that it looks back; -1 (default): all.")]
+_DRY = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers", "dry_penalty_range")
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the first GPU if there is one.")]
 
 
@@ -145,6 +160,11 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws of --temperature.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    dry_multiplier: DryMultiplier = None,
+    dry_base: DryBase = None,
+    dry_allowed_length: DryAllowedLength = None,
+    dry_sequence_breakers: DrySequenceBreakers = None,
+    dry_penalty_range: DryPenaltyRange = None,
     batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt, text, tokens.")] = False,
     device: Device = None,
@@ -172,8 +192,11 @@ def generate(
     texts, failed = _read_prompts(words)
 
     with _progress("loading the model"):
+        from .engine.parameters import check as check_parameter
         from .engine.text_generation import TextGenerator
 
+        given = {option: value for option, value in _chosen(ctx, *_DRY).items() if value not in (None, [])}
+        dry = {option: check_parameter(option, value) for option, value in given.items()}
         _quiet_transformers()
         generator = TextGenerator(
             name,
@@ -181,6 +204,7 @@ def generate(
             batch_size=1 if stream else min(batch_size, len(texts) or 1),
             **_chosen(ctx, "penalty_alpha", "top_k", "max_new_tokens", "temperature", "seed"),
             **_chosen(ctx, "device", "dtype", "weights", "trust_remote_code"),
+            **dry,
         )
 
     def show_new(request: Any, index: int, text: str) -> None:
@@ -337,6 +361,11 @@ def run(
     typical_p: Annotated[float | None, typer.Option(help="Of sample, above 0, at most 1.")] = None,
     n: Annotated[int | None, typer.Option("--samples", help="Continuations of each prompt (n of a line).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    dry_multiplier: DryMultiplier = None,
+    dry_base: DryBase = None,
+    dry_allowed_length: DryAllowedLength = None,
+    dry_sequence_breakers: DrySequenceBreakers = None,
+    dry_penalty_range: DryPenaltyRange = None,
     truncate_prompt_tokens: Annotated[
         int | None, typer.Option(help="Keep so many tokens of longer prompts; -1: what the context leaves.")
     ] = None,

@@ -9,6 +9,7 @@
 #include "api/gelu.h"
 #include "api/linear.h"
 #include "api/linear_int8.h"
+#include "api/repeated_suffix.h"
 #include "api/rms_norm.h"
 #include "api/top_k.h"
 
@@ -156,6 +157,14 @@ void candidate_scan(std::array<int64_t, 4> sizes, Array<2> states, Array<2> hist
     simctg::candidate_scan(call, num_threads);
 }
 
+int64_t repeated_suffix(std::array<int64_t, 2> sizes, Array<1> tokens, address starts, address lengths, address limits,
+                        int64_t longest, address repeats, int num_threads) {
+    return simctg::repeated_suffix({pointer<const int64_t>(tokens[0]), sizes[0], sizes[1], tokens[1],
+                                    pointer<const int64_t>(starts), pointer<const int64_t>(lengths),
+                                    pointer<const int64_t>(limits), longest, pointer<int64_t>(repeats)},
+                                   num_threads);
+}
+
 }  // namespace
 
 void bind_decoding(py::module_& m) {
@@ -232,6 +241,8 @@ void bind_decoding(py::module_& m) {
           py::arg("attention"), py::arg("rotation"), py::arg("num_threads"), release_gil());
     m.def("candidate_scan", &candidate_scan, py::arg("sizes"), py::arg("states"), py::arg("history"), py::arg("lengths"),
           py::arg("mask"), py::arg("penalty"), py::arg("position"), py::arg("num_threads"), release_gil());
+    m.def("repeated_suffix", &repeated_suffix, py::arg("sizes"), py::arg("tokens"), py::arg("starts"), py::arg("lengths"),
+          py::arg("limits"), py::arg("longest"), py::arg("repeats"), py::arg("num_threads"), release_gil());
     m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),
           py::arg("y"), py::arg("num_threads"), py::arg("type") = simctg::ElementType::float32, release_gil());
     m.def("top_k_probs", &top_k_probs, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("k"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..checks import is_integer, is_number, require
+from ..decoding.breakers import BREAKERS_ALLOWED, is_breaker
+from ..decoding.dry import DRY_ALLOWED, DRY_SEQUENCE_BREAKERS
 from ..text.texts import short
 
 STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive")
@@ -41,6 +43,8 @@ class Parameters:
         clamp_max_new_tokens: write less than ``max_new_tokens`` where the model's context ends before, instead of
             refusing the request. (Of ``truncate_prompt_tokens=-1`` they then reserve half the context at most.)
         continue_final_message: the continuation goes on in the last of the ``messages`` instead of answering it.
+        dry_multiplier, dry_base, dry_allowed_length, dry_sequence_breakers, dry_penalty_range: of `DRYLogitsProcessor`,
+            by these names, for every strategy; a multiplier of 0 is off.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -64,6 +68,11 @@ class Parameters:
     truncate_prompt_tokens: int | None = None
     clamp_max_new_tokens: bool = False
     continue_final_message: bool = False
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: tuple[str | int, ...] = DRY_SEQUENCE_BREAKERS
+    dry_penalty_range: int = -1
 
     def __post_init__(self) -> None:
         for name in NAMES:
@@ -155,10 +164,12 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         for f in fields(Parameters)
         if isinstance(f.default, bool)
     },
+    **{f"dry_{name}": allowed for name, allowed in DRY_ALLOWED.items()},
 }
-_LISTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+_LISTS: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
     "stop": (str, lambda v: isinstance(v, str) and v != "", "a string or a list of strings, none of them empty"),
     "stop_token_ids": (int, _integer(0, 2**31 - 1), "a list of token ids"),
+    "dry_sequence_breakers": ((str, int), is_breaker, BREAKERS_ALLOWED),
 }
 
 

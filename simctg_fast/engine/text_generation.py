@@ -36,7 +36,7 @@ class TextGenerator:
         stop: texts that end a continuation and are no part of it, as in the engine.
         seed: of the draws that a `temperature` makes; drawn anew where there is none.
         batch_size: prompts that are written at a time.
-        loading: ``device``, ``dtype`` and ``trust_remote_code`` of `load_model`, ``weights`` of `Engine`.
+        loading: ``device``, ``dtype`` and ``trust_remote_code`` of `load_model`; ``weights`` and ``dry_…`` of `Engine`.
     """
 
     def __init__(

@@ -14,7 +14,10 @@ from typing import Any
 from ...assets import ADAPTER
 
 FORMAT = 2
-_LATER: dict[str, Any] = {"share_prefixes": True, "weights": None}  # settings that came later, as runs were before
+# Settings that came later, as runs were before.
+_LATER: dict[str, Any] = {"share_prefixes": True, "weights": None}
+_LATER |= {"dry_multiplier": 0.0, "dry_base": 1.75, "dry_allowed_length": 2}
+_LATER |= {"dry_sequence_breakers": ["\n", ":", '"', "*"], "dry_penalty_range": -1}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".jinja", ".model", ".py", ".spm")
 _TOKENIZERS = ("tokenizer", "spiece", "vocab", "merges", "chat_template")
