@@ -6,7 +6,7 @@ import torch
 
 from . import _backends
 from ._autograd import define, register
-from .dispatch import NOT_TAKEN, addresses, choose, cpu_obstacle, is_deferred, lengths_obstacle
+from .dispatch import NOT_TAKEN, addresses, choose, cpu_obstacle, is_deferred, lengths_obstacle, rows_contiguous
 
 _BLOCK = 128  # lengths that PyTorch's code compares at a time
 
@@ -58,6 +58,7 @@ def _run(tokens, starts, lengths, limits, longest, *, impl="auto"):
         problem = cpu_obstacle((torch.int64,), tokens=tokens) or lengths_obstacle(tokens.shape[0], **of_rows)
         return problem if problem is None or problem.startswith(NOT_TAKEN) else NOT_TAKEN + problem
 
+    tokens = rows_contiguous(tokens)
     impl = choose(impl, tokens.device, cpu=cpu)
     return (_cpu if impl == "cpu" else _torch)(tokens, starts, lengths, limits, longest)
 
