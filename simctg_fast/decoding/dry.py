@@ -21,7 +21,10 @@ _LARGEST = 1e30  # a penalty at most
 
 # What each setting may be, for whoever takes them.
 DRY_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "multiplier": (lambda v: is_number(v, 0), "a finite number of at least 0 (0 is off)"),
+    "multiplier": (
+        lambda v: is_number(v, 0, 0) or is_number(v, 1 / _LARGEST, _LARGEST),
+        "0 (off) or a number from 1e-30 to 1e30",
+    ),
     "base": (lambda v: is_number(v, 1), "a finite number of at least 1 (1: every length costs the same)"),
     "allowed_length": (lambda v: is_integer(v, 1, 2**31 - 1), "an integer from 1 to 2**31 - 1"),
     "penalty_range": (
@@ -42,7 +45,7 @@ class DRYLogitsProcessor(LogitsProcessor):
     stays so. It keeps no state: rows may change places, as beams do, and any strategy may call it.
 
     Args:
-        multiplier: at least 0; 0 switches it off.
+        multiplier: from 1e-30 to 1e30; or 0, which switches it off.
         base: at least 1. With 1 every repetition costs ``multiplier``, however long.
         allowed_length: repetitions shorter than this are free; at least 1.
         sequence_breakers: token ids, and texts that need ``tokenizer``. A text of up to 63 bytes breaks where a token
@@ -84,8 +87,8 @@ class DRYLogitsProcessor(LogitsProcessor):
         # The exponent from which on a penalty grows no more.
         self._most = 0
         if self.multiplier and self.base > 1:
-            self._most = math.floor((math.log(_LARGEST) - math.log(self.multiplier)) / math.log(self.base))
-        self._longest = self.allowed_length + max(0, self._most)
+            self._most = math.floor(math.log(_LARGEST / self.multiplier) / math.log(self.base))
+        self._longest = self.allowed_length + self._most
 
     def __repr__(self) -> str:
         names = ("multiplier", "base", "allowed_length", "sequence_breakers", "penalty_range")
