@@ -1,19 +1,22 @@
-"""Speed of the habits: the loop over plain models, texts in and texts out, and the trial before a first call.
+"""Speed of the habits: the loop over plain models, texts in and texts out, the trial before a first call, and DRY.
 
     python benchmarks/habits.py loop      # generate(step, ...) against the bare calls it makes, GPT-2-small shape
     python benchmarks/habits.py text      # ContrastiveGenerator against the tutorial's class and 4.55.4's search
     python benchmarks/habits.py trial     # what the first call on a model costs more than the second, GPT-2-small shape
+    python benchmarks/habits.py dry       # DRY's share of a step behind 4,096 tokens, GPT-2-small shape
     python benchmarks/habits.py text --threads 1 --clock cpu    # where others use the machine too: processor time
 
 ``loop`` compares `simctg_fast.generate` with a loop that calls the same model and the same processors and does nothing
 else: what is on top is the library's. ``text`` is a T5-small shape, 16 texts, 64 new tokens, k = 3, random weights;
 each provider has a worker process, rounds go through all in turn, the minimum counts; our texts are compared with those
-of 4.55.4 first.
+of 4.55.4 first. ``dry`` clocks the processor within each step, so that both see the same moment of the machine, after
+comparing its scores with the definition.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -154,6 +157,71 @@ def trial(options: argparse.Namespace) -> list[Row]:
         print(f"  first call {first:.3f} s, known {known:.3f} s: {first - known:.3f} s, {(first - known) / known:.1%}")
         for name, values in seconds.items():
             rows.append(_row("trial", name, "batch x prompt", f"{batch}x{length}", values, options, "seconds"))
+    return rows
+
+
+# ---- DRY within a step -----------------------------------------------------------------------------------------------
+
+
+def dry(options: argparse.Namespace) -> list[Row]:
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from simctg_fast import ContrastiveSearch, DRYLogitsProcessor
+    from simctg_fast.reference.dry import dry_penalties
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    length = 4096 if options.model == "small" else 256
+    sizes = {} if options.model == "small" else {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 500}
+    sizes |= {"n_positions": length + options.new_tokens}
+    config = GPT2Config(initializer_range=0.1, bos_token_id=0, eos_token_id=None, pad_token_id=0, **sizes)
+    model = GPT2LMHeadModel(config).eval()
+    breakers = list(range(1, 40))  # so that repetitions are cut, too
+    clock, processor_, rows = CLOCKS[options.clock], DRYLogitsProcessor(sequence_breakers=breakers), []
+    ids = torch.randint(1, 400, (1, length), generator=torch.Generator().manual_seed(1))
+    ids[0, length // 2 :] = ids[0, : length - length // 2]  # and it repeats itself
+
+    class Clocked:
+        """The processor, and when each of its calls began and ended."""
+
+        def __init__(self):
+            self.began, self.ended = [], []
+
+        def __call__(self, input_ids, scores):
+            self.began.append(clock())
+            result = processor_(input_ids, scores)
+            self.ended.append(clock())
+            self.last = input_ids, scores, result
+            return result
+
+    for name, search in {
+        "contrastive search, k 4": {"custom_generate": ContrastiveSearch(0.6, 4)},
+        "greedy search of transformers": {"do_sample": False},
+    }.items():
+        shares, costs = [], []
+        for _ in range(options.repeats):
+            clocked = Clocked()
+            mask = torch.ones_like(ids)
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=options.new_tokens, logits_processor=[clocked], **search
+            )
+            spent = [end - begin for begin, end in zip(clocked.began, clocked.ended, strict=True)]
+            steps = [after - begin for begin, after in itertools.pairwise(clocked.began)]
+            shares += [one / step for one, step in zip(spent, steps, strict=False)]
+            costs += [one * 1e3 for one in spent]
+        tokens, scores, result = clocked.last
+        expected = scores.clone()
+        for token, penalty in dry_penalties(tokens[0].tolist(), breakers=set(breakers)).items():
+            expected[0, token] -= penalty
+        if not torch.allclose(result, expected, rtol=1e-5, atol=1e-4):
+            print(f"{name}: NOT REPORTED: the scores are not those of the definition")
+            continue
+        _, share, _ = quantiles(shares)
+        _, cost, _ = quantiles(costs)
+        print(f"\nDRY behind {length} tokens, {name}: {share:.2%} of a step, {cost:.3f} ms")
+        rows.append(_row("dry", name, "tokens", str(length), shares, options, "share_of_step"))
     return rows
 
 
@@ -319,7 +387,7 @@ def _row(kernel: str, provider: str, x_name: str, x_value: str, values: list[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("loop", "text", "trial", "worker"))
+    parser.add_argument("part", choices=("loop", "text", "trial", "dry", "worker"))
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -333,7 +401,7 @@ def main() -> None:
         worker(options.folder, options.threads)
         return
     print(f"{processor()}, {options.threads} threads, {options.clock} clock, float32")
-    append_csv(options.csv, {"loop": loop, "text": text, "trial": trial}[options.part](options))
+    append_csv(options.csv, {"loop": loop, "text": text, "trial": trial, "dry": dry}[options.part](options))
 
 
 if __name__ == "__main__":

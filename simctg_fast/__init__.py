@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .decoding.adaptive import AdaptiveContrastiveSearch as AdaptiveContrastiveSearch
     from .decoding.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from .decoding.contrastive_search import contrastive_search as contrastive_search
+    from .decoding.dry import DRYLogitsProcessor as DRYLogitsProcessor
     from .decoding.fsd import FSD as FSD
     from .decoding.guard import GUARD as GUARD
     from .decoding.patch import patch_transformers as patch_transformers
@@ -54,7 +55,7 @@ _MODULES = {
     "compat": ("T5SimCTGGenerate", "compute_contrastive_loss", "t5_cosine_simirality", "t5_cosine_similarity"),
     "crf": ("LinearChainCRF", "LowRankCRF", "StochasticViterbiSample", "StochasticViterbiSamples"),
     "decoding": (
-        *("ContrastiveSearch", "AdaptiveContrastiveSearch", "FSD", "GUARD"),
+        *("ContrastiveSearch", "AdaptiveContrastiveSearch", "FSD", "GUARD", "DRYLogitsProcessor"),
         *("SupportReport", "contrastive_search", "support"),
         *("patch_transformers", "unpatch_transformers"),
     ),

@@ -123,6 +123,21 @@ AdaptiveKRange = Annotated[
 ]
 GuardWindow = Annotated[int | None, typer.Option(help="Of guard: steps, 2 to 64.")]
 GuardDecay = Annotated[float | None, typer.Option(help="Of guard: weight of a step relative to the next, to 1.")]
+# Of `DRYLogitsProcessor`; the engine has their defaults.
+DryMultiplier = Annotated[
+    float | None, typer.Option(help="DRY, a penalty on repetitions that grows with their length; 0 (default): off.")
+]
+DryBase = Annotated[float | None, typer.Option(help="Of DRY: growth a token, at least 1.")]
+DryAllowedLength = Annotated[int | None, typer.Option(help="Of DRY: repetitions shorter than this are free.")]
+DrySequenceBreakers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dry-sequence-breaker",
+        help="Of DRY: repetitions begin behind this text ($'\\n': a new line); may be repeated.",
+    ),
+]
+DryPenaltyRange = Annotated[int | None, typer.Option(help="Of DRY: tokens that it looks back; -1 (default): all.")]
+_DRY = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers", "dry_penalty_range")
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the first GPU if there is one.")]
 
 
@@ -176,6 +191,11 @@ def generate(
     center: Center = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws of --temperature.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    dry_multiplier: DryMultiplier = None,
+    dry_base: DryBase = None,
+    dry_allowed_length: DryAllowedLength = None,
+    dry_sequence_breakers: DrySequenceBreakers = None,
+    dry_penalty_range: DryPenaltyRange = None,
     batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt, text, tokens.")] = False,
     device: Device = None,
@@ -206,9 +226,12 @@ def generate(
     texts, failed = _read_prompts(words)
 
     with _progress("loading the model"):
+        from .engine.parameters import check as check_parameter
         from .engine.text_generation import TextGenerator
         from .text.explain import explained
 
+        given = {option: value for option, value in _chosen(ctx, *_DRY).items() if value not in (None, [])}
+        dry = {option: check_parameter(option, value) for option, value in given.items()}
         _quiet_transformers()
         generator = TextGenerator(
             name,
@@ -219,6 +242,7 @@ def generate(
             **_chosen(ctx, "fsd_n", "fsd_beta", "adaptive_q", "adaptive_k_range", "guard_window", "guard_decay"),
             fsd_stop_tokens=list(fsd_stop_tokens or ()),
             **_chosen(ctx, "device", "dtype", "weights", "trust_remote_code"),
+            **dry,
         )
 
     def show_new(request: Any, index: int, text: str) -> None:
@@ -396,6 +420,11 @@ def run(
     guard_decay: GuardDecay = None,
     n: Annotated[int | None, typer.Option("--samples", help="Continuations of each prompt (n of a line).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    dry_multiplier: DryMultiplier = None,
+    dry_base: DryBase = None,
+    dry_allowed_length: DryAllowedLength = None,
+    dry_sequence_breakers: DrySequenceBreakers = None,
+    dry_penalty_range: DryPenaltyRange = None,
     truncate_prompt_tokens: Annotated[
         int | None, typer.Option(help="Keep so many tokens of longer prompts; -1: what the context leaves.")
     ] = None,

@@ -10,6 +10,7 @@
 #include "api/gelu.h"
 #include "api/linear.h"
 #include "api/linear_int8.h"
+#include "api/repeated_suffix.h"
 #include "api/rms_norm.h"
 #include "api/top_k.h"
 
@@ -194,6 +195,14 @@ void ngram_penalty(std::array<int64_t, 3> sizes, Array<1> tokens, address picks,
                           pointer<const double>(betas), num_threads);
 }
 
+int64_t repeated_suffix(std::array<int64_t, 2> sizes, Array<1> tokens, address starts, address lengths, address limits,
+                        int64_t longest, address repeats, int num_threads) {
+    return simctg::repeated_suffix({pointer<const int64_t>(tokens[0]), sizes[0], sizes[1], tokens[1],
+                                    pointer<const int64_t>(starts), pointer<const int64_t>(lengths),
+                                    pointer<const int64_t>(limits), longest, pointer<int64_t>(repeats)},
+                                   num_threads);
+}
+
 }  // namespace
 
 void bind_decoding(py::module_& m) {
@@ -279,6 +288,8 @@ void bind_decoding(py::module_& m) {
     m.def("ngram_penalty", &ngram_penalty, py::arg("sizes"), py::arg("tokens"), py::arg("picks"), py::arg("lengths"),
           py::arg("starts"), py::arg("orders"), py::arg("betas"), py::arg("penalty"), py::arg("position"),
           py::arg("num_threads"), release_gil());
+    m.def("repeated_suffix", &repeated_suffix, py::arg("sizes"), py::arg("tokens"), py::arg("starts"), py::arg("lengths"),
+          py::arg("limits"), py::arg("longest"), py::arg("repeats"), py::arg("num_threads"), release_gil());
     m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("rows"), py::arg("width"),
           py::arg("y"), py::arg("num_threads"), py::arg("type") = simctg::ElementType::float32, release_gil());
     m.def("top_k_probs", &top_k_probs, py::arg("logits"), py::arg("rows"), py::arg("count"), py::arg("k"),

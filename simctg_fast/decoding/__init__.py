@@ -2,6 +2,7 @@
 
 from .adaptive import AdaptiveContrastiveSearch
 from .contrastive_search import ContrastiveSearch, contrastive_search
+from .dry import DRYLogitsProcessor
 from .fsd import FSD
 from .guard import GUARD
 from .patch import patch_transformers, unpatch_transformers
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptiveContrastiveSearch",
     "Check",
     "ContrastiveSearch",
+    "DRYLogitsProcessor",
     "SupportReport",
     "contrastive_search",
     "patch_transformers",

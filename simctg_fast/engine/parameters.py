@@ -9,6 +9,8 @@ from typing import Any
 
 from ..checks import is_integer, is_number, require
 from ..decoding import adaptive, fsd, guard
+from ..decoding.breakers import BREAKERS_ALLOWED, is_breaker
+from ..decoding.dry import DRY_ALLOWED, DRY_SEQUENCE_BREAKERS
 from ..text.texts import short
 
 CONTRASTIVE = ("contrastive", "stochastic-contrastive")
@@ -49,6 +51,8 @@ class Parameters:
             ``beta``).
         adaptive_q, adaptive_k_range: ``q`` and ``k_range`` of `AdaptiveContrastiveSearch` (``adaptive``).
         guard_window, guard_decay: ``window`` and ``decay`` of `GUARD` (``guard``).
+        dry_multiplier, dry_base, dry_allowed_length, dry_sequence_breakers, dry_penalty_range: of `DRYLogitsProcessor`,
+            by these names, for every strategy; a multiplier of 0 is off.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -80,6 +84,11 @@ class Parameters:
     adaptive_k_range: tuple[int, int] = adaptive.K_RANGE
     guard_window: int = guard.WINDOW
     guard_decay: float = guard.DECAY
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: tuple[str | int, ...] = DRY_SEQUENCE_BREAKERS
+    dry_penalty_range: int = -1
 
     def __post_init__(self) -> None:
         for name in NAMES:
@@ -190,10 +199,12 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         for f in fields(Parameters)
         if isinstance(f.default, bool)
     },
+    **{f"dry_{name}": allowed for name, allowed in DRY_ALLOWED.items()},
 }
-_LISTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+_LISTS: dict[str, tuple[type | tuple[type, ...], Callable[[Any], bool], str]] = {
     "stop": (str, lambda v: isinstance(v, str) and v != "", "a string or a list of strings, none of them empty"),
     "stop_token_ids": (int, _integer(0, 2**31 - 1), "a list of token ids"),
+    "dry_sequence_breakers": ((str, int), is_breaker, BREAKERS_ALLOWED),
 }
 
 

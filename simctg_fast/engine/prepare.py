@@ -6,14 +6,16 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers.generation.logits_process import LogitsProcessorList
 
+from ..decoding.dry import DRYLogitsProcessor
 from ..loading import context_length
+from .parameters import Parameters
 from .requests import Request, RequestError
 from .sequence import Sequence, special_tokens
 
@@ -75,6 +77,7 @@ class Preparer:
         model._prepare_special_tokens(self.generation_config, True, device=model.device)
         ends = self.generation_config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
+        self._dry = lru_cache(maxsize=64)(partial(DRYLogitsProcessor, tokenizer=tokenizer))  # it keeps no state
         self._model_processors = bool(self._own_processors(4, 8, [0]))
 
     def __call__(self, request: Request, on_text: Callable[[int, str], None] | None = None) -> list[Sequence]:
@@ -93,9 +96,10 @@ class Preparer:
             given, own = (str(value).lower() for value in (parameters.center, self.center))
             message = f"center is {given}, but {own} in this run: it is of all its requests alike"
             raise self._error(request, "invalid_value", message)
-        unknown = [token for token in parameters.stop_token_ids if token >= self.vocabulary]
-        if unknown:
-            raise self._token_out_of_range(request, "stop_token_ids", unknown[0])
+        for name in ("stop_token_ids", "dry_sequence_breakers"):
+            unknown = [t for t in getattr(parameters, name) if not isinstance(t, str) and t >= self.vocabulary]
+            if unknown:
+                raise self._token_out_of_range(request, name, unknown[0])
         tokens = [self._tokens(request, prompt) for prompt in (request.prompt, *request.more_prompts)]
         request = self._fitting(request, tokens)
         return [
@@ -236,7 +240,7 @@ class Preparer:
         known = f"the model knows 0 … {self.vocabulary - 1}"
         return self._error(request, "token_out_of_range", f"{what} has token {token}, {known}")
 
-    # ---- processors -----------------------------------------------------------------------------------------------
+    # ---- processors: the model's own, then DRY, then the user's ---------------------------------------------------
 
     def _own_processors(self, prompt: int, max_new_tokens: int, source: list[int] | None) -> list[Any]:
         """What the model's generation configuration asks for (repetition penalty, suppressed tokens …)."""
@@ -261,6 +265,9 @@ class Preparer:
         criteria: list[Any] = []
         if self._model_processors:
             processors += self._own_processors(prompt, request.parameters.max_new_tokens, source)
+        if request.parameters.dry_multiplier:
+            settings = _dry_settings(request.parameters)
+            processors.append(self._guarded(lambda: self._dry(*settings), request, "tokenizer_error", "the tokenizer"))
         if self.factory is None:
             return processors, criteria
         factory = self.factory
@@ -278,6 +285,11 @@ class Preparer:
     @staticmethod
     def _error(request: Request, kind: str, message: str) -> RequestError:
         return RequestError(kind, message, request_id=request.id, openai=request.openai)
+
+
+def _dry_settings(p: Parameters) -> tuple[Any, ...]:
+    """In the order of `DRYLogitsProcessor`."""
+    return p.dry_multiplier, p.dry_base, p.dry_allowed_length, p.dry_sequence_breakers, p.dry_penalty_range
 
 
 def apply_processors(sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:

@@ -36,11 +36,12 @@ from simctg_fast.ops.crf_stochastic import crf_stochastic_viterbi
 from simctg_fast.ops.crf_viterbi import crf_kbest, crf_viterbi
 from simctg_fast.ops.dispatch import choose
 from simctg_fast.ops.earlier_text import follower_scan, ngram_penalty
+from simctg_fast.ops.repeated_suffix import repeated_suffix
 from simctg_fast.ops.shared_prefix_attention import shared_prefix_attention
 from simctg_fast.ops.simcse import pair_loss, pair_lse, self_loss
 from simctg_fast.ops.top_k import top_k_probs
 from simctg_fast.ops.viterbi_backtrace import viterbi_backtrace
-from simctg_fast.reference import attention, centered, crf, fsd, viterbi
+from simctg_fast.reference import attention, centered, crf, dry, fsd, viterbi
 from simctg_fast.reference import candidate_select as reference_scan
 from simctg_fast.reference.contrastive_loss import contrastive_loss as reference_contrastive_loss
 
@@ -427,6 +428,12 @@ CASES = {
         lambda impl, *x: dense_kbest(*x, LENGTHS, 4, impl=impl),
         lambda *x: dense_best(*x, 4),
         functions=(dense_kbest,), operators=("dense_kbest",), kernel=False,
+    ),
+    "repeated_suffix": Case(
+        (),
+        lambda impl: repeated_suffix(TOKENS[:, :, 0] % 2, impl=impl),
+        lambda: torch.tensor([dry.repeated_suffix(row) for row in (TOKENS[:, :, 0] % 2).tolist()]),
+        functions=(repeated_suffix,), operators=("repeated_suffix",), kernel=False, floats=False,
     ),
     "viterbi_backtrace": Case(
         (),

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from simctg_fast import (
     ContrastiveGenerator,
     ContrastiveSearch,
+    DRYLogitsProcessor,
     Engine,
     contrastive_search,
     extract_features,
@@ -568,6 +569,7 @@ def good():
         SimCTGLoss(0.5, 9, 0).forward: forward,
         check_loss_settings: {"margin": 0.5, "reduction": "pairs", "contrastive_weight": 1.0},
         ContrastiveSearch: search,
+        DRYLogitsProcessor: {"multiplier": 0.8, "base": 1.75, "allowed_length": 2, "sequence_breakers": [5]},
         TrainingOptions: {"batch_size": 8, "epochs": 1.0, "seed": 0},
     }
 

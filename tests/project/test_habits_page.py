@@ -56,6 +56,19 @@ def test_the_pages_commands_exist():
     assert set(re.findall(r"^simctg-fast (\w+)", PAGE, flags=re.MULTILINE)) <= commands
 
 
+def test_the_benchmark_of_dry_compares_with_the_definition(monkeypatch, tmp_path, capsys):
+    import runpy
+    import sys
+
+    arguments = ["dry", "--model", "tiny", "--new-tokens", "4", "--repeats", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["habits.py", *arguments, "--csv", str(tmp_path / "habits.csv")])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    runpy.run_path(str(ROOT / "benchmarks" / "habits.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "NOT REPORTED" not in out
+    assert out.count("DRY behind 256 tokens") == 2
+
+
 def test_the_benchmark_of_the_loop_compares_equal_tokens(monkeypatch, tmp_path, capsys):
     """It reports nothing where the bare loop, ours and transformers' write different tokens."""
     import runpy

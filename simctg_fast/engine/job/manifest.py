@@ -26,6 +26,11 @@ _LATER: dict[str, Any] = {
     "adaptive_k_range": [5, 15],
     "guard_window": 7,
     "guard_decay": 0.95,
+    "dry_multiplier": 0.0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_sequence_breakers": ["\n", ":", '"', "*"],
+    "dry_penalty_range": -1,
 }
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SMALL = (".json", ".jinja", ".model", ".py", ".spm")
