@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import LogitsProcessor
 
+import simctg_fast
 from simctg_fast import ContrastiveSearch, DRYLogitsProcessor
 from simctg_fast.assets import bundled_model_path
 from simctg_fast.decoding.breakers import token_pieces
@@ -288,6 +289,26 @@ def test_padding_is_no_text():
     # The range counts from the end, over padding as over text.
     short = DRYLogitsProcessor(sequence_breakers=(), tokenizer=tokenizer(), penalty_range=6)
     assert torch.equal(short(padded, scores), ours(alone, scores))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_nothing_is_read_on_the_host(device):
+    """Tensors without values, which raise where somebody asks for one; also on a device that is not the CPU."""
+    from torch._subclasses import FakeTensorMode
+
+    ours = DRYLogitsProcessor(sequence_breakers=("a", "xyz"), tokenizer=tokenizer(), penalty_range=200)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.empty((3, 300), dtype=torch.int64, device=device)
+        found = ours(ids, torch.empty((3, VOCABULARY), device=device))
+        assert (found.shape, found.device.type) == ((3, VOCABULARY), device)
+
+
+def test_the_loop_over_plain_models():
+    model, ids = build("gpt2", std=0.2), prompt(2, 9)
+    ours, naive = both(("ab",), **STRONG)
+    found = simctg_fast.generate(lambda ids: model(ids).logits, ids, max_new_tokens=20, logits_processor=[ours])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=20, logits_processor=[naive])
+    assert torch.equal(found, expected)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -52,6 +52,21 @@ class TestGenerate:
         assert len(result.stdout) > len("Return the ") + 12
         assert "\x1b" not in result.stdout
 
+    def test_dry(self) -> None:
+        prompt = ("generate", "bundled", "The return value of", "-n", "16", "-k", "1")
+        plain, with_dry = run(*prompt), run(*prompt, "--dry-multiplier", "9", "--dry-allowed-length", "1")
+        assert with_dry.exit_code == 0, with_dry.output
+        assert with_dry.stdout.startswith("The return value of")
+        assert with_dry.stdout != plain.stdout
+        # Words with their spaces, in tokens that hold a break.
+        free = [word for value in ("the", " ", "return") for word in ("--dry-sequence-breaker", value)]
+        assert run(*prompt, "--dry-multiplier", "9", "--dry-allowed-length", "1", *free).stdout == plain.stdout
+        assert run(*prompt, "--dry-base", "1.5").stdout == plain.stdout, "off without a multiplier"
+        for option, value in (("--dry-base", "0"), ("--dry-multiplier", "nan"), ("--dry-penalty-range", "-2")):
+            result = run(*prompt, option, value)
+            assert result.exit_code == 2
+            assert f"{option[2:].replace('-', '_')} must be" in said(result)
+
     def test_equals_generate_from_python(self) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
