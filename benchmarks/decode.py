@@ -3,12 +3,14 @@
     python benchmarks/decode.py                      # the four cases of the README, GPT-2-small shape, random weights
     python benchmarks/decode.py --cases 1x32 --new-tokens 32 --repeats 2
     python benchmarks/decode.py --dtype bfloat16 --model smollm2 --cases 1x64,8x64
+    python benchmarks/decode.py --strategy fsd,fsd-vec,guard,adaptive,center --cases 1x64,8x256 --no-oracle
 
 Every provider lives in a worker process of its own; rounds go through all workers in turn. Reported is the time per
 new token, prefill subtracted (a run with one new token), minimum over the rounds; the ratios are of these minima.
 Tokens are compared first: where two that should agree do not, nothing is reported for the case. Greedy search need not
 agree with transformers' where a row first differs at a near tie: both tokens are the best, by the model in float64,
-within what its own modules' rounding does to a logit. In 16 bits, which 4.55.4 is not asked for, transformers' greedy
+within what its own modules' rounding does to a logit. Other strategies, asked for by `--strategy`, are compared with
+themselves by the model's own modules and cache. In 16 bits, which 4.55.4 is not asked for, transformers' greedy
 search in float32 is a second peer. `SIMCTG_FAST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` holds both
 sides to AVX2.
 """
@@ -32,6 +34,7 @@ CASES = "1x32,1x512,8x256,8x768"
 GOALS = {"1x32": (1.9, 1.05), "1x512": (2.5, 0.95), "8x256": (3.5, 0.85), "8x768": (6.0, 0.75)}
 HALF_GOALS = {"1x64": (0.5, 0.6), "8x64": (0.75, 0.9)}  # time over its greedy with AVX-512, over the faster with AVX2
 DTYPES = ("float32", "bfloat16", "float16")
+STRATEGIES = ("fsd", "fsd-vec", "guard", "adaptive", "center")
 OURS = ("contrastive packed", "contrastive unpacked", "greedy packed", "greedy unpacked")
 GREEDY_FLOAT32 = "transformers greedy float32"
 MODELS = {
@@ -126,8 +129,21 @@ def provider_arguments(provider: str, top_k: int, penalty_alpha: float) -> dict:
         return {}
     if provider == "4.55.4 contrastive":
         return {"penalty_alpha": penalty_alpha, "top_k": top_k}
-    from simctg_fast import ContrastiveSearch
+    from simctg_fast import FSD, GUARD, AdaptiveContrastiveSearch, ContrastiveSearch
 
+    name, _, how = provider.partition(", ")
+    if name in STRATEGIES:
+        own = {"path": "reorder", "fast_linear": False} if how else {"pack": False}
+        searches = {
+            "fsd": lambda: FSD(**own),
+            "fsd-vec": lambda: FSD("vector", **own),
+            "guard": lambda: GUARD(sample=False, **own),
+            "adaptive": lambda: AdaptiveContrastiveSearch(**own),
+            "center": lambda: ContrastiveSearch(penalty_alpha, top_k, center=True, **own),
+        }
+        return {"custom_generate": searches[name]()}
+    if provider.startswith("k = "):
+        return {"custom_generate": ContrastiveSearch(penalty_alpha, int(provider[4:]), pack=False)}
     kind, packing = provider.split()
     k = {"contrastive": top_k, "greedy": 1}[kind]
     return {"custom_generate": ContrastiveSearch(penalty_alpha, k, pack={"packed": True, "unpacked": False}[packing])}
@@ -152,6 +168,7 @@ def measure_case(case: str, options: argparse.Namespace, oracle: str | None) -> 
     settings = {"batch": batch, "prompt": prompt, "top_k": options.top_k, "penalty_alpha": options.penalty_alpha}
     providers = [*OURS, "transformers greedy"]
     providers += ["4.55.4 contrastive"] if oracle else []
+    providers += options.strategy
     providers += [] if options.dtype == "float32" else [GREEDY_FLOAT32]
     workers = {}
     for name in providers:
@@ -168,6 +185,12 @@ def measure_case(case: str, options: argparse.Namespace, oracle: str | None) -> 
         checks = [("contrastive packed", "contrastive unpacked"), ("greedy packed", "transformers greedy")]
         if oracle:
             checks.append(("4.55.4 contrastive", "contrastive unpacked"))
+        for name in set(options.strategy) & set(STRATEGIES):
+            own = f"{name}, own modules"
+            tokens[own] = workers[name].ask(provider=own, new_tokens=options.new_tokens, tokens=True, **settings)[
+                "tokens"
+            ]
+            checks.append((name, own))
         for one, other in checks:
             apart = first_differences(tokens[one], tokens[other])
             verdicts = [(False, "WRONG: they must be equal")] * len(apart)
@@ -238,10 +261,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--model", default="gpt2-small", choices=tuple(MODELS))
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument(
+        "--strategy",
+        type=lambda names: names.split(","),
+        default=[],
+        help=f"beside them, comma-separated: {', '.join(STRATEGIES)}, or 'k = 10' (contrastive search of so many)",
+    )
     parser.add_argument("--no-oracle", action="store_true", help="leave transformers 4.55.4 out")
     parser.add_argument("--csv", type=Path, default=RESULTS / "decode.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    unknown = [name for name in options.strategy if name not in STRATEGIES and not name.startswith("k = ")]
+    if unknown:
+        parser.error(f"--strategy is {unknown[0]!r}, must be of {', '.join(STRATEGIES)}, or 'k = 10'")
     if options.worker:
         worker(options.model, options.dtype, options.threads)
         return

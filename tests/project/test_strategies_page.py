@@ -1,0 +1,76 @@
+"""The page of strategies: its Python runs as it stands there, its names and defaults are the library's."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+import transformers
+
+import simctg_fast
+from simctg_fast.engine.parameters import NAMES, STRATEGIES
+
+from ..repository import repository
+
+PAGE = repository("docs/strategies.md").read_text(encoding="utf-8")
+
+
+def test_the_blocks_run(capsys):
+    folder = simctg_fast.bundled_model_path()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    names = {"model": model, "tokenizer": tokenizer, "inputs": tokenizer("The city of", return_tensors="pt")}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(blocks) == 3
+    torch.manual_seed(0)
+    for block in blocks:
+        calls = [line for line in block.splitlines() if line.startswith("texts = ")]
+        found = []
+        for line in calls:
+            block = block.replace(line, f"{line}\nfound.append(texts)", 1)
+        exec(compile(block, "strategies.md", "exec"), names | {"found": found})
+        assert len({tuple(ids[0].tolist()) for ids in found}) == len(calls), "every strategy writes its own text"
+    assert len(capsys.readouterr().out.strip()) > 20
+
+
+def test_names_and_defaults():
+    table = [line for line in PAGE.splitlines() if line.startswith("| `")]
+    for name in ("contrastive", "adaptive", "fsd", "fsd-vec", "guard"):
+        assert name in STRATEGIES
+        assert any(f"`{name}`" in row for row in table), name
+    for name in re.findall(r"`((?:fsd|adaptive|guard|dry)_[a-z_]+)`", PAGE):
+        assert name in NAMES, name
+    guard, adaptive, fsd, dry = (
+        inspect.signature(getattr(simctg_fast, name)).parameters
+        for name in ("GUARD", "AdaptiveContrastiveSearch", "FSD", "DRYLogitsProcessor")
+    )
+    assert (guard["window"].default, guard["decay"].default, guard["sample"].default) == (7, 0.95, True)
+    assert (adaptive["q"].default, adaptive["k_range"].default) == (1, (5, 15))
+    assert (fsd["k"].default, fsd["beta"].default, simctg_fast.FSD().alpha, simctg_fast.FSD("vector").alpha) == (
+        *(3, 0.9, 0.65, 0.45),
+    )
+    assert (dry["multiplier"].default, dry["base"].default, dry["allowed_length"].default) == (0.8, 1.75, 2)
+
+
+def test_the_benchmark(tmp_path, monkeypatch, capsys):
+    """A tiny run, of the bundled model: a row a strategy, written between the page's marks."""
+    monkeypatch.syspath_prepend(str(repository("benchmarks")))
+    benchmark = runpy.run_path(str(repository("benchmarks/strategies.py")))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    benchmark["main"].__globals__["PAGE"] = page
+    folder = str(simctg_fast.bundled_model_path())
+    benchmark["main"]([folder, "--prompts", "2", "--new-tokens", "6", "--slots", "2", "--tokens", "900", "--write"])
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith("before\n<!-- measured -->")
+    assert written.endswith("<!-- end -->\nafter\n")
+    assert "old" not in written
+    assert len(re.findall(r"^\| ", written, flags=re.MULTILINE)) == 3 + len(benchmark["ROWS"])
+    with pytest.raises(SystemExit):
+        benchmark["main"]([folder, "--prompts", "0"])
+    assert "--prompts is 0, must be at least 1" in capsys.readouterr().err
+    sys.modules.pop("precision", None)
