@@ -29,10 +29,10 @@ def test_the_blocks_run(capsys):
     torch.manual_seed(0)
     for block in blocks:
         calls = [line for line in block.splitlines() if line.startswith("texts = ")]
-        found = []
+        names["found"] = found = []
         for line in calls:
             block = block.replace(line, f"{line}\nfound.append(texts)", 1)
-        exec(compile(block, "strategies.md", "exec"), names | {"found": found})
+        exec(compile(block, "strategies.md", "exec"), names)
         assert len({tuple(ids[0].tolist()) for ids in found}) == len(calls), "every strategy writes its own text"
     assert len(capsys.readouterr().out.strip()) > 20
 
