@@ -166,7 +166,8 @@ def parse_request(
         request_id = f"line-{line}" if line is not None else f"request-{number}"
     request_id = int(request_id) if isinstance(request_id, Integral) else request_id
     fail = _Failure(request_id, openai=False)
-    fail.unless_known(record, ("id", *CONTENT, *NAMES))
+    fail.unless_known(record, ("id", *CONTENT, *NAMES, "strategy"))
+    fail.unless_runs(record, strategy)
     content = fail.content(record, CONTENT)
     overrides = {name: value for name, value in record.items() if name in NAMES}
     return Request(
@@ -204,7 +205,9 @@ def _parse_openai(
         url = EMBEDDINGS
     if url == EMBEDDINGS:
         return Request(id=request_id, parameters=defaults, url=url, **fail.embedding(body), **facts)
-    fail.unless_known(body, ("prompt", "messages", *NAMES, *_OPENAI_NAMES, *_OPENAI_NEUTRAL, *_OPENAI_IGNORED), "body.")
+    known = ("prompt", "messages", *NAMES, "strategy", *_OPENAI_NAMES, *_OPENAI_NEUTRAL, *_OPENAI_IGNORED)
+    fail.unless_known(body, known, "body.")
+    fail.unless_runs(body, strategy, "body.")
     for name, neutral in _OPENAI_NEUTRAL.items():
         value = body.get(name)
         if name == "best_of":
@@ -257,6 +260,12 @@ class _Failure:
         if unknown:
             names = ", ".join(f"{prefix}{name}"[:80] for name in unknown[:10])
             raise self("unknown_key", f"unknown key {names}; allowed: {', '.join(dict.fromkeys(allowed))}")
+
+    def unless_runs(self, record: Mapping[str, Any], strategy: str, prefix: str = "") -> None:
+        asked = record.get("strategy")
+        if asked not in (None, strategy):
+            allowed = f"this run's own, {strategy!r}: a step serves one"
+            raise self("invalid_value", f"{prefix}strategy must be {allowed}, got {short(asked)}")
 
     def content(self, record: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
         present = [name for name in names if record.get(name) is not None]

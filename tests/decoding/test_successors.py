@@ -187,11 +187,17 @@ def test_in_the_engine(search, batching):
 def test_lines_with_settings_of_their_own():
     prompts = [tokenizer().decode(prompt(1, 9, seed=i)[0]) for i in range(3)]
     engine = Engine(build("llama"), tokenizer(), strategy="fsd", slots=3, max_new_tokens=NEW, fsd_n=5, top_k=6)
-    own = [{}, {"fsd_n": 2, "penalty_alpha": 0.9, "top_k": 4}, {"fsd_beta": 0.1, "fsd_stop_tokens": [5, 6, 7, 80, 81]}]
+    own = [
+        {"strategy": "fsd"},
+        {"fsd_n": 2, "penalty_alpha": 0.9, "top_k": 4},
+        {"fsd_beta": 0.1, "fsd_stop_tokens": [5, 6, 7, 80, 81]},
+    ]
     lines = [{"id": i, "prompt": x} | more for i, (x, more) in enumerate(zip(prompts, own, strict=True))]
     names = {"fsd_n": "n", "penalty_alpha": "alpha", "top_k": "k", "fsd_beta": "beta", "fsd_stop_tokens": "stop_tokens"}
     for result in engine.generate(lines):
-        settings = {"n": 5, "k": 6, "alpha": 0.65, "beta": 0.9} | {names[n]: v for n, v in own[result.id].items()}
+        settings = {"n": 5, "k": 6, "alpha": 0.65, "beta": 0.9} | {
+            names[n]: v for n, v in own[result.id].items() if n in names
+        }
         ids = tokenizer()(prompts[result.id])["input_ids"]
         text = fsd(double("llama"), ids, kind="ngram", max_new_tokens=NEW, **settings)
         same(result.token_ids, text, len(ids))
@@ -201,6 +207,7 @@ def test_lines_with_settings_of_their_own():
         ({"adaptive_q": 2.0}, "adaptive_q is not used by strategy 'fsd', only by adaptive"),
         ({"fsd_beta": 2}, r"fsd_beta must be a number in \[0, 1\], got 2"),
         ({"fsd_stop_tokens": "abc"}, "fsd_stop_tokens must be token ids"),
+        ({"strategy": "greedy"}, "strategy must be this run's own, 'fsd': a step serves one, got 'greedy'"),
     ):
         (answer,) = engine.generate([{"id": 0, "prompt": "abc"} | bad])
         with pytest.raises(ValueError, match=message):
