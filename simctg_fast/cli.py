@@ -400,7 +400,8 @@ def run(
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="contrastive (default), adaptive, fsd, fsd-vec, guard, greedy, sample or stochastic-contrastive."
+            help="contrastive (default), adaptive, fsd, fsd-vec, guard, greedy, sample or stochastic-contrastive; or "
+            "several of fsd, fsd-vec, guard, greedy, sample, by commas: lines may name theirs, others have the first."
         ),
     ] = None,
     penalty_alpha: Annotated[float | None, typer.Option("--penalty-alpha", "-a", help="0 (greedy) to 1.")] = None,

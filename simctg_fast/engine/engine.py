@@ -16,7 +16,7 @@ from ..checks import is_number, require
 from ..cpu.modules import WeightCopies, check_weights
 from ..loading import fitting_threads, load_model
 from .embeddings import Embeddings
-from .parameters import NAMES, Parameters, defaults
+from .parameters import NAMES, Parameters, run_defaults
 from .prepare import Factory, Preparer, load_factory
 from .requests import Request, RequestError, parse_request
 from .results import Result, error_result, from_choices, from_request_error
@@ -37,7 +37,8 @@ class Engine:
     Args:
         model, tokenizer: as `simctg_fast.loading.load_model` returns them.
         strategy: ``"contrastive"``, ``"adaptive"``, ``"fsd"``, ``"fsd-vec"``, ``"guard"``, ``"greedy"``, ``"sample"``
-            or ``"stochastic-contrastive"`` (``docs/strategies.md``).
+            or ``"stochastic-contrastive"`` (``docs/strategies.md``). Several, separated by commas, where each runs one
+            row a token (fsd, fsd-vec, guard, greedy, sample): requests may then name theirs, others have the first.
         slots: sequences that are written at a time; default 16. With ``memory`` it is computed instead.
         memory: share of the free memory, above 0 and at most 1, that the caches may take.
         processor: ``factory(request: dict, tokenizer)``, or its ``module:factory`` spelling, that returns the logits
@@ -75,18 +76,19 @@ class Engine:
         weights: str | None = None,
         **parameters: Any,
     ):
-        self.parameters = check_options(strategy, slots, memory, seed, batching, weights, parameters)
+        self.defaults = check_options(strategy, slots, memory, seed, batching, weights, parameters)
+        self.strategy_name, self.parameters = next(iter(self.defaults.items()))
         require(isinstance(trace, bool), "trace", trace, "True or False")
         require(isinstance(share_prefixes, bool), "share_prefixes", share_prefixes, "True or False")
-        self.model, self.tokenizer, self.strategy_name = model, tokenizer, strategy
+        self.model, self.tokenizer = model, tokenizer
         if weights is not None:
             WeightCopies(weights).check(model)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        most = limits(strategy, self.parameters)
-        for name in most.keys() & {"top_k", "adaptive_k_range"}:
-            if most[name] > vocabulary:
-                raise ValueError(f"{name} must be at most the vocabulary size {vocabulary}, got {most[name]}")
-        self.strategy = make_strategy(strategy, self.parameters)
+        most = {name: limits(name, own) for name, own in self.defaults.items()}
+        for name, value in ((n, v) for each in most.values() for n, v in each.items() if n != "fsd_n"):
+            if value > vocabulary:
+                raise ValueError(f"{name} must be at most the vocabulary size {vocabulary}, got {value}")
+        self.strategy = make_strategy(self.defaults)
         factory = load_factory(processor) if isinstance(processor, str) else processor
         usable = factory is None or callable(factory)
         require(usable, "processor", processor, "a callable or 'module:factory'")
@@ -262,7 +264,7 @@ class Engine:
             record = {"prompt": record}
         if not isinstance(record, Mapping):
             raise RequestError("not_an_object", f"a request must be a dict or a string, got {type(record).__name__}")
-        return parse_request(record, self.parameters, self.strategy_name, line=line, number=number, digest=digest)
+        return parse_request(record, self.defaults, self.strategy_name, line=line, number=number, digest=digest)
 
     def stop(self) -> None:
         """Begin no further sequence; those in work are finished. What was not begun gets no result."""
@@ -297,8 +299,8 @@ def check_options(
     batching: str,
     weights: str | None,
     parameters: Mapping[str, Any],
-) -> Parameters:
-    """The defaults of a run's requests; ValueError for an option outside its range."""
+) -> dict[str, Parameters]:
+    """The defaults of a run's requests, by strategy; ValueError for an option outside its range."""
     # Python's own numbers: a job's manifest keeps them.
     require(slots is None or (type(slots) is int and slots >= 1), "slots", slots, "an integer of at least 1")
     is_share = memory is None or (isinstance(memory, int | float) and is_number(memory, 0, 1, above=True))
@@ -313,7 +315,7 @@ def check_options(
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; parameters of requests: {', '.join(NAMES)}")
     named = {name: value for name, value in parameters.items() if value is not None}
-    return defaults(strategy).with_overrides(named, strategy)
+    return run_defaults(strategy, named)
 
 
 def _finish(siblings: list[Sequence], index: int) -> Result:

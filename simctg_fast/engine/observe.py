@@ -49,7 +49,6 @@ class StepRecord:
         """Give every row that has not ended its token, or say why there is none; ``strategy`` is told of near ties.
         Returns how many got one."""
         self.wait()
-        self.by_states = strategy.needs_history
         decided: list[list[int]] = self.host.tolist()
         rows = [None if row is None or row.finished else row for row in self.rows]
         strategy.count(rows, [near for _, _, near in decided])
@@ -106,7 +105,8 @@ class StepRecord:
         if self.proposal.among is not None and sequence.parameters.fsd_n is not None:
             count, end = 0, len(sequence.prompt_ids) + len(sequence.tokens)
             while count < min(sequence.parameters.fsd_n - 1, position) and (
-                self.by_states or sequence.token_at(position - 1 - count) == sequence.token_at(end - 1 - count)
+                sequence.strategy == "fsd-vec"
+                or sequence.token_at(position - 1 - count) == sequence.token_at(end - 1 - count)
             ):
                 count += 1
             tokens = [sequence.token_at(place) for place in range(position - count, position + 1)]

@@ -17,6 +17,7 @@ CONTRASTIVE = ("contrastive", "stochastic-contrastive")
 FSD = ("fsd", "fsd-vec")  # by n-grams, by states
 STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive", *FSD, "adaptive", "guard")
 RANDOM = ("sample", "stochastic-contrastive", "guard")
+TOGETHER = ("greedy", "sample", *FSD, "guard")  # one row a token each: lines of one run may differ among them
 
 DEFAULT_TOP_K = 4
 
@@ -130,6 +131,37 @@ def defaults(strategy: str) -> Parameters:
         kind = fsd.KINDS[FSD.index(strategy)]
         return Parameters(penalty_alpha=fsd.ALPHA[kind], top_k=fsd.TOP_K, fsd_n=fsd.ORDER[kind])
     return Parameters(temperature=0.1) if strategy == "stochastic-contrastive" else Parameters()
+
+
+def names_of(strategy: str) -> tuple[str, ...]:
+    """The strategies that ``strategy`` names, separated by commas; of the first are lines that name none.
+
+    Raises:
+        ValueError: an unknown one, one named twice, or several that do not go together.
+    """
+    names = tuple(name.strip() for name in strategy.split(",")) if isinstance(strategy, str) else (strategy,)
+    for name in names:
+        require(name in STRATEGIES, "strategy", name, f"one of {', '.join(STRATEGIES)}")
+        alone = len(names) > 1 and name not in TOGETHER
+        if alone or names.count(name) > 1:
+            allowed = f"several of {', '.join(TOGETHER)}, each once, or one strategy alone"
+            raise ValueError(f"strategy is {short(strategy)}, must be {allowed}")
+    return names
+
+
+def run_defaults(strategy: str, named: Mapping[str, Any]) -> dict[str, Parameters]:
+    """The defaults of each of a run's strategies, with what was ``named`` for the run as far as it uses that.
+
+    Raises:
+        ValueError: a value that is not allowed, or that no strategy of the run uses.
+    """
+    names = names_of(strategy)
+    found = {}
+    for name in names:
+        unused = [n for n in named if name not in USED_BY.get(n, STRATEGIES)]
+        others = [n for n in unused if any(other in USED_BY[n] for other in names)]
+        found[name] = defaults(name).with_overrides({n: v for n, v in named.items() if n not in others}, name)
+    return found
 
 
 # What is not named here serves every strategy.

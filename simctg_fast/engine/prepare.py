@@ -49,7 +49,8 @@ class Preparer:
         model, tokenizer: as `load_model` returns them.
         seed: of the run.
         factory: makes processors and criteria for a request, see :data:`Factory`.
-        limits: the most that a request may ask for, by the parameter's name: what the run has made room for.
+        limits: the most that a request may ask for, by its strategy and the parameter's name: what the run has made
+            room for.
         center: whether the run compares hidden states less their mean.
         trace: record how every token was chosen.
     """
@@ -61,7 +62,7 @@ class Preparer:
         *,
         seed: int = 0,
         factory: Factory | None = None,
-        limits: Mapping[str, int] = MappingProxyType({}),
+        limits: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
         center: bool = False,
         trace: bool = False,
     ):
@@ -87,7 +88,7 @@ class Preparer:
             RequestError: too long, no chat template, a tokenizer, template or factory that raises …
         """
         parameters = request.parameters
-        for name, most in self.limits.items():
+        for name, most in self.limits.get(request.strategy, {}).items():
             value = getattr(parameters, name)
             if (value[-1] if isinstance(value, tuple) else value or 0) > most:
                 message = f"{name} is {value}, more than the {most} that this run computes (its own {name})"

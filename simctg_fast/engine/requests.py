@@ -56,6 +56,7 @@ class Request:
 
     id: str | int
     parameters: Parameters
+    strategy: str = ""  # by which it is answered
     prompt: str | tuple[int, ...] | None = None  # a text, or its tokens
     more_prompts: tuple[str | tuple[int, ...], ...] = ()  # an OpenAI line may hold several
     messages: tuple[dict[str, Any], ...] | None = None
@@ -143,20 +144,23 @@ def line_id(record: Mapping[str, Any], number: int) -> Any:
 
 def parse_request(
     record: Mapping[str, Any],
-    defaults: Parameters,
+    defaults: Parameters | Mapping[str, Parameters],
     strategy: str,
     *,
     line: int | None = None,
     number: int | None = None,
     digest: str = "",
 ) -> Request:
-    """Check ``record`` (the keys of a JSONL line) and fill in ``defaults``.
+    """Check ``record`` (the keys of a JSONL line) and fill in ``defaults``, of ``strategy`` or by the strategies that a
+    line may name.
 
     ``number`` names a request without an id; ``digest`` is kept beside its answer.
 
     Raises:
         RequestError: with its kind and a message that names the key, its value and what is allowed.
     """
+    if isinstance(defaults, Parameters):
+        defaults = {strategy: defaults}
     if "custom_id" in record or "body" in record:
         return _parse_openai(record, defaults, strategy, line, digest)
     request_id: Any = record.get("id")
@@ -167,12 +171,13 @@ def parse_request(
     request_id = int(request_id) if isinstance(request_id, Integral) else request_id
     fail = _Failure(request_id, openai=False)
     fail.unless_known(record, ("id", *CONTENT, *NAMES, "strategy"))
-    fail.unless_runs(record, strategy)
+    strategy = fail.strategy(record, strategy, defaults)
     content = fail.content(record, CONTENT)
     overrides = {name: value for name, value in record.items() if name in NAMES}
     return Request(
         id=request_id,
-        parameters=fail.parameters(defaults, overrides, strategy),
+        parameters=fail.parameters(defaults[strategy], overrides, strategy),
+        strategy=strategy,
         line=line,
         digest=digest,
         raw=record,
@@ -181,7 +186,7 @@ def parse_request(
 
 
 def _parse_openai(
-    record: Mapping[str, Any], defaults: Parameters, strategy: str, line: int | None, digest: str
+    record: Mapping[str, Any], defaults: Mapping[str, Parameters], strategy: str, line: int | None, digest: str
 ) -> Request:
     request_id: Any = record.get("custom_id")
     if not _is_id(request_id):
@@ -204,10 +209,11 @@ def _parse_openai(
     if url is None and "input" in body:
         url = EMBEDDINGS
     if url == EMBEDDINGS:
-        return Request(id=request_id, parameters=defaults, url=url, **fail.embedding(body), **facts)
+        return Request(id=request_id, parameters=defaults[strategy], url=url, **fail.embedding(body), **facts)
     known = ("prompt", "messages", *NAMES, "strategy", *_OPENAI_NAMES, *_OPENAI_NEUTRAL, *_OPENAI_IGNORED)
     fail.unless_known(body, known, "body.")
-    fail.unless_runs(body, strategy, "body.")
+    strategy = fail.strategy(body, strategy, defaults, "body.")
+    own = defaults[strategy]
     for name, neutral in _OPENAI_NEUTRAL.items():
         value = body.get(name)
         if name == "best_of":
@@ -240,10 +246,9 @@ def _parse_openai(
         overrides |= {"logprobs": True, "top_logprobs": count}
     if overrides.get("top_k") in (-1, 0):  # other servers' spelling of no limit, which is their default
         del overrides["top_k"]
-        defaults = replace(defaults, top_k=None) if strategy == "sample" else defaults
-    return Request(
-        id=request_id, parameters=fail.parameters(defaults, overrides, strategy, spellings), url=url, **content, **facts
-    )
+        own = replace(own, top_k=None) if strategy == "sample" else own
+    parameters = fail.parameters(own, overrides, strategy, spellings)
+    return Request(id=request_id, parameters=parameters, strategy=strategy, url=url, **content, **facts)
 
 
 class _Failure:
@@ -261,11 +266,15 @@ class _Failure:
             names = ", ".join(f"{prefix}{name}"[:80] for name in unknown[:10])
             raise self("unknown_key", f"unknown key {names}; allowed: {', '.join(dict.fromkeys(allowed))}")
 
-    def unless_runs(self, record: Mapping[str, Any], strategy: str, prefix: str = "") -> None:
+    def strategy(self, record: Mapping[str, Any], strategy: str, defaults: Mapping[str, Any], prefix: str = "") -> str:
+        """The one that a line names, or the run's first."""
         asked = record.get("strategy")
-        if asked not in (None, strategy):
-            allowed = f"this run's own, {strategy!r}: a step serves one"
+        if asked is None:
+            return strategy
+        if not isinstance(asked, str) or asked not in defaults:
+            allowed = f"one of this run's, {', '.join(defaults)}"
             raise self("invalid_value", f"{prefix}strategy must be {allowed}, got {short(asked)}")
+        return asked
 
     def content(self, record: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
         present = [name for name in names if record.get(name) is not None]

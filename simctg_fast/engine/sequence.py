@@ -50,6 +50,7 @@ class Sequence:
         on_text: Callable[[str], None] | None = None,
     ):
         self.request, self.parameters, self.index = request, request.parameters, index
+        self.strategy = request.strategy
         self.prompt_ids, self.source_ids = prompt_ids, source_ids
         self.processors, self.criteria = processors, criteria
         self.stop_ids = frozenset(self.parameters.stop_token_ids)

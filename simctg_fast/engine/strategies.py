@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..decoding.adaptive import AdaptiveContrastive
 from ..decoding.fsd import NgramFSD, VectorFSD
 from ..decoding.guard import Guard
+from ..decoding.mixed import Mixed
 from ..decoding.strategies import Contrastive, Greedy, Sample, Strategy
 from .parameters import CONTRASTIVE, FSD, Parameters
 
 
-def make_strategy(name: str, parameters: Parameters) -> Strategy:
-    """For rows that go no further than the run's own ``parameters``, see `limits`."""
+def make_strategy(defaults: Mapping[str, Parameters]) -> Strategy:
+    """What chooses in a run of these strategies, of rows that go no further than the run's own settings, see
+    `limits`."""
+    parts = {name: _one(name, parameters) for name, parameters in defaults.items()}
+    return next(iter(parts.values())) if len(parts) == 1 else Mixed(parts, lambda row: row.strategy)
+
+
+def _one(name: str, parameters: Parameters) -> Strategy:
     strategy: Strategy
     top_k = parameters.top_k or 1
     if name == "greedy":

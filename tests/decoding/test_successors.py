@@ -207,11 +207,59 @@ def test_lines_with_settings_of_their_own():
         ({"adaptive_q": 2.0}, "adaptive_q is not used by strategy 'fsd', only by adaptive"),
         ({"fsd_beta": 2}, r"fsd_beta must be a number in \[0, 1\], got 2"),
         ({"fsd_stop_tokens": "abc"}, "fsd_stop_tokens must be token ids"),
-        ({"strategy": "greedy"}, "strategy must be this run's own, 'fsd': a step serves one, got 'greedy'"),
+        ({"strategy": "greedy"}, "strategy must be one of this run's, fsd, got 'greedy'"),
     ):
         (answer,) = engine.generate([{"id": 0, "prompt": "abc"} | bad])
         with pytest.raises(ValueError, match=message):
             raise ValueError(answer.error["message"])
+
+
+@pytest.mark.parametrize("batching", ["slots", "static"])
+def test_lines_with_strategies_of_their_own(batching):
+    """In fewer slots than lines: who stands where before makes no difference."""
+    names = ["guard", "fsd-vec", "fsd", "greedy", "guard", "fsd", "sample", "fsd-vec"]
+    searches = {"guard": "guard", "fsd-vec": "vector", "fsd": "ngram"}
+    texts = [tokenizer().decode(prompt(1, 9, seed=i)[0]) for i in range(len(names))]
+    engine = Engine(
+        build("llama"), tokenizer(), strategy="fsd,guard,fsd-vec,greedy,sample", slots=3, batching=batching,
+        max_new_tokens=NEW, temperature=0, trace=True,
+    )  # fmt: skip
+    lines = [{"id": i, "prompt": x, "strategy": name} for i, (x, name) in enumerate(zip(texts, names, strict=True))]
+    del lines[2]["strategy"]  # the run's first
+    for result in engine.generate(lines):
+        assert result.error is None
+        ids, name = tokenizer()(texts[result.id])["input_ids"], names[result.id]
+        if name in searches:
+            same(result.token_ids, truth(searches[name], "llama", ids), len(ids))
+        else:
+            expected = build("llama").generate(
+                torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=PAD
+            )
+            assert result.token_ids == expected[0, len(ids) :].tolist()
+        assert [step["token_id"] for step in result.trace] == result.token_ids
+        weighed = {"fsd": 3, "fsd-vec": 3, "greedy": 1, "sample": 1}
+        assert name == "guard" or len(result.trace[0]["candidates"]) == weighed[name]
+
+
+def test_strategies_that_go_together():
+    for strategy, message in (
+        ("fsd,contrastive", "strategy is 'fsd,contrastive', must be several of greedy, sample, fsd, fsd-vec, guard"),
+        ("fsd,fsd", "each once"),
+        ("fsd,dry", "strategy must be one of .*, got 'dry'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(build("llama"), tokenizer(), strategy=strategy)
+    engine = Engine(build("llama"), tokenizer(), strategy="greedy,fsd", fsd_n=2, max_new_tokens=3)
+    assert (engine.parameters.fsd_n, engine.defaults["fsd"].fsd_n) == (None, 2)
+    with pytest.raises(ValueError, match="guard_window is not used by strategy 'greedy'"):
+        Engine(build("llama"), tokenizer(), strategy="greedy,fsd", guard_window=3)
+    for bad, message in (
+        ({"strategy": "guard"}, "strategy must be one of this run's, greedy, fsd, got 'guard'"),
+        ({"strategy": "fsd", "fsd_n": 3}, "fsd_n is 3, more than the 2"),
+        ({"penalty_alpha": 0.5}, "penalty_alpha is not used by strategy 'greedy'"),
+    ):
+        (answer,) = engine.generate([{"id": 0, "prompt": "abc"} | bad])
+        assert message in answer.error["message"]
 
 
 def test_the_trace_says_why():

@@ -79,26 +79,32 @@ class JobOptions:
         require(is_shard, "shard_id", self.shard_id, f"from 0 to {self.num_shards - 1} (num_shards - 1)")
         require(self.dtype in _DTYPES, "dtype", self.dtype, f"one of {', '.join(_DTYPES)}")
 
-    def defaults(self) -> Parameters:
-        """Of the requests. Raises ValueError for an option outside its range."""
+    def defaults(self) -> dict[str, Parameters]:
+        """Of the requests, by strategy. Raises ValueError for an option outside its range."""
         return check_options(
             self.strategy, self.slots, self.memory, self.seed, self.batching, self.weights, self.parameters
         )
 
     def config(self) -> dict[str, Any]:
         """What decides the output: kept in the manifest and compared when a run goes on."""
-        resolved = self.defaults()
+        resolved, *others = self.defaults().values()
         config = asdict(self)
         for name in ("input", "output", "model", "parameters", "trust_remote_code"):
             del config[name]
-        lists = {name: list(value) for name, value in asdict(resolved).items() if isinstance(value, tuple)}
-        parameters = asdict(resolved) | lists | {"seed": self.seed}
+        parameters = _plain(resolved) | {"seed": self.seed}
+        if others:
+            parameters["parameters_of_others"] = [_plain(each) for each in others]
         device = self.device or _default_device()
         return (
             config
             | parameters
             | {"device": device.split(":")[0], "model_fingerprint": model_fingerprint(resolve_model(self.model))}
         )
+
+
+def _plain(parameters: Parameters) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(parameters).items()}
 
 
 OPTION_NAMES = tuple(f.name for f in fields(JobOptions) if f.name != "parameters") + tuple(
@@ -362,7 +368,8 @@ class Job:
         return self.engine is not None and self.engine.backend.active > 0
 
     def _parser(self) -> Callable[..., Request]:
-        defaults, strategy = self.options.defaults(), self.options.strategy
+        defaults = self.options.defaults()
+        strategy = next(iter(defaults))
         return lambda record, line, digest: parse_request(record, defaults, strategy, line=line, digest=digest)
 
     @contextmanager
