@@ -165,7 +165,7 @@ def contrastive_search(
     logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     decoder_input_ids: torch.Tensor | None = None,
     decoder_attention_mask: torch.Tensor | None = None,
-    penalty: Callable[..., torch.Tensor] = degeneration_penalty,
+    penalty: Callable[..., torch.Tensor] | None = None,
     **model_inputs: torch.Tensor,
 ) -> ReferenceOutput:
     """Contrastive search by recomputing everything at every step.
@@ -204,7 +204,7 @@ def contrastive_search(
     with exact:
         return _search(
             model, ids, mask, model_inputs, penalty_alpha, top_k, max_new_tokens, ends, pad_token_id, logits_processor,
-            penalty,
+            penalty or degeneration_penalty,
         )  # fmt: skip
 
 
