@@ -174,6 +174,7 @@ def test_runs_that_began_before_it_go_on(tmp_path):
         manifest.check_manifest(tmp_path / "out", on.config())
 
 
+@pytest.mark.full
 def test_on_the_command_line(tmp_path):
     folder = save_model(tmp_path / "model", n_layer=1)
     (tmp_path / "jobs").mkdir()
