@@ -35,6 +35,8 @@ class AdaptiveContrastive(Contrastive):
         fixed: a row tries as many candidates as its ``top_k`` says; only the penalty's weight moves.
     """
 
+    row_state = ("entropies", "steps")
+
     def __init__(self, candidates: int, fixed: bool = False):
         super().__init__(candidates)
         self.fixed = fixed
@@ -90,13 +92,6 @@ class AdaptiveContrastive(Contrastive):
         for kind in (0, 1):
             kept[rows, kind] = insert_sorted(kept[rows, kind], steps[rows], now[rows, kind])
         steps[rows] += 1
-
-    def copy(self, source: int, target: int) -> None:
-        for name in ("entropies", "steps"):
-            self.settings[name][target] = self.settings[name][source]
-
-    def clear(self, row: int) -> None:
-        self.settings["steps"][row] = 0
 
 
 class AdaptiveContrastiveSearch(Search):

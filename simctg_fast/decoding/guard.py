@@ -36,6 +36,7 @@ class Guard(Strategy):
 
     needs_tokens = True
     weighed = HIGH
+    row_state = ("entropies", "steps", "sums")
 
     def __init__(self, random: bool = True, noise: Callable[[int, int], Tensor] | None = None):
         super().__init__()
@@ -118,14 +119,6 @@ class Guard(Strategy):
         self.settings["sums"][rows] = self._sums(now, rows)
         entropies[rows] = torch.cat([entropies[rows, 1:], now[:, None]], dim=1)
         self.settings["steps"][rows] += 1
-
-    def copy(self, source: int, target: int) -> None:
-        for name in ("entropies", "steps", "sums"):
-            self.settings[name][target] = self.settings[name][source]
-
-    def clear(self, row: int) -> None:
-        for name in ("entropies", "steps", "sums"):
-            self.settings[name][row] = 0
 
 
 class GUARD(Search):

@@ -141,6 +141,7 @@ class Strategy:
         near_ties: choices that rounding may make otherwise, where they are counted (``counts``).
         static: settings stay in the tensors they were first put into, one for each that there may be.
         settings: tensors that a captured step reads.
+        row_state: names of those that hold what is known of each row's text, zero where it begins.
     """
 
     candidates = weighed = 1
@@ -150,6 +151,7 @@ class Strategy:
     asks_host = False
     counts = False
     static = False
+    row_state: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.near_ties = 0
@@ -184,9 +186,13 @@ class Strategy:
 
     def copy(self, source: int, target: int) -> None:
         """Row ``target`` goes on from what ``source`` holds."""
+        for name in self.row_state:
+            self.settings[name][target] = self.settings[name][source]
 
     def clear(self, row: int) -> None:
         """The row begins with another text."""
+        for name in self.row_state:
+            self.settings[name][row] = 0
 
     def count(self, rows: Sequence[Row | None], near: Sequence[Any]) -> None:
         """Add what were near ties in ``rows`` that there are."""

@@ -10,8 +10,6 @@ import torch
 from ..decoding.strategies import Choice, Proposal, Strategy
 from .sequence import Sequence
 
-_NUMBERS = {"penalty": "penalty", "score": "scores"}  # of a candidate, by the names of `Choice`
-
 
 class StepRecord:
     """One step's decision for ``rows`` (None: nobody's), on its way to the host, which does not wait until it writes.
@@ -93,7 +91,8 @@ class StepRecord:
         }
         if self.why is not None:
             position = self.why["position"][row][column] - self.padding[row]
-            record |= {name: _finite(self.why[part][row][column]) for name, part in _NUMBERS.items()}
+            record["penalty"] = _finite(self.why["penalty"][row][column])
+            record["score"] = _finite(self.why["scores"][row][column])
             if position >= 0:
                 record["because"] = self._because(position, sequence)
         return record

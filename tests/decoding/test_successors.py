@@ -120,17 +120,22 @@ def test_a_padded_batch(search, name):
     check(search, name, inputs, real_rows(inputs))
 
 
+def run_with(monkeypatch, search: str, **options) -> None:
+    """The search is run with these `Options` meanwhile."""
+    make = SEARCHES[search][0]
+
+    def made():
+        found = make()
+        vars(found).update(options)
+        return found
+
+    monkeypatch.setitem(SEARCHES, search, (made, *SEARCHES[search][1:]))
+
+
 @pytest.mark.parametrize("path", ["reorder", "uncached"])
 @pytest.mark.parametrize("search", FEW)
 def test_other_paths(search, path, monkeypatch):
-    make = SEARCHES[search][0]
-
-    def on_path():
-        made = make()
-        made.path = path
-        return made
-
-    monkeypatch.setitem(SEARCHES, search, (on_path, *SEARCHES[search][1:]))
+    run_with(monkeypatch, search, path=path)
     inputs = left_padded(7, 4)
     check(search, "llama", inputs, real_rows(inputs))
 
@@ -138,14 +143,7 @@ def test_other_paths(search, path, monkeypatch):
 @pytest.mark.parametrize("search", FEW)
 def test_buffers_that_stay_in_place(search, monkeypatch):
     """The step that a CUDA graph would hold."""
-    make = SEARCHES[search][0]
-
-    def static():
-        made = make()
-        made.decode_step = True
-        return made
-
-    monkeypatch.setitem(SEARCHES, search, (static, *SEARCHES[search][1:]))
+    run_with(monkeypatch, search, decode_step=True)
     inputs = left_padded(11, 5)
     check(search, "gpt2", inputs, real_rows(inputs))
 
