@@ -338,8 +338,9 @@ def compare(options: argparse.Namespace, oracle: str | None) -> None:
             "transformers' generate_batch, greedy", "greedy", than, numbers(options.concurrency), options
         ),
     ]
-    if options.ours_greedy:
-        providers.insert(1, Ours("greedy search on slots", "greedy", None, [options.slots], options))
+    names = [name for name in options.ours.split(",") if name]
+    others = [Ours(f"{name} on slots", name, None, [options.slots], options) for name in names]
+    providers = [ours, *others, *([] if options.no_peers else providers[1:])]
     if oracle is None:
         providers = [provider for provider in providers if "4.55.4" not in provider.name]
     restore(options.state, providers)
@@ -577,7 +578,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--scout", action="store_true", help="choose the sizes only")
     parser.add_argument("--state", type=Path, help="JSON file that keeps what is there: a run that was ended goes on")
-    parser.add_argument("--ours-greedy", action="store_true", help="a row for greedy search on slots as well")
+    parser.add_argument("--ours", default="", help="rows for other strategies on slots, comma-separated: greedy, fsd …")
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers out as well")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few requests: does it run at all?")
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--penalty-alpha", type=float, default=0.6)
