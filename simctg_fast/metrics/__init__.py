@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .models.embeddings import embedding_coherence as embedding_coherence
     from .models.layers import isotropy_by_layer as isotropy_by_layer
     from .models.layers import self_similarity_by_layer as self_similarity_by_layer
-    from .models.log_probabilities import token_log_probabilities as token_log_probabilities
+    from .models.log_probabilities import log_probabilities as log_probabilities
     from .models.mauve_score import mauve as mauve
     from .models.perplexity import perplexity as perplexity
 
@@ -30,7 +30,7 @@ _MODULES = {
     "coherence": ("log_probability_coherence", "log_probability_per_byte"),
     "embeddings": ("embedding_coherence",),
     "layers": ("isotropy_by_layer", "self_similarity_by_layer"),
-    "log_probabilities": ("token_log_probabilities",),
+    "log_probabilities": ("log_probabilities",),
     "mauve_score": ("mauve",),
     "perplexity": ("perplexity",),
 }
@@ -45,6 +45,7 @@ __all__ = [
     "embedding_coherence",
     "isotropy",
     "isotropy_by_layer",
+    "log_probabilities",
     "log_probability_coherence",
     "log_probability_per_byte",
     "mauve",
@@ -52,7 +53,6 @@ __all__ = [
     "perplexity",
     "repetition",
     "self_similarity_by_layer",
-    "token_log_probabilities",
     "token_repetition",
     "wrong_token_repetition",
 ]

@@ -24,7 +24,7 @@ def compression_ratio(texts: str | Iterable[str], level: int = 9) -> float:
     Raises:
         ValueError: something else.
 
-    Source: Shaib et al. 2024, "Standardizing the Measurement of Text Diversity", section 3 (there by gzip, the same
+    Source: Shaib et al. 2024, "Standardizing the Measurement of Text Diversity" (there by gzip, the same
     algorithm in a wrapper of 18 bytes).
     """
     require(is_integer(level, 1, 9), "level", level, "an integer from 1 to 9")

@@ -68,7 +68,7 @@ def distinct_n(tokens: Sequence[Hashable], n: int, *, per: str = "tokens") -> fl
     Raises:
         TypeError: as `repetition`. ValueError: another ``n`` or ``per``.
 
-    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.
+    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models".
     """
     return corpus_distinct_n([tokens], n, per=per)
 

@@ -25,7 +25,7 @@ def token_repetition(
     Raises:
         TypeError: as `repetition`. ValueError: another ``window``, or another number of references.
 
-    Source: Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", section 6 (ℓ of 16, 32, 128 and
+    Source: Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training" (ℓ of 16, 32, 128 and
     512, averaged).
     """
     tokens = token_list(tokens)
@@ -60,9 +60,7 @@ def _references(tokens: Sequence[Hashable], references: Sequence[Hashable]) -> S
     return references
 
 
-def _share(
-    tokens: Sequence[Hashable], past: Sequence[Hashable], window: int, true: Sequence[Hashable] | None
-) -> float:
+def _share(tokens: Sequence[Hashable], past: Sequence[Hashable], window: int, true: Sequence[Hashable] | None) -> float:
     """Of ``tokens``, those among the ``window`` of ``past`` before them, and other than in ``true``."""
     require(is_integer(window, 1), "window", window, "an integer of at least 1")
     recent: Counter[Hashable] = Counter()
