@@ -28,6 +28,7 @@ ROOMS = {
     "decoding": "kernels ops cpu",
     "plain": "ops decoding",
     "text": "metrics loading ops cpu decoding",
+    "metrics.models": "metrics loading text",
     "engine": "loading ops cpu decoding text",
     "engine.job": "assets text engine",
     "compat": "functional loading decoding text",

@@ -1,68 +1,20 @@
-"""Figures of text: how much of it repeats, how diverse it is, how far apart its hidden states lie."""
+"""How far apart the hidden states of texts lie."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
-
-from .checks import is_integer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["diversity", "isotropy", "repetition"]
-
-
-def repetition(tokens: Sequence[Hashable], n: int) -> float:
-    """rep-n: the share of n-grams seen before, ``1 - distinct / all``, in [0, 1); 0.0 for fewer than ``n`` tokens.
-
-    Args:
-        tokens: ids or words in order: a list, a string (of characters), an array or tensor of one dimension.
-        n: at least 1.
-
-    Raises:
-        TypeError: tokens that have no order and length, or that cannot be counted. ValueError: another ``n``.
-
-    Source: Welleck et al. 2020; Su et al. 2022, section 4.2 (there in percent).
-    """
-    if not is_integer(n, 1):
-        raise ValueError(f"n must be an integer of at least 1, got {n!r:.80}")
-    tokens = _sequence(tokens)
-    total = len(tokens) - n + 1
-    if total < 1:
-        return 0.0
-    return 1.0 - len({tuple(tokens[i : i + n]) for i in range(total)}) / total
-
-
-def _sequence(tokens: Sequence[Hashable]) -> Sequence[Hashable]:
-    """Arrays and tensors as lists: their elements are new objects at every look, which equal nothing."""
-    if hasattr(tokens, "tolist"):
-        if getattr(tokens, "ndim", 1) != 1 or getattr(tokens, "is_meta", False):
-            raise TypeError(f"tokens must have one dimension and values, got {tokens!r:.80}")
-        tokens = tokens.tolist()
-    if not isinstance(tokens, Sequence):
-        raise TypeError(f"tokens must be a sequence of token ids or words, got {type(tokens).__name__}")
-    wrong = next((token for token in tokens if not isinstance(token, Hashable)), None)
-    if wrong is not None:
-        raise TypeError(f"tokens must be one sequence of token ids or words, but holds {wrong!r:.80}")
-    return tokens
-
-
-def diversity(tokens: Sequence[Hashable]) -> float:
-    """The product over n = 2, 3, 4 of ``1 - rep-n``, in (0, 1]: 1.0 when nothing repeats, near 0 in a loop.
-
-    Source: Su et al. 2022, section 4.2.
-    """
-    product = 1.0
-    for n in (2, 3, 4):
-        product *= 1.0 - repetition(tokens, n)
-    return product
+__all__ = ["isotropy"]
 
 
 def isotropy(hidden_states: Tensor, attention_mask: Tensor | None = None) -> float:
     """``1 -`` the mean cosine over all pairs of different positions of each sequence, averaged over sequences.
 
-    Near 1 the states spread over all directions; near 0 they share one cone and every cosine is close to 1.
+    Near 1 the states spread over all directions; near 0 they share one cone and every cosine is close to 1. Every
+    sequence counts once here; in `isotropy_by_layer`, as in the paper's code, every pair does.
 
     Args:
         hidden_states: ``(B, T, D)``, any floating dtype; computed in float64.
