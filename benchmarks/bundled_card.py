@@ -36,13 +36,15 @@ def held_out_isotropy(model: Any, held_out: Tensor, length: int = 256) -> float:
 
 def decoding_figures(model: Any, tokenizer: Any, held_out: Tensor, prompts: int) -> list[tuple[str, float, float]]:
     """``(method, mean rep-4, mean diversity)`` of 128 new tokens after 32 held-out ones, over `prompts` windows."""
-    from simctg_fast.text.demo import METHODS, compare
+    from simctg_fast.evaluation.demo import compare
+    from simctg_fast.evaluation.settings import parse_settings
 
     stride = max(32, len(held_out) // prompts)
     texts = [tokenizer.decode(held_out[i * stride : i * stride + 32], skip_special_tokens=True) for i in range(prompts)]
-    comparisons = compare(model, tokenizer, texts)
+    settings = parse_settings("greedy,nucleus,contrastive")
+    comparisons = compare(model, tokenizer, texts, settings=settings)
     figures = []
-    for method in METHODS:
+    for method in (setting.name for setting in settings):
         written = [comparison[method] for comparison in comparisons]
         figures.append(
             (

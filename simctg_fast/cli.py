@@ -1,4 +1,4 @@
-"""The command line: `simctg-fast generate | run | merge | features | demo | train | env`.
+"""The command line: `simctg-fast generate | run | merge | features | demo | train | eval | isotropy | compare | env`.
 
 Arguments in, text out; the floors below do the work, and `terminal.py` knows how a command ends. Exit codes: 0 done, 1
 some requests have error records, 2 refused, 3 the disk is full or an output cannot be written, 70 an error that nobody
@@ -274,32 +274,32 @@ def generate(
 def demo(
     model: ModelArgument = None,
     model_option: ModelOption = None,
+    strategies: Annotated[str | None, typer.Option("--strategies", "-s", help="By commas, as of eval.")] = None,
     top_k: TopK = 4,
     penalty_alpha: PenaltyAlpha = 0.6,
     max_new_tokens: MaxNewTokens = 128,
-    seed: Annotated[int, typer.Option(help="Seed of nucleus sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the strategies that draw.")] = 0,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Greedy search, nucleus sampling and contrastive search side by side, on a model that comes with the package."""
+    """Greedy search, nucleus sampling, contrastive search and its successors side by side, on a model that comes with
+    the package."""
     _check_search(penalty_alpha, top_k, max_new_tokens)
     _check(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     name = _the_model(model, model_option, default="bundled")
     with _progress("loading the model"):
+        from .evaluation.demo import PROMPTS, STRATEGIES, compare, legend, next_steps, render, verdict
+        from .evaluation.settings import parse_settings
         from .loading import load_model
-        from .text.demo import METHODS, PROMPTS, compare, legend, next_steps, render, verdict
 
         _quiet_transformers()
+        settings = parse_settings(
+            strategies or STRATEGIES, contrastive={"penalty_alpha": penalty_alpha, "top_k": top_k}
+        )
         loaded, tokenizer = load_model(name, device, trust_remote_code=trust_remote_code)
-    with _progress("writing", total=len(PROMPTS) * len(METHODS)) as advance:
+    with _progress("writing", total=len(PROMPTS) * len(settings)) as advance:
         comparisons = compare(
-            loaded,
-            tokenizer,
-            penalty_alpha=penalty_alpha,
-            top_k=top_k,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            on_progress=advance,
+            loaded, tokenizer, settings=settings, max_new_tokens=max_new_tokens, seed=seed, on_progress=advance
         )
     console = Console(highlight=False, markup=False)
     render(comparisons, console)
@@ -564,6 +564,153 @@ def features(
     if written.truncated:
         line += f", {len(written.truncated)} texts cut to {max_length} tokens"
     _say(line)
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="JSONL: prompt, messages or source, and reference; or .txt; by default Python's own manual."),
+    ] = None,
+    references: Annotated[
+        str | None, typer.Option(help="Human continuations: JSONL of reference, by id or in order; or .txt.")
+    ] = None,
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            "--strategies",
+            "-s",
+            help="Some of greedy, beam, nucleus, typical, contrastive, centered, adaptive, fsd, fsd-vec, guard, dry "
+            "(default: all), by commas; with settings as in contrastive:penalty_alpha=0.4:top_k=6.",
+        ),
+    ] = None,
+    alpha_grid: Annotated[
+        str | None, typer.Option(help="Values of penalty_alpha that contrastive search is tried with, by commas …")
+    ] = None,
+    k_grid: Annotated[str | None, typer.Option(help="… each with each of these values of top_k.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    limit: Annotated[int | None, typer.Option(help="Only so many prompts; of the manual: 100.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Model that says how probable texts are; by default the one that wrote them.")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="Folder of a sentence encoder, for coherence as a cosine.")
+    ] = None,
+    mauve: Annotated[
+        str | None, typer.Option(help=r"Folder of the model whose features MAUVE takes (simctg_fast\[mauve]).")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder; by default eval-MODEL.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what the folder holds.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the strategies that draw.")] = 0,
+    slots: Annotated[int, typer.Option(help="Texts written at a time.")] = 16,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Compare strategies on one model: diversity, coherence, speed; a table, JSON, CSV and an HTML report.
+
+    Stopped, the same command goes on with the strategies that are missing. Exit code 1: some texts are missing.
+    """
+    _check(max_new_tokens >= 1, "--max-new-tokens", max_new_tokens, "at least 1")
+    _check(limit is None or limit >= 1, "--limit", limit, "at least 1")
+    _check(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
+    _check(slots >= 1, "--slots", slots, "at least 1")
+    _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    name = _the_model(model, model_option, default="bundled")
+    with _progress("starting"):
+        from .evaluation.console import faults, show
+        from .evaluation.run import Request, run
+
+        _quiet_transformers()
+        chosen = _chosen(ctx, *(field.name for field in fields(Request) if field.name in ctx.params))
+        request = Request(**{k: v for k, v in chosen.items() if v is not None} | {"model": name})
+    found, folder = run(request, _progress("loading the model"), lambda total: _progress("writing", total=total))
+    show(found, Console(highlight=False, markup=False))
+    for fault in faults(found):
+        _note(f"note: {fault}")
+    _say(f"{folder}: report.html, evaluation.json, figures.csv, texts.jsonl")
+    if faults(found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def isotropy(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    text: Annotated[
+        str | None, typer.Option(help="Texts: .txt, one a line, or .jsonl with text; by default Python's own manual.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Picture of the cosines, .svg or .png; by default none.")
+    ] = None,
+    pilot: Annotated[bool, typer.Option(help="Let the model write with several strategies, for a verdict.")] = True,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """How alike a model's hidden states are, layer by layer, and whether contrastive search suits it as it stands."""
+    _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    name = _the_model(model, model_option, default="bundled")
+    found = _states([name], text, out, pilot, device, dtype, trust_remote_code)[0]
+    if found.pilot is not None and found.verdict is not None:
+        from .evaluation.console import show_table
+
+        show_table(found.pilot, Console(highlight=False, markup=False))
+        for sentence in found.verdict.sentences:
+            _say(sentence)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="BEFORE AFTER", help="Local folders, hub names, `bundled`.")],
+    text: Annotated[
+        str | None, typer.Option(help="Texts: .txt, one a line, or .jsonl with text; by default Python's own manual.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Picture of both models' cosines, side by side, .svg.")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """The hidden states of two models on the same texts, as before and after contrastive training."""
+    _check(len(models) == 2, "BEFORE AFTER", " ".join(models), "two models")
+    _check(out is None or out.lower().endswith(".svg"), "--out", out, "a file that ends in .svg")
+    before, after = _states(models, text, out, False, device, dtype, trust_remote_code)
+    _say(f"isotropy of the last layer: {before.layers[-1]:.3f} before, {after.layers[-1]:.3f} after")
+
+
+def _states(models: list[str], text: str | None, out: str | None, pilot: bool, *loaded: Any) -> list[Any]:
+    """What `measure` finds of each model, printed layer by layer and drawn."""
+    device, dtype, trust_remote_code = loaded
+    with _progress("starting"):
+        from .evaluation.isotropy import checked_picture, draw, measure
+        from .evaluation.verdict import layers_table
+
+        _quiet_transformers()
+        picture = None if out is None else checked_picture(out)
+    found = [
+        measure(
+            name,
+            text,
+            pilot=pilot,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            loading=_progress("loading the model"),
+            writing=lambda total: _progress("writing", total=total),
+        )
+        for name in models
+    ]
+    for line in layers_table({each.name: each.layers for each in found}):
+        _say(line)
+    if picture is not None:
+        draw(found, picture)
+        _say(f"{picture}: cosines of the last layer's states, one text of {len(found[0].cosines)} tokens")
+    return found
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .bootstrap import bootstrap_interval, mean_over_texts
 from .compression import compression_ratio
 from .hidden_states import isotropy
-from .ngrams import corpus_distinct_n, distinct_n, diversity, repetition
+from .ngrams import corpus_distinct_n, distinct_n, diversity, repeated_tokens, repetition
 from .single_tokens import token_repetition, wrong_token_repetition
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = [
     "mauve",
     "mean_over_texts",
     "perplexity",
+    "repeated_tokens",
     "repetition",
     "self_similarity_by_layer",
     "token_repetition",

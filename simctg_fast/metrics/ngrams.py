@@ -56,6 +56,23 @@ def diversity(tokens: Sequence[Hashable], *, paper_compatible: bool = False) -> 
     return product
 
 
+def repeated_tokens(tokens: Sequence[Hashable], n: int) -> list[bool]:
+    """For each token, whether it lies in an n-gram that the text has had before: what `repetition` counts, to be shown.
+
+    Arguments and errors as `repetition`.
+    """
+    require(is_integer(n, 1), "n", n, "an integer of at least 1")
+    tokens = token_list(tokens)
+    seen: set[tuple[Hashable, ...]] = set()
+    marks = [False] * len(tokens)
+    for start in range(len(tokens) - n + 1):
+        gram = tuple(tokens[start : start + n])
+        if gram in seen:
+            marks[start : start + n] = [True] * n
+        seen.add(gram)
+    return marks
+
+
 def distinct_n(tokens: Sequence[Hashable], n: int, *, per: str = "tokens") -> float:
     """distinct-n of one text: different n-grams over all *tokens*, in [0, 1]; 0.0 for fewer than ``n`` tokens.
 
