@@ -94,13 +94,17 @@ class Setting:
         return shlex.join([*words, "--max-new-tokens", str(max_new_tokens)])
 
     def python(self, max_new_tokens: int) -> str:
-        """``model.generate`` with it."""
+        """``model.generate`` with it; empty where its settings are the engine's alone."""
         shown = self.shown
+        if self.strategy == "guard" and shown["temperature"] not in (0, 1):
+            return ""
         arguments = [f"max_new_tokens={max_new_tokens}"]
         if self.strategy in _SEARCHES:
             name, spelled = _SEARCHES[self.strategy]
             inner = ['"vector"'] if self.strategy == "fsd-vec" else []
             inner += [f"{spelled[key]}={_literal(value)}" for key, value in shown.items() if key in spelled]
+            if self.strategy == "guard" and shown["temperature"] == 0:
+                inner.append("sample=False")
             arguments.insert(0, f"custom_generate={name}({', '.join(inner)})")
         elif self.strategy == "sample":
             arguments[:0] = ["do_sample=True", "top_k=0"]
@@ -142,9 +146,8 @@ def _parse(text: str, contrastive: Mapping[str, Any]) -> Setting:
     for option in options:
         key, is_pair, value = option.partition("=")
         if not is_pair or key not in allowed:
-            raise ValueError(
-                f"strategies: {short(option)} in {short(text)} must be one of {', '.join(allowed)}, = value"
-            )
+            names = ", ".join(allowed)
+            raise ValueError(f"strategies has {short(option)} in {short(text)}, must be NAME=VALUE, one of {names}")
         added[key] = _value(value)
     setting = Setting(
         text, ", ".join([label, *(o.replace("=", " ") for o in options)]), strategy, {**base, **given, **added}

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from simctg_fast.assets import bundled_model_path
 from simctg_fast.cli import app
+from simctg_fast.evaluation import demo
+from simctg_fast.evaluation.demo import Comparison, Continuation
 from simctg_fast.loading import fitting_threads
 from simctg_fast.ops import backend_info
-from simctg_fast.text import demo
 from simctg_fast.text.continuation import continuation_pieces
-from simctg_fast.text.demo import Comparison, Continuation
 
 from ..processes import run_child
 from ..repository import INSTALLED
@@ -227,8 +227,8 @@ class TestDemo:
         assert result.exit_code == 0, result.output
         for prompt in demo.PROMPTS:
             assert f"{prompt} …" in result.stdout
-        assert len(re.findall(r"rep-4 \d\.\d\d  diversity \d\.\d\d  \d+ tokens/s", result.stdout)) == 9
-        assert "Greedy loops, contrastive search does not: greedy search loops in 3 of 3 texts" in said(result)
+        assert len(re.findall(r"rep-4 \d\.\d\d  diversity \d\.\d\d  \d+ tokens/s", result.stdout)) == 3 * 6
+        assert re.search(r"Greedy search loops in 3 of 3 texts .*; no loops by .* contrastive search \(rep", said(result))
         assert 'simctg-fast generate bundled "' in result.stdout
         assert "\x1b" not in result.stdout
 
@@ -239,13 +239,30 @@ class TestDemo:
     @pytest.mark.parametrize(
         ("greedy", "contrastive", "start"),
         [
-            ([7] * 40, list(range(40)), "Greedy loops, contrastive search does not: greedy search loops in 1 of 1"),
-            ([7] * 40, [1, 2, 3] * 14, "Not the expected picture: greedy search loops in 1 of 1 texts (rep-4 0.97)"),
-            (list(range(40)), list(range(40)), "Not the expected picture: greedy search loops in 0 of 1"),
+            (
+                [7] * 40,
+                list(range(40)),
+                "Greedy search loops in 1 of 1 texts (rep-4 0.97); no loops by nucleus sampling (rep-4 0.00) and "
+                "contrastive search (rep-4 0.00).",
+            ),
+            (
+                [7] * 40,
+                [1, 2, 3] * 14,
+                "Greedy search loops in 1 of 1 texts (rep-4 0.97) and contrastive search loops in 1 of 1 texts (rep-4 "
+                "0.92); no loops by nucleus sampling (rep-4 0.00).",
+            ),
+            (list(range(40)), list(range(40)), "No loops by greedy search (rep-4 0.00), nucleus sampling"),
         ],
     )
     def test_the_verdict_follows_the_figures(self, greedy, contrastive, start) -> None:
         assert demo.verdict([comparison(greedy=greedy, contrastive=contrastive)]).startswith(start)
+
+    def test_strategies_by_choice(self) -> None:
+        result = run("demo", "-n", "8", "-s", "greedy,contrastive:top_k=2,beam")
+        assert result.exit_code == 0, result.output
+        assert len(re.findall(r"rep-4 \d\.\d\d", result.stdout)) == 3 * 3 + 3
+        assert "contrastive:top_k=2" in result.stdout
+        assert "strategies must be some of greedy" in said(run("demo", "-s", "loud"))
 
     def test_figures_of_a_text(self) -> None:
         text = continuation("greedy", [1, 2, 3, 4, 5, 1, 2, 3, 4, 9], seconds=0.5)
@@ -255,13 +272,12 @@ class TestDemo:
         assert text.repeated() == [False] * 5 + [True] * 4 + [False]
         assert not text.loops
 
-    def test_columns_on_a_terminal_mark_what_repeats(self) -> None:
+    def test_rows_on_a_terminal_mark_what_repeats(self) -> None:
         console = Console(force_terminal=True, width=120, record=True, color_system="standard", file=io.StringIO())
         demo.render([comparison(greedy=[7] * 12, contrastive=list(range(12)))], console)
         drawn = console.export_text(styles=True)
         plain = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
-        header = next(line for line in plain.splitlines() if "greedy" in line)
-        assert header.index("greedy") < header.index("nucleus") < header.index("contrastive")
+        assert plain.index("greedy") < plain.index("nucleus") < plain.index("contrastive")
         red = "".join(re.findall(r"\x1b\[31m([^\x1b]*)\x1b", drawn))
         assert "t7" in red
         assert "t8" not in red
@@ -284,7 +300,7 @@ def continuation(method: str, tokens: list[int], seconds: float = 1.0) -> Contin
 
 def comparison(greedy: list[int], contrastive: list[int]) -> Comparison:
     texts = {"greedy": greedy, "nucleus": list(range(50, 60)), "contrastive": contrastive}
-    return Comparison("A prompt", tuple(continuation(method, texts[method]) for method in demo.METHODS))
+    return Comparison("A prompt", tuple(continuation(*item) for item in texts.items()))
 
 
 def test_a_small_model_runs_on_one_thread_and_the_setting_returns(monkeypatch) -> None:

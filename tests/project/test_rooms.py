@@ -34,8 +34,9 @@ ROOMS = {
     "compat": "functional loading decoding text",
     "integrations": "distributed ops ranking functional assets loading decoding text engine engine.job",
     "training": "loading text integrations",
+    "evaluation": "ops loading metrics metrics.models text engine",
     "terminal": "",
-    "cli": "ops loading text engine engine.job integrations training terminal",
+    "cli": "ops loading text engine engine.job integrations training evaluation terminal",
 }
 
 

@@ -247,7 +247,7 @@ def test_mistakes_in_a_real_process_on_a_terminal(case, texts):
 def test_help_and_version_everywhere():
     version = CliRunner().invoke(app, ["--version"])
     assert (version.exit_code, version.output) == (0, f"simctg-fast {simctg_fast.__version__}\n")
-    for command in ("generate", "run", "merge", "features", "demo", "train", "env"):
+    for command in ("generate", "run", "merge", "features", "demo", "train", "eval", "isotropy", "compare", "env"):
         short, long = (CliRunner().invoke(app, [command, option]) for option in ("-h", "--help"))
         assert short.exit_code == 0
         assert short.output == long.output
@@ -389,7 +389,7 @@ def test_answers(terminal):
 @pytest.mark.parametrize("width", [20, 50, 79, 80, 120])
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_demo_keeps_to_the_width(terminal, width):
-    from simctg_fast.text import demo
+    from simctg_fast.evaluation import demo
 
     pieces = (
         "a" + ESCAPE,
@@ -399,7 +399,8 @@ def test_the_demo_keeps_to_the_width(terminal, width):
         *[" and more words"] * 40,
         " " + "漢字" * 12,
     )
-    texts = [demo.Continuation(name, "".join(pieces), tuple(range(len(pieces))), pieces, 1.0) for name in demo.METHODS]
+    tokens = tuple(range(len(pieces)))
+    texts = [demo.Continuation(n, "".join(pieces), tokens, pieces, 1.0) for n in demo.STRATEGIES.split(",")]
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
     demo.render([demo.Comparison("A prompt that is longer than a narrow terminal is wide", tuple(texts))], console)

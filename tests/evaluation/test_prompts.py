@@ -1,0 +1,96 @@
+"""Files of prompts and human continuations, and the prompts that every Python carries."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from simctg_fast import bundled_model_path
+from simctg_fast.evaluation.prompts import PROMPT_TOKENS, documentation_prompts, read_prompts
+from simctg_fast.loading import load_tokenizer
+
+
+def file(folder, name, lines):
+    path = folder / name
+    texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+def test_lines_of_every_kind(tmp_path):
+    lines = [
+        {"prompt": "one", "reference": "more"},
+        {"id": 7, "messages": [{"role": "user", "content": "two"}], "reference": None},
+        {"id": "c", "source": "three"},
+    ]
+    found = read_prompts(file(tmp_path, "p.jsonl", lines))
+    assert [(p.id, p.reference) for p in found] == [("line-1", "more"), (7, None), ("c", None)]
+    assert [p.content for p in found] == [
+        {"prompt": "one"}, {"messages": [{"role": "user", "content": "two"}]}, {"source": "three"},
+    ]  # fmt: skip
+
+
+def test_text_lines_and_references_in_order(tmp_path):
+    prompts = file(tmp_path, "p.txt", ["first", "", "  second"])
+    found = read_prompts(prompts, file(tmp_path, "r.txt", ["goes on", "so"]))
+    assert [(p.id, p.content["prompt"], p.reference) for p in found] == [
+        ("line-1", "first", "goes on"), ("line-3", "  second", "so"),
+    ]  # fmt: skip
+
+
+def test_references_by_id(tmp_path):
+    prompts = file(tmp_path, "p.jsonl", [{"id": "a", "prompt": "x", "reference": "own"}, {"id": 2, "prompt": "y"}])
+    found = read_prompts(prompts, file(tmp_path, "r.jsonl", [{"id": 2, "text": "second"}]))
+    assert [p.reference for p in found] == ["own", "second"], "a prompt that the file does not name keeps its own"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"prompt": "a", "temperature": 1}], "line 1: key 'temperature' is not allowed here, only id, reference and"),
+        ([{"id": 1}], "line 1: must have one of prompt, messages, source, got none"),
+        ([{"prompt": "a", "source": "b"}], r"must have one of prompt, messages, source, got \['prompt', 'source'\]"),
+        ([{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}], "line 2: id 'a' is that of a line before"),
+        ([{"id": True, "prompt": "x"}], "line 1: id must be a string with text or an integer, got True"),
+        ([{"id": "", "prompt": "x"}], "id must be a string with text"),
+        ([{"prompt": "x", "reference": 3}], "reference must be a string, got 3"),
+        (["[1]"], "must be an object"),
+        (["{"], "not JSON"),
+        ([], "holds no prompt"),
+    ],
+)
+def test_lines_that_are_no_prompts(lines, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_prompts(file(tmp_path, "p.jsonl", lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("r.txt", ["one"], "has 1 references without id for 2 prompts"),
+        ("r.txt", ["one", "two", "three"], "has 3 references without id for 2 prompts"),
+        ("r.jsonl", [{"id": "z", "reference": "x"}], "line 1: id 'z' is that of no prompt"),
+        ("r.jsonl", [{"id": "a", "reference": "x"}, {"id": "a", "reference": "y"}], "line 2: id 'a' comes twice"),
+        ("r.jsonl", [{"id": "a", "reference": "x"}, {"reference": "y"}], "1 of its lines have no id, but others do"),
+        ("r.jsonl", [{"id": "a"}], "line 1: must have a reference, a string, got None"),
+        ("r.csv", ["x"], "must be a .txt or .jsonl file"),
+    ],
+)
+def test_references_that_do_not_fit(name, lines, message, tmp_path):
+    prompts = file(tmp_path, "p.jsonl", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}])
+    with pytest.raises(ValueError, match=message):
+        read_prompts(prompts, file(tmp_path, name, lines))
+
+
+def test_documentation():
+    tokenizer = load_tokenizer(bundled_model_path())
+    found = documentation_prompts(tokenizer, 7, 20)
+    assert len({tuple(p.content["prompt"]) for p in found}) == 7
+    for prompt in found:
+        ids = prompt.content["prompt"]
+        assert len(ids) == PROMPT_TOKENS
+        again = tokenizer(prompt.reference, add_special_tokens=False)["input_ids"]
+        assert 15 <= len(again) <= 25, "a text cut between tokens may be cut into others"
+    with pytest.raises(ValueError, match=r"count is 10000000, but Python's documentation has only \d+ tokens"):
+        documentation_prompts(tokenizer, 10_000_000, 20)
