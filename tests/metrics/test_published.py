@@ -43,7 +43,7 @@ def test_the_script(seed):
 
 
 def test_by_hand():
-    """"a b a b a b": of ab ba ab ba ab the last is left out, 2 of 4 differ; of aba bab aba bab 2 of 3; abab baba 2."""
+    """ "a b a b a b": of ab ba ab ba ab the last is left out, 2 of 4 differ; of aba bab aba bab 2 of 3; abab baba 2."""
     text = "a b a b a b"
     assert [repetition(text, n, paper_compatible=True) for n in (2, 3, 4)] == [50.0, 33.33, 0.0]
     assert diversity(text, paper_compatible=True) == 33.34  # 0.5 * 0.6667 * 1; of rates that are not rounded 33.33
