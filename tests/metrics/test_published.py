@@ -8,7 +8,7 @@ import pytest
 
 from simctg_fast.metrics import diversity, repetition
 
-WORDS = "the a cat dog sat ran on under mat tree and or".split()
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "or"]
 
 
 def rates(texts: list[str]) -> tuple[float, float, float, float]:
