@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from simctg_fast.metrics import isotropy, isotropy_by_layer, self_similarity_by_layer
 
-from ..decoding_models import VOCABULARY, build, shared, tokenizer
+from ..decoding_models import VOCABULARY, build, draw, shared, tokenizer
 
 TEXTS = ["Contrast", "x", "a longer text than the others", "", "xy"]
 
@@ -68,6 +69,18 @@ def test_pairs_are_weighted_and_not_texts():
     both = isotropy_by_layer(model, None, [one, two])[-1]
     assert both == pytest.approx((72 * values[0] + 6 * values[1]) / 78, abs=1e-9)
     assert both != pytest.approx(sum(values) / 2, abs=1e-3)
+
+
+def test_a_table_that_counts_from_behind_its_padding():
+    """RoBERTa's table of 40 rows holds 38 positions behind padding token 1's."""
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    options |= {"vocab_size": VOCABULARY, "pad_token_id": 1, "max_position_embeddings": 40}
+    model = draw(transformers.RobertaModel(transformers.RobertaConfig(**options))).double()
+    long, short = rows([60, 5])
+    found = self_similarity_by_layer(model, None, [long, short])
+    assert found == pytest.approx(by_pairs(model, [long[:38], short]), abs=1e-9)
+    with pytest.raises(ValueError, match="max_length must be an integer of at least 2 and at most 38"):
+        self_similarity_by_layer(model, None, [long], max_length=39)
 
 
 def test_the_mode_of_the_model_is_left():

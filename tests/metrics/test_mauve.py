@@ -15,6 +15,7 @@ import transformers
 from simctg_fast import bundled_model_path, extract_features
 from simctg_fast.metrics import mauve
 from simctg_fast.metrics.models.mauve_score import _cleaned
+from simctg_fast.text.features import Features
 
 FOLDER = bundled_model_path()
 FEATURES = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -108,7 +109,10 @@ def test_spaces_that_decoding_took_out():
         ({"references": ["a", "", ""], "model": FOLDER}, "references must hold at least 2 texts, got 1"),
         ({"texts": FEATURES[:1]}, "texts must hold at least 2 texts, got 1"),
         ({"texts": FEATURES[:0]}, "texts must hold at least 2 texts, got 0"),
-        ({"texts": FEATURES[0]}, r"texts must be texts or features \(N, D\), got an array of shape \(4,\)"),
+        ({"texts": FEATURES[0]}, r"texts must be .* but texts\[0\] is Tensor"),
+        ({"texts": FEATURES[None]}, r"texts must be texts or features \(N, D\), got an array of shape \(1, 8, 4\)"),
+        ({"texts": np.array([["a", "b"]])}, r"texts must be texts or features \(N, D\), got"),
+        ({"texts": Features(FEATURES, torch.tensor([3, 5]), "none")}, "texts must be one vector a text, got Features"),
         ({"texts": FEATURES[:, :3]}, "texts must have features of width 4, got 3"),
         ({"texts": FEATURES * math.nan}, "texts must have finite features"),
         ({"texts": [1, 2]}, r"texts\[0\] is int 1"),

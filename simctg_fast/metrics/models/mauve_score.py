@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...checks import is_integer, is_number, require
-from ...text.features import extract_features
+from ...text.features import Features, extract_features
 from ...text.texts import text_list
 from .folders import folder_model
 from .pairs import is_blank
@@ -38,7 +38,7 @@ def mauve(
     compare figures of one setting only.
 
     Args:
-        references: of people: strings, or their features ``(N, D)``, an array or tensor.
+        references: of people: strings, or their features ``(N, D)``, an array, a tensor or pooled `Features`.
         texts: generated: strings, or their features ``(M, D)``.
         model: the folder of the model that makes the features of strings: the last layer's state at the last token
             (GPT-2-large in the papers). Nothing is downloaded. Texts without any character are left out.
@@ -88,10 +88,12 @@ def _features(given: Any, name: str, model: Any, max_length: int | None) -> Any:
     """``(N, D)`` float32, of numpy."""
     import numpy as np
 
-    if hasattr(given, "ndim") or hasattr(given, "values"):
-        values = given.values if hasattr(given, "values") and not callable(given.values) else given
-        values = values.detach().float().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-        if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+    if isinstance(given, Features) or getattr(given, "ndim", 1) != 1:
+        if isinstance(given, Features):
+            require(given.pooling != "none", name, given, "one vector a text")
+            given = given.values
+        values = given.detach().float().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+        if values.ndim != 2 or values.dtype.kind not in "fiu":
             raise ValueError(f"{name} must be texts or features (N, D), got an array of shape {values.shape}")
     else:
         strings = [text for text in text_list(given, name) if text]
