@@ -85,7 +85,7 @@ def mauve(
 
 
 def _features(given: Any, name: str, model: Any, max_length: int | None) -> Any:
-    """``(N, D)`` float32, of numpy."""
+    """``(N, D)``, of numpy."""
     import numpy as np
 
     if isinstance(given, Features) or getattr(given, "ndim", 1) != 1:
