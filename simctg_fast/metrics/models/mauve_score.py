@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 from ...checks import is_integer, is_number, require
@@ -69,8 +70,9 @@ def mauve(
     if paper_compatible:
         references, texts = _published(references, texts, model)
     else:
-        references = _features(references, "references", model, max_length)
-        texts = _features(texts, "texts", model, max_length)
+        loaded = cache(lambda: _loaded(model, "where references or texts are strings"))
+        references = _features(references, "references", loaded, max_length)
+        texts = _features(texts, "texts", loaded, max_length)
     if references.shape[1] != texts.shape[1]:
         raise ValueError(f"texts must have features of width {references.shape[1]}, got {texts.shape[1]}")
     out = compute_mauve(
@@ -84,7 +86,13 @@ def mauve(
     return round(float(out.mauve) * 100, 2) if paper_compatible else float(out.mauve)
 
 
-def _features(given: Any, name: str, model: Any, max_length: int | None) -> Any:
+def _loaded(path: Any, why: str) -> tuple[Any, Any]:
+    if path is None:
+        raise ValueError(f"model must be a local folder {why}, got None")
+    return folder_model(path, "model")
+
+
+def _features(given: Any, name: str, loaded: Callable[[], tuple[Any, Any]], max_length: int | None) -> Any:
     """``(N, D)``, of numpy."""
     import numpy as np
 
@@ -97,10 +105,8 @@ def _features(given: Any, name: str, model: Any, max_length: int | None) -> Any:
             raise ValueError(f"{name} must be texts or features (N, D), got an array of shape {values.shape}")
     else:
         strings = [text for text in text_list(given, name) if text]
-        if model is None:
-            raise ValueError("model must be a local folder where references or texts are strings, got None")
         _enough(len(strings), name)
-        values = _made(folder_model(model, "model"), strings, max_length)
+        values = _made(loaded(), strings, max_length)
     _enough(len(values), name)
     if not np.isfinite(values).all():
         raise ValueError(f"{name} must have finite features, got NaN or infinity")
@@ -120,9 +126,7 @@ def _published(references: Iterable[str], texts: Iterable[str], model: Any) -> t
     pairs = text_list(references, "references"), text_list(texts, "texts")
     if len(pairs[0]) != len(pairs[1]):
         raise ValueError(f"texts must be {len(pairs[0])}, as many as references, got {len(pairs[1])}")
-    if model is None:
-        raise ValueError("model must be a local folder with paper_compatible=True, got None")
-    loaded = folder_model(model, "model")
+    loaded = _loaded(model, "with paper_compatible=True")
     kept = [
         pair for pair in (_same_length(loaded[1], *each) for each in zip(*pairs, strict=True)) if not is_blank(pair[1])
     ]
