@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...text.batches import by_length, padded_rows
-from ...text.features import _backbone, evaluation_mode
+from ...text.features import _backbone, _room, evaluation_mode
 from .pairs import check_batch_size, text_rows, window_length
 
 __all__ = ["isotropy_by_layer", "self_similarity_by_layer"]
@@ -56,7 +56,8 @@ def self_similarity_by_layer(
         tokenizer: its tokenizer, special tokens included. None: the texts are token ids.
         texts: strings, or lists of ids.
         batch_size: texts at a time.
-        max_length: tokens that a text is cut to, at least 2; None is what the model's positions hold.
+        max_length: tokens that a text is cut to, at least 2; None is what the model's table of positions holds, or the
+            whole text.
 
     Returns:
         As many values as the model's ``hidden_states``: 0 the embeddings, -1 the last layer behind the final norm. A
@@ -68,11 +69,11 @@ def self_similarity_by_layer(
     Source: Su and Collier 2023, section 3; Ethayarajh 2019, "How Contextual are Contextualized Word Representations?".
     """
     check_batch_size(batch_size)
-    length = window_length(model, max_length)
+    backbone = _backbone(model)
+    length = window_length(_room(backbone), max_length)
     rows = [row for row in (each[:length] for each in text_rows(tokenizer, texts)) if len(row) > 1]
     if not rows:
         raise ValueError("texts must hold one of at least 2 tokens, got none")
-    backbone = _backbone(model)
     options = {"use_cache": False} if "use_cache" in inspect.signature(backbone.forward).parameters else {}
     cosines: list[float] = []
     with evaluation_mode(backbone):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 from ...checks import is_integer, is_number, require
-from ...text.features import extract_features
+from ...text.features import Features, extract_features
 from ...text.texts import text_list
 from .folders import folder_model
 from .pairs import is_blank
@@ -38,7 +39,7 @@ def mauve(
     compare figures of one setting only.
 
     Args:
-        references: of people: strings, or their features ``(N, D)``, an array or tensor.
+        references: of people: strings, or their features ``(N, D)``, an array, a tensor or pooled `Features`.
         texts: generated: strings, or their features ``(M, D)``.
         model: the folder of the model that makes the features of strings: the last layer's state at the last token
             (GPT-2-large in the papers). Nothing is downloaded. Texts without any character are left out.
@@ -69,8 +70,9 @@ def mauve(
     if paper_compatible:
         references, texts = _published(references, texts, model)
     else:
-        references = _features(references, "references", model, max_length)
-        texts = _features(texts, "texts", model, max_length)
+        loaded = cache(lambda: _loaded(model, "where references or texts are strings"))
+        references = _features(references, "references", loaded, max_length)
+        texts = _features(texts, "texts", loaded, max_length)
     if references.shape[1] != texts.shape[1]:
         raise ValueError(f"texts must have features of width {references.shape[1]}, got {texts.shape[1]}")
     out = compute_mauve(
@@ -84,21 +86,27 @@ def mauve(
     return round(float(out.mauve) * 100, 2) if paper_compatible else float(out.mauve)
 
 
-def _features(given: Any, name: str, model: Any, max_length: int | None) -> Any:
-    """``(N, D)`` float32, of numpy."""
+def _loaded(path: Any, why: str) -> tuple[Any, Any]:
+    if path is None:
+        raise ValueError(f"model must be a local folder {why}, got None")
+    return folder_model(path, "model")
+
+
+def _features(given: Any, name: str, loaded: Callable[[], tuple[Any, Any]], max_length: int | None) -> Any:
+    """``(N, D)``, of numpy."""
     import numpy as np
 
-    if hasattr(given, "ndim") or hasattr(given, "values"):
-        values = given.values if hasattr(given, "values") and not callable(given.values) else given
-        values = values.detach().float().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-        if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+    if isinstance(given, Features) or getattr(given, "ndim", 1) != 1:
+        if isinstance(given, Features):
+            require(given.pooling != "none", name, given, "one vector a text")
+            given = given.values
+        values = given.detach().float().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+        if values.ndim != 2 or values.dtype.kind not in "fiu":
             raise ValueError(f"{name} must be texts or features (N, D), got an array of shape {values.shape}")
     else:
         strings = [text for text in text_list(given, name) if text]
-        if model is None:
-            raise ValueError("model must be a local folder where references or texts are strings, got None")
         _enough(len(strings), name)
-        values = _made(folder_model(model, "model"), strings, max_length)
+        values = _made(loaded(), strings, max_length)
     _enough(len(values), name)
     if not np.isfinite(values).all():
         raise ValueError(f"{name} must have finite features, got NaN or infinity")
@@ -118,9 +126,7 @@ def _published(references: Iterable[str], texts: Iterable[str], model: Any) -> t
     pairs = text_list(references, "references"), text_list(texts, "texts")
     if len(pairs[0]) != len(pairs[1]):
         raise ValueError(f"texts must be {len(pairs[0])}, as many as references, got {len(pairs[1])}")
-    if model is None:
-        raise ValueError("model must be a local folder with paper_compatible=True, got None")
-    loaded = folder_model(model, "model")
+    loaded = _loaded(model, "with paper_compatible=True")
     kept = [
         pair for pair in (_same_length(loaded[1], *each) for each in zip(*pairs, strict=True)) if not is_blank(pair[1])
     ]

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...checks import is_integer
-from ...loading import context_length
 from ...text.texts import text_list
 
 __all__ = ["check_batch_size", "id_rows", "is_blank", "pair_rows", "text_pairs", "text_rows", "window_length"]
@@ -19,13 +18,12 @@ def check_batch_size(batch_size: Any) -> None:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r:.80}")
 
 
-def window_length(model: Any, max_length: Any) -> int | None:
-    """``max_length``, else what the model's positions hold; None where its config names no limit.
+def window_length(limit: int | None, max_length: Any) -> int | None:
+    """``max_length``, else ``limit``, what the model's positions hold; None where they have no limit.
 
     Raises:
         ValueError: no integer of at least 2, or more than the model holds.
     """
-    limit = context_length(model)
     if max_length is None:
         return limit
     if not is_integer(max_length, 2, *(() if limit is None else (limit,))):

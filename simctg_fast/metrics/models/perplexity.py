@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...checks import is_integer
+from ...loading import context_length
 from .log_probabilities import log_probabilities
 from .pairs import text_rows, window_length
 
@@ -45,7 +46,7 @@ def perplexity(
     """
     if model.config.is_encoder_decoder:
         raise ValueError("model must be causal; log_probabilities scores rows of an encoder-decoder given its prompts")
-    length = window_length(model, max_length)
+    length = window_length(context_length(model), max_length)
     if stride is None:
         stride = None if length is None else max(1, length // 2)
     elif length is None or not is_integer(stride, 1, length - 1):
