@@ -53,9 +53,11 @@ class Folder:
                 f"{str(file)!r} holds texts of another evaluation (other prompts, model, length or seed); give another "
                 "folder, or overwrite it"
             )
-        if not records:
-            file.write_text(_line({"run": run}), "utf-8")
-        return _complete(records, prompts)
+        found = _complete(records, prompts)
+        # A setting that was interrupted begins again, and with it the end of the file, which may be half a line.
+        kept = [{"run": run}, *(record for record in records if record.get("strategy") in found)]
+        self._write(TEXTS, "".join(map(_line, kept)))
+        return found
 
     def add(
         self, setting: Setting, prompts: Sequence[Tokenized], written: Written, texts: Sequence[str | None]

@@ -228,7 +228,9 @@ class TestDemo:
         for prompt in demo.PROMPTS:
             assert f"{prompt} …" in result.stdout
         assert len(re.findall(r"rep-4 \d\.\d\d  diversity \d\.\d\d  \d+ tokens/s", result.stdout)) == 3 * 6
-        assert re.search(r"Greedy search loops in 3 of 3 texts .*; no loops by .* contrastive search \(rep", said(result))
+        assert re.search(
+            r"Greedy search loops in 3 of 3 texts .*; no loops by .* contrastive search \(rep", said(result)
+        )
         assert 'simctg-fast generate bundled "' in result.stdout
         assert "\x1b" not in result.stdout
 

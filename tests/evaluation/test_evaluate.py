@@ -1,0 +1,303 @@
+"""What an evaluation measures, keeps and writes, against figures made again from its texts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from simctg_fast.cli import app
+from simctg_fast.evaluation import writing
+from simctg_fast.evaluation.evaluate import Evaluation, Options
+from simctg_fast.evaluation.output import Folder, digest
+from simctg_fast.evaluation.prompts import Prompt
+from simctg_fast.evaluation.run import Request, run
+from simctg_fast.evaluation.settings import parse_settings
+from simctg_fast.loading import load_model
+
+from ..decoding_models import build
+from ..decoding_models import tokenizer as characters
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model("bundled", "cpu")
+
+
+def evaluate(request):
+    return run(request, nullcontext(), lambda total: nullcontext(lambda: None))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    request = Request(
+        "bundled", strategies="greedy,beam:num_beams=2,contrastive,fsd", alpha_grid="0.2,0.6", k_grid="3", limit=5,
+        max_new_tokens=NEW, out=str(folder / "out"),
+    )  # fmt: skip
+    return request, *evaluate(request)
+
+
+def distinct(ids, n):
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams)
+
+
+def texts_of(folder):
+    records = [json.loads(line) for line in (folder / "texts.jsonl").read_text("utf-8").splitlines()]
+    return [record for record in records if "token_ids" in record]
+
+
+def test_figures_of_the_texts(made, loaded):
+    """Each from the tokens that were kept: n-grams counted here, probabilities by a forward of one text in float64."""
+    _, found, folder = made
+    model, tokenizer = loaded
+    rows = {row["strategy"]: row["figures"] for row in found["rows"]}
+    kept = texts_of(folder)
+    prompts = {p["id"]: p for p in found["texts"]}
+    for name in ("greedy", "contrastive", "beam:num_beams=2"):
+        mine = [record for record in kept if record["strategy"] == name]
+        assert len(mine) == 5
+        lengths = [len(record["token_ids"]) for record in mine]
+        assert rows[name]["tokens"]["mean"] == sum(lengths) / 5
+        each = [100 * math.prod(distinct(record["token_ids"], n) for n in (2, 3, 4)) for record in mine]
+        assert rows[name]["diversity"]["mean"] == pytest.approx(sum(each) / 5)
+        assert rows[name]["diversity"]["low"] <= rows[name]["diversity"]["mean"] <= rows[name]["diversity"]["high"]
+        assert rows[name]["rep_4"]["mean"] == pytest.approx(
+            sum(100 * (1 - distinct(record["token_ids"], 4)) for record in mine) / 5
+        )
+        sums = []
+        for record in mine:
+            prompt = tokenizer(prompts[record["id"]]["prompt"], add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + record["token_ids"]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1].double()
+            sums.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum().item())
+        a_byte = [total / len(record["text"].encode()) for total, record in zip(sums, mine, strict=True)]
+        assert rows[name]["log_prob_per_byte"]["mean"] == pytest.approx(sum(a_byte) / 5, rel=1e-4)
+        assert rows[name]["perplexity"]["mean"] == pytest.approx(math.exp(-sum(sums) / sum(lengths)), rel=1e-4)
+        assert rows[name]["tokens_per_second"]["mean"] > 0
+
+
+def test_the_rows(made):
+    _, found, _ = made
+    assert [row["strategy"] for row in found["rows"]] == ["human", "greedy", "beam:num_beams=2", "contrastive", "fsd"]
+    assert all(row["note"] == "" for row in found["rows"])
+    assert "tokens_per_second" not in found["rows"][0]["figures"]
+    assert found["rows"][3]["command"].startswith("simctg-fast run bundled prompts.jsonl")
+    assert list(found["metrics"])[:2] == ["tokens", "diversity"]
+
+
+def test_the_grid(made):
+    """Each value is that of a setting run by itself."""
+    request, found, _ = made
+    grid = found["grid"]
+    assert (grid["penalty_alpha"], grid["top_k"]) == ([0.2, 0.6], [3])
+    alone = Request(
+        "bundled", strategies="contrastive:penalty_alpha=0.6:top_k=3", limit=5, max_new_tokens=NEW,
+        out=f"{request.out}-alone",
+    )  # fmt: skip
+    figures = evaluate(alone)[0]["rows"][1]["figures"]
+    assert grid["diversity"][1][0] == pytest.approx(figures["diversity"]["mean"])
+    assert grid["coherence"][1][0] == pytest.approx(figures["coherence"]["mean"])
+    assert grid["diversity"][0][0] < grid["diversity"][1][0]
+    assert grid["recommended"] in ({"penalty_alpha": 0.6, "top_k": 3}, {"penalty_alpha": 0.2, "top_k": 3})
+
+
+def test_what_is_shown(made):
+    _, found, folder = made
+    kept = {(record["strategy"], record["id"]): record for record in texts_of(folder)}
+    assert len(found["texts"]) == 5
+    for text in found["texts"]:
+        assert set(text["written"]) == {row["strategy"] for row in found["rows"]}
+        for name in ("greedy", "fsd"):
+            shown = text["written"][name]
+            assert "".join(shown["pieces"]) == kept[name, text["id"]]["text"]
+            assert len(shown["pieces"]) == len(shown["repeated"]) == shown["tokens"]
+    for each in found["similarity"]:
+        matrix = torch.tensor(each["cosines"])
+        assert len(matrix) == len(each["pieces"]) > each["prompt_tokens"] == 32
+        assert torch.equal(matrix, matrix.T)
+        assert (matrix.diagonal() - 1).abs().max() < 1e-3
+        count = len(matrix)
+        mean = (matrix.double().sum() - count) / (count * (count - 1))
+        assert each["isotropy"] == pytest.approx(1 - mean.item(), abs=1e-3)
+    assert len(found["isotropy"]["layers"]) == 8
+
+
+def test_the_files(made):
+    _, found, folder = made
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "evaluation.json", "figures.csv", "report.html", "texts.jsonl",
+    ]  # fmt: skip
+    assert json.loads((folder / "evaluation.json").read_text("utf-8")) == json.loads(json.dumps(found))
+    with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["strategy"]: row for row in csv.DictReader(file)}
+    greedy = found["rows"][1]["figures"]
+    assert float(rows["greedy"]["diversity"]) == pytest.approx(greedy["diversity"]["mean"], rel=1e-5)
+    assert float(rows["greedy"]["diversity_high"]) == pytest.approx(greedy["diversity"]["high"], rel=1e-5)
+    assert rows["human"]["tokens_per_second"] == ""
+    page = (folder / "report.html").read_text("utf-8")
+    assert f"{greedy['diversity']['mean']:.1f}" in page
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on(loaded, tmp_path, monkeypatch):
+    """Settings that were through are not written again; the rest, and all figures, are those of a run in one go."""
+
+    def request(out):
+        return Request("bundled", strategies="nucleus,greedy,fsd", limit=3, max_new_tokens=8, out=str(tmp_path / out))
+
+    whole = evaluate(request("whole"))[0]
+    calls = []
+    original = writing.Writer.__call__
+
+    def once(self, prompts, on_text):
+        calls.append(self.setting.name)
+        if len(calls) == 2:
+            raise Stop
+        return original(self, prompts, on_text)
+
+    monkeypatch.setattr(writing.Writer, "__call__", once)
+    with pytest.raises(Stop):
+        evaluate(request("parts"))
+    texts = tmp_path / "parts" / "texts.jsonl"
+    torn = texts.read_text("utf-8") + '{"strategy": "greedy", "id": "docu'
+    texts.write_text(torn, "utf-8")
+    found = evaluate(request("parts"))[0]
+    assert calls == ["nucleus", "greedy", "greedy", "fsd"]
+    for before, after in zip(whole["rows"], found["rows"], strict=True):
+        for figures in (before["figures"], after["figures"]):
+            figures.pop("tokens_per_second", None)
+        assert before == after
+    lines = [json.loads(line) for line in texts.read_text("utf-8").splitlines()]
+    assert sum("complete" in line for line in lines) == 3
+
+
+def test_another_evaluations_folder(tmp_path):
+    first = Request("bundled", strategies="greedy", limit=2, max_new_tokens=4, out=str(tmp_path))
+    evaluate(first)
+    other = Request("bundled", strategies="greedy", limit=2, max_new_tokens=5, out=str(tmp_path))
+    with pytest.raises(ValueError, match=r"texts.jsonl' holds texts of another evaluation"):
+        evaluate(other)
+    evaluate(Request(**{**vars(other), "overwrite": True}))
+    assert all(len(record["token_ids"]) <= 5 for record in texts_of(tmp_path))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="must be a folder, or not there yet, and is a file"):
+        Folder(tmp_path / "file")
+
+
+def test_digests():
+    def of(*changes):
+        prompt = writing.Tokenized(Prompt("a", {"prompt": "x"}), [1, 2], None)
+        given = ["m", [prompt], 8, 0]
+        for place, value in changes:
+            given[place] = value
+        return digest(*given)
+
+    other = writing.Tokenized(Prompt("a", {"prompt": "x"}), [1, 3], None)
+    assert of() == of()
+    assert len({of(), of((0, "n")), of((1, [other])), of((1, [])), of((2, 9)), of((3, 1))}) == 6
+
+
+def test_what_cannot_be_done_is_said(loaded):
+    """A prompt that is too long, a strategy that the model refuses, an empty text: none ends the evaluation."""
+    model, tokenizer = loaded
+    prompts = [Prompt("long", {"prompt": "word " * 600}), Prompt("ok", {"prompt": "This module provides"})]
+    settings = parse_settings("contrastive:top_k=6,contrastive:top_k=3073,greedy")
+    found = Evaluation(model, tokenizer, prompts, settings, Options(6)).run()
+    assert [each["id"] for each in found["refused"]] == ["long"]
+    assert "more than the model's 512" in found["refused"][0]["message"]
+    notes = {row["strategy"]: row["note"] for row in found["rows"]}
+    assert notes["contrastive:top_k=6"] == notes["greedy"] == ""
+    assert notes["contrastive:top_k=3073"].startswith("not run: top_k must be at most the vocabulary size 3072")
+    assert found["prompts"] == 1
+    assert found["recommended"]["strategy"] is None, "nobody knows how people go on"
+    with pytest.raises(ValueError, match="none of the 1 prompts can be continued; 'long': "):
+        Evaluation(model, tokenizer, prompts[:1], settings, Options(6))
+
+
+def test_an_empty_text_has_no_diversity(loaded):
+    model, tokenizer = loaded
+    evaluation = Evaluation(model, tokenizer, [Prompt("a", {"prompt": "x"}), Prompt("b", {"prompt": "y"})], [])
+    figures = evaluation._measure("greedy", [[], [5, 6, 7, 8, 9]])
+    assert figures["tokens"]["mean"] == 2.5
+    assert figures["diversity"] == {"mean": 100.0, "low": None, "high": None}, "of the one text that has some"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({"references": "r.txt"}, "references is 'r.txt', but no file of prompts is given"),
+        ({"alpha_grid": "0.5"}, "alpha_grid is '0.5', but k_grid is not given"),
+        ({"k_grid": "4"}, "k_grid is '4', but alpha_grid is not given"),
+    ],
+)
+def test_requests_that_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Request("bundled", **given)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "ks", "message"),
+    [
+        ("0.5,2", "4", r"alpha_grid must be numbers in \[0, 1\], separated by commas, each once, got '2' in '0.5,2'"),
+        ("0.5,,0.6", "4", "alpha_grid must be .* got ''"),
+        ("0.5,0.5", "4", "alpha_grid must be .* each once, got '0.5'"),
+        ("nan", "4", "alpha_grid must be"),
+        ("0.5", "4,0", "k_grid must be integers of at least 1, .* got '0'"),
+        ("0.5", "4.5", "k_grid must be integers"),
+    ],
+)
+def test_grids_that_are_refused(alphas, ks, message):
+    with pytest.raises(ValueError, match=message):
+        _ = Request("bundled", alpha_grid=alphas, k_grid=ks).grid
+
+
+def test_an_encoder_decoder(tmp_path):
+    """Sources in, answers out: its decoder's states, its own probabilities."""
+    model, tokenizer = build("t5"), characters()
+    prompts = [Prompt("a", {"source": "one two three"}, "three two"), Prompt("b", {"prompt": "two"}, "two")]
+    found = Evaluation(
+        model, tokenizer, prompts, parse_settings("greedy,beam:num_beams=2,contrastive"), Options(6)
+    ).run()
+    rows = {row["strategy"]: row for row in found["rows"]}
+    assert [row["note"] for row in found["rows"]] == [""] * 4
+    assert rows["human"]["figures"]["coherence"]["mean"] < 0
+    assert found["similarity"][1]["prompt_tokens"] == 1, "the decoder's start"
+
+
+def test_the_command(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    lines = [{"prompt": f"This module provides {word}", "reference": " for it, and more"} for word in ("a", "some")]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    given = [
+        "eval",
+        "bundled",
+        "--prompts",
+        str(prompts),
+        "-s",
+        "greedy,contrastive",
+        "-n",
+        "8",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    for word in ("human", "greedy", "contrastive", "diversity", "log p a byte", "tokens/s"):
+        assert word in result.stdout
+    assert "report.html" in result.stdout
+    refused = CliRunner().invoke(app, [*given, "--limit", "0"])
+    assert refused.exit_code == 2
