@@ -189,7 +189,7 @@ def _scatter(grid: dict[str, Any], chosen: dict[str, Any], rows: list[dict[str, 
 
 def _aim(rows: list[dict[str, Any]], points: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
     """Where the human texts lie, unless what shows them as well would leave the map a corner."""
-    figures = next((row["figures"] for row in rows if row["strategy"] == HUMAN), {})
+    figures: dict[str, Any] = next((row["figures"] for row in rows if row["strategy"] == HUMAN), {})
     aim = [figures.get(key, {}).get("mean") for key in ("coherence", "diversity")]
     if not all(map(shown, aim)):
         return []

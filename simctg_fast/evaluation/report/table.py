@@ -15,7 +15,8 @@ _WIDTH, _HEIGHT, _EDGE = 88, 12, 5  # of the picture in a cell
 
 def figures_table(evaluation: dict[str, Any]) -> str:
     rows, metrics = evaluation["rows"], evaluation["metrics"]
-    heads, columns = [], []
+    heads: list[str] = []
+    columns: list[_Column] = []
     for key, metric in metrics.items():
         heads.append(_head(f"m-{len(heads)}", metric, rows, key))
         columns.append(_Column(key, metric, rows))

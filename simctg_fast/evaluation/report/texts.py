@@ -56,7 +56,7 @@ def _share(repeated: list[bool]) -> str:
 
 def _marked(pieces: list[str], repeated: list[bool]) -> str:
     """Runs of repeated tokens in one ``<mark>`` each; a space before the first word is there, but takes no room."""
-    parts = []
+    parts: list[str] = []
     for again, run in groupby(zip(pieces, repeated, strict=True), key=lambda pair: bool(pair[1])):
         text = escaped("".join(piece for piece, _ in run))
         if not parts and text.startswith(" ") and text.strip():
