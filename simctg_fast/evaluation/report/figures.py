@@ -60,7 +60,7 @@ def _map(i: int, one: dict[str, Any], rows: list[list[float]], scale: Scale, lab
     return (
         f'<figure class="map" data-map="{i}"><figcaption><strong>{isolated(label)}</strong> '
         f'<span class="facts">{" · ".join(facts)}</span></figcaption><div class="field">'
-        f'<svg viewBox="-32 -22 400 404" role="img" aria-labelledby="map-{i}-name map-{i}-about">'
+        f'<svg viewBox="-32 -22 400 404" role="img" aria-labelledby="map-{i}-name" aria-describedby="map-{i}-about">'
         f'<title id="map-{i}-name">Similarity of the tokens of {escaped(label)}</title>'
         f'<desc id="map-{i}-about">{about}</desc>{panel(rows, scale, prompt)}{axes(size, None)}'
         f'<g class="ends" font-size="11">{ends}</g></svg></div></figure>'

@@ -67,7 +67,7 @@
       const field = figure.querySelector(".field");
       const picture = field.querySelector("svg");
       const name = figure.querySelector("strong").textContent;
-      const found = make("output", {});
+      const found = make("p", { class: "cosine" });
       const contexts = [make("span", { class: "context" }), make("span", { class: "context" })];
       figure.append(make("div", { class: "readout" }, found, ...contexts));
       const lines = ["cross under", "cross"].map((kind) => {
