@@ -17,6 +17,7 @@ import pytest
 from simctg_fast.evaluation.report import render
 from simctg_fast.evaluation.report.markup import interval, listed, number
 
+from ..repository import INSTALLED, repository
 from . import evaluations
 from .pages import Node, pixels, read
 
@@ -138,7 +139,7 @@ class TestContent:
                 assert "".join(mark.text for mark in column.all("mark")) == again
                 facts = column.one(kind="facts").text
                 assert f"{one['tokens']} tokens" in facts
-                assert f"diversity {figure(one['diversity'], 1)}" in facts
+                assert f"diversity {figure(one['diversity'], 1)} %" in facts
 
     def test_similarity(self, root, evaluation):
         found = json.loads(root.one("script", id="similarity-data").text)
@@ -285,6 +286,17 @@ class TestStructure:
         assert large < 600_000
 
 
+def test_style_and_script_are_installed():
+    """Whatever lies beside the modules is named in pyproject.toml, for wheels, and in MANIFEST.in, for sources."""
+    folder = INSTALLED / "simctg_fast" / "evaluation" / "report"
+    others = sorted(path.name for path in folder.iterdir() if path.suffix not in (".py", ".pyc") and path.is_file())
+    assert others == ["script.js", "style.css"]
+    declared = repository("pyproject.toml").read_text().partition("package-data]")[2].partition("\n[")[0]
+    assert all(f'"{name}"' in declared for name in others)
+    manifest = repository("MANIFEST.in").read_text()
+    assert all(f"simctg_fast/evaluation/report/{name}" in manifest for name in others)
+
+
 class TestParts:
     """Whatever may be absent."""
 
@@ -334,6 +346,22 @@ class TestParts:
             render({"model": "m"})
         with pytest.raises(ValueError, match="lacks model, metrics and rows"):
             render({})
+
+    def test_parts_that_do_not_fit_one_another(self, evaluation):
+        wrong = copy.deepcopy(evaluation)
+        wrong["texts"][1]["written"]["greedy"]["repeated"].pop()
+        with pytest.raises(ValueError, match=r"repeated of 'greedy' must be as long as its pieces, \d+, got \d+"):
+            render(wrong)
+        wrong = copy.deepcopy(evaluation)
+        wrong["similarity"][2]["pieces"].pop()
+        with pytest.raises(ValueError, match="pieces of 'fsd' must be that of rows of its cosines, 40, got 39"):
+            render(wrong)
+        for key in ("diversity", "coherence"):
+            for cut in (lambda lines: lines.pop(), lambda lines: lines[1].pop()):
+                wrong = copy.deepcopy(evaluation)
+                cut(wrong["grid"][key])
+                with pytest.raises(ValueError, match=f"{key} of the grid must be 4 × 4 numbers"):
+                    render(wrong)
 
     @pytest.mark.parametrize(
         "created", ["yesterday", "2026-13-40", "2026-11-29", "2026-11-29T20:40:00+05:30", 3, "<b>", "\u202e"]

@@ -6,6 +6,7 @@ import base64
 import statistics
 from typing import Any
 
+from ...checks import require
 from ..heat_map import SIDE, Scale, axes, bar, panel, rows_of, scale_of
 from .charts import Chart
 from .markup import data, escaped, isolated, number, shown, visible
@@ -20,6 +21,9 @@ def similarity_section(evaluation: dict[str, Any]) -> str:
     labels = {row["strategy"]: row["label"] for row in evaluation["rows"]}
     matrices = [rows_of(one["cosines"]) for one in maps]
     scale = scale_of(matrices)
+    for one, rows in zip(maps, matrices, strict=True):
+        count, name = len(one["pieces"]), f"the number of pieces of {one['strategy']!r}"
+        require(count == len(rows), name, count, f"that of rows of its cosines, {len(rows)}")
     figures = [
         _map(i, one, rows, scale, labels.get(one["strategy"], one["strategy"]), evaluation.get("texts") or [])
         for i, (one, rows) in enumerate(zip(maps, matrices, strict=True))
@@ -115,6 +119,9 @@ def grid_section(evaluation: dict[str, Any]) -> str:
     digits = {key: metrics.get(key, {}).get("digits", 2) for key in ("diversity", "coherence")}
     chosen = grid.get("recommended") or {}
     alphas, ks = grid["penalty_alpha"], grid["top_k"]
+    for key in digits:
+        fits = len(grid[key]) == len(alphas) and all(len(line) == len(ks) for line in grid[key])
+        require(fits, f"{key} of the grid", grid[key], f"{len(alphas)} × {len(ks)} numbers, as its alphas and ks")
     reason = f"<p>{escaped(grid['reason'])}</p>" if grid.get("reason") else ""
     said = ""
     if chosen:
