@@ -60,7 +60,7 @@ class Chart:
         """The whole picture; ``name`` and ``about`` are its alternative text, escaped already."""
         return (
             f'<svg class="chart" viewBox="0 0 {self.width:g} {self.height:g}" role="img" '
-            f'aria-labelledby="{key}-name {key}-about"><title id="{key}-name">{name}</title>'
+            f'aria-labelledby="{key}-name" aria-describedby="{key}-about"><title id="{key}-name">{name}</title>'
             f'<desc id="{key}-about">{about}</desc>{inside}</svg>'
         )
 

@@ -6,6 +6,7 @@ import base64
 import statistics
 from typing import Any
 
+from ...checks import require
 from ..heat_map import SIDE, Scale, axes, bar, panel, rows_of, scale_of
 from .charts import Chart
 from .markup import data, escaped, isolated, number, shown, visible
@@ -20,6 +21,9 @@ def similarity_section(evaluation: dict[str, Any]) -> str:
     labels = {row["strategy"]: row["label"] for row in evaluation["rows"]}
     matrices = [rows_of(one["cosines"]) for one in maps]
     scale = scale_of(matrices)
+    for one, rows in zip(maps, matrices, strict=True):
+        count, name = len(one["pieces"]), f"the number of pieces of {one['strategy']!r}"
+        require(count == len(rows), name, count, f"that of rows of its cosines, {len(rows)}")
     figures = [
         _map(i, one, rows, scale, labels.get(one["strategy"], one["strategy"]), evaluation.get("texts") or [])
         for i, (one, rows) in enumerate(zip(maps, matrices, strict=True))
@@ -60,7 +64,7 @@ def _map(i: int, one: dict[str, Any], rows: list[list[float]], scale: Scale, lab
     return (
         f'<figure class="map" data-map="{i}"><figcaption><strong>{isolated(label)}</strong> '
         f'<span class="facts">{" · ".join(facts)}</span></figcaption><div class="field">'
-        f'<svg viewBox="-32 -22 400 404" role="img" aria-labelledby="map-{i}-name map-{i}-about">'
+        f'<svg viewBox="-32 -22 400 404" role="img" aria-labelledby="map-{i}-name" aria-describedby="map-{i}-about">'
         f'<title id="map-{i}-name">Similarity of the tokens of {escaped(label)}</title>'
         f'<desc id="map-{i}-about">{about}</desc>{panel(rows, scale, prompt)}{axes(size, None)}'
         f'<g class="ends" font-size="11">{ends}</g></svg></div></figure>'
@@ -115,6 +119,9 @@ def grid_section(evaluation: dict[str, Any]) -> str:
     digits = {key: metrics.get(key, {}).get("digits", 2) for key in ("diversity", "coherence")}
     chosen = grid.get("recommended") or {}
     alphas, ks = grid["penalty_alpha"], grid["top_k"]
+    for key in digits:
+        fits = len(grid[key]) == len(alphas) and all(len(line) == len(ks) for line in grid[key])
+        require(fits, f"{key} of the grid", grid[key], f"{len(alphas)} × {len(ks)} numbers, as its alphas and ks")
     reason = f"<p>{escaped(grid['reason'])}</p>" if grid.get("reason") else ""
     said = ""
     if chosen:
@@ -189,7 +196,7 @@ def _scatter(grid: dict[str, Any], chosen: dict[str, Any], rows: list[dict[str, 
 
 def _aim(rows: list[dict[str, Any]], points: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
     """Where the human texts lie, unless what shows them as well would leave the map a corner."""
-    figures = next((row["figures"] for row in rows if row["strategy"] == HUMAN), {})
+    figures: dict[str, Any] = next((row["figures"] for row in rows if row["strategy"] == HUMAN), {})
     aim = [figures.get(key, {}).get("mean") for key in ("coherence", "diversity")]
     if not all(map(shown, aim)):
         return []

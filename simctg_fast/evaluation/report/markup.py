@@ -19,7 +19,11 @@ _NO_HTML = re.compile("[\ufdd0-\ufdef\ufffe\uffff]")  # no characters: validator
 
 def escaped(text: Any) -> str:
     """``text`` for HTML, inside and outside of attributes; control characters are written out (`printable`)."""
-    return escape(_NO_HTML.sub("\ufffd", printable(str(text))))
+    return escape(_plain(str(text)))
+
+
+def _plain(text: str) -> str:
+    return _NO_HTML.sub("\ufffd", printable(text))
 
 
 def isolated(text: Any) -> str:
@@ -29,7 +33,7 @@ def isolated(text: Any) -> str:
 
 def visible(text: str) -> str:
     """A token's text, not escaped yet, with signs for white space."""
-    return printable(text.replace("\n", "⏎").replace("\t", "⇥"))
+    return _plain(text.replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def shown(value: Any) -> bool:

@@ -60,7 +60,6 @@
   if (source) {
     const { low, high, maps } = JSON.parse(source.textContent);
     const side = 360;
-    const drawn = "http://www.w3.org/2000/svg";
     all(".map").forEach((figure) => {
       const { pieces, prompt, levels } = maps[Number(figure.dataset.map)];
       const bytes = Uint8Array.from(atob(levels), (letter) => letter.charCodeAt(0));
@@ -68,11 +67,11 @@
       const field = figure.querySelector(".field");
       const picture = field.querySelector("svg");
       const name = figure.querySelector("strong").textContent;
-      const found = make("output", {});
+      const found = make("p", { class: "cosine" });
       const contexts = [make("span", { class: "context" }), make("span", { class: "context" })];
       figure.append(make("div", { class: "readout" }, found, ...contexts));
       const lines = ["cross under", "cross"].map((kind) => {
-        const path = document.createElementNS(drawn, "path");
+        const path = document.createElementNS(picture.namespaceURI, "path");
         path.setAttribute("class", kind);
         return picture.appendChild(path);
       });

@@ -15,7 +15,8 @@ _WIDTH, _HEIGHT, _EDGE = 88, 12, 5  # of the picture in a cell
 
 def figures_table(evaluation: dict[str, Any]) -> str:
     rows, metrics = evaluation["rows"], evaluation["metrics"]
-    heads, columns = [], []
+    heads: list[str] = []
+    columns: list[_Column] = []
     for key, metric in metrics.items():
         heads.append(_head(f"m-{len(heads)}", metric, rows, key))
         columns.append(_Column(key, metric, rows))
@@ -32,10 +33,13 @@ def figures_table(evaluation: dict[str, Any]) -> str:
     marks = "the picture below shows both beside the other strategies’"
     if any(row["strategy"] == HUMAN for row in rows):
         marks += ", with a dashed line at the human texts"
+    signs = dict(goal(metric, rows, key) for key, metric in metrics.items())
+    legend = "".join(f" {sign} {words}." for sign, words in signs.items() if sign)
     return (
         f'<p id="table-about" class="about">Means{over}; below each its 95 % bootstrap interval where there is one; '
         f"{marks}. "
-        "Where intervals overlap much, the difference may be chance.</p>"
+        "Where intervals overlap much, the difference may be chance."
+        f"{legend}</p>"
         '<div class="wide" role="region" aria-labelledby="table-caption" aria-describedby="table-about" tabindex="0">'
         '<table class="figures"><caption id="table-caption" class="unseen">Figures of each strategy</caption>'
         f'<thead><tr><th scope="col">strategy</th>{"".join(heads)}</tr></thead><tbody>{"".join(body)}</tbody>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from ...checks import require
 from .markup import escaped, isolated, number, shown
 
 __all__ = ["texts_section"]
@@ -14,11 +15,12 @@ def texts_section(evaluation: dict[str, Any]) -> str:
     """One article a prompt, all of them there; the script shows one at a time."""
     labels = {row["strategy"]: row["label"] for row in evaluation["rows"]}
     order = list(labels)
+    unit = (evaluation["metrics"].get("diversity") or {}).get("unit") or ""
     texts = evaluation["texts"]
     parts = []
     for i, text in enumerate(texts):
         written = sorted(text["written"].items(), key=lambda item: order.index(item[0]) if item[0] in order else 99)
-        columns = "".join(_column(name, labels.get(name, name), one) for name, one in written)
+        columns = "".join(_column(name, labels.get(name, name), one, unit) for name, one in written)
         name = f'<span class="id">{isolated(text["id"])}</span>' if text.get("id") not in (None, "") else ""
         parts.append(
             f'<article class="prompt" id="t-{i}" aria-labelledby="t-{i}-head">'
@@ -33,12 +35,14 @@ def texts_section(evaluation: dict[str, Any]) -> str:
     )
 
 
-def _column(strategy: str, label: str, one: dict[str, Any]) -> str:
+def _column(strategy: str, label: str, one: dict[str, Any], unit: str) -> str:
+    tokens, marks = len(one["pieces"]), len(one["repeated"])
+    require(marks == tokens, f"repeated of {strategy!r}", marks, f"as long as its pieces, {tokens}")
     facts = []
     if shown(one.get("tokens")):
         facts.append(f"{number(one['tokens'], 0)} {'token' if one['tokens'] == 1 else 'tokens'}")
     if shown(one.get("diversity")):
-        facts.append(f"diversity {number(one['diversity'], 1)}")
+        facts.append(" ".join(filter(None, ["diversity", number(one["diversity"], 1), escaped(unit)])))
     facts.append(f"{_share(one['repeated'])} % repeated")
     return (
         f'<section class="written" data-strategy="{escaped(strategy)}"><h4>{isolated(label)}</h4>'
@@ -56,7 +60,7 @@ def _share(repeated: list[bool]) -> str:
 
 def _marked(pieces: list[str], repeated: list[bool]) -> str:
     """Runs of repeated tokens in one ``<mark>`` each; a space before the first word is there, but takes no room."""
-    parts = []
+    parts: list[str] = []
     for again, run in groupby(zip(pieces, repeated, strict=True), key=lambda pair: bool(pair[1])):
         text = escaped("".join(piece for piece, _ in run))
         if not parts and text.startswith(" ") and text.strip():
