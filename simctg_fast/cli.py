@@ -602,6 +602,9 @@ def evaluate(
     mauve: Annotated[
         str | None, typer.Option(help=r"Folder of the model whose features MAUVE takes (simctg_fast\[mauve]).")
     ] = None,
+    paper_compatible: Annotated[
+        bool, typer.Option("--paper-compatible", help="Also the diversity of the papers' script, quirks included.")
+    ] = False,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder; by default eval-MODEL.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what the folder holds.")] = False,
     seed: Annotated[int, typer.Option(help="Of the strategies that draw.")] = 0,

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 # What is shown where there is room, the most telling first.
 _ORDER = (
-    *("diversity", "tokens", "log_prob_per_byte", "tokens_per_second", "mauve", "embedding_coherence"),
-    *("rep_4", "coherence", "perplexity"),
+    *("diversity", "tokens", "log_prob_per_byte", "tokens_per_second", "published_diversity", "mauve"),
+    *("embedding_coherence", "rep_4", "coherence", "perplexity"),
 )
 _GAP = 2
 _WIDE = 400  # of a file or a pipe

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import is_integer, require
-from ..metrics import embedding_coherence, mauve, repeated_tokens
+from ..metrics import diversity, embedding_coherence, mauve, repeated_tokens
 from ..text.continuation import continuation_pieces, continuation_text
 from .conclude import conclusions
 from .measure import METRICS, Scorer, figures, of_texts, single
@@ -32,6 +32,7 @@ class Options:
         seed: of the draws, and of the intervals.
         slots: texts that are written at a time.
         grid: penalty_alpha and top_k of contrastive search to try, each with each.
+        paper_compatible: also the diversity of the published script, of words, pooled over the texts.
         embedder: of `embedding_coherence`: a folder, or a callable; None: without that coherence.
         mauve: the folder of the model whose features MAUVE compares; None: without MAUVE.
     """
@@ -40,6 +41,7 @@ class Options:
     seed: int = 0
     slots: int = SLOTS
     grid: tuple[tuple[float, ...], tuple[int, ...]] | None = None
+    paper_compatible: bool = False
     embedder: Any = None
     mauve: str | None = None
 
@@ -176,6 +178,8 @@ class Evaluation:
         if tokens:
             mean = math.fsum(value for row in log_probs for value in row) / tokens
             found["perplexity"] = single(math.exp(min(-mean, 700.0)))
+        if self.options.paper_compatible:
+            found["published_diversity"] = single(100 * diversity(texts, paper_compatible=True))
         references = [self.continuation(self.prompts[n], ids) for n, ids in enumerate(self.references) if ids]
         if self.options.mauve is not None and name != HUMAN and len(references) > 1 and sum(map(bool, texts)) > 1:
             found["mauve"] = single(
@@ -318,7 +322,7 @@ def _mean(row: Mapping[str, Any], metric: str) -> float | None:
 def _candidates(rows: Sequence[Mapping[str, Any]]) -> list[Candidate]:
     found = []
     for row in rows:
-        diversity, log_prob = _mean(row, "diversity"), _mean(row, "log_prob_per_byte")
-        if diversity is not None and log_prob is not None:
-            found.append(Candidate(row["strategy"], diversity, log_prob))
+        diverse, log_prob = _mean(row, "diversity"), _mean(row, "log_prob_per_byte")
+        if diverse is not None and log_prob is not None:
+            found.append(Candidate(row["strategy"], diverse, log_prob))
     return found

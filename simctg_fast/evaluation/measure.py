@@ -30,6 +30,10 @@ METRICS = {
         "diversity", "%", 1, "human", "Product over n = 2, 3, 4 of the share of n-grams of tokens that are new."
     ),
     "rep_4": Metric("rep-4", "%", 1, "human", "Share of the 4-grams of tokens that the text had before."),
+    "published_diversity": Metric(
+        *("diversity, published", "%", 2, "human"),
+        "Diversity as the published script has it: of words, counts summed over all texts (Su et al. 2022).",
+    ),
     "log_prob_per_byte": Metric(
         *("log p a byte", "nats", 3, "human"),
         "Log-probability of the continuation behind its prompt, over the bytes of its UTF-8.",

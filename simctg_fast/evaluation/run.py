@@ -41,6 +41,7 @@ class Request:
     max_new_tokens: int = 128
     limit: int | None = None
     scorer: str | None = None
+    paper_compatible: bool = False
     embedder: str | None = None
     mauve: str | None = None
     out: str | None = None
@@ -94,7 +95,13 @@ def run(
     """
     settings = parse_settings(request.strategies)
     options = Options(
-        request.max_new_tokens, request.seed, request.slots, request.grid, request.embedder, request.mauve
+        request.max_new_tokens,
+        request.seed,
+        request.slots,
+        request.grid,
+        request.paper_compatible,
+        request.embedder,
+        request.mauve,
     )
     prompts = None if request.prompts is None else read_prompts(request.prompts, request.references)
     folder = Folder(request.folder, overwrite=request.overwrite)

@@ -19,6 +19,7 @@ from simctg_fast.evaluation.prompts import Prompt
 from simctg_fast.evaluation.run import Request, run
 from simctg_fast.evaluation.settings import parse_settings
 from simctg_fast.loading import load_model
+from simctg_fast.metrics import diversity
 
 from ..decoding_models import build
 from ..decoding_models import tokenizer as characters
@@ -282,22 +283,16 @@ def test_the_command(tmp_path):
     prompts = tmp_path / "p.jsonl"
     lines = [{"prompt": f"This module provides {word}", "reference": " for it, and more"} for word in ("a", "some")]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    given = [
-        "eval",
-        "bundled",
-        "--prompts",
-        str(prompts),
-        "-s",
-        "greedy,contrastive",
-        "-n",
-        "8",
-        "-o",
-        str(tmp_path / "o"),
-    ]
-    result = CliRunner().invoke(app, given)
+    out = tmp_path / "o"
+    given = ["eval", "bundled", "--prompts", str(prompts), "-s", "greedy,contrastive", "-n", "8", "-o", str(out)]
+    result = CliRunner().invoke(app, [*given, "--paper-compatible"])
     assert result.exit_code == 0, result.output
     for word in ("human", "greedy", "contrastive", "diversity", "log p a byte", "tokens/s"):
         assert word in result.stdout
     assert "report.html" in result.stdout
+    found = json.loads((out / "evaluation.json").read_text("utf-8"))
+    written = [record["text"] for record in texts_of(out) if record["strategy"] == "greedy"]
+    published = found["rows"][1]["figures"]["published_diversity"]
+    assert published == {"mean": 100 * diversity(written, paper_compatible=True), "low": None, "high": None}
     refused = CliRunner().invoke(app, [*given, "--limit", "0"])
     assert refused.exit_code == 2

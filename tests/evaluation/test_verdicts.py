@@ -54,14 +54,16 @@ def row(name, diversity, log_prob=-0.5, tokens=100.0, rep_4=5.0, speed=100.0, sp
 
 def test_conclusions():
     rows = [
-        row("human", 90), row("greedy", 20, rep_4=60.0, speed=200.0), row("fsd", 91), row("contrastive", 95, tokens=40.0),
+        row("human", 90), row("greedy", 20, rep_4=60.0, speed=200.0), row("fsd", 91),
+        row("contrastive", 95, tokens=40.0),
     ]  # fmt: skip
     found = conclusions(rows, "fsd", "so it is")
     assert found == [
         "Begin with the fsd: so it is.",
         "Texts loop: of their 4-grams they had so many before: the greedy 60 %.",
         "Nearest to people's diversity (90.0): the fsd 91.0, the contrastive 95.0, the greedy 20.0.",
-        "Much shorter than greedy search's texts (100 tokens), so that their diversity is flattered: the contrastive 40.",
+        "Much shorter than greedy search's texts (100 tokens), so that their diversity is flattered: the contrastive "
+        "40.",
         "Tokens a second, relative to greedy search: the fsd 0.50, the contrastive 0.50.",
     ]
     close = [row("human", 90), row("a", 91), row("b", 92.5)]
