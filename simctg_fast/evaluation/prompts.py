@@ -12,7 +12,8 @@ from ..text.texts import read_lines, short
 
 PROMPT_TOKENS = 32  # of a passage of documentation
 _KEYS = ("prompt", "messages", "source")  # of which a line has one
-_PROSE = re.compile(r"^[A-Z][^\n]{40,}", re.DOTALL)
+_RULER = re.compile(r"^\W{3,}$", re.MULTILINE)  # below a heading
+_WORD = re.compile(r"[A-Za-z][a-z'’-]*[.,:;]?")
 
 
 @dataclass(frozen=True)
@@ -117,5 +118,13 @@ def documentation() -> str:
     """The prose of Python's language reference, a line a paragraph; what it says depends on Python's version."""
     from pydoc_data.topics import topics
 
-    paragraphs = (" ".join(block.split()) for name in sorted(topics) for block in re.split(r"\n\s*\n", topics[name]))
-    return "\n".join(dict.fromkeys(text for text in paragraphs if _PROSE.match(text)))
+    blocks = (block for name in sorted(topics) for block in re.split(r"\n\s*\n", topics[name]))
+    paragraphs = (" ".join(block.split()) for block in blocks if not _RULER.search(block))
+    return "\n".join(dict.fromkeys(filter(_is_prose, paragraphs)))
+
+
+def _is_prose(text: str) -> bool:
+    """A sentence, and mostly of plain words: no heading, grammar, table or code."""
+    words = text.split()
+    plain = sum(_WORD.fullmatch(word) is not None for word in words)
+    return len(words) >= 8 and text[0].isupper() and text.endswith((".", ":")) and plain >= 0.7 * len(words)
