@@ -40,7 +40,7 @@ def test_commands_run_in_order(tmp_path):
     """In an empty folder, with the program of this environment: no command needs a file that nobody has."""
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     shown = [block for block in blocks if "simctg-fast" in block and "pip install" not in block]
-    assert len(shown) == 2
+    assert len(shown) == 3
     program = Path(sys.executable).with_name("simctg-fast")
     if not program.exists():
         pytest.skip("simctg-fast is not installed beside this Python")
@@ -48,4 +48,4 @@ def test_commands_run_in_order(tmp_path):
     for block in shown:
         done = run_child(["sh", "-e", "-c", block], cwd=tmp_path, env=environment, text=True)
         assert done.returncode == 0, done.stderr
-    assert {"out.jsonl", "notes.safetensors", "tuned"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"out.jsonl", "notes.safetensors", "tuned", "eval-bundled"} <= {path.name for path in tmp_path.iterdir()}
