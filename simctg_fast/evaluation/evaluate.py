@@ -62,7 +62,8 @@ class Evaluation:
         on_written: called with a setting and what it wrote, when it is complete.
 
     Raises:
-        ValueError: none of the prompts can be continued, a value outside its range.
+        ValueError: none of the prompts can be continued, a value outside its range, a folder that holds no model.
+        ImportError: MAUVE without `mauve-text`.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Evaluation:
         self.scorer = scorer or Scorer(model)
         self.kept = dict(kept or {})
         self.on_text, self.on_written = on_text, on_written
+        self._try_metrics()
         self.prompts, self.refused = tokenize(model, tokenizer, prompts, options.max_new_tokens)
         if not self.prompts:
             name, reason = next(iter(self.refused.items()), ("", "there are none"))
@@ -146,7 +148,7 @@ class Evaluation:
                 return
             self.on_written(setting, written)
         row["figures"] = self._measure(setting.name, written.token_ids)
-        if written.seconds > 0:
+        if written.tokens:
             row["figures"]["tokens_per_second"] = single(written.tokens / written.seconds)
         row["note"] = self._note(written)
 
@@ -187,6 +189,13 @@ class Evaluation:
             )
         return found
 
+    def _try_metrics(self) -> None:
+        """What is wrong with them is said now, not when all texts are written."""
+        if self.options.embedder is not None:
+            embedding_coherence(["one"], ["two"], self.options.embedder)
+        if self.options.mauve is not None:
+            mauve(["one", "two"], ["three", "four"], self.options.mauve)
+
     # ---- parts of what was found ----------------------------------------------------------------------------------
 
     def _metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -207,13 +216,8 @@ class Evaluation:
 
     def _as_pieces(self, prompt: Tokenized, ids: list[int]) -> dict[str, Any]:
         pieces = list(continuation_pieces(self.tokenizer, self._context(prompt), ids))
-        values = of_texts([ids], [""], [[]])
-        return {
-            "pieces": pieces,
-            "repeated": repeated_tokens(ids, 4),
-            "tokens": len(ids),
-            "diversity": values["diversity"][0],
-        }
+        value = of_texts([ids], [""], [[]])["diversity"][0]
+        return {"pieces": pieces, "repeated": repeated_tokens(ids, 4), "tokens": len(ids), "diversity": value}
 
     def _similarity(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Of the first prompt that is shown."""
@@ -221,7 +225,10 @@ class Evaluation:
         for row in rows:
             ids = self.texts.get(row["strategy"], [None])[0]
             if ids:
-                found = similarity(self.model, self.prompts[0], ids)
+                try:
+                    found = similarity(self.model, self.prompts[0], ids)
+                except ValueError:  # no picture of states that are none
+                    return []
                 context = self._context(self.prompts[0])
                 pieces = [
                     *continuation_pieces(self.tokenizer, [], context),
@@ -236,7 +243,11 @@ class Evaluation:
             return None
         chosen = [(p, ids) for p, ids in zip(self.prompts, self.texts[name], strict=True) if ids][:LAYER_TEXTS]
         whose = "people" if name == HUMAN else name
-        return {"of": f"{len(chosen)} texts of {whose}", "layers": isotropy_of_layers(self.model, chosen)}
+        try:
+            layers = isotropy_of_layers(self.model, chosen)
+        except ValueError:
+            return None
+        return {"of": f"{len(chosen)} texts of {whose}", "layers": layers}
 
     @property
     def _grid_names(self) -> set[str]:

@@ -23,8 +23,8 @@ KNOWN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "contrastive": ("contrastive search", "contrastive", {}),
     "centered": ("centred contrastive search", "contrastive", {"center": True}),
     "adaptive": ("adaptive contrastive search", "adaptive", {}),
-    "fsd": ("FSD, n-grams", "fsd", {}),
-    "fsd-vec": ("FSD, vectors", "fsd-vec", {}),
+    "fsd": ("FSD by n-grams", "fsd", {}),
+    "fsd-vec": ("FSD by vectors", "fsd-vec", {}),
     "guard": ("GUARD", "guard", {}),
     "dry": ("greedy search with DRY", "greedy", {"dry_multiplier": 0.8}),
 }

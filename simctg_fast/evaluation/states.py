@@ -15,7 +15,11 @@ from .writing import Tokenized
 @torch.inference_mode()
 def hidden_states(model: Any, prompt: Tokenized, ids: Sequence[int]) -> tuple[Tensor, ...]:
     """``(1, T, D)`` of the embeddings and each layer, of the prompt and a continuation; of an encoder-decoder those of
-    its decoder."""
+    its decoder.
+
+    Raises:
+        ValueError: the model returns none, or states that are not finite.
+    """
     text = torch.tensor([[*prompt.ids, *ids]], device=model.device)
     if prompt.source is None:
         found = model(input_ids=text, use_cache=False, output_hidden_states=True).hidden_states
@@ -23,6 +27,9 @@ def hidden_states(model: Any, prompt: Tokenized, ids: Sequence[int]) -> tuple[Te
         source = torch.tensor([prompt.source], device=model.device)
         out = model(input_ids=source, decoder_input_ids=text, use_cache=False, output_hidden_states=True)
         found = out.decoder_hidden_states
+    if found is None or not all(bool(layer.isfinite().all()) for layer in found):
+        what = "no hidden states" if found is None else "hidden states that are not finite"
+        raise ValueError(f"{type(model).__name__} returns {what}")
     return tuple(found)
 
 

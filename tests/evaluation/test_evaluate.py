@@ -296,3 +296,41 @@ def test_the_command(tmp_path):
     assert published == {"mean": 100 * diversity(written, paper_compatible=True), "low": None, "high": None}
     refused = CliRunner().invoke(app, [*given, "--limit", "0"])
     assert refused.exit_code == 2
+
+
+def test_metrics_that_cannot_be_had_are_refused_before_anything_is_written(loaded, tmp_path):
+    prompts = [Prompt("a", {"prompt": "x"})]
+    with pytest.raises(ValueError, match="embedder"):
+        Evaluation(*loaded, prompts, parse_settings("greedy"), Options(embedder=str(tmp_path / "nowhere")))
+    with pytest.raises((ValueError, ImportError), match=r"mauve|model"):
+        Evaluation(*loaded, prompts, parse_settings("greedy"), Options(mauve=str(tmp_path / "nowhere")))
+
+
+def test_an_embedder(loaded):
+    """Prompts and continuations in one space: here by the length of the text."""
+    found = Evaluation(
+        *loaded, [Prompt("a", {"prompt": "This module"}, "provides it")], parse_settings("greedy"),
+        Options(4, embedder=lambda texts: [[len(text), 1.0] for text in texts]),
+    ).run()  # fmt: skip
+    prompt, reference = torch.tensor([len("This module"), 1.0]), torch.tensor([len("provides it"), 1.0])
+    human = found["rows"][0]["figures"]["embedding_coherence"]["mean"]
+    assert human == pytest.approx(torch.cosine_similarity(prompt, reference, 0).item(), abs=1e-3)
+
+
+def test_states_that_are_not_finite_cost_the_pictures_alone(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(model, "forward", model.forward)  # put back
+    forward = model.forward
+
+    def overflowing(*args, output_hidden_states=False, **kwargs):
+        out = forward(*args, output_hidden_states=output_hidden_states, **kwargs)
+        if output_hidden_states:
+            out.hidden_states[-1].fill_(math.inf)
+        return out
+
+    monkeypatch.setattr(model, "forward", overflowing)
+    settings = parse_settings("beam:num_beams=2")
+    found = Evaluation(model, tokenizer, [Prompt("a", {"prompt": "This module"})], settings, Options(4)).run()
+    assert found["similarity"] == []
+    assert found["isotropy"] is None
+    assert json.dumps(found, allow_nan=False)

@@ -22,7 +22,7 @@ def test_the_blocks_run(capsys):
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         exec(compile(block, "evaluation.md", "exec"), names)
     assert [line.rpartition(" ")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "people", "greedy search", "contrastive search, top_k 6", "FSD, n-grams",
+        "people", "greedy search", "contrastive search, top_k 6", "FSD by n-grams",
     ]  # fmt: skip
 
 
