@@ -31,11 +31,11 @@ except ImportError as error:
 from ..assets import resolve_model
 from ..checks import is_integer, is_number, require
 from ..engine import Engine
-from ..engine.parameters import CONTRASTIVE, RANDOM
 from ..engine.prepare import load_factory
 from ..engine.requests import Request
 from ..loading import context_length, load_model
 from ..printable import printable
+from ..strategy_names import CONTRASTIVE, RANDOM
 from ._likelihood import continuation_log_likelihoods
 
 __all__ = ["SimCTGLM"]
