@@ -1,0 +1,98 @@
+"""transformers' own step over its cache, asked as the naive searches of `reference/` ask a model."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from . import judge
+
+
+class OwnStep:
+    """Stands for a model: of one row, left padding included, it runs what ``generate`` would run.
+
+    It answers for texts that grow: the prompt, what has been asked for before with one token behind it, and so on. The
+    padding is no part of what it is asked, nor of the states that it shows. What is tried leaves nothing behind.
+
+    Args:
+        model: in float64 as a rule; its configuration may be changed.
+        given: ``input_ids`` and ``attention_mask``, ``(1, T)`` each, and what else ``generate`` takes.
+        options: settings of ``generate``.
+
+    Attributes:
+        processor: those of ``generate``, as it made them.
+    """
+
+    def __init__(self, model: Any, given: dict[str, torch.Tensor], **options: Any):
+        self.config, self._parameters = SimpleNamespace(is_encoder_decoder=False), list(model.parameters())
+        self._padding = int((given["attention_mask"] == 0).sum())
+        judge.show_hidden_states(model)
+        walks: list[judge.Walk] = []
+
+        def loop(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("synced_gpus", "streamer")}
+            walks.append(judge.Walk(model, input_ids, logits_processor, kwargs, True, None))
+            return input_ids
+
+        with torch.no_grad():
+            model.generate(**given, **options, custom_generate=loop, max_new_tokens=64, do_sample=False)
+        (self._walk,) = walks
+        self.processor = self._walk.processor
+        self._known: list[int] | None = None
+        self._tried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def parameters(self):
+        return iter(self._parameters)
+
+    def __call__(self, input_ids: torch.Tensor, **options: Any) -> SimpleNamespace:
+        """Logits ``(B, 1, V)`` of the last position and states ``(B, T, D)`` of all of them. Called without gradients,
+        and within `true_float64` if that is the precision."""
+        hook = [self._walk.hear()] if self._walk.model.base_model is not self._walk.model else []
+        try:
+            rows = [self._row(ids) for ids in input_ids.tolist()]
+        finally:
+            for each in hook:
+                each.remove()
+        logits, states = (torch.stack(each) for each in zip(*rows, strict=True))
+        return SimpleNamespace(logits=logits[:, None], hidden_states=(states,))
+
+    def _row(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        walk = self._walk
+        if self._known is None:
+            self._known = walk.ids[0, self._padding :].tolist()
+            inputs = walk.model.prepare_inputs_for_generation(walk.ids, is_first_iteration=True, **walk.kwargs)
+            outputs, states = walk.run(inputs)
+            walk.advance(outputs)
+            if states is None:
+                raise ValueError("no hidden state can be read")
+            self._logits, self._states = outputs.logits[0, -1].to(states), states[0, self._padding :]
+        while len(ids) > len(self._known) + 1:
+            self._advance(ids[len(self._known)])
+        if ids == self._known:
+            return self._logits, self._states
+        assert ids[:-1] == self._known, "a text that goes on from another"
+        if ids[-1] not in self._tried:
+            self._tried[ids[-1]] = self._try(ids[-1])
+        logits, state = self._tried[ids[-1]]
+        return logits, torch.cat([self._states, state])
+
+    def _try(self, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        walk = self._walk
+        kwargs = {n: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for n, v in walk.kwargs.items()}
+        kept = walk.held()
+        outputs, states = walk.run(walk.inputs(kwargs, torch.tensor([token])))
+        for attributes, name, value in kept:
+            attributes[name] = value
+        return outputs.logits[0, -1].to(states), states[0, -1:]
+
+    def _advance(self, token: int) -> None:
+        walk, chosen = self._walk, torch.tensor([token])
+        outputs, states = walk.run(walk.inputs(walk.kwargs, chosen))
+        walk.ids = torch.cat([walk.ids, chosen[:, None]], dim=1)
+        walk.advance(outputs)
+        self._known = [*self._known, token]
+        self._logits, self._states = outputs.logits[0, -1].to(states), torch.cat([self._states, states[0, -1:]])
+        self._tried = {}
