@@ -44,6 +44,11 @@ class OwnStep:
         self._known: list[int] | None = None
         self._tried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def positions(self) -> int:
+        """Of the prompt, as many as there are states of it."""
+        with torch.no_grad():
+            return int(self(self._walk.ids[:, self._padding :]).hidden_states[-1].shape[1])
+
     def parameters(self):
         return iter(self._parameters)
 

@@ -14,6 +14,7 @@ from ..decoding.contrastive_search import ContrastiveSearch
 from ..decoding.generate_arguments import DEFAULT_TOP_K
 from ..decoding.generate_loop import BatchNoise, check_probabilities, stop_check_interval
 from ..decoding.named import as_search
+from ..decoding.packing import by_sequence, first_places, owners_of, run_of
 from ..decoding.settings import check_center, check_penalty_alpha, check_streamer, check_top_k
 from ..decoding.slots import Extent, History
 from ..decoding.strategies import Contrastive, RowSettings, Strategy, View
@@ -244,20 +245,21 @@ class _Run:
         if chooser.looks_ahead:
             narrow = proposal.narrowed()
             k = narrow.tokens.shape[1]
-            every = torch.arange(rows, device=scores.device)
-            repeated = every.repeat_interleave(k)
+            packing = narrow.packing
+            repeated = owners_of(rows, k, packing, scores.device)
+            run = run_of(narrow.tokens, packing)
             self.stepper.branch(repeated)
-            ids = torch.cat([self.ids[repeated], narrow.tokens.reshape(-1, 1)], dim=-1)
+            ids = torch.cat([self.ids[repeated], run[:, None]], dim=-1)
             mask = None
             if self.mask is not None:
-                mask = torch.cat([self.mask[repeated], self.mask.new_ones(rows * k, 1)], dim=-1)
+                mask = torch.cat([self.mask[repeated], self.mask.new_ones(len(run), 1)], dim=-1)
             output = self.stepper(ids, mask)
-            hidden = self._hidden(output, rows * k, 1).unflatten(0, (rows, k)).squeeze(2)
-            selected = chooser.choose(hidden, narrow, view).selected
-            winners = (every * k).to(selected.device) + selected
+            hidden = self._hidden(output, len(run), 1)[:, 0]
+            selected = chooser.choose(by_sequence(hidden, rows, k, packing), narrow, view).selected
+            winners = first_places(rows, k, packing, selected.device) + selected
             self.stepper.branch(winners)
-            self.history.append(hidden.reshape(rows * k, -1)[winners])
-            tokens = narrow.tokens.reshape(-1)[winners.to(scores.device)]
+            self.history.append(hidden[winners])
+            tokens = run[winners.to(scores.device)]
             output = StepOutput(output.logits[winners.to(output.logits.device)], None)
         if view.tokens is not None:
             view.tokens[:, -1] = tokens
