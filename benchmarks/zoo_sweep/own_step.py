@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,8 @@ class OwnStep:
         options: settings of ``generate``.
 
     Attributes:
-        processor: those of ``generate``, as it made them.
+        processor: those of ``generate``, as it made them. has_states: whether its hidden states can be read; if not,
+            they are shown as zeros.
     """
 
     def __init__(self, model: Any, given: dict[str, torch.Tensor], **options: Any):
@@ -40,13 +42,15 @@ class OwnStep:
         with torch.no_grad():
             model.generate(**given, **options, custom_generate=loop, max_new_tokens=64, do_sample=False)
         (self._walk,) = walks
+        self.has_states = True
         self.processor = self._walk.processor
         self._known: list[int] | None = None
         self._tried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def positions(self) -> int:
         """Of the prompt, as many as there are states of it."""
-        with torch.no_grad():
+        exact = self._parameters[0].dtype == torch.float64
+        with torch.no_grad(), judge.true_float64() if exact else nullcontext():
             return int(self(self._walk.ids[:, self._padding :]).hidden_states[-1].shape[1])
 
     def parameters(self):
@@ -69,11 +73,8 @@ class OwnStep:
         if self._known is None:
             self._known = walk.ids[0, self._padding :].tolist()
             inputs = walk.model.prepare_inputs_for_generation(walk.ids, is_first_iteration=True, **walk.kwargs)
-            outputs, states = walk.run(inputs)
-            walk.advance(outputs)
-            if states is None:
-                raise ValueError("no hidden state can be read")
-            self._logits, self._states = outputs.logits[0, -1].to(states), states[0, self._padding :]
+            logits, states = self._run(inputs, walk.ids.shape[1], advance=True)
+            self._logits, self._states = logits, states[self._padding :]
         while len(ids) > len(self._known) + 1:
             self._advance(ids[len(self._known)])
         if ids == self._known:
@@ -88,16 +89,23 @@ class OwnStep:
         walk = self._walk
         kwargs = {n: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for n, v in walk.kwargs.items()}
         kept = walk.held()
-        outputs, states = walk.run(walk.inputs(kwargs, torch.tensor([token])))
+        found = self._run(walk.inputs(kwargs, torch.tensor([token])))
         for attributes, name, value in kept:
             attributes[name] = value
-        return outputs.logits[0, -1].to(states), states[0, -1:]
+        return found
 
     def _advance(self, token: int) -> None:
         walk, chosen = self._walk, torch.tensor([token])
-        outputs, states = walk.run(walk.inputs(walk.kwargs, chosen))
+        inputs = walk.inputs(walk.kwargs, chosen)
         walk.ids = torch.cat([walk.ids, chosen[:, None]], dim=1)
-        walk.advance(outputs)
-        self._known = [*self._known, token]
-        self._logits, self._states = outputs.logits[0, -1].to(states), torch.cat([self._states, states[0, -1:]])
-        self._tried = {}
+        self._logits, state = self._run(inputs, advance=True)
+        self._known, self._states, self._tried = [*self._known, token], torch.cat([self._states, state]), {}
+
+    def _run(self, inputs: dict[str, Any], positions: int = 1, advance: bool = False):
+        """Logits ``(V,)`` and states ``(positions or more, D)``, of a step the last one's alone."""
+        outputs, states = self._walk.run(inputs)
+        if advance:
+            self._walk.advance(outputs)
+        if states is None:
+            self.has_states, states = False, outputs.logits.new_zeros(1, positions, 1)
+        return outputs.logits[0, -1].to(states), states[0] if positions > 1 else states[0, -1:]

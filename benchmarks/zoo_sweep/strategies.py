@@ -73,6 +73,7 @@ def searches() -> dict[str, tuple[Callable[[], dict[str, Any]], Callable[..., Te
 
 
 NAMES = ("fsd", "fsd-vec", "guard", "adaptive", "center", "dry")
+OF_STATES = ("fsd-vec", "adaptive", "center")
 
 
 @run.quiet()
@@ -159,8 +160,8 @@ def judged(
             one = {n: v[row : row + 1] for n, v in wide.items()}
             step = OwnStep(copy.deepcopy(double), one, suppress_tokens=options["suppress_tokens"])
             ids = one["input_ids"][0, one["attention_mask"][0].bool()].tolist()
-            if name == "fsd-vec" and (states := step.positions()) != len(ids):  # XLM and its kin append a mask
-                found |= {"status": "rough", "reason": f"{states} states of {len(ids)} tokens: which is whose?"}
+            if problem := unreadable(name, step, len(ids)):
+                found |= {"status": "rough", "reason": problem}
                 continue
             text = naive(step, ids, processor=step.processor, max_new_tokens=NEW_TOKENS)
             place = text.departure(tokens, len(ids))
@@ -173,6 +174,17 @@ def judged(
             expected = text.ids[len(ids) :]
             clearly = f"clear by {text.margins[place]:.2g}, own error {record['own_error']:.1g}"
             record["faults"].append(f"{name}: row {row}, token {place}, {clearly}: {tokens}, must be {expected}")
+
+
+def unreadable(name: str, step: OwnStep, tokens: int) -> str:
+    """Why the naive search of this name cannot be asked; empty if it can."""
+    positions = step.positions()
+    if name in OF_STATES and not step.has_states:
+        return "its last hidden states cannot be read"
+    # XLM and its kin append a mask to the text.
+    return (
+        f"{positions} states of {tokens} tokens: which is whose?" if name == "fsd-vec" and positions != tokens else ""
+    )
 
 
 def summary(records: list[dict[str, Any]]) -> str:
