@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from simctg_fast import FSD
 from simctg_fast.cpu import modules
 from simctg_fast.decoding import trial
 from simctg_fast.ops import _backends
@@ -283,6 +284,17 @@ def test_a_wrong_strategy_is_found(strategy, place, mutant, monkeypatch):
     record = strategies.one_class("LlamaForCausalLM", (strategy,))
     assert record["status"] == "fault"
     assert record["faults"][0].startswith(f"{strategy}: row ")
+
+
+def test_states_that_are_no_tokens():
+    """XLM puts a mask behind the text, whose state is that of the next token."""
+    model = small.build(find("XLMWithLMHeadModel"))
+    run.settle(model)
+    given = inputs.text(2)
+    for strategy in ("fsd", "center"):
+        model.generate(**given, **strategies.searches()[strategy][0](), max_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="XLMWithLMHeadModel puts 1 tokens of its own behind a text"):
+        model.generate(**given, custom_generate=FSD("vector"), max_new_tokens=3, do_sample=False)
 
 
 def test_transformers_own_step_is_the_whole_text():
