@@ -13,14 +13,15 @@ from . import judge
 
 
 class OwnStep:
-    """Stands for a model: of one row, left padding included, it runs what ``generate`` would run.
+    """Stands for a model: of one row of a batch, left padding included, it runs what ``generate`` would run. (The
+    others are given the same tokens. Some classes make other masks for a row alone: PaliGemma.)
 
     It answers for texts that grow: the prompt, what has been asked for before with one token behind it, and so on. The
     padding is no part of what it is asked, nor of the states that it shows. What is tried leaves nothing behind.
 
     Args:
         model: in float64 as a rule; its configuration may be changed.
-        given: ``input_ids`` and ``attention_mask``, ``(1, T)`` each, and what else ``generate`` takes.
+        given: ``input_ids`` and ``attention_mask``, ``(B, T)`` each, and what else ``generate`` takes; row: of them.
         options: settings of ``generate``.
 
     Attributes:
@@ -28,9 +29,9 @@ class OwnStep:
             they are shown as zeros.
     """
 
-    def __init__(self, model: Any, given: dict[str, torch.Tensor], **options: Any):
+    def __init__(self, model: Any, given: dict[str, torch.Tensor], row: int, **options: Any):
         self.config, self._parameters = SimpleNamespace(is_encoder_decoder=False), list(model.parameters())
-        self._padding = int((given["attention_mask"] == 0).sum())
+        self._place, self._padding = row, int((given["attention_mask"][row] == 0).sum())
         judge.show_hidden_states(model)
         walks: list[judge.Walk] = []
 
@@ -51,7 +52,7 @@ class OwnStep:
         """Of the prompt, as many as there are states of it."""
         exact = self._parameters[0].dtype == torch.float64
         with torch.no_grad(), judge.true_float64() if exact else nullcontext():
-            return int(self(self._walk.ids[:, self._padding :]).hidden_states[-1].shape[1])
+            return int(self(self._walk.ids[self._place, None, self._padding :]).hidden_states[-1].shape[1])
 
     def parameters(self):
         return iter(self._parameters)
@@ -71,7 +72,7 @@ class OwnStep:
     def _row(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         walk = self._walk
         if self._known is None:
-            self._known = walk.ids[0, self._padding :].tolist()
+            self._known = walk.ids[self._place, self._padding :].tolist()
             inputs = walk.model.prepare_inputs_for_generation(walk.ids, is_first_iteration=True, **walk.kwargs)
             logits, states = self._run(inputs, walk.ids.shape[1], advance=True)
             self._logits, self._states = logits, states[self._padding :]
@@ -89,13 +90,13 @@ class OwnStep:
         walk = self._walk
         kwargs = {n: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for n, v in walk.kwargs.items()}
         kept = walk.held()
-        found = self._run(walk.inputs(kwargs, torch.tensor([token])))
+        found = self._run(walk.inputs(kwargs, torch.full((len(walk.ids),), token)))
         for attributes, name, value in kept:
             attributes[name] = value
         return found
 
     def _advance(self, token: int) -> None:
-        walk, chosen = self._walk, torch.tensor([token])
+        walk, chosen = self._walk, torch.full((len(self._walk.ids),), token)
         inputs = walk.inputs(walk.kwargs, chosen)
         walk.ids = torch.cat([walk.ids, chosen[:, None]], dim=1)
         self._logits, state = self._run(inputs, advance=True)
@@ -107,5 +108,6 @@ class OwnStep:
         if advance:
             self._walk.advance(outputs)
         if states is None:
-            self.has_states, states = False, outputs.logits.new_zeros(1, positions, 1)
-        return outputs.logits[0, -1].to(states), states[0] if positions > 1 else states[0, -1:]
+            self.has_states, states = False, outputs.logits.new_zeros(len(outputs.logits), positions, 1)
+        own = states[self._place]
+        return outputs.logits[self._place, -1].to(states), own if positions > 1 else own[-1:]

@@ -157,9 +157,8 @@ def judged(
             continue
         clear = max(CLEAR, _TIMES * record["own_error"])
         for row, tokens in enumerate(out.tolist()):
-            one = {n: v[row : row + 1] for n, v in wide.items()}
-            step = OwnStep(copy.deepcopy(double), one, suppress_tokens=options["suppress_tokens"])
-            ids = one["input_ids"][0, one["attention_mask"][0].bool()].tolist()
+            step = OwnStep(copy.deepcopy(double), wide, row, suppress_tokens=options["suppress_tokens"])
+            ids = wide["input_ids"][row, wide["attention_mask"][row].bool()].tolist()
             if problem := unreadable(name, step, len(ids)):
                 found |= {"status": "rough", "reason": problem}
                 continue
