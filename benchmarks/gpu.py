@@ -71,6 +71,11 @@ PARTS = {
         "gpu_generate:GPT2", 130, "15 s; 2 sizes × (900 steps of 2 ms, 520 of 10), 4.55.4 2 × 25 s, Inductor 45 s",
         needs=("first",),
     ),
+    "strategies": Part("gpu_strategies:CHECKS", 60, "10 s, 20 kernels, 14 captures, float64 on the CPU 15 s"),
+    "strategies_speed": Part(
+        "gpu_strategies:SPEED", 75, "12 s; 2 sizes × 8 searches × (450 steps of 2 to 5 ms, a capture)",
+        needs=("first", "strategies"),
+    ),
     "engine": Part(
         "gpu_engine:PIECES", 145, "four processes of 14 s; ours 20 + 15 s, batches 20 s, generate_batch 35 s",
         needs=("first",),
@@ -89,10 +94,10 @@ PARTS = {
 # Budget, and what runs at a time, the most telling first.
 CALLS: dict[str, tuple[int, list[list[str]]]] = {
     "1": (240, [["build"], ["first"], ["decode", "losses", "crf", "tests"], ["kernels"]]),
-    "2": (420, [["gpt2"], ["engine"], ["losses_speed"]]),
+    "2": (550, [["gpt2"], ["strategies"], ["strategies_speed"], ["engine"], ["losses_speed"]]),
     "3": (420, [["llama"], ["crf_speed"], ["offsets", "memcheck"]]),
 }
-START_SECONDS, LEASE_SECONDS, COMMAND_SECONDS, COMMAND_LETTERS = 80, 1320, 600, 2000
+START_SECONDS, LEASE_SECONDS, COMMAND_SECONDS, COMMAND_LETTERS = 80, 1450, 600, 2000
 DTYPES = ("float32", "float16", "bfloat16")
 
 

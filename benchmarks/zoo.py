@@ -4,6 +4,7 @@
     python benchmarks/zoo.py --only 'Gemma|T5'       # these classes
     python benchmarks/zoo.py --ci                    # some forty that cover every kind; exit status 1 on a fault
     python benchmarks/zoo.py --dtype bfloat16        # results/zoo_<version>_bfloat16.jsonl; with --ci as well
+    python benchmarks/zoo.py --strategy fsd,guard    # decoders of text by these instead: zoo_strategies_<version>.jsonl
     python benchmarks/zoo.py --write                 # the table, docs/zoo.md, from the results of each type
 
 The judge (`zoo_sweep/judge.py`) is transformers' own step in float64. "agrees": each of our tokens is the best by it,
@@ -63,23 +64,24 @@ CI = (
 )
 
 
-def _child(name: str, dtype: str, pipe) -> None:
+def _child(name: str, dtype: str, pipe, names: tuple[str, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     import torch
-    from zoo_sweep.run import one_class
+    from zoo_sweep import run, strategies
 
-    pipe.send(one_class(name, getattr(torch, dtype)))
+    pipe.send(strategies.one_class(name, names) if names else run.one_class(name, getattr(torch, dtype)))
     pipe.close()
 
 
-def sweep(names: list[str], jobs: int, done, dtype: str = "float32"):
-    """``done(record)`` for every class, each in a process of its own that was forked from this one."""
+def sweep(names: list[str], jobs: int, done, dtype: str = "float32", by: tuple[str, ...] = ()):
+    """``done(record)`` for every class, each in a process of its own that was forked from this one; ``by``: of these
+    strategies."""
     import torch
     import transformers
-    from zoo_sweep import classes, run  # noqa: F401  imported before the fork, once for all
+    from zoo_sweep import classes, strategies  # noqa: F401  imported before the fork, once for all
 
     import simctg_fast.decoding  # noqa: F401
 
@@ -91,7 +93,7 @@ def sweep(names: list[str], jobs: int, done, dtype: str = "float32"):
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, dtype, theirs), daemon=True)
+            process = context.Process(target=_child, args=(name, dtype, theirs, by), daemon=True)
             process.start()
             theirs.close()
             running[name] = (process, ours, time.monotonic())
@@ -237,10 +239,13 @@ def _read(path: Path) -> dict[str, dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from zoo_sweep.strategies import NAMES, summary
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="classes whose name this regular expression finds")
     parser.add_argument("--ci", action="store_true", help="some forty classes that cover every kind")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="16 bits: judged by the same weights")
+    parser.add_argument("--strategy", default="contrastive", help=f"instead: some of {', '.join(NAMES)}, by commas")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="do not go on from earlier results")
     parser.add_argument("--output", type=Path, help="results, a JSON line a class")
@@ -251,6 +256,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("the page is written from float32's results")
     if options.ci and options.write:
         parser.error("--ci keeps no results to write a page from")
+    by = () if options.strategy == "contrastive" else tuple(options.strategy.split(","))
+    if not set(by) <= set(NAMES):
+        parser.error(f"--strategy is {options.strategy!r}, must be contrastive or some of {', '.join(NAMES)}")
+    if by and (options.write or options.dtype != "float32"):
+        parser.error("--strategy is of float32, and no part of the page")
     import transformers
     from zoo_sweep.classes import generating_classes
 
@@ -259,6 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in DTYPES
     }
     output = options.output or kept[options.dtype]
+    if by and not options.output:
+        output = HERE / "results" / f"zoo_strategies_{transformers.__version__}.jsonl"
     names = [name for name in generating_classes() if not options.only or re.search(options.only, name)]
     if options.ci:
         names = [name for name in CI if name in names]
@@ -275,10 +287,13 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(json.dumps(record) + "\n")
 
     if not options.write or options.only or not known:
-        sweep([n for n in names if options.again or options.only or n not in known], options.jobs, done, options.dtype)
+        fresh_names = [n for n in names if options.again or options.only or n not in known]
+        sweep(fresh_names, options.jobs, done, options.dtype, by)
     known |= {record["class"]: record for record in fresh}
     faulty = [record["class"] for record in fresh if record["status"] == "fault"]
     print(f"{len(fresh)} classes in {time.monotonic() - began:.0f} s, {len(faulty)} with faults: {' '.join(faulty)}")
+    if by:
+        print(summary(list(known.values())))
     if options.write:
         missing = generating_classes().keys() - known.keys()
         if missing and options.page is None:

@@ -28,11 +28,17 @@ except KeyboardInterrupt:  # a fifth of a second in which nobody else would catc
     raise SystemExit(130) from None
 
 from .printable import printable
+from .strategy_names import RANDOM, STRATEGIES, TOGETHER
 from .terminal import FAULT, REFUSED, OutputError, explained, guarded, interruption, shown, signal_code, was_closed
 
 __all__ = ["app", "main"]
 
 _TRACEBACK = "SIMCTG_FAST_TRACEBACK"  # set, an error that nobody has foreseen is shown whole
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
 
 # What typer raises for usage, in a module that depends on its version.
 _CLICK_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -166,9 +172,7 @@ def generate(
         typer.Argument(metavar="[MODEL] [PROMPT]...", help="Texts to continue; else standard input, one a line."),
     ] = None,
     model: ModelOption = None,
-    strategy: Annotated[
-        str | None, typer.Option(help="contrastive (default), adaptive, fsd, fsd-vec, guard, greedy or sample.")
-    ] = None,
+    strategy: Annotated[str | None, typer.Option(help=f"{_listed(STRATEGIES)}; by default contrastive.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Candidates a step; contrastive: 4.")] = None,
     penalty_alpha: Annotated[
         float | None, typer.Option("--penalty-alpha", "-a", help="Weight of the penalty, 0 to 1; contrastive: 0.6.")
@@ -214,8 +218,8 @@ def generate(
     _check(batch_size >= 1, "--batch-size", batch_size, "at least 1")
     _check(temperature is None or temperature >= 0, "--temperature", temperature, "at least 0")
     _check(seed is None or 0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
-    draws = temperature is not None or strategy in ("guard", "sample")
-    _check(seed is None or draws, "--seed", seed, "given together with --temperature")
+    draws = temperature is not None or (strategy or "").split(",")[0].strip() in RANDOM
+    _check(seed is None or draws, "--seed", seed, f"given together with --temperature or --strategy {_listed(RANDOM)}")
     _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
     _check(weights in (None, "int8", "lossless"), "--weights", weights, "int8 or lossless")
     _check(all(stop or ()), "--stop", "''", "a text")
@@ -400,8 +404,8 @@ def run(
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="contrastive (default), adaptive, fsd, fsd-vec, guard, greedy, sample or stochastic-contrastive; or "
-            "several of fsd, fsd-vec, guard, greedy, sample, by commas: lines may name theirs, others have the first."
+            help=f"{_listed(STRATEGIES)}; by default contrastive. Or several of {', '.join(TOGETHER)}, by commas: "
+            "lines may name theirs, others have the first."
         ),
     ] = None,
     penalty_alpha: Annotated[float | None, typer.Option("--penalty-alpha", "-a", help="0 (greedy) to 1.")] = None,

@@ -62,12 +62,12 @@ def trace(
     """
     found: list[Step] = []
     if scored:
-        _show_hidden_states(model)
+        show_hidden_states(model)
 
     def loop(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs):
         kwargs.pop("synced_gpus", None)
         kwargs.pop("streamer", None)
-        walk = _Walk(model, input_ids, logits_processor, kwargs, scored, like)
+        walk = Walk(model, input_ids, logits_processor, kwargs, scored, like)
         found.extend(walk.along(tokens))
         return torch.cat([input_ids, tokens], dim=1)
 
@@ -79,14 +79,14 @@ def trace(
     return found
 
 
-def _show_hidden_states(model: Any) -> None:
+def show_hidden_states(model: Any) -> None:
     configs = [model.config, model.config.get_text_config(decoder=True)]
     configs += [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "output_hidden_states")]
     for config in configs:
         config.output_hidden_states = True
 
 
-class _Walk:
+class Walk:
     """``generate``'s loop along given tokens."""
 
     def __init__(self, model, ids, logits_processor, kwargs, scored, like):
@@ -98,7 +98,7 @@ class _Walk:
         self.modules = list(model.modules())
 
     def along(self, tokens: torch.Tensor) -> Iterator[Step]:
-        hooks = [self._hear()] if self.scored and self.model.base_model is not self.model else []
+        hooks = [self.hear()] if self.scored and self.model.base_model is not self.model else []
         try:
             yield from self._steps(tokens)
         finally:
@@ -107,8 +107,8 @@ class _Walk:
 
     def _steps(self, tokens):
         inputs = self.model.prepare_inputs_for_generation(self.ids, is_first_iteration=True, **self.kwargs)
-        outputs, states = self._run(inputs)
-        self._advance(outputs)
+        outputs, states = self.run(inputs)
+        self.advance(outputs)
         logits, history = _wide(outputs.logits[:, -1]), states
         for index, chosen in enumerate(tokens.unbind(dim=1)):
             scores = logits if self.processor is None else self.processor(self.ids, logits.clone())
@@ -120,9 +120,9 @@ class _Walk:
             found = []
             if history is not None:
                 found = [self._tried(candidate) for candidate in tried.unbind(dim=1)]
-            outputs, states = self._run(self._inputs(self.kwargs, chosen))
+            outputs, states = self.run(self.inputs(self.kwargs, chosen))
             self.ids = torch.cat([self.ids, chosen[:, None]], dim=1)
-            self._advance(outputs)
+            self.advance(outputs)
             all_ids = torch.cat([tried, chosen[:, None]], dim=1)
             p = probabilities.gather(1, all_ids)
             values = torch.full_like(p, torch.nan)
@@ -135,12 +135,12 @@ class _Walk:
             yield Step(logits.reshape(len(all_ids), -1), all_ids, p, values)
             logits = _wide(outputs.logits[:, -1])
 
-    def _inputs(self, kwargs, token):
+    def inputs(self, kwargs, token):
         ids = torch.cat([self.ids, token[:, None]], dim=1)
         length = 1 if kwargs.get("use_cache", True) else None
         return self.model.prepare_inputs_for_generation(ids, next_sequence_length=length, **kwargs)
 
-    def _run(self, inputs) -> tuple[Any, torch.Tensor | None]:
+    def run(self, inputs) -> tuple[Any, torch.Tensor | None]:
         self.heard: torch.Tensor | None = None
         outputs = self.model(**inputs | self.extra, return_dict=True)
         states = self._last_hidden(outputs) if self.scored else None
@@ -149,13 +149,13 @@ class _Walk:
     def _tried(self, candidate) -> torch.Tensor:
         """The candidate's hidden state; whatever holds a state is afterwards as it was before."""
         kwargs = {n: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for n, v in self.kwargs.items()}
-        kept = self._held()
-        _, states = self._run(self._inputs(kwargs, candidate))
+        kept = self.held()
+        _, states = self.run(self.inputs(kwargs, candidate))
         for attributes, name, value in kept:
             attributes[name] = value
         return states[:, -1]
 
-    def _held(self) -> list[tuple[dict[str, Any], str, torch.Tensor | None]]:
+    def held(self) -> list[tuple[dict[str, Any], str, torch.Tensor | None]]:
         """Tensors (and their absence) that modules hold outside parameters and buffers: RecurrentGemma's state."""
         return [
             (vars(module), name, None if value is None else value.clone())
@@ -164,7 +164,7 @@ class _Walk:
             if value is None or isinstance(value, torch.Tensor)
         ]
 
-    def _advance(self, outputs) -> None:
+    def advance(self, outputs) -> None:
         self.kwargs = self.model._update_model_kwargs_for_generation(
             outputs, self.kwargs, is_encoder_decoder=self.encoder_decoder
         )
@@ -174,7 +174,7 @@ class _Walk:
         wide = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > width
         return mask[:, :width] if wide else None
 
-    def _hear(self):
+    def hear(self):
         def hear(module, args, output):
             self.heard = getattr(output, "last_hidden_state", None)
 

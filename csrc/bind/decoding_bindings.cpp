@@ -54,10 +54,11 @@ simctg::DecodeAttention attention_call(std::array<int64_t, 6> sizes, Array<2> qu
                                        int64_t length, address lengths, address starts, int64_t start, Array<2> new_key,
                                        Array<2> new_value, float scaling, float softcap, Array<3> mask, Array<3> bias,
                                        address sinks, address out, simctg::ElementType type,
-                                       simctg::ElementType bias_type) {
+                                       simctg::ElementType bias_type, address offsets) {
     simctg::DecodeAttention call{};
     call.type = type, call.bias_type = bias_type;
     call.batch = sizes[0], call.candidates = sizes[1], call.kv_heads = sizes[2];
+    call.offsets = pointer<const int64_t>(offsets);
     call.groups = sizes[3], call.dim = sizes[4], call.value_dim = sizes[5];
     call.query = pointer<const void>(query[0]);
     call.query_row = query[1], call.query_head = query[2];
@@ -264,7 +265,7 @@ void bind_decoding(py::module_& m) {
              py::arg("length"), py::arg("lengths"), py::arg("starts"), py::arg("start"), py::arg("new_key"),
              py::arg("new_value"), py::arg("scaling"), py::arg("softcap"), py::arg("mask"), py::arg("bias"),
              py::arg("sinks"), py::arg("out"), py::arg("type") = simctg::ElementType::float32,
-             py::arg("bias_type") = simctg::ElementType::float32);
+             py::arg("bias_type") = simctg::ElementType::float32, py::arg("offsets") = 0);
     m.def("decode_attention", &simctg::decode_attention, py::arg("call"), py::arg("num_threads"), release_gil());
     py::class_<simctg::DecoderBlock>(m, "DecoderBlock")
         .def(py::init<simctg::Norm, std::vector<simctg::LinearLayer>, float, simctg::LinearLayer, simctg::Norm,

@@ -148,7 +148,7 @@ void decoder_blocks(const void* x, int64_t rows, const std::vector<const Decoder
                     const std::vector<BlockArrays>& arrays, DecodeAttention attention, const Rotation* rotation,
                     int num_threads) {
     check_equal("number of arrays", static_cast<int64_t>(arrays.size()), static_cast<int64_t>(blocks.size()));
-    check_equal("rows of the attention", attention.batch * attention.candidates, rows);
+    check_equal("rows of the attention", attention.rows(), rows);
     const int64_t width = attention.kv_heads * attention.groups * attention.value_dim;
     for (size_t i = 0; i < blocks.size(); ++i) {
         const DecoderBlock& block = *blocks[i];

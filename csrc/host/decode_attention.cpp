@@ -50,6 +50,13 @@ void decode_attention(const DecodeAttention& call, int num_threads) {
         throw std::invalid_argument("bias_type must be type or float32");
     }
     for (int64_t b = 0; b < call.batch; ++b) length_of(call.lengths, b, call.length);
+    if (call.offsets) {
+        check(call.offsets[0] == 0, "offsets[0]", call.offsets[0], "0");
+        for (int64_t b = 0; b < call.batch; ++b) {
+            const int64_t count = call.candidates_of(b);
+            check(count >= 0 && count <= call.candidates, "candidates of a sequence", count, "0..candidates");
+        }
+    }
     const Typed& k = kernels<Kernels>().of_type[static_cast<int>(call.type)];
     const int64_t rows = call.candidates * call.groups, heads = call.batch * call.kv_heads;
     const int64_t cut_floats = rows * partial_stride(call.value_dim);

@@ -200,7 +200,7 @@ SIMCTG_INLINE const float* bias_row(const DecodeAttention& call, int64_t first, 
 template <class E>
 void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, const void* next,
             float* scratch, float* partial) {
-    const int64_t rows = call.candidates * call.groups, value_dim = call.value_dim, count = end - begin;
+    const int64_t rows = call.candidates_of(b) * call.groups, value_dim = call.value_dim, count = end - begin;
     using Query = typename QueryOf<E>::Type;
     constexpr int64_t line = kLineElements<Query>;
     const int64_t query_stride = (call.dim + line - 1) / line * line, output_stride = partial_stride(value_dim);
@@ -219,7 +219,7 @@ void attend(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, in
         skip[j / kBlock] = !read_mask(mask, smaller(kBlock, count - j), closed + j);
     }
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = b * call.candidates + i / call.groups, head = g * call.groups + i % call.groups;
+        const int64_t row = call.first_row(b) + i / call.groups, head = g * call.groups + i % call.groups;
         const E* query = elements<E>(call.query, row * call.query_row + head * call.query_head);
         copy_query(query, call.dim, queries + i * query_stride);
         for (int64_t d = 0; d < output_stride; ++d) partial[i * output_stride + d] = 0.0f;
@@ -283,7 +283,7 @@ SIMCTG_INLINE float new_score(const DecodeAttention& call, int64_t b, int64_t c,
         !call.mask[b * call.mask_batch + c * call.mask_candidate + head * call.mask_head + call.length]) {
         return kMinusInfinity;
     }
-    const int64_t row = b * call.candidates + c;
+    const int64_t row = call.first_row(b) + c;
     const E* query = elements<E>(call.query, row * call.query_row + head * call.query_head);
     const E* key = elements<E>(call.new_key, row * call.new_key_row + g * call.new_key_head);
     float score;
@@ -298,10 +298,10 @@ SIMCTG_INLINE float new_score(const DecodeAttention& call, int64_t b, int64_t c,
 
 template <class E>
 void finish(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, float* partials) {
-    const int64_t rows = call.candidates * call.groups, value_dim = call.value_dim;
-    const int64_t cut_floats = rows * partial_stride(value_dim);
+    const int64_t rows = call.candidates_of(b) * call.groups, value_dim = call.value_dim;
+    const int64_t cut_floats = call.candidates * call.groups * partial_stride(value_dim);
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t c = i / call.groups, head = g * call.groups + i % call.groups, row = b * call.candidates + c;
+        const int64_t c = i / call.groups, head = g * call.groups + i % call.groups, row = call.first_row(b) + c;
         const float own = call.new_key ? new_score<E>(call, b, c, g, head) : kMinusInfinity;
         const float sink = call.sinks ? widen(*elements<E>(call.sinks, head)) : kMinusInfinity;
         float largest = larger(own, sink);

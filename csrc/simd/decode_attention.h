@@ -26,7 +26,8 @@ struct Typed {
     // that are read after them, to be fetched meanwhile, or null.
     void (*attend)(const DecodeAttention& call, int64_t b, int64_t g, int64_t begin, int64_t end, const void* next,
                    float* scratch, float* partial);
-    // Adds up partials [cuts, candidates · groups, stride], the new key and the sink, and writes `out`. Changes them.
+    // Adds up partials [cuts, candidates · groups, stride] (a sequence of fewer candidates has the first rows of each),
+    // the new key and the sink, and writes `out`. Changes them.
     void (*finish)(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, float* partials);
 };
 

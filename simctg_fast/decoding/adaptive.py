@@ -73,10 +73,10 @@ class AdaptiveContrastive(Contrastive):
         share = self._share(1, among, torch.log(k.double()), q)
         self.alpha = torch.round(share, decimals=2)[:, None]
         self.settings["now"][rows] = torch.stack([now, among], dim=1)
-        needed = None
+        counts = None
         if logits.device.type == "cpu":  # elsewhere the host would wait for it
-            needed = int(torch.where(self.settings["is_row"][rows], k, 1).max())
-        return Proposal(proposal.tokens, probs, needed=needed)
+            counts = torch.where(self.settings["is_row"][rows], k, 1).clamp(min=1).tolist()
+        return Proposal(proposal.tokens, probs, counts=counts)
 
     def _share(self, kind: int, now: Tensor, most: Tensor | float, q: Tensor) -> Tensor:
         """Of an entropy, of ``most`` there can be, against the median of those before it, in (0, 1)."""

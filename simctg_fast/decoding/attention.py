@@ -49,7 +49,8 @@ class Attention:
     """What the attention function must know during one forward over the candidates of the first rows of ``slots``.
 
     Args:
-        candidates: rows of the forward a slot.
+        candidates: rows of the forward a slot; offsets: ``(rows + 1,)``, where slots have numbers of their own: the
+            first row of each, and how many there are.
         lengths: ``(rows,)`` positions in use, where rows differ or the host is not to know: masks are then made from
             the model's own mask functions, position by position. None: all rows have the slots' length, and the
             model's masks are taken as it makes them.
@@ -63,13 +64,14 @@ class Attention:
         slots: Slots,
         candidates: int,
         *,
+        offsets: Tensor | None = None,
         lengths: Tensor | None = None,
         starts: Tensor | None = None,
         cross: Any = None,
         cross_lengths: Tensor | None = None,
         windows: dict[int, bool] | None = None,
     ):
-        self.slots, self.candidates = slots, candidates
+        self.slots, self.candidates, self.offsets = slots, candidates, offsets
         self.lengths, self.starts = lengths, starts
         self.known_windows: dict[int, bool] = {} if windows is None else windows
         self.masks: list[tuple[Tensor, Tensor | None, int | None]] = []  # the model's, what we read it as, its window
@@ -140,6 +142,8 @@ class Attention:
     ) -> dict[str, Any]:
         """Those of `shared_prefix_attention`."""
         read = self._read_ragged if self.lengths is not None else self._read_even
+        seen = read(module, key, attention_mask, position_bias, new_key is None)
+        seen |= {name: self._of_sequences(seen[name]) for name in ("mask", "bias")}
         return {
             "query": query,
             "key": key,
@@ -148,7 +152,8 @@ class Attention:
             "new_key": new_key,
             "new_value": new_value,
             "scaling": query.shape[-1] ** -0.5,
-            **read(module, key, attention_mask, position_bias, new_key is None),
+            "offsets": self.offsets,
+            **seen,
         }
 
     # ---- masks ----------------------------------------------------------------------------------------------------
@@ -200,13 +205,20 @@ class Attention:
                 mask = cut
             else:
                 bias = cut if bias is None else bias + cut
-        if mask is not None and mask.shape[0] != 1 and self.candidates > 1:
+        if mask is not None and mask.shape[0] != 1 and self.candidates > 1 and self.offsets is None:
             mask = mask[:: self.candidates]  # candidates of one sequence see the same prefix
         # A window is a matter of the mask alone: some models name one to their attention that their masks do not have.
         # Where the mask was made with it, what lies before need not even be read. It counts the candidate itself.
         window = next((size for theirs, _, size in self.masks if theirs is attention_mask), None)
         start = 0 if window is None or is_cross else max(0, width - window)
         return {"mask": mask, "bias": bias, "window_start": start}
+
+    def _of_sequences(self, x: Tensor | None) -> Tensor | None:
+        """Of a mask or bias of all rows, where slots have numbers of their own, those of the slots: candidates of one
+        see the same prefix."""
+        if x is None or self.offsets is None or x.shape[0] != int(self.offsets[-1]):
+            return x
+        return x[self.offsets[:-1].to(x.device)]
 
     def _read_ragged(
         self, module: torch.nn.Module, key: Tensor, attention_mask: Tensor | None, bias: Tensor | None, is_cross: bool
@@ -269,7 +281,8 @@ class Attention:
             raise UnsupportedError(f"{type(module).__name__} attends to keys other than its cache's")
         pointer = key.data_ptr()
         if (cross := self.cross.get(pointer)) is not None:
-            if query.shape[0] != key.shape[0] * self.candidates:
+            rows = key.shape[0] * self.candidates if self.offsets is None else int(self.offsets[-1])
+            if query.shape[0] != rows:
                 raise UnsupportedError(f"{type(module).__name__}: unexpected number of query rows")
             self.cross_read.add(id(cross))
             return None, None

@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from ..checks import is_number
 from .generate_arguments import call_settings
 from .search import Options, Search, check_generator
-from .settings import TINY, check_penalty_alpha, check_top_k
+from .settings import TINY, check_center, check_penalty_alpha, check_top_k
 from .strategies import Contrastive, Greedy, RowSettings, Strategy
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class ContrastiveSearch(Search):
         if temperature is not None and not is_number(temperature, 0, above=True):
             raise ValueError(f"temperature must be a finite number above 0, got {temperature!r:.80}")
         check_generator(generator, temperature is not None, "a temperature")
-        if not isinstance(center, bool):
-            raise ValueError(f"center must be True or False, got {center!r:.80}")
+        check_center(center)
         super().__init__(**options)
         self.penalty_alpha, self.top_k = penalty_alpha, top_k
         self.temperature, self.generator, self.center = temperature, generator, center

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from .caches import without_caches
 from .hidden_states import HiddenStatesTap, last_position
 from .inputs import has_rows, take_rows, with_own_states
+from .packing import Packing, run_of
 from .slots import Extent, History
 from .step import Choose, StepResult, the_first, try_candidates
 from .strategies import Choice, Proposal, Strategy, View
@@ -52,7 +54,7 @@ class Decoder:
         self.generation_config = generation_config
         self.kwargs = dict(model_kwargs)
         self.expanded: dict[str, Any] = {}  # the same for candidates' rows, once there are any
-        self.shape: tuple[int, ...] = (0, 0)  # of the last step's candidates
+        self.counts: list[int] = []  # rows of each sequence in what is expanded
         self.max_length = max_length
         self.record = {name: True for name, wanted in record.items() if wanted}
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -95,8 +97,8 @@ class Decoder:
     def _after_prefill(self, outputs: Any) -> None:
         raise NotImplementedError
 
-    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose) -> StepResult:
-        """Try ``candidates (B, k)`` after ``input_ids (B, L)``, and keep the winners."""
+    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose, packing: Packing | None = None) -> StepResult:
+        """Try ``candidates (B, k)`` after ``input_ids (B, L)``, or those of ``packing``, and keep the winners."""
         raise NotImplementedError
 
     def begin(self, strategy: Strategy, states: Tensor, mask: Tensor | None) -> None:
@@ -122,14 +124,15 @@ class Decoder:
     def decide(self, input_ids: Tensor, proposal: Proposal) -> tuple[StepResult, Choice | None]:
         """Step with what was just proposed. Returns also why the strategy chose, if it did so."""
         choice: Choice | None = None
-        strategy, view, proposal = self.strategy, self.view, self._narrowed(proposal)
+        strategy, view = self.strategy, self.view
+        proposal, packing = self._narrowed(proposal)
 
         def choose(states: Tensor) -> Tensor:
             nonlocal choice
             choice = strategy.choose(states, proposal, view)
             return choice.selected
 
-        result = self.step(input_ids, proposal.tokens, choose if strategy.looks_ahead else the_first)
+        result = self.step(input_ids, proposal.tokens, choose if strategy.looks_ahead else the_first, packing)
         if strategy.needs_history:
             self.history.append(result.hidden_states)
         if view.tokens is not None:
@@ -146,20 +149,25 @@ class Decoder:
                 tokens[:, : self.no_text.shape[1]].masked_fill_(self.no_text, -1)
         return View(self.history, input_ids.new_full((rows,), used), tokens, self.starts, used)
 
-    def _narrowed(self, proposal: Proposal) -> Proposal:
+    def _narrowed(self, proposal: Proposal) -> tuple[Proposal, Packing | None]:
         """What of it is to be run, if the model's arguments can be made to fit."""
-        batch, before = self.shape
-        narrow = proposal.narrowed()
-        width = narrow.tokens.shape[1]
         if not self.expanded or not self._can_take_rows():  # before the first step all of them are to be expanded
-            return proposal
-        if width != before:
-            self._take_rows([row * before for row in range(batch) for _ in range(width)])
-        return narrow
+            return proposal, None
+        narrow = proposal.narrowed()
+        packing, (rows, k) = narrow.packing, narrow.tokens.shape
+        counts = [k] * rows if packing is None else packing.counts
+        if counts != self.counts:
+            first = self._first_rows()
+            self._take_rows([first[row] for row, count in enumerate(counts) for _ in range(count)])
+            self.counts = counts
+        return narrow, packing
+
+    def _first_rows(self) -> list[int]:
+        return [0, *itertools.accumulate(self.counts)][:-1]
 
     def _can_take_rows(self) -> bool:
         """Whether the model's arguments can be taken apart by candidates' rows."""
-        rows = self.shape[0] * self.shape[1]
+        rows = sum(self.counts)
         return all(has_rows(name, value, rows) for name, value in without_caches(self.expanded).items())
 
     def _take_rows(self, rows: list[int]) -> None:
@@ -171,9 +179,9 @@ class Decoder:
         places, every = places_kept(kept), list(range(len(kept)))
         if places == every or not self.expanded or not self._can_take_rows():
             return every
-        k = self.shape[1]
-        self._take_rows([row * k + candidate for row in places for candidate in range(k)])
-        self.shape = (len(places), k)
+        first = self._first_rows()
+        self._take_rows([first[row] + candidate for row in places for candidate in range(self.counts[row])])
+        self.counts = [self.counts[row] for row in places]
         for target, source in enumerate(places):
             if source != target:
                 self._copy(source, target)
@@ -200,15 +208,15 @@ class Decoder:
             outputs, kwargs, is_encoder_decoder=self.is_encoder_decoder
         )
 
-    def _next_inputs(self, candidates: Tensor) -> dict[str, Any]:
+    def _next_inputs(self, candidates: Tensor, packing: Packing | None) -> dict[str, Any]:
         """Of a forward over ``candidates (B, k)`` behind what the cache holds, as the model makes them."""
         inputs = self.model.prepare_inputs_for_generation(
-            candidates.reshape(-1, 1), next_sequence_length=1, is_first_iteration=False, **self.expanded
+            run_of(candidates, packing)[:, None], next_sequence_length=1, is_first_iteration=False, **self.expanded
         )
         return inputs | self.record
 
-    def _try(self, inputs: dict[str, Any], candidates: Tensor, choose: Choose) -> StepResult:
-        return try_candidates(self.model, self.tap, inputs, candidates, choose, self.head)
+    def _try(self, inputs: dict[str, Any], candidates: Tensor, choose: Choose, packing: Packing | None) -> StepResult:
+        return try_candidates(self.model, self.tap, inputs, candidates, choose, self.head, packing)
 
 
 def padding_in_front(mask: Tensor | None) -> Tensor | None:

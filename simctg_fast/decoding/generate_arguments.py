@@ -178,6 +178,15 @@ class Arguments:
             f"{positions}: which of them are padding cannot be told; allowed: prompts of one length, unpadded"
         )
 
+    def check_states_of_tokens(self, positions: int) -> None:
+        """Raise ValueError if, of so many states of the prompt, it cannot be told which is whose token's."""
+        more = positions - self.virtual - (self.input_ids if self.embeds is None else self.embeds).shape[1]
+        if more > 0 and self._appends(more):
+            raise ValueError(
+                f"{type(self.model).__name__} puts {more} tokens of its own behind a text: which state stood before "
+                "which token cannot be told; allowed: strategies that do not compare these, such as FSD('ngram')"
+            )
+
     def _appends(self, count: int) -> bool:
         """Whether the model puts so many tokens of its own behind a text (XLM: one that stands for the next)."""
         kwargs = {name: value for name, value in self.kwargs.items() if not isinstance(value, Cache)}

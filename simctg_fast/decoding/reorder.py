@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from .caches import self_attention_cache, without_caches
 from .decoder import Decoder
 from .inputs import encoder_rows, expand_kwargs, grow_kwargs, with_own_states
+from .packing import Packing, owners_of, run_of
 from .step import Choose, StepResult
 from .unsupported import UnsupportedError
 
@@ -38,17 +39,17 @@ class ReorderDecoder(Decoder):
             raise UnsupportedError("the model returns no cache that can be reordered")
         self.cache_name = found[0]
 
-    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose) -> StepResult:
+    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose, packing: Packing | None = None) -> StepResult:
         k = candidates.shape[1]
-        self.shape = candidates.shape
-        self.kwargs[self.cache_name].reorder_cache(self.rows.repeat_interleave(k))
+        self.kwargs[self.cache_name].reorder_cache(self.rows[owners_of(len(candidates), k, packing, self.rows.device)])
         if not self.expanded:
+            self.counts = [k] * len(candidates)
             self.expanded = expand_kwargs(self.model, self.kwargs, k, input_ids)
             if self.expanded.get("encoder_outputs") is not None:
                 outputs = self.expanded["encoder_outputs"]
                 states = outputs.last_hidden_state.repeat_interleave(k, dim=0)
                 self.expanded["encoder_outputs"] = encoder_rows(outputs, k, states)
-        result = self._try(self._next_inputs(candidates), candidates, choose)
+        result = self._try(self._next_inputs(candidates, packing), candidates, choose, packing)
         self.rows, self.stepped = result.rows, True
         self.expanded = self._advance(result.outputs, self.expanded)
         return result
@@ -83,13 +84,14 @@ class UncachedDecoder(Decoder):
     def _after_prefill(self, outputs: Any) -> None:
         pass
 
-    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose) -> StepResult:
+    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose, packing: Packing | None = None) -> StepResult:
         k = candidates.shape[1]
-        self.shape = candidates.shape
         if not self.expanded:
+            self.counts = [k] * len(candidates)
             prompt = input_ids[:, : self.prompt_ids]
             self.expanded = expand_kwargs(self.model, self.kwargs, k, prompt, keep_all=True)
-        rows = torch.cat([input_ids.repeat_interleave(k, dim=0), candidates.reshape(-1, 1)], dim=1)
+        owners = owners_of(len(candidates), k, packing, input_ids.device)
+        rows = torch.cat([input_ids[owners], run_of(candidates, packing)[:, None]], dim=1)
         kwargs = with_own_states(grow_kwargs(self.model, self.expanded, rows[:, self.prompt_ids :]))
         inputs = self.model.prepare_inputs_for_generation(rows, is_first_iteration=True, **kwargs)
-        return self._try(inputs | self.record, candidates, choose)
+        return self._try(inputs | self.record, candidates, choose, packing)

@@ -99,6 +99,8 @@ class Routes:
         """Run the prompt, behind which ``strategy``, bound to the rows, is to choose. Returns its logits ``(B, V)`` and
         the model's output."""
         logits, states, outputs = decoder.prefill(self.call.input_ids)
+        if strategy.needs_history and strategy.needs_tokens:
+            self.arguments.check_states_of_tokens(states.shape[1])
         needs_mask = strategy.needs_history or strategy.needs_tokens
         decoder.begin(strategy, states, self.arguments.mask_of(states.shape[1]) if needs_mask else None)
         return logits.to(self.call.input_ids.device), outputs

@@ -11,7 +11,7 @@ import torch
 
 from ..checks import is_integer, is_number
 
-__all__ = ["TINY", "check_penalty_alpha", "check_settings", "check_streamer", "check_top_k"]
+__all__ = ["TINY", "check_center", "check_penalty_alpha", "check_settings", "check_streamer", "check_top_k"]
 
 
 TINY = torch.finfo(torch.float32).tiny
@@ -99,6 +99,14 @@ def check_penalty_alpha(value: Any) -> None:
 def check_top_k(value: Any, name: str = "top_k") -> None:
     if not is_integer(value, 1):
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.80}")
+
+
+def check_center(value: Any, used: bool = True, by: str = "") -> None:
+    """``used``: whether something looks at it, else ``by`` says what would."""
+    if not isinstance(value, bool):
+        raise ValueError(f"center must be True or False, got {value!r:.80}")
+    if value and not used:
+        raise ValueError(f"center=True is used by contrastive search alone: give {by}")
 
 
 def check_streamer(value: Any) -> None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from ..ops.prefix_commit import CommitPlan, prefix_commit
 from .compiled_decoder import compiled_decoder, obstacle
 from .inputs import DirectInputs, stand_in_states
+from .packing import run_of
 from .slots import on
 from .step import Step, StepResult, the_first
 from .strategies import Choice, Proposal, Strategy, View, decision
@@ -113,6 +114,7 @@ class SlotStep:
         """Try what was proposed and commit the winners' keys and values, or those at the places ``keep (rows,)``."""
         slots, strategy = self.slots, self.strategy
         proposal = proposal if slots.extent.static else proposal.narrowed()
+        packing = None if slots.extent.static else proposal.packing
         rows, k = proposal.tokens.shape
         lengths, view, choices = slots.lengths[:rows], self._view(rows), []
 
@@ -124,7 +126,7 @@ class SlotStep:
             return choices[0].selected if choices else the_first(states)
 
         places = lengths if view.starts is None else lengths - view.starts
-        each = places[:, None].expand(-1, k).reshape(-1)
+        each = places[:, None].expand(-1, k).reshape(-1) if packing is None else places[packing.owners]
         cache: Any = slots.cache
         known: dict[str, Any] = {}
         encoder_outputs = None
@@ -133,17 +135,18 @@ class SlotStep:
             known = {"cross": cross, "cross_lengths": slots.cross.lengths[:rows]}
             cache = EncoderDecoderCache(cache, cross)
             cache.is_updated = dict.fromkeys(range(len(slots.layers)), True)
-            encoder_outputs = stand_in_states(slots.cross.like, rows * k, cross.layers[0].keys.shape[2])
+            encoder_outputs = stand_in_states(slots.cross.like, len(each), cross.layers[0].keys.shape[2])
         commit = prefix_commit if self.plan is None else self.plan.run
         run = partial(
             self.forward.run,
-            self.inputs(proposal.tokens.reshape(-1, 1), each[:, None], cache, encoder_outputs),
+            self.inputs(run_of(proposal.tokens, packing)[:, None], each[:, None], cache, encoder_outputs),
             proposal.tokens,
             choose,
             commit=lambda winners: slots.commit(on(slots.device, winners), lengths, commit),
             lengths=lengths,
             starts=view.starts,
             windows=self.windows,
+            packing=packing,
             **known,
         )
         with self.inputs.placed(each):

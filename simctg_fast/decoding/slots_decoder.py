@@ -13,6 +13,7 @@ from .caches import CACHE_NAME, other_layers, self_attention_cache
 from .decoder import Decoder
 from .graph import Recorded, obstacle, take
 from .inputs import encoder_rows, expand_kwargs
+from .packing import Packing
 from .slots import History, Slots
 from .step import Choose, Step, StepResult
 from .unsupported import UnsupportedError
@@ -78,11 +79,11 @@ class SlotsDecoder(Decoder):
         self.slots.end_prompt()
         self.kwargs = _last_positions_only(self._advance(outputs, self.kwargs))
 
-    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose) -> StepResult:
+    def step(self, input_ids: Tensor, candidates: Tensor, choose: Choose, packing: Packing | None = None) -> StepResult:
         assert self.forward is not None
         k = candidates.shape[1]
-        self.shape = candidates.shape
         if not self.expanded:
+            self.counts = [k] * len(candidates)
             self.expanded = expand_kwargs(self.model, self.kwargs, k, input_ids)
             if self.cross is not None:
                 # Their keys and values are cached; what is left to read off them is shape, dtype and device.
@@ -91,7 +92,8 @@ class SlotsDecoder(Decoder):
                 states = states.new_zeros(()).expand(len(states) * k, *states.shape[1:])
                 self.expanded["encoder_outputs"] = encoder_rows(outputs, k, states)
         self.slots.reserve(self.slots.length + 1)
-        result = self.forward.run(self._next_inputs(candidates), candidates, choose, cross=self.cross)
+        inputs = self._next_inputs(candidates, packing)
+        result = self.forward.run(inputs, candidates, choose, cross=self.cross, packing=packing)
         self.slots.advance()
         self.expanded = _last_positions_only(self._advance(result.outputs, self.expanded))
         return result

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .attention import Attention, AttentionSwitch
 from .hidden_states import HiddenStatesTap
+from .packing import Packing, by_sequence, first_places
 from .slots import Slots, on
 from .unsupported import UnsupportedError
 
@@ -44,10 +45,17 @@ class StepResult:
 
 
 def try_candidates(
-    model: Any, tap: HiddenStatesTap, inputs: dict[str, Any], candidates: Tensor, choose: Choose, head: bool = True
+    model: Any,
+    tap: HiddenStatesTap,
+    inputs: dict[str, Any],
+    candidates: Tensor,
+    choose: Choose,
+    head: bool = True,
+    packing: Packing | None = None,
 ) -> StepResult:
-    """One forward of ``inputs``, which hold ``candidates (rows, k)``, in which ``choose`` picks each row's winner:
-    before the output embedding, if ``head``, so that logits are those of the winners alone.
+    """One forward of ``inputs``, which hold ``candidates (rows, k)``, or those of them that ``packing`` says, in which
+    ``choose`` picks each row's winner: before the output embedding, if ``head``, so that logits are those of the
+    winners alone.
 
     Raises:
         UnsupportedError: the output embedding did not run once.
@@ -57,8 +65,8 @@ def try_candidates(
 
     def select(hidden_states: Tensor) -> Tensor:
         last = hidden_states[:, -1]
-        chosen["selected"] = choose(last.view(rows, k, -1))
-        chosen["rows"] = torch.arange(rows, device=last.device) * k + chosen["selected"].to(last.device)
+        chosen["selected"] = choose(by_sequence(last, rows, k, packing))
+        chosen["rows"] = first_places(rows, k, packing, last.device) + chosen["selected"].to(last.device)
         chosen["hidden_states"] = last.index_select(0, chosen["rows"])
         return chosen["hidden_states"][:, None]
 
@@ -93,12 +101,13 @@ class Step:
         *,
         commit: Callable[[Tensor], None] | None = None,
         around: Callable[[Attention], AbstractContextManager[Any]] = nullcontext,
+        packing: Packing | None = None,
         **known: Any,
     ) -> StepResult:
         """Try ``candidates (rows, k)`` and keep the winners' keys and values; lengths and history stay as they are.
 
         Args:
-            inputs: of the model, candidates included.
+            inputs: of the model, candidates included, or those of them that ``packing`` says.
             commit: of the winners' rows; `Slots.commit` at the length of all rows if None.
             around: makes a context for the forward.
             known: what `Attention` is to know.
@@ -106,10 +115,11 @@ class Step:
         Raises:
             UnsupportedError: the model did something that a step cannot honour.
         """
-        attention = Attention(self.slots, candidates.shape[1], **known)
+        offsets = None if packing is None else packing.offsets
+        attention = Attention(self.slots, candidates.shape[1], offsets=offsets, **known)
         try:
             with self.switch(attention), around(attention):
-                result = try_candidates(self.model, self.tap, inputs, candidates, choose, self.head)
+                result = try_candidates(self.model, self.tap, inputs, candidates, choose, self.head, packing)
             attention.check_all_called()
             (commit or self.slots.commit)(result.rows)
         finally:

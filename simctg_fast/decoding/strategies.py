@@ -19,6 +19,7 @@ from transformers.generation import logits_process
 
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
+from .packing import Packing
 from .slots import History, on, upload
 
 NEAR_TIE = 1e-6  # scores nearer than this may be ranked otherwise where sums are taken in another order
@@ -83,18 +84,26 @@ class View:
 @dataclass
 class Proposal:
     """Candidates ``tokens (rows, k)`` and their probabilities ``probs (rows, k)``, the most probable first. ``among``:
-    of a strategy that has chosen one already, those it was chosen from, and why. ``needed``: how many of the columns
-    can win, where the host knows that others cannot."""
+    of a strategy that has chosen one already, those it was chosen from, and why. ``counts``: of each row how many
+    columns can win, at least one, where the host knows that others cannot."""
 
     tokens: Tensor
     probs: Tensor
     near: Tensor | None = None  # (rows,) where rounding may choose otherwise, if that is counted
     among: tuple[Proposal, Choice] | None = None
-    needed: int | None = None
+    counts: list[int] | None = None
 
     def narrowed(self) -> Proposal:
-        """The columns that can win."""
-        return self if self.needed is None else Proposal(self.tokens[:, : self.needed], self.probs[:, : self.needed])
+        """The columns that can win in any row."""
+        if self.counts is None:
+            return self
+        needed = max(self.counts)
+        return Proposal(self.tokens[:, :needed], self.probs[:, :needed], counts=self.counts)
+
+    @property
+    def packing(self) -> Packing | None:
+        """What of it can win, where that is fewer in some rows than in others."""
+        return None if self.counts is None or min(self.counts) == self.tokens.shape[1] else Packing(self.counts)
 
     @property
     def bad(self) -> Tensor:

@@ -11,13 +11,8 @@ from ..checks import is_integer, is_number, require
 from ..decoding import adaptive, fsd, guard
 from ..decoding.breakers import BREAKERS_ALLOWED, is_breaker
 from ..decoding.dry import DRY_ALLOWED, DRY_SEQUENCE_BREAKERS
+from ..strategy_names import CONTRASTIVE, FSD, RANDOM, STRATEGIES, TOGETHER
 from ..text.texts import short
-
-CONTRASTIVE = ("contrastive", "stochastic-contrastive")
-FSD = ("fsd", "fsd-vec")  # by n-grams, by states
-STRATEGIES = ("contrastive", "greedy", "sample", "stochastic-contrastive", *FSD, "adaptive", "guard")
-RANDOM = ("sample", "stochastic-contrastive", "guard")
-TOGETHER = ("greedy", "sample", *FSD, "guard")  # one row a token each: lines of one run may differ among them
 
 DEFAULT_TOP_K = 4
 

@@ -9,7 +9,8 @@ from ..decoding.fsd import NgramFSD, VectorFSD
 from ..decoding.guard import Guard
 from ..decoding.mixed import Mixed
 from ..decoding.strategies import Contrastive, Greedy, Sample, Strategy
-from .parameters import CONTRASTIVE, FSD, Parameters
+from ..strategy_names import CONTRASTIVE, FSD
+from .parameters import Parameters
 
 
 def make_strategy(defaults: Mapping[str, Parameters]) -> Strategy:

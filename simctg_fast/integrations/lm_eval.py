@@ -31,11 +31,12 @@ except ImportError as error:
 from ..assets import resolve_model
 from ..checks import is_integer, is_number, require
 from ..engine import Engine
-from ..engine.parameters import CONTRASTIVE, RANDOM
+from ..engine.parameters import USED_BY
 from ..engine.prepare import load_factory
 from ..engine.requests import Request
 from ..loading import context_length, load_model
 from ..printable import printable
+from ..strategy_names import RANDOM
 from ._likelihood import continuation_log_likelihoods
 
 __all__ = ["SimCTGLM"]
@@ -70,8 +71,8 @@ class SimCTGLM(TemplateLM):
     Whatever the strategy is, likelihoods are the model's own: a strategy only writes.
 
     A task that does not sample (``do_sample: false`` or ``temperature: 0``) gets no random text from any strategy:
-    ``sample`` then takes the most probable token, ``stochastic-contrastive`` the best candidate. A task that does
-    sample is refused by a strategy that does not. Where it says neither, the strategy decides.
+    ``sample`` then takes the most probable token, ``stochastic-contrastive`` and ``guard`` the best of theirs. A task
+    that does sample is refused by a strategy that does not. Where it says neither, the strategy decides.
 
     Args:
         pretrained: folder, hub name or ``bundled``.
@@ -318,9 +319,10 @@ class SimCTGLM(TemplateLM):
         strategy = self.engine.strategy_name
         settings: dict[str, Any] = {}
         sampling = {name: kwargs[name] for name in _SAMPLING if name in kwargs}
-        if "penalty_alpha" in kwargs and (kwargs["penalty_alpha"] != 0 or strategy in CONTRASTIVE):
+        penalised = strategy in USED_BY["penalty_alpha"]
+        if "penalty_alpha" in kwargs and (kwargs["penalty_alpha"] != 0 or penalised):
             settings["penalty_alpha"] = kwargs["penalty_alpha"]  # the engine refuses it where it is not used
-            if strategy in CONTRASTIVE and "top_k" in sampling:  # beside it, the number of candidates
+            if penalised and "top_k" in sampling:  # beside it, the number of candidates
                 settings["top_k"] = sampling.pop("top_k")
         random = _draws(kwargs)
         if random and strategy not in RANDOM:

@@ -2,7 +2,8 @@
 
 Rows ``b·k … b·k + k − 1`` of the query are the candidates of sequence b. All stand at position ``length``; each sees
 the prefix (stored once per sequence) and itself, never the other candidates. Grouped-query heads are packed with the
-candidates, so keys and values are read once however many query rows share them.
+candidates, so keys and values are read once however many query rows share them. Where sequences have candidates in
+numbers of their own, ``offsets`` says where each one's rows begin.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Call:
     lengths: torch.Tensor | None = None
     starts: torch.Tensor | None = None
     window: int | None = None
+    offsets: torch.Tensor | None = None
 
 
 def shared_prefix_attention(
@@ -68,6 +70,7 @@ def shared_prefix_attention(
     lengths: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     window: int | None = None,
+    offsets: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of ``B·k`` single-token queries over ``length`` shared keys, plus one key of their own.
@@ -88,6 +91,8 @@ def shared_prefix_attention(
             beyond them. Entry ``length`` of ``mask`` and ``bias`` stays the new key's.
         starts: ``(B,)`` int64, a ``window_start`` of each row's own.
         window: each row sees itself and the ``window − 1`` keys before it; needs a ``new_key``.
+        offsets: ``(B + 1,)`` int64 on the CPU, the sequences' first rows of ``query``, and how many rows there are;
+            None: k each. Not for ``"triton"``; masks and biases then have 1 or B rows.
         impl: ``"auto"``, ``"cpu"`` (C++; float32, bfloat16 or float16, all tensors of the query's dtype), ``"triton"``
             (CUDA) or ``"torch"`` (any device and dtype).
 
@@ -102,7 +107,7 @@ def shared_prefix_attention(
         raise ValueError(f"window must be at least 1 and come with a new_key, got {window}")
     call = Call(
         query, key, value, length, new_key, new_value, scaling, mask, bias, softcap, sinks, window_start, lengths,
-        starts, window,
+        starts, window, offsets,
     )  # fmt: skip
     if is_deferred(impl):
         return torch.ops.simctg_fast.shared_prefix_attention(**vars(call), impl=impl)
@@ -116,6 +121,8 @@ def resolve(impl: str, call: Call) -> str:
     def triton() -> str | None:
         from simctg_fast.kernels import shared_prefix_attention as kernels
 
+        if call.offsets is not None:
+            return "sequences have candidates in numbers of their own"
         return kernels.obstacle(query, key, value, call.new_key, call.new_value)
 
     def cpu() -> str | None:
@@ -137,7 +144,9 @@ def _attention(call: Call, impl: str) -> torch.Tensor:
     if impl == "triton":
         from simctg_fast.kernels import shared_prefix_attention as kernels
 
-        return kernels.shared_prefix_attention(**vars(call))
+        arguments = dict(vars(call))
+        del arguments["offsets"]
+        return kernels.shared_prefix_attention(**arguments)
     return (_cpu if impl == "cpu" else _torch)(_without_window(call))
 
 
@@ -159,13 +168,13 @@ def _broadcast(name: str, tensor: torch.Tensor | None, call: Call) -> tuple[int,
     (all_rows, heads), batch = call.query.shape[:2], call.key.shape[0]
     width = call.length + (call.new_key is not None)
     rows = tensor.shape[0] if tensor.dim() == 4 else -1
-    if rows not in (1, batch, all_rows) or tensor.shape[1] not in (1, heads) or tensor.shape[2:] != (1, width):
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, must be (1, {batch} or {all_rows}, 1 or {heads}, 1, {width})"
-        )
+    allowed = (1, batch) if call.offsets is not None else (1, batch, all_rows)
+    if rows not in allowed or tensor.shape[1] not in (1, heads) or tensor.shape[2:] != (1, width):
+        wanted = f"(1, {' or '.join(map(str, allowed[1:]))}, 1 or {heads}, 1, {width})"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {wanted}")
     row = 0 if rows == 1 else tensor.stride(0)
     head = 0 if tensor.shape[1] == 1 else tensor.stride(1)
-    if rows == all_rows:
+    if rows == all_rows and call.offsets is None:
         return tensor.data_ptr(), row * (all_rows // batch), row, head
     return tensor.data_ptr(), row, 0, head
 
@@ -174,7 +183,14 @@ def _shape_problem(call: Call) -> str | None:
     query, key, value, new_key, new_value = call.query, call.key, call.value, call.new_key, call.new_value
     rows, heads, queries, dim = query.shape
     batch, kv_heads, positions, key_dim = key.shape
-    if queries != 1 or batch == 0 or rows % batch or kv_heads == 0 or heads % kv_heads or key_dim != dim:
+    if (
+        queries != 1
+        or batch == 0
+        or (call.offsets is None and rows % batch)
+        or kv_heads == 0
+        or heads % kv_heads
+        or key_dim != dim
+    ):
         return f"query has shape {tuple(query.shape)}, key {tuple(key.shape)}"
     if value.shape[:2] != key.shape[:2] or not 0 <= call.length <= min(positions, value.shape[2]):
         return f"length is {call.length}, key has shape {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -187,7 +203,19 @@ def _shape_problem(call: Call) -> str | None:
         return f"sinks has shape {tuple(call.sinks.shape)}, must be ({heads},)"
     if call.softcap is not None and not call.softcap > 0:
         return f"softcap is {call.softcap}, must be above 0"
-    return lengths_obstacle(batch, lengths=call.lengths, starts=call.starts)
+    return _offsets_problem(call) or lengths_obstacle(batch, lengths=call.lengths, starts=call.starts)
+
+
+def _offsets_problem(call: Call) -> str | None:
+    offsets, batch, rows = call.offsets, call.key.shape[0], call.query.shape[0]
+    if offsets is None:
+        return None
+    if offsets.dtype != torch.int64 or not offsets.is_cpu or offsets.shape != (batch + 1,):
+        return f"offsets is {offsets.dtype} {tuple(offsets.shape)} on {offsets.device}, must be int64 ({batch + 1},)"
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != rows or values != sorted(values):
+        return f"offsets is {values}, must rise from 0 to the {rows} rows of query"
+    return None
 
 
 def _cpu(call: Call) -> torch.Tensor:
@@ -222,8 +250,12 @@ def _native(call: Call, out: int) -> tuple[Any, list[torch.Tensor | None]]:
         bias = bias.contiguous()
     if lengths is not None or starts is not None:
         lengths, starts = contiguous(lengths, starts)
+    candidates, offsets = rows // batch, call.offsets
+    if offsets is not None:
+        offsets = offsets.contiguous()
+        candidates = int(offsets.diff().max())
     native = _backends.require_extension().DecodeAttention(
-        (batch, rows // batch, kv_heads, heads // kv_heads, dim, value.shape[-1]),
+        (batch, candidates, kv_heads, heads // kv_heads, dim, value.shape[-1]),
         (query.data_ptr(), query.stride(0), query.stride(1)),
         (key.data_ptr(), *key.stride()[:3]),
         (value.data_ptr(), *value.stride()[:3]),
@@ -241,8 +273,9 @@ def _native(call: Call, out: int) -> tuple[Any, list[torch.Tensor | None]]:
         out,
         element_type(query.dtype),
         element_type(torch.float32 if bias is None else bias.dtype),
+        address(offsets),
     )
-    return native, [mask, bias, lengths, starts, call.sinks]
+    return native, [mask, bias, lengths, starts, call.sinks, offsets]
 
 
 def _seen(call: Call) -> torch.Tensor | None:
@@ -266,6 +299,8 @@ def _seen(call: Call) -> torch.Tensor | None:
 
 
 def _torch(call: Call) -> torch.Tensor:
+    if call.offsets is not None:
+        return _torch_packed(call)
     query, key, value, length, window_start = call.query, call.key, call.value, call.length, call.window_start
     rows, heads, _, dim = query.shape
     batch, kv_heads = key.shape[:2]
@@ -299,6 +334,21 @@ def _torch(call: Call) -> torch.Tensor:
     return out.permute(0, 2, 1, 3, 4).reshape(rows, 1, heads, -1)
 
 
+def _torch_packed(call: Call) -> torch.Tensor:
+    """As many rows for every sequence, its last one standing for those that it has not."""
+    if (problem := _offsets_problem(call)) is not None:
+        raise ValueError(problem)
+    offsets, device = call.offsets, call.query.device
+    assert offsets is not None
+    counts = offsets.diff()
+    column = torch.arange(int(counts.max()))
+    place = (offsets[:-1, None] + torch.minimum(column, counts[:, None] - 1)).clamp_(min=0).flatten().to(device)
+    query, new_key, new_value = (None if x is None else x[place] for x in (call.query, call.new_key, call.new_value))
+    assert query is not None
+    wide = _torch(replace(call, query=query, new_key=new_key, new_value=new_value, offsets=None))
+    return wide[(column < counts[:, None]).flatten().to(device)]
+
+
 def _pack(x: torch.Tensor, batch: int, k: int, kv_heads: int, groups: int) -> torch.Tensor:
     """``(1 | B | B·k, 1 | H, 1, S)`` -> broadcastable to ``(B, H_kv, k, groups, S)``."""
     rows, heads, _, width = x.shape
@@ -314,7 +364,7 @@ def _pack(x: torch.Tensor, batch: int, k: int, kv_heads: int, groups: int) -> to
 define(
     "shared_prefix_attention(Tensor query, Tensor key, Tensor value, SymInt length, Tensor? new_key, "
     "Tensor? new_value, float scaling, Tensor? mask, Tensor? bias, float? softcap, Tensor? sinks, SymInt window_start, "
-    'Tensor? lengths, Tensor? starts, int? window, *, str impl="auto") -> Tensor',
+    'Tensor? lengths, Tensor? starts, int? window, Tensor? offsets=None, *, str impl="auto") -> Tensor',
     lambda *arguments, impl="auto": _attention(Call(*arguments), impl),
     lambda query, key, value, *_, impl="auto": query.new_empty((query.shape[0], 1, query.shape[1], value.shape[-1])),
 )

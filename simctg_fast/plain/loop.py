@@ -14,7 +14,8 @@ from ..decoding.contrastive_search import ContrastiveSearch
 from ..decoding.generate_arguments import DEFAULT_TOP_K
 from ..decoding.generate_loop import BatchNoise, check_probabilities, stop_check_interval
 from ..decoding.named import as_search
-from ..decoding.settings import check_penalty_alpha, check_streamer, check_top_k
+from ..decoding.packing import by_sequence, first_places, owners_of, run_of
+from ..decoding.settings import check_center, check_penalty_alpha, check_streamer, check_top_k
 from ..decoding.slots import Extent, History
 from ..decoding.strategies import Contrastive, RowSettings, Strategy, View
 from .protocols import PROTOCOLS, Select, StepOutput, Stepper, detect_protocol
@@ -38,6 +39,7 @@ def generate(
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
     penalty_alpha: float | None = None,
+    center: bool = False,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     streamer: Any = None,
@@ -75,6 +77,7 @@ def generate(
             ``input_pos`` or ``state`` says the others. A step of any other shape has to be told.
         penalty_alpha: above 0, contrastive search over ``top_k`` candidates (4 unless given), for a step that returns
             ``hidden``, ``(B, T, D)`` for the prompt and ``(B, 1, D)`` or ``(B, D)`` after it.
+        center: of ``penalty_alpha``: hidden states are compared less their mean, as in `ContrastiveSearch`.
         strategy: an `FSD`, `GUARD` or `AdaptiveContrastiveSearch`, or ``"fsd"``, ``"fsd-vec"``, ``"guard"`` or
             ``"adaptive"``. ``FSD("vector")`` needs ``hidden`` as well; adaptive search that and what ``penalty_alpha``
             needs.
@@ -127,7 +130,8 @@ def generate(
             "attention_mask marks padding, but step takes no attention_mask; allowed: prompts of equal length, or a "
             "step with a parameter of that name"
         )
-    chooser, row = _chooser(config, strategy, prompt, generator)
+    check_center(center, config.penalty_alpha is not None and strategy is None, "penalty_alpha=..., without a strategy")
+    chooser, row = _chooser(config, strategy, center, prompt, generator)
     if chooser is not None:
         _check_chooser(config, chooser, strategy, protocol, select)
     copies = config.num_return_sequences or 1
@@ -176,6 +180,7 @@ class _Run:
             for index in range(rows):
                 self.chooser.clear(index)
             if self.chooser.needs_history:
+                self.history = self.history.of_kind(self.chooser.centers)
                 self.history.keeps_norms = self.chooser.needs_norms
                 self.history.write(slice(0, rows), 0, self._hidden(output, *self.ids.shape), self.mask)
         return output
@@ -240,20 +245,21 @@ class _Run:
         if chooser.looks_ahead:
             narrow = proposal.narrowed()
             k = narrow.tokens.shape[1]
-            every = torch.arange(rows, device=scores.device)
-            repeated = every.repeat_interleave(k)
+            packing = narrow.packing
+            repeated = owners_of(rows, k, packing, scores.device)
+            run = run_of(narrow.tokens, packing)
             self.stepper.branch(repeated)
-            ids = torch.cat([self.ids[repeated], narrow.tokens.reshape(-1, 1)], dim=-1)
+            ids = torch.cat([self.ids[repeated], run[:, None]], dim=-1)
             mask = None
             if self.mask is not None:
-                mask = torch.cat([self.mask[repeated], self.mask.new_ones(rows * k, 1)], dim=-1)
+                mask = torch.cat([self.mask[repeated], self.mask.new_ones(len(run), 1)], dim=-1)
             output = self.stepper(ids, mask)
-            hidden = self._hidden(output, rows * k, 1).unflatten(0, (rows, k)).squeeze(2)
-            selected = chooser.choose(hidden, narrow, view).selected
-            winners = (every * k).to(selected.device) + selected
+            hidden = self._hidden(output, len(run), 1)[:, 0]
+            selected = chooser.choose(by_sequence(hidden, rows, k, packing), narrow, view).selected
+            winners = first_places(rows, k, packing, selected.device) + selected
             self.stepper.branch(winners)
-            self.history.append(hidden.reshape(rows * k, -1)[winners])
-            tokens = narrow.tokens.reshape(-1)[winners.to(scores.device)]
+            self.history.append(hidden[winners])
+            tokens = run[winners.to(scores.device)]
             output = StepOutput(output.logits[winners.to(output.logits.device)], None)
         if view.tokens is not None:
             view.tokens[:, -1] = tokens
@@ -324,13 +330,13 @@ def _checked_mask(mask: Tensor | None, prompt: Tensor, config: GenerationConfig)
 
 
 def _chooser(
-    config: GenerationConfig, strategy: Any, prompt: Tensor, generator: torch.Generator | None
+    config: GenerationConfig, strategy: Any, center: bool, prompt: Tensor, generator: torch.Generator | None
 ) -> tuple[Strategy | None, RowSettings | None]:
     """What chooses, and the settings of its rows; None: the most probable token, or a draw."""
     if strategy is None:
         if not config.penalty_alpha:
             return None, None
-        return Contrastive(config.top_k), RowSettings(config.penalty_alpha)
+        return Contrastive(config.top_k, center=center), RowSettings(config.penalty_alpha)
     search = as_search(strategy)
     if config.penalty_alpha or isinstance(search, ContrastiveSearch):
         raise ValueError(f"strategy={strategy!r:.80}: contrastive search is penalty_alpha=..., without a strategy")

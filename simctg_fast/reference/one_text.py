@@ -50,6 +50,15 @@ class Text:
         self.ids.append(token)
         self.margins.append(margin)
 
+    def departure(self, found: Sequence[int], start: int) -> int | None:
+        """The first place at which the new tokens `found` are others than those from `start` on, an end counting as
+        one; None: they are the same."""
+        expected = self.ids[start:]
+        for place, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
+            if ours != theirs:
+                return place
+        return None if len(found) == len(expected) else min(len(found), len(expected))
+
 
 def lead(scores: Sequence[float]) -> float:
     """How far the best score is above the second."""

@@ -17,7 +17,7 @@ from ..decoding.generate_arguments import position_table
 from ..decoding.hidden_states import decoder_of
 from ..decoding.named import as_search
 from ..decoding.search import Search
-from ..decoding.settings import check_penalty_alpha, check_top_k
+from ..decoding.settings import check_center, check_penalty_alpha, check_top_k
 from ..loading import fitting_threads, load_model
 from .batches import by_length, cut_rows, pad_token, padded_rows
 from .continuation import continuation_text
@@ -89,6 +89,7 @@ class ContrastiveGenerator:
         *,
         temperature: float | None = None,
         seed: int | None = None,
+        center: bool = False,
         strategy: str | Search = "contrastive",
     ) -> list[str]:
         """One text a text: an encoder-decoder's answer to it, or a decoder's continuation without the prompt.
@@ -103,6 +104,7 @@ class ContrastiveGenerator:
             top_k, penalty_alpha: candidates a step, and the weight of their penalty, as in `ContrastiveSearch`.
             temperature, seed: draw among the candidates, as in `ContrastiveSearch`; without a seed from the global
                 stream.
+            center: compare hidden states less their mean, as in `ContrastiveSearch`.
             strategy: another search in its place: `FSD`, `GUARD` or `AdaptiveContrastiveSearch` with its settings, or
                 ``"fsd"``, ``"fsd-vec"``, ``"guard"``, ``"adaptive"`` as they are by default.
 
@@ -118,7 +120,10 @@ class ContrastiveGenerator:
         if seed is not None and temperature is None:
             raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        search: Search = ContrastiveSearch(penalty_alpha, top_k, temperature=temperature, generator=generator)
+        check_center(center, strategy == "contrastive", "strategy='contrastive'")
+        search: Search = ContrastiveSearch(
+            penalty_alpha, top_k, temperature=temperature, generator=generator, center=center
+        )
         if strategy != "contrastive":
             if temperature is not None:
                 raise ValueError(f"temperature={temperature} is of contrastive search, got strategy={strategy!r:.80}")

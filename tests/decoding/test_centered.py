@@ -7,9 +7,12 @@ import functools
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+import simctg_fast
 import simctg_fast.engine.scheduler as scheduler_module
-from simctg_fast import ContrastiveSearch
+from simctg_fast import AdaptiveContrastiveSearch, ContrastiveGenerator, ContrastiveSearch
+from simctg_fast.decoding.caches import CACHE_NAME
 from simctg_fast.decoding.decode_step import DecodeStep
 from simctg_fast.decoding.slots import CenteredHistory, Extent, History
 from simctg_fast.engine import Engine
@@ -351,6 +354,66 @@ def test_memory_of_a_position():
     assert sizes[1] == sizes[0] + 4
 
 
+# ---- beyond transformers' generate -----------------------------------------------------------------------------------
+
+
+def whole_texts(model):
+    """A stateless step."""
+
+    def step(ids, attention_mask=None):
+        positions = None if attention_mask is None else (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        out = model(ids, attention_mask=attention_mask, position_ids=positions, output_hidden_states=True)
+        return out.logits, out.hidden_states[-1]
+
+    return step
+
+
+def with_a_cache(model):
+    """A stateful step; the state is transformers' cache."""
+
+    def step(ids, state, attention_mask=None):
+        state = DynamicCache(config=model.config) if state is None else state
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        how = {"attention_mask": attention_mask, "position_ids": positions, CACHE_NAME: state}
+        out = model(ids, output_hidden_states=True, **how)
+        return out.logits, state, out.hidden_states[-1]
+
+    return step
+
+
+def branch(state, index):
+    state = copy.deepcopy(state)
+    state.reorder_cache(index)
+    return state
+
+
+@pytest.mark.parametrize(("make", "more"), [(whole_texts, {}), (with_a_cache, {"select": branch})])
+def test_plain_models(make, more):
+    """Padded rows of one that says little by its plain states; again when rows end."""
+    model, inputs = alike("gpt2"), inputs_for(alike("gpt2"), 3)
+    settings = {**inputs, "penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": NEW, "pad_token_id": PAD, **more}
+    expected = truth(model, inputs)
+    found = simctg_fast.generate(make(model), **settings, center=True)
+    same_tokens(found, expected, model, inputs)
+    same_tokens(found, generate(model, inputs), model, inputs)
+    assert not torch.equal(simctg_fast.generate(make(model), **settings), found)
+    end = int(expected[0, -NEW // 2])
+    ended = simctg_fast.generate(make(model), **settings, center=True, eos_token_id=end)
+    same_tokens(ended, truth(model, inputs, end=end), model, inputs)
+
+
+def test_lists_of_texts():
+    model = alike("gpt2")
+    texts = [tokenizer().decode(prompt(1, length, seed=length)[0]) for length in (9, 5)]
+    answers = ContrastiveGenerator(model, tokenizer())(texts, NEW, 4, 0.6, center=True)
+    for text, answer in zip(texts, answers, strict=True):
+        inputs = dict(tokenizer()([text], return_tensors="pt"))
+        start = inputs["input_ids"].shape[1]
+        (expected,) = truth(model, inputs)
+        assert answer == tokenizer().decode(expected[start:], skip_special_tokens=True)
+    assert answers != ContrastiveGenerator(model, tokenizer())(texts, NEW, 4, 0.6)
+
+
 # ---- what may be said -----------------------------------------------------------------------------------------------
 
 
@@ -360,6 +423,34 @@ def test_option():
     for value in (1, "yes", None):
         with pytest.raises(ValueError, match=f"center must be True or False, got {value!r}"):
             ContrastiveSearch(center=value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"center": 1, "penalty_alpha": 0.6}, "center must be True or False, got 1"),
+        ({"center": None}, "center must be True or False, got None"),
+        ({"center": True}, "center=True is used by contrastive search alone: give penalty_alpha=..., without"),
+        ({"center": True, "do_sample": True}, "center=True is used by contrastive search alone"),
+        ({"center": True, "strategy": "fsd"}, "center=True is used by contrastive search alone"),
+        ({"center": True, "strategy": "contrastive"}, "center=True is used by contrastive search alone"),
+    ],
+)
+def test_what_plain_models_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        simctg_fast.generate(whole_texts(build("gpt2")), prompt(), max_new_tokens=2, **settings)
+
+
+def test_what_lists_of_texts_are_refused():
+    generator = ContrastiveGenerator(build("gpt2"), tokenizer())
+    for settings, message in (
+        ({"center": "yes"}, "center must be True or False, got 'yes'"),
+        ({"center": True, "strategy": "guard"}, "center=True is used by contrastive search alone: give strategy='con"),
+        ({"center": True, "strategy": AdaptiveContrastiveSearch()}, "center=True is used by contrastive search alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generator(["abc"], 2, **settings)
+    assert generator(["abc"], 2, center=False, strategy="fsd")
 
 
 def test_of_a_whole_run():
@@ -383,3 +474,6 @@ def test_greedy_search_is_what_it_was():
         options = {"max_new_tokens": NEW, "pad_token_id": PAD, "eos_token_id": None}
         found = model.generate(**inputs, custom_generate=ContrastiveSearch(**settings, center=True), **options)
         assert torch.equal(found, model.generate(**inputs, do_sample=False, **options))
+    settings = {"max_new_tokens": NEW, "pad_token_id": PAD}
+    plain = simctg_fast.generate(whole_texts(model), **inputs, **settings, penalty_alpha=0.0, center=True)
+    assert torch.equal(plain, model.generate(**inputs, do_sample=False, **options))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import pkgutil
 import sys
 
 import pytest
 import torch
 
+from simctg_fast import FSD
 from simctg_fast.cpu import modules
 from simctg_fast.decoding import trial
 from simctg_fast.ops import _backends
@@ -22,8 +24,9 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import zoo  # noqa: E402
 from zoo_sweep import build as small  # noqa: E402
-from zoo_sweep import engine, inputs, judge, run  # noqa: E402
+from zoo_sweep import engine, inputs, judge, run, strategies  # noqa: E402
 from zoo_sweep.classes import enters_generate, find, generating_classes  # noqa: E402
+from zoo_sweep.own_step import OwnStep  # noqa: E402
 
 NEW = 8
 
@@ -102,7 +105,7 @@ def test_what_modules_hold_does_not_reach_the_next_candidate(monkeypatch):
     given = inputs.text(1)
     tokens = decode(model, given, path="uncached", new_tokens=4)[:, -4:]
     assert float(judged(model, given, tokens).max()) < 1e-4
-    monkeypatch.setattr(judge._Walk, "_held", lambda self: [])
+    monkeypatch.setattr(judge.Walk, "held", lambda self: [])
     assert float(judged(model, given, tokens).max()) > 1e-3
 
 
@@ -245,6 +248,93 @@ def test_a_nan_that_is_ours_alone_is_a_fault(name, monkeypatch):
     assert any("no numbers where its own modules have some" in fault for fault in case["faults"])
 
 
+# ---- the strategies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BloomForCausalLM", "MambaForCausalLM"])
+def test_every_strategy_agrees(name):
+    """On an attention of ours, on copies of a cache, on a state that is none of keys and values."""
+    record = strategies.one_class(name, strategies.NAMES)
+    assert (record["status"], record["faults"]) == ("agrees", [])
+    assert set(record["strategies"]) == set(strategies.NAMES)
+    assert not any(found["is_greedy"] for found in record["strategies"].values()), "each has something to say"
+
+
+def one_less(place):
+    """A function whose argument at this place is one less."""
+    return lambda f: lambda *a, **o: f(*a[:place], a[place] - 1, *a[place + 1 :], **o)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "place", "mutant"),
+    [
+        ("fsd", "simctg_fast.decoding.fsd.ngram_penalty", one_less(2)),  # the text's end
+        ("fsd-vec", "simctg_fast.decoding.fsd.follower_scan", one_less(3)),
+        ("guard", "simctg_fast.decoding.guard.token_counts", lambda f: lambda *a: f(*a).clamp(max=1)),
+        ("adaptive", "simctg_fast.decoding.adaptive.insert_sorted", lambda f: lambda kept, *a: kept),
+        ("center", "simctg_fast.decoding.slots.sum_of", lambda f: lambda states: f(states[1:])),
+        ("center", "simctg_fast.decoding.contrastive_search.Contrastive", lambda f: lambda *a: f(*a[:3])),
+        ("dry", "simctg_fast.decoding.dry.repeated_suffix", lambda f: lambda *a: f(*a) - 1),
+    ],
+)
+def test_a_wrong_strategy_is_found(strategy, place, mutant, monkeypatch):
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    monkeypatch.setattr(owner, name, mutant(getattr(owner, name)))
+    record = strategies.one_class("LlamaForCausalLM", (strategy,))
+    assert record["status"] == "fault"
+    assert record["faults"][0].startswith(f"{strategy}: row ")
+
+
+def test_states_that_are_no_tokens():
+    """XLM puts a mask behind the text, whose state is that of the next token."""
+    model = small.build(find("XLMWithLMHeadModel"))
+    run.settle(model)
+    given = inputs.text(2)
+    for strategy in ("fsd", "center"):
+        model.generate(**given, **strategies.searches()[strategy][0](), max_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="XLMWithLMHeadModel puts 1 tokens of its own behind a text"):
+        model.generate(**given, custom_generate=FSD("vector"), max_new_tokens=3, do_sample=False)
+
+
+def test_transformers_own_step_is_the_whole_text():
+    """Asked with candidates in between, of a padded row."""
+    model = build("llama").double()
+    given = inputs_for(model, 2, 11)
+    ids = given["input_ids"][1, given["attention_mask"][1].bool()].tolist()
+    assert len(ids) < 11
+    step = OwnStep(copy.deepcopy(model), given, 1)
+    with torch.no_grad(), judge.true_float64():
+        for token in (5, 9, 9, 30):
+            for rows in ([ids], [[*ids, 7], [*ids, token], [*ids, 50]]):
+                out = step(torch.tensor(rows))
+                truth = model(torch.tensor(rows), output_hidden_states=True)
+                assert (out.logits[:, -1] - truth.logits[:, -1]).abs().max() < 1e-9
+                assert (out.hidden_states[-1] - truth.hidden_states[-1]).abs().max() < 1e-9
+            ids = [*ids, token]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "fsd,dri"], "--strategy is 'fsd,dri', must be contrastive or some of fsd, fsd-vec, guard"),
+        (["--strategy", "fsd", "--write"], "--strategy is of float32, and no part of the page"),
+        (["--strategy", "fsd", "--dtype", "bfloat16"], "--strategy is of float32"),
+    ],
+)
+def test_strategies_that_cannot_be_swept(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        zoo.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_said_of_strategies():
+    found = [{"strategies": {"fsd": {"status": s, "near_ties": t}}} for s, t in (("agrees", 1), ("refused", 0))]
+    found[0]["strategies"]["fsd"]["is_greedy"] = False
+    said = "fsd: 2 classes: 1 agrees, 1 refused; 1 near ties; 1 are not greedy search's texts"
+    assert strategies.summary([*found, {"strategies": {}}]) == said
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_some_forty_classes_agree_in_16_bits(dtype, tmp_path):
@@ -287,10 +377,10 @@ def test_an_error_from_deeper_down_is_no_refusal():
     model = build("llama")
     with pytest.raises(ValueError) as ours:
         run.ours(model, inputs_for(model), "nowhere")
-    assert run._is_ours(ours.value)
+    assert run.is_ours(ours.value)
     with pytest.raises(ValueError) as theirs:
         model.generate(**inputs.text(1), max_new_tokens=-1)
-    assert not run._is_ours(theirs.value)
+    assert not run.is_ours(theirs.value)
 
 
 def sweep(tmp_path, *arguments):

@@ -25,6 +25,7 @@ from simctg_fast.assets import resolve_model  # noqa: E402
 from simctg_fast.engine import Engine  # noqa: E402
 from simctg_fast.integrations._likelihood import _SOFTMAX_VALUES, continuation_log_likelihoods  # noqa: E402
 from simctg_fast.integrations.lm_eval import SimCTGLM  # noqa: E402
+from simctg_fast.strategy_names import RANDOM, STRATEGIES  # noqa: E402
 
 from .. import decoding_models, near_ties, toy_t5  # noqa: E402
 from ..decoding_models import shared, tokenizer  # noqa: E402
@@ -477,7 +478,7 @@ def test_special_tokens_that_stop(model, monkeypatch, stop, length):
     assert texts == ["~" * shown] * 2
 
 
-@pytest.mark.parametrize("strategy", ["contrastive", "greedy", "sample", "stochastic-contrastive"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_sampling_under_any_strategy(model, strategy):
     """Texts of a task that does not sample depend on no seed, and none is refused."""
     one, other = (SimCTGLM(str(model), strategy=strategy, slots=2, seed=seed) for seed in (0, 1))
@@ -486,7 +487,9 @@ def test_no_sampling_under_any_strategy(model, strategy):
         found = generate(one, CONTEXTS, **plain, **more)
         assert found == generate(other, CONTEXTS, **plain, **more)
         assert all(found)
-    expected = SimCTGLM(str(model), strategy="greedy" if strategy == "sample" else strategy.split("-")[-1], slots=2)
+    same = {"sample": "greedy", "stochastic-contrastive": "contrastive"}
+    cold = {"temperature": 0} if strategy == "guard" else {}
+    expected = SimCTGLM(str(model), strategy=same.get(strategy, strategy), slots=2, **cold)
     if strategy == "sample":
         same_texts(one, CONTEXTS, found, generate(expected, CONTEXTS, **plain))
     else:
@@ -511,7 +514,7 @@ def test_sampling(model):
     assert len(set(generate(lm, ["hello"] * 4, **settings))) > 1, "repeats of a request are drawn anew"
 
 
-@pytest.mark.parametrize("strategy", ["contrastive", "greedy"])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in RANDOM])
 @pytest.mark.parametrize(
     "settings", [{"do_sample": True}, {"temperature": 0.7}, {"do_sample": True, "temperature": 1.0}]
 )
@@ -534,6 +537,52 @@ def test_candidates_are_not_those_of_sampling(model, caplog):
     greedy = SimCTGLM(str(model), slots=2, strategy="greedy")
     with pytest.raises(ValueError, match="penalty_alpha is not used by strategy 'greedy'"):
         generate(greedy, CONTEXTS, penalty_alpha=0.5)
+
+
+SUCCESSORS = {
+    "fsd": {"fsd_n": 2, "penalty_alpha": 0.8},
+    "fsd-vec": {"top_k": 5},
+    "guard": {"guard_window": 3, "temperature": 0},
+    "adaptive": {"adaptive_q": 8.0, "adaptive_k_range": (2, 7)},
+}
+
+
+@pytest.mark.parametrize("strategy", SUCCESSORS)
+def test_texts_of_the_successors_are_the_engines(model, strategy):
+    """With settings of their own, and not greedy search's."""
+    lm = SimCTGLM(str(model), strategy=strategy, slots=2, **SUCCESSORS[strategy])
+    found = generate(lm, CONTEXTS, until=["~~"], max_gen_toks=12, do_sample=False)
+    engine = Engine(shared("gpt2"), tokenizer(), strategy=strategy, slots=3, **SUCCESSORS[strategy])
+    lines = [{"id": i, "prompt": c, "max_new_tokens": 12, "stop": ["~~", "<eos>"]} for i, c in enumerate(CONTEXTS)]
+    expected = {result.id: result.token_ids for result in engine.generate(lines)}
+    assert found == [lm.tokenizer.decode(expected[i], skip_special_tokens=True) for i in range(len(CONTEXTS))]
+    plain = SimCTGLM(str(model), strategy="greedy", slots=2)
+    assert found != generate(plain, CONTEXTS, until=["~~"], max_gen_toks=12)
+
+
+def test_guard_draws_where_a_task_does_or_says_nothing(model):
+    one, other = (SimCTGLM(str(model), strategy="guard", slots=2, seed=seed) for seed in (0, 1))
+    for settings in ({"do_sample": True, "temperature": 2.0}, {}):
+        assert generate(one, CONTEXTS, max_gen_toks=12, **settings) != generate(
+            other, CONTEXTS, max_gen_toks=12, **settings
+        )
+
+
+@pytest.mark.parametrize("strategy", ["fsd", "fsd-vec"])
+def test_penalties_of_a_task(model, strategy):
+    """`penalty_alpha` and, beside it, `top_k` are those of FSD as well; a weight of 0 is greedy search."""
+    lm = SimCTGLM(str(model), strategy=strategy, slots=2, top_k=6)
+    settings = {"max_gen_toks": 12, "until": ["~~"]}
+    found = generate(lm, CONTEXTS, **settings, penalty_alpha=0.9, top_k=4)
+    own = SimCTGLM(str(model), strategy=strategy, slots=2, penalty_alpha=0.9, top_k=4)
+    assert found == generate(own, CONTEXTS, **settings) != generate(lm, CONTEXTS, **settings)
+    greedy = SimCTGLM(str(model), slots=2, strategy="greedy")
+    same_texts(
+        lm, CONTEXTS, generate(lm, CONTEXTS, **settings, penalty_alpha=0), generate(greedy, CONTEXTS, **settings)
+    )
+    for other in ("adaptive", "guard"):
+        with pytest.raises(ValueError, match=f"penalty_alpha is not used by strategy '{other}'"):
+            generate(SimCTGLM(str(model), slots=2, strategy=other), CONTEXTS, penalty_alpha=0.5)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ test_candidate_select.py."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -279,6 +280,34 @@ def test_attention_bits_do_not_depend_on_batch_or_threads(isa, threads, dtype):
 
 @in_every_set
 @pytest.mark.parametrize("dtype", TYPES)
+def test_sequences_with_candidates_in_numbers_of_their_own(isa, threads, dtype):
+    """What each gets alone, bit by bit; PyTorch's code says the same."""
+    choose = random.Random(8)
+    for index in range(24):
+        call = as_type(draw_attention(choose, LENGTHS[index % len(LENGTHS)]), dtype)
+        batch = call["key"].shape[0]
+        k = call["query"].shape[0] // batch
+        for name in ("mask", "bias"):
+            if call[name] is not None and call[name].shape[0] == batch * k:
+                call[name] = call[name][::k]
+        counts = [choose.randint(1, k) for _ in range(batch)]
+        rows = [b * k + c for b, count in enumerate(counts) for c in range(count)]
+        some = {n: None if call[n] is None else call[n][rows] for n in ("query", "new_key", "new_value")}
+        offsets = torch.tensor([0, *itertools.accumulate(counts)])
+        threads(1 + index % 3)
+        y = attention(**(call | some), offsets=offsets)
+        for b, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            alone = one_sequence(call, b)
+            alone |= {n: None if alone[n] is None else alone[n][: end - begin] for n in some}
+            assert torch.equal(attention(**alone), y[begin:end])
+        call = {n: x.nan_to_num() if n in ("key", "value") else x for n, x in call.items()}
+        torchs = shared_prefix_attention.shared_prefix_attention(**(call | some), offsets=offsets, impl="torch")
+        wide = shared_prefix_attention.shared_prefix_attention(**call, impl="torch")
+        torch.testing.assert_close(torchs, wide[rows], equal_nan=True)
+
+
+@in_every_set
+@pytest.mark.parametrize("dtype", TYPES)
 def test_one_head_and_many_cuts(isa, threads, dtype):
     """Few heads and a long sequence: the threads share the cuts of one head."""
     query, key, value = torch.randn(4, 1, 1, 64), torch.randn(1, 1, 5000, 64), torch.randn(1, 1, 5000, 64)
@@ -436,6 +465,15 @@ def test_each_candidate_sees_its_own_key_only():
         ),
         ({"lengths": torch.tensor([1, 12])}, r"lengths\[1\] is 12, must be in 0..11"),
         ({"starts": torch.tensor([0.0, 1.0])}, "starts is torch.float32"),
+        ({"offsets": torch.tensor([0, 6])}, r"offsets is torch.int64 \(2,\) on cpu, must be int64 \(3,\)"),
+        ({"offsets": torch.tensor([0.0, 2.0, 6.0])}, "offsets is torch.float32"),
+        ({"offsets": torch.tensor([0, 2, 5])}, r"offsets is \[0, 2, 5\], must rise from 0 to the 6 rows of query"),
+        ({"offsets": torch.tensor([0, 7, 6])}, r"offsets is \[0, 7, 6\], must rise from 0"),
+        ({"offsets": torch.tensor([1, 2, 6])}, r"offsets is \[1, 2, 6\], must rise from 0"),
+        (
+            {"offsets": torch.tensor([0, 2, 6]), "mask": torch.ones(6, 1, 1, 12, dtype=torch.bool)},
+            r"mask has shape \(6, 1, 1, 12\), must be \(1, 2, 1 or 4, 1, 12\)",
+        ),
         ({"query": torch.zeros(6, 4, 1, 8, requires_grad=True)}, "query requires a gradient"),
     ],
 )

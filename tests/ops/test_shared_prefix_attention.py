@@ -247,6 +247,8 @@ def test_operator(case):
     torch.library.opcheck(torch.ops.simctg_fast.shared_prefix_attention, call)
     lengths, starts = torch.tensor([9, 11]), torch.tensor([0, 3])
     torch.library.opcheck(torch.ops.simctg_fast.shared_prefix_attention, (*call[:12], lengths, starts, None))
+    offsets = torch.tensor([0, 2, len(arguments["query"])])
+    torch.library.opcheck(torch.ops.simctg_fast.shared_prefix_attention, (*call, offsets))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -19,6 +19,7 @@ from simctg_fast.evaluation import demo
 from simctg_fast.evaluation.demo import Comparison, Continuation
 from simctg_fast.loading import fitting_threads
 from simctg_fast.ops import backend_info
+from simctg_fast.strategy_names import RANDOM
 from simctg_fast.text.continuation import continuation_pieces
 
 from ..processes import run_child
@@ -114,6 +115,12 @@ class TestGenerate:
         assert text("1") == first
         assert text("2") != first
 
+    @pytest.mark.parametrize("strategy", RANDOM)
+    def test_whatever_draws_takes_a_seed(self, strategy) -> None:
+        options = ["-n", "8", "--strategy", strategy, "--seed", "1", "--json"]
+        first, again = (lines(run("generate", "bundled", "This is", *options))[0]["text"] for _ in range(2))
+        assert first == again
+
     def test_stop_text(self) -> None:
         (whole,) = lines(run("generate", "bundled", "The value", "-n", "30", "--json"))
         stop = re.search(r"\s(\w+)\s", whole["text"])[1]
@@ -202,7 +209,8 @@ class TestGenerate:
             (["bundled", "x", "--temperature", "inf"], "temperature must be a finite number of at least 0, got inf"),
             (["bundled", "x", "--temperature", "1", "--seed", str(2**63)], "--seed must be from 0 to 2**63 - 1, got"),
             (["bundled", "x", "--stop", ""], "--stop must be a text, got ''"),
-            (["bundled", "x", "--seed", "3"], "--seed must be given together with --temperature, got 3"),
+            (["bundled", "x", "--seed", "3"], "--seed must be given together with --temperature or --strategy"),
+            (["bundled", "x", "--strategy", "fsd,guard", "--seed", "3"], "--seed must be given together with"),
             (["bundled", "x", "--dtype", "int8"], "--dtype must be float32, float16, bfloat16 or auto, got int8"),
             (["bundled", "x", "--weights", "int4"], "--weights must be int8 or lossless, got int4"),
             (["bundled", "x", "--device", "abacus"], "device must be one that this torch can use, got 'abacus'"),

@@ -62,7 +62,7 @@ def test_plan(gpu, capsys):
     out = capsys.readouterr().out
     commands = [line for line in out.splitlines() if line.startswith("python3 ")]
     assert commands == [f"python3 benchmarks/gpu.py {n} --budget {b}" for n, (b, _) in gpu.CALLS.items()]
-    assert "In all 1320 s at most, 1320 allowed" in out
+    assert "In all 1450 s at most, 1450 allowed" in out
     planned = [part for _, stages in gpu.CALLS.values() for stage in stages for part in stage]
     assert planned == list(gpu.PARTS)
     for number, (part, entry) in enumerate(gpu.PARTS.items()):
@@ -265,6 +265,9 @@ def silent(original):
         ("gpu_decode:check_attention", "simctg_fast.ops.shared_prefix_attention:shared_prefix_attention", wrong_first),
         ("gpu_decode:check_commit", "simctg_fast.ops.prefix_commit:prefix_commit", silent),
         ("gpu_decode:check_top_k", "simctg_fast.ops.top_k:top_k_probs", wrong_first),
+        ("gpu_strategies:check_centered", "gpu_strategies:centered_scan", wrong_first),
+        ("gpu_strategies:check_followers", "gpu_strategies:follower_scan", wrong_first),
+        ("gpu_strategies:check_contraclm", "gpu_strategies:contraclm_token_loss", wrong_first),
         ("gpu_losses:check_contrastive", "gpu_losses:contrastive_loss", wrong_first),
         ("gpu_losses:check_simcse", "gpu_losses:simcse_unsup_loss", wrong_first),
         ("gpu_crf:check_backtrace", "gpu_crf:viterbi_backtrace", wrong_first),
@@ -320,6 +323,37 @@ def test_other_tokens_on_the_device_are_found(gpu, first, monkeypatch):
     monkeypatch.setattr(first, "search", other)
     with pytest.raises(AssertionError, match="captured and uncaptured: row 0"):
         next(first.check_model(gpu.Where("cpu", tiny=True), "gpt2"))
+
+
+def test_other_tokens_of_a_strategy_are_found(gpu, monkeypatch):
+    """Captured, though not in the plain loop."""
+    module = importlib.import_module("gpu_strategies")
+    where, original = gpu.Where("cpu", tiny=True), module.written
+
+    def other(where, model, inputs, made, step):
+        out = original(where, model, inputs, made, step)
+        out[1, -1] += step
+        return out
+
+    assert all(found["passed"] for found in module.check_tokens(where, "gpt2"))
+    monkeypatch.setattr(module, "written", other)
+    for found in module.check_tokens(where, "gpt2"):
+        assert not found["passed"]
+        assert found["figures"].startswith("captured: row 1, token 11, clear by")
+        assert "plain" not in found["figures"]
+
+
+def test_the_price_of_adaptive_search(gpu):
+    """Rows that are masked: at most 1.05 of the time of a search of as many."""
+    module = importlib.import_module("gpu_strategies")
+    where = gpu.Where("cpu", tiny=True)
+    cases = {found["case"].rpartition(", ")[2]: found for found in module.measure_strategies(where, 0)}
+    assert set(cases) == set(module.timed_searches())
+    found = cases["adaptive"]
+    assert found["others"] == {"contrastive k=15": cases["contrastive k=15"]["ms"]}
+    met, missed = (found | {"ms": 1.0, "others": {"contrastive k=15": other}} for other in (0.96, 0.95))
+    assert gpu.missed(met) == []
+    assert gpu.missed(missed) == ["MISSED 0.952381x contrastive k=15 (0.95x)"]
 
 
 def test_memory_that_grows_is_found(gpu, first, monkeypatch):

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from ..repository import INSTALLED
 
 # Each room and what else it may import, all of it further up here. Nothing but tests and benchmarks has `reference`.
-EVERYBODYS = {"checks", "memory", "printable"}
+EVERYBODYS = {"checks", "memory", "printable", "strategy_names"}
 ROOMS = {
     "checks": "",
     "memory": "",
     "printable": "",
+    "strategy_names": "",
     "distributed": "",
     "kernels": "",
     "reference": "",

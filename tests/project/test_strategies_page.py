@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import simctg_fast
-from simctg_fast.engine.parameters import NAMES, STRATEGIES
+from simctg_fast.engine.parameters import NAMES
+from simctg_fast.strategy_names import STRATEGIES
 
 from ..repository import repository
 
