@@ -34,9 +34,10 @@ def figures_table(evaluation: dict[str, Any]) -> str:
     if any(row["strategy"] == HUMAN for row in rows):
         marks += ", with a dashed line at the human texts"
     signs = dict(goal(metric, rows, key) for key, metric in metrics.items())
-    legend = "".join(f" {sign} {words}." for sign, words in signs.items() if sign)
+    meanings = "; ".join(f"{sign}\u00a0{words}" for sign, words in signs.items() if sign)
+    legend = f" Beside the units: {meanings}." if meanings else ""
     return (
-        f'<p id="table-about" class="about">Means{over}; below each its 95 % bootstrap interval where there is one; '
+        f'<p id="table-about" class="about">Means{over}; below each its 95\u00a0% bootstrap interval where there is one; '
         f"{marks}. "
         "Where intervals overlap much, the difference may be chance."
         f"{legend}</p>"
