@@ -29,17 +29,16 @@ def figures_table(evaluation: dict[str, Any]) -> str:
         kind = ' class="human"' if is_human else ""
         body.append(f'<tr{kind}><th scope="row">{name}{note}</th>{cells}</tr>')
     count = evaluation.get("prompts")
-    over = f" over {number(count, 0)} prompts" if shown(count) else ""
+    over = f" over {number(count, 0)} {'prompt' if count == 1 else 'prompts'}" if shown(count) else ""
     marks = "the picture below shows both beside the other strategies’"
     if any(row["strategy"] == HUMAN for row in rows):
         marks += ", with a dashed line at the human texts"
     signs = dict(goal(metric, rows, key) for key, metric in metrics.items())
-    legend = "".join(f" {sign} {words}." for sign, words in signs.items() if sign)
+    meanings = "; ".join(f"{sign}\u00a0{words}" for sign, words in signs.items() if sign)
+    legend = f" Beside the units: {meanings}." if meanings else ""
     return (
-        f'<p id="table-about" class="about">Means{over}; below each its 95 % bootstrap interval where there is one; '
-        f"{marks}. "
-        "Where intervals overlap much, the difference may be chance."
-        f"{legend}</p>"
+        f'<p id="table-about" class="about">Means{over}; below each its 95\u00a0% bootstrap interval where there is '
+        f"one; {marks}. Where intervals overlap much, the difference may be chance.{legend}</p>"
         '<div class="wide" role="region" aria-labelledby="table-caption" aria-describedby="table-about" tabindex="0">'
         '<table class="figures"><caption id="table-caption" class="unseen">Figures of each strategy</caption>'
         f'<thead><tr><th scope="col">strategy</th>{"".join(heads)}</tr></thead><tbody>{"".join(body)}</tbody>'

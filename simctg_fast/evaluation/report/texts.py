@@ -43,7 +43,7 @@ def _column(strategy: str, label: str, one: dict[str, Any], unit: str) -> str:
         facts.append(f"{number(one['tokens'], 0)} {'token' if one['tokens'] == 1 else 'tokens'}")
     if shown(one.get("diversity")):
         facts.append(" ".join(filter(None, ["diversity", number(one["diversity"], 1), escaped(unit)])))
-    facts.append(f"{_share(one['repeated'])} % repeated")
+    facts.append(f"{_share(one['repeated'])}\u00a0% repeated")
     return (
         f'<section class="written" data-strategy="{escaped(strategy)}"><h4>{isolated(label)}</h4>'
         f'<p class="facts">{" · ".join(facts)}</p>'
