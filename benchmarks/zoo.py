@@ -4,6 +4,7 @@
     python benchmarks/zoo.py --only 'Gemma|T5'       # these classes
     python benchmarks/zoo.py --ci                    # some forty that cover every kind; exit status 1 on a fault
     python benchmarks/zoo.py --dtype bfloat16        # results/zoo_<version>_bfloat16.jsonl; with --ci as well
+    python benchmarks/zoo.py --rounding --dtype bfloat16  # logits alone, of many texts: zoo_rounding_<version>_….jsonl
     python benchmarks/zoo.py --write                 # the table, docs/zoo.md, from the results of each type
 
 The judge (`zoo_sweep/judge.py`) is transformers' own step in float64. "agrees": each of our tokens is the best by it,
@@ -11,6 +12,8 @@ or as good up to rounding, on every path that opens. "refused": we raise ValueEr
 generic inputs do not get through transformers' own greedy search. "rough": float32 itself is too far from float64 to
 tell. In 16 bits float64 begins with the same weights, and what the model's own modules round away, drawn a few times,
 is the measure (`zoo_sweep/rounding.py`); a path that opens in float32 has to be as close even where its trial refuses.
+`--rounding` measures how close, by the root mean square over many positions (`zoo_sweep/logit_errors.py`); a class that
+is above what is allowed is no fault of the run.
 """
 
 from __future__ import annotations
@@ -63,23 +66,23 @@ CI = (
 )
 
 
-def _child(name: str, dtype: str, pipe) -> None:
+def _child(name: str, dtype: str, rounding: bool, pipe) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     import torch
-    from zoo_sweep.run import one_class
+    from zoo_sweep import logit_errors, run
 
-    pipe.send(one_class(name, getattr(torch, dtype)))
+    pipe.send((logit_errors if rounding else run).one_class(name, getattr(torch, dtype)))
     pipe.close()
 
 
-def sweep(names: list[str], jobs: int, done, dtype: str = "float32"):
+def sweep(names: list[str], jobs: int, done, dtype: str = "float32", rounding: bool = False):
     """``done(record)`` for every class, each in a process of its own that was forked from this one."""
     import torch
     import transformers
-    from zoo_sweep import classes, run  # noqa: F401  imported before the fork, once for all
+    from zoo_sweep import classes, logit_errors  # noqa: F401  imported before the fork, once for all
 
     import simctg_fast.decoding  # noqa: F401
 
@@ -91,7 +94,7 @@ def sweep(names: list[str], jobs: int, done, dtype: str = "float32"):
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, dtype, theirs), daemon=True)
+            process = context.Process(target=_child, args=(name, dtype, rounding, theirs), daemon=True)
             process.start()
             theirs.close()
             running[name] = (process, ours, time.monotonic())
@@ -241,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="classes whose name this regular expression finds")
     parser.add_argument("--ci", action="store_true", help="some forty classes that cover every kind")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="16 bits: judged by the same weights")
+    parser.add_argument("--rounding", action="store_true", help="how close logits of 16 bits are, over many positions")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="do not go on from earlier results")
     parser.add_argument("--output", type=Path, help="results, a JSON line a class")
@@ -249,6 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.write and options.dtype != "float32":
         parser.error("the page is written from float32's results")
+    if options.rounding and (options.dtype == "float32" or options.write):
+        parser.error("--rounding is of 16 bits (--dtype), and only kept for the page")
     if options.ci and options.write:
         parser.error("--ci keeps no results to write a page from")
     import transformers
@@ -258,7 +264,10 @@ def main(arguments: list[str] | None = None) -> int:
         dtype: HERE / "results" / f"zoo_{transformers.__version__}{'' if dtype == 'float32' else f'_{dtype}'}.jsonl"
         for dtype in DTYPES
     }
-    output = options.output or kept[options.dtype]
+    kept_rounding = {
+        dtype: HERE / "results" / f"zoo_rounding_{transformers.__version__}_{dtype}.jsonl" for dtype in DTYPES[1:]
+    }
+    output = options.output or (kept_rounding if options.rounding else kept)[options.dtype]
     names = [name for name in generating_classes() if not options.only or re.search(options.only, name)]
     if options.ci:
         names = [name for name in CI if name in names]
@@ -269,13 +278,15 @@ def main(arguments: list[str] | None = None) -> int:
     def done(record: dict) -> None:
         fresh.append(record)
         line = f"{record['class']}: {record['status']} {record['path']}"
+        line += "".join(f", {case['ratio']:.3f}" for case in record.get("cases", {}).values() if "ratio" in case)
         print(line, *[f"\n    {fault}" for fault in record["faults"]], sep="", flush=True)
         if keep:
             with output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
     if not options.write or options.only or not known:
-        sweep([n for n in names if options.again or options.only or n not in known], options.jobs, done, options.dtype)
+        fresh_names = [n for n in names if options.again or options.only or n not in known]
+        sweep(fresh_names, options.jobs, done, options.dtype, options.rounding)
     known |= {record["class"]: record for record in fresh}
     faulty = [record["class"] for record in fresh if record["status"] == "fault"]
     print(f"{len(fresh)} classes in {time.monotonic() - began:.0f} s, {len(faulty)} with faults: {' '.join(faulty)}")

@@ -61,7 +61,7 @@ def one_class(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         model = build.build(cls, dtype=dtype)
         settle(model)
     except Exception as error:
-        record |= {"status": "not built", "reason": _short(error)}
+        record |= {"status": "not built", "reason": short(error)}
         return record
     cases: dict[str, Any] = {}
     for kind in inputs.kinds(model):
@@ -131,14 +131,14 @@ def one_case(model: Any, kind: str, rows: int) -> dict[str, Any]:
         try:
             results[label] = ours(calls, given, path)
         except Exception as error:  # noqa: PERF203
-            if isinstance(error, ValueError) and _is_ours(error):
-                case.setdefault("refusals", {})[label] = _short(error)
+            if isinstance(error, ValueError) and is_ours(error):
+                case.setdefault("refusals", {})[label] = short(error)
                 if _overflows_itself(model, given, error, case):
                     overflows = True
                 elif _NO_PROBABILITIES.search(str(error)) and model.dtype != torch.float32:
-                    faults.append(f"{label}: no numbers where its own modules have some: {_short(error)}")
+                    faults.append(f"{label}: no numbers where its own modules have some: {short(error)}")
             else:
-                faults.append(f"{label}: raises {_short(error)}")
+                faults.append(f"{label}: raises {short(error)}")
     if overflows:
         case["status"] = "fault" if faults else "rough"
         return case
@@ -170,19 +170,19 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, label) ->
         steps = judge.trace(double, double_inputs, tokens)
     except Exception as error:
         try:
-            case["truth"] = f"float32, because in float64 {_short(error)}"
+            case["truth"] = f"float32, because in float64 {short(error)}"
             double, double_inputs = single_of(model, given)
             steps = judge.trace(double, double_inputs, tokens)
         except Exception as again:
             case["status"] = "rough"
-            case["truth"] = f"none: {_short(again)}"
+            case["truth"] = f"none: {short(again)}"
             return ""
     truth = rounding.stacked(steps)
     if model.dtype != torch.float32:
         try:
             found = _within_rounding(model, given, steps, tokens, logits, case)
         except Exception as error:
-            return f"the judge failed: {_short(error)}"
+            return f"the judge failed: {short(error)}"
         if found and label == "uncached" and logits is not None:
             whole = judge.trace(double, double_inputs, tokens, cached=False)
             if not _within_rounding(model, given, whole, tokens, logits, {}, cached=False):
@@ -193,7 +193,7 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, label) ->
         plain = judge.trace(copy.deepcopy(model), given, tokens, scored=False)
         own_error = judge.error(rounding.stacked(plain), truth)
     except Exception as error:
-        return f"the judge failed: {_short(error)}"
+        return f"the judge failed: {short(error)}"
     case["own_error"] = max(case.get("own_error", 0.0), own_error)
     try:
         steps_whole = judge.trace(double, double_inputs, tokens, cached=False, scored=False)
@@ -202,7 +202,7 @@ def verdict(model, given, double, double_inputs, tokens, logits, case, label) ->
         if apart > (1e-3 if "truth" in case else 1e-6):
             case["own_differs"] = f"{apart:.2g}"
     except Exception as error:
-        case["own_differs"] = f"uncached fails: {_short(error)}"
+        case["own_differs"] = f"uncached fails: {short(error)}"
     if own_error > ROUGH or not bool(truth.isfinite().any()):
         case["status"] = "rough"
         return ""
@@ -292,7 +292,7 @@ def _slower_than_in_float32(model, given, report, double, double_inputs, case) -
             tokens, logits = ours(copy.deepcopy(model), given, path)
         wrong = verdict(model, given, double, double_inputs, tokens, logits, case, path)
     except Exception as error:
-        wrong = "" if _overflows_itself(model, given, error, case) else _short(error)
+        wrong = "" if _overflows_itself(model, given, error, case) else short(error)
     return f"{path} in float32, not here: {report.reason}; taken all the same: {wrong}" if wrong else ""
 
 
@@ -301,7 +301,7 @@ def _overflows_itself(model, given, error: Exception, case) -> bool:
     search on the same inputs with nothing of ours in place, they are none either; the case says so. (In float64 they
     may be: that is what an overflow is.)"""
     about = _NO_PROBABILITIES.search(str(error))
-    if model.dtype == torch.float32 or about is None or not _is_ours(error):
+    if model.dtype == torch.float32 or about is None or not is_ours(error):
         return False
     row, step = map(int, about.groups())
     out = copy.deepcopy(model).generate(
@@ -324,8 +324,8 @@ def in_the_engine(model: Any) -> dict[str, Any]:
         try:
             alone.append(ours(calls, given, "auto", engine.NEW_TOKENS)[0][0].tolist())
         except Exception as error:  # noqa: PERF203
-            if not (isinstance(error, ValueError) and _is_ours(error)):
-                found["faults"].append(f"generate raises {_short(error)}")
+            if not (isinstance(error, ValueError) and is_ours(error)):
+                found["faults"].append(f"generate raises {short(error)}")
                 return found
             alone.append(None)
     judged: dict[tuple, str] = {}
@@ -334,16 +334,16 @@ def in_the_engine(model: Any) -> dict[str, Any]:
             try:
                 batching, written, reason = engine.written(model, slots)
             except ValueError as error:
-                if model.dtype == torch.float32 or not _is_ours(error) or _DIFFERS not in str(error):
+                if model.dtype == torch.float32 or not is_ours(error) or _DIFFERS not in str(error):
                     raise
                 with mock.patch.object(trial, "check_close"):  # too close to call: judged by its tokens
                     batching, written, reason = engine.written(model, slots)
         except Exception as error:
-            if not (isinstance(error, ValueError) and _is_ours(error)):
-                found["faults"].append(f"slots={slots} raises {_short(error)}")
+            if not (isinstance(error, ValueError) and is_ours(error)):
+                found["faults"].append(f"slots={slots} raises {short(error)}")
             elif None not in alone:
-                found["faults"].append(f"slots={slots} refuses what generate takes: {_short(error)}")
-            found["batching"], found["reason"] = "refused", _short(error)
+                found["faults"].append(f"slots={slots} refuses what generate takes: {short(error)}")
+            found["batching"], found["reason"] = "refused", short(error)
             continue
         if not found["batching"]:
             found["batching"], found["reason"] = batching, reason
@@ -391,7 +391,7 @@ def accepted_inputs(model, kind: str, rows: int) -> tuple[dict[str, torch.Tensor
                     return None, f"generate gives no tokens but {type(out).__name__}"
                 return guess, ""
             except Exception as error:  # noqa: PERF203
-                problem = problem or _short(error)
+                problem = problem or short(error)
                 better = inputs.corrected(model, kind, guess, str(error)) if attempt == 0 else None
                 if better is None:
                     break
@@ -404,7 +404,7 @@ def _note(case: dict[str, Any], text: str) -> None:
     case["note"] = "; ".join(dict.fromkeys([*notes, text]))
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
     """Whether it is a refusal of ours, raised by our code, and not something that went wrong deeper down."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
@@ -412,6 +412,6 @@ def _is_ours(error: BaseException) -> bool:
     return place is not None and "simctg_fast" in place.tb_frame.f_code.co_filename
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -287,10 +287,10 @@ def test_an_error_from_deeper_down_is_no_refusal():
     model = build("llama")
     with pytest.raises(ValueError) as ours:
         run.ours(model, inputs_for(model), "nowhere")
-    assert run._is_ours(ours.value)
+    assert run.is_ours(ours.value)
     with pytest.raises(ValueError) as theirs:
         model.generate(**inputs.text(1), max_new_tokens=-1)
-    assert not run._is_ours(theirs.value)
+    assert not run.is_ours(theirs.value)
 
 
 def sweep(tmp_path, *arguments):
