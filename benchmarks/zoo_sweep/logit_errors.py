@@ -1,4 +1,4 @@
-"""How far logits of 16 bits are from float64 with the same weights: ours, as a share of what the model's own modules are.
+"""How far logits of 16 bits are from float64 with the same weights: ours, as a share of what the modules' own are.
 
 Both are measured at the tokens that we chose, over many short texts: the modules step by step with their cache (the
 whole text again at each step where our step has none either), which is how `generate` runs them.
@@ -16,11 +16,14 @@ from . import build, classes, inputs, judge, run
 from .rounding import stacked
 
 SEEDS, MORE_SEEDS = 3, 9  # of the weights; and so many more where the ratio is above `ALLOWED`
-ROWS, BATCHES = 4, 8  # texts of a seed; `ROWS` so few that prompts as well go through kernels for few rows
+ROWS, BATCHES = 4, 9  # texts of a seed; `ROWS` so few that prompts as well go through kernels for few rows
 ALLOWED = 1.05
 HEAVY = 2.0  # the modules' root mean square is that many times their median: a few positions are all of it
 FAR = 4.0  # times the modules' median: a position where something was chosen otherwise
 _RESAMPLES = 2000
+
+# Why a class is above what is allowed, for the page.
+REASONS: dict[str, str] = {}
 
 
 @run.quiet()
@@ -116,9 +119,9 @@ class Errors:
 
     def case(self) -> dict[str, Any]:
         """What is recorded: ``ratio`` of the root mean squares of all positions; in 95 of 100 drawings of as many texts
-        of these it lies between ``low`` and ``high``. Where ``heavy`` (experts chosen otherwise at a few positions), what
-        counts is ``typical``, the ratio of the medians, and how many texts have positions ``far`` off, ours and the
-        modules': no more than as many again would by chance."""
+        of these it lies between ``low`` and ``high``. Where ``heavy`` (experts chosen otherwise at a few positions),
+        what counts is ``typical``, the ratio of the medians, and how many texts have positions ``far`` off, ours and
+        the modules': no more than as many again would by chance."""
         case: dict[str, Any] = {"status": "fault", "paths": list(self.paths), "reason": self.fault}
         if not self.ours:
             return case if self.fault else case | {"status": "refused", "reason": self.refusals[0]}
@@ -163,8 +166,8 @@ def interval(ours: torch.Tensor, modules: torch.Tensor) -> tuple[float, float]:
 
 
 def varied(given: inputs.Inputs, marks: list[int], seed: int) -> inputs.Inputs:
-    """The same kind of inputs with other words (but for ``marks``, of images), and other pixels or sounds: what is not a
-    whole number. Every other seed has the padding of ``given``, the others none."""
+    """The same kind of inputs with other words (but for ``marks``, of images), and other pixels or sounds: what is not
+    a whole number. Every other seed has the padding of ``given``, the others none."""
     padded = seed % 2 == 1 and "attention_mask" in given
     random = torch.Generator().manual_seed(1000 + seed)
     found = dict(given)
@@ -174,8 +177,9 @@ def varied(given: inputs.Inputs, marks: list[int], seed: int) -> inputs.Inputs:
             found[name] = torch.where(values == values.round(), values, noise)
         elif name == "input_ids":
             words = torch.randint(3, inputs.LONGEST_ID, values.shape, generator=random)
-            kept = torch.isin(values, torch.tensor(marks, dtype=values.dtype)) | torch.isin(words, torch.tensor(marks, dtype=values.dtype))
-            found[name] = torch.where((values < inputs.LONGEST_ID) & ~kept, words, values)
+            named = torch.tensor(marks, dtype=values.dtype)
+            kept = (values >= inputs.LONGEST_ID) | torch.isin(values, named) | torch.isin(words, named)
+            found[name] = torch.where(kept, values, words)
             if padded:
                 found[name] = found[name].masked_fill(given["attention_mask"] == 0, 0)
         elif name == "attention_mask" and not padded:

@@ -88,8 +88,8 @@ def shared_prefix_attention(
             beyond them. Entry ``length`` of ``mask`` and ``bias`` stays the new key's.
         starts: ``(B,)`` int64, a ``window_start`` of each row's own.
         window: each row sees itself and the ``window − 1`` keys before it; needs a ``new_key``.
-        impl: ``"auto"``, ``"cpu"`` (C++; float32, bfloat16 or float16, all other tensors of the query's dtype), ``"triton"``
-            (CUDA) or ``"torch"`` (any device and dtype).
+        impl: ``"auto"``, ``"cpu"`` (C++; float32, bfloat16 or float16, all other tensors of the query's dtype),
+            ``"triton"`` (CUDA) or ``"torch"`` (any device and dtype).
 
     Returns:
         ``(B·k, 1, H, D_v)`` in the query's dtype; the softmax is taken in float32 at least.
