@@ -252,7 +252,7 @@ def of_the_modules_error(results: dict[str, list[dict]]) -> list[str]:
 
 
 def _measured(record: dict) -> dict[str, dict]:
-    return {kind: case for kind, case in record["cases"].items() if "ratio" in case and case["modules"] > 0}
+    return {kind: case for kind, case in record["cases"].items() if "ratio" in case}
 
 
 def _counted(counts: Counter) -> str:

@@ -66,6 +66,8 @@ def test_refusals_and_faults_are_no_measurement():
     assert errors.case()["status"] == "refused"
     errors.fault = "RuntimeError: oh"
     assert errors.case()["status"] == "fault"
+    nothing = torch.zeros(4, 8)
+    assert errors_of(nothing, nothing).case()["status"] == "not reached"
 
 
 def test_other_words_around_the_same_marks():
