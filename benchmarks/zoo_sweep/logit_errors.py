@@ -126,7 +126,7 @@ class Errors:
         if not self.ours:
             return case if self.fault else case | {"status": "refused", "reason": self.refusals[0]}
         ours, modules = torch.cat(self.ours), torch.cat(self.modules)
-        if not bool(ours.nansum()) and not bool(modules.nansum()):  # XLM's states are 0 where its mask token is its padding
+        if not bool(ours.nansum() + modules.nansum()):  # XLM's states are 0 where its mask token is its padding
             return case | {"status": "not reached", "reason": self.fault or "its modules round nothing away"}
         seeds = torch.tensor(self.seeds).repeat_interleave(len(self.ours[0]))
         ratio, (low, high) = _ratio(ours, modules), interval(ours, modules)
