@@ -145,8 +145,10 @@ def test_the_page_counts_them():
     lines = zoo.of_the_modules_error({"bfloat16": records})
     expected = (
         "* bfloat16: of 3 classes 1 are at most 1.05 (0 of them have the modules' own bits; half at most 1.20), 1 by "
-        "their medians, 1 above. 1 are refused."
+        "their medians, 1 above. 1 are refused. Texts that went astray: 3, by the modules 3."
     )
     assert expected in lines
-    assert lines[-1] == "| B | bfloat16 | text | 1.200 | 1.20 to 1.20 | 1.200 |  |  |"
+    assert lines[-2] == "| B | bfloat16 | text | 1.200 | 1.20 to 1.20 | 1.200 |  | above |  |"
+    few = "a few positions are all of the modules' error"
+    assert lines[-1] == f"| C | bfloat16 | text | 1.200 | 1.20 to 1.20 | 1.000 | 3 to 3 | within | {few} |"
     assert zoo.of_the_modules_error({"bfloat16": records[:1]})[-1].startswith("* bfloat16: of 1 classes 1")
