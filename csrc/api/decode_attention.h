@@ -46,7 +46,7 @@ struct DecodeAttention {
     ElementType bias_type;
     int64_t bias_batch, bias_candidate, bias_head;
 
-    const void* sinks;  // [kv_heads · groups]: a logit that takes part in the softmax and carries no value, or null
+    const float* sinks;  // [kv_heads · groups]: a logit that takes part in the softmax and carries no value, or null
 
     void* out;  // [rows, kv_heads · groups, value_dim], contiguous
 };

@@ -80,7 +80,7 @@ simctg::DecodeAttention attention_call(std::array<int64_t, 6> sizes, Array<2> qu
     call.mask_batch = mask[1], call.mask_candidate = mask[2], call.mask_head = mask[3];
     call.bias = pointer<const void>(bias[0]);
     call.bias_batch = bias[1], call.bias_candidate = bias[2], call.bias_head = bias[3];
-    call.sinks = pointer<const void>(sinks);
+    call.sinks = pointer<const float>(sinks);
     call.out = pointer<void>(out);
     return call;
 }

@@ -303,7 +303,7 @@ void finish(const DecodeAttention& call, int64_t b, int64_t g, int64_t cuts, flo
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t c = i / call.groups, head = g * call.groups + i % call.groups, row = call.first_row(b) + c;
         const float own = call.new_key ? new_score<E>(call, b, c, g, head) : kMinusInfinity;
-        const float sink = call.sinks ? widen(*elements<E>(call.sinks, head)) : kMinusInfinity;
+        const float sink = call.sinks ? call.sinks[head] : kMinusInfinity;
         float largest = larger(own, sink);
         for (int64_t cut = 0; cut < cuts; ++cut) {
             largest = larger(largest, *PartialRow(partials + cut * cut_floats, i, value_dim).largest);

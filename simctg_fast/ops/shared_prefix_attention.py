@@ -85,7 +85,7 @@ def shared_prefix_attention(
         bias: float32 or the query's dtype, added to the scaled (and capped) scores; shape as ``mask``. T5's relative
             positions, or an additive mask.
         softcap: ``softcap · tanh(score / softcap)`` before mask and bias.
-        sinks: ``(H,)`` logits that take part in the softmax and carry no value.
+        sinks: ``(H,)`` logits that take part in the softmax and carry no value, float32 or the query's dtype.
         window_start: shared keys before this position are not read.
         lengths: ``(B,)`` int64, shared keys in use in each row, each at most ``length``; the buffer must be finite
             beyond them. Entry ``length`` of ``mask`` and ``bias`` stays the new key's.
@@ -93,8 +93,8 @@ def shared_prefix_attention(
         window: each row sees itself and the ``window − 1`` keys before it; needs a ``new_key``.
         offsets: ``(B + 1,)`` int64 on the CPU, the sequences' first rows of ``query``, and how many rows there are;
             None: k each. Not for ``"triton"``; masks and biases then have 1 or B rows.
-        impl: ``"auto"``, ``"cpu"`` (C++; float32, bfloat16 or float16, all tensors of the query's dtype), ``"triton"``
-            (CUDA) or ``"torch"`` (any device and dtype).
+        impl: ``"auto"``, ``"cpu"`` (C++; float32, bfloat16 or float16, all other tensors of the query's dtype),
+            ``"triton"`` (CUDA) or ``"torch"`` (any device and dtype).
 
     Returns:
         ``(B·k, 1, H, D_v)`` in the query's dtype; the softmax is taken in float32 at least.
@@ -128,13 +128,15 @@ def resolve(impl: str, call: Call) -> str:
     def cpu() -> str | None:
         obstacle = cpu_obstacle(
             ELEMENT_TYPES, call.mask, query=query, key=key, value=value, new_key=call.new_key,
-            new_value=call.new_value, sinks=call.sinks,
+            new_value=call.new_value,
         )  # fmt: skip
-        if obstacle is not None or (bias := call.bias) is None:
-            return obstacle
-        if bias.stride(-1) != 1:
+        bias = call.bias
+        if bias is not None and bias.stride(-1) != 1:
             bias = bias[..., :1]  # copied when it is read: T5 makes its bias heads last
-        return cpu_obstacle(tuple(dict.fromkeys((query.dtype, torch.float32))), bias=bias)
+        for name, tensor in (("sinks", call.sinks), ("bias", bias)):
+            if obstacle is None and tensor is not None:  # of float32 in models of 16 bits that keep them so
+                obstacle = cpu_obstacle(tuple(dict.fromkeys((query.dtype, torch.float32))), **{name: tensor})
+        return obstacle
 
     return choose(impl, query.device, cpu=cpu, triton=triton)
 
@@ -244,6 +246,7 @@ def _native(call: Call, out: int) -> tuple[Any, list[torch.Tensor | None]]:
     rows, heads, _, dim = query.shape
     batch, kv_heads = key.shape[:2]
     mask, bias, lengths, starts = call.mask, call.bias, call.lengths, call.starts
+    sinks = None if call.sinks is None else call.sinks.float()
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
     if bias is not None and bias.stride(-1) != 1:
@@ -269,13 +272,13 @@ def _native(call: Call, out: int) -> tuple[Any, list[torch.Tensor | None]]:
         0.0 if call.softcap is None else call.softcap,
         _broadcast("mask", mask, call),
         _broadcast("bias", bias, call),
-        address(call.sinks),
+        address(sinks),
         out,
         element_type(query.dtype),
         element_type(torch.float32 if bias is None else bias.dtype),
         address(offsets),
     )
-    return native, [mask, bias, lengths, starts, call.sinks, offsets]
+    return native, [mask, bias, lengths, starts, sinks, offsets]
 
 
 def _seen(call: Call) -> torch.Tensor | None:

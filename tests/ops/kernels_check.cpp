@@ -179,7 +179,7 @@ void attention(int64_t dim, int64_t length, ElementType type) {
     Array value = normal(batch * kv_heads * length * dim), sinks = normal(heads);
     const int64_t rows = batch * candidates;
     Array new_key = normal(rows * kv_heads * dim), new_value = normal(rows * kv_heads * dim);
-    Elements q = elements(type, query), k = elements(type, key), v = elements(type, value), s = elements(type, sinks);
+    Elements q = elements(type, query), k = elements(type, key), v = elements(type, value);
     Elements own_k = elements(type, new_key), own_v = elements(type, new_value), out = q;
     std::vector<uint8_t> mask(static_cast<size_t>(batch * (length + 1)));
     for (uint8_t& open : mask) open = generator() % 4 > 0;
@@ -193,7 +193,7 @@ void attention(int64_t dim, int64_t length, ElementType type) {
     call.new_key = own_k.data(), call.new_key_row = kv_heads * dim, call.new_key_head = dim;
     call.new_value = own_v.data(), call.new_value_row = kv_heads * dim, call.new_value_head = dim;
     call.scaling = 0.2f, call.softcap = 6.0f, call.mask = mask.data(), call.mask_batch = length + 1;
-    call.sinks = s.data(), call.out = out.data();
+    call.sinks = sinks.data(), call.out = out.data();
     decode_attention(call, 2);
     Truth want;
     for (int64_t row = 0; row < rows; ++row) {

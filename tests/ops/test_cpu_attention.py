@@ -409,6 +409,21 @@ def test_a_bias_that_lies_heads_last(dtype):
     assert not taken(query, key, value, bias=bias.double())
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_sinks_of_float32_in_a_model_of_16_bits(dtype):
+    """Flint keeps its own so: every bit of them counts."""
+    shapes = ((6, 4, 1, 8), (2, 2, 11, 8), (2, 2, 11, 8))
+    query, key, value = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    value += 1
+    sinks = torch.tensor([-30.0, 2.001, 2.003, 2.997])
+    assert taken(query, key, value, sinks=sinks)
+    y = attention(query, key, value, 11, sinks=sinks)
+    expected = 11 / (11 + sinks.double().exp())  # scores are 0
+    assert torch.equal(y, expected.to(dtype)[None, None, :, None].expand(6, 1, 4, 8))
+    assert not torch.equal(y, attention(query, key, value, 11, sinks=sinks.to(dtype)))
+    assert not taken(query, key, value, sinks=sinks.double())
+
+
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_every_attention_of_a_step_is_taken(monkeypatch, kind):
     """None falls to plain torch, which is many times slower."""
@@ -449,7 +464,7 @@ def test_each_candidate_sees_its_own_key_only():
             {"key": torch.zeros(2, 2, 11, 8).bfloat16()},
             "key is torch.bfloat16 on cpu, must be float32 on the CPU as query",
         ),
-        ({"sinks": torch.zeros(4).half()}, "sinks is torch.float16 on cpu, must be float32 on the CPU as query"),
+        ({"sinks": torch.zeros(4).half()}, "sinks is torch.float16 on cpu, must be float32 on the CPU"),
         ({"bias": torch.zeros(1, 1, 1, 12).half()}, "bias is torch.float16 on cpu, must be float32 on the CPU"),
         ({"key": torch.zeros(2, 2, 8, 11).mT}, "key has strides .* the last must be 1"),
         ({"new_value": None}, "new_key and new_value must come together"),
