@@ -267,6 +267,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (%(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens, help="tokens a step (%(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--contrastive-weight",
+        type=float,
+        default=defaults.contrastive_weight,
+        help="0: likelihood alone (%(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "simctg_fast" / "assets" / "bundled", help="model folder")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bundled", help="folder for the checkpoint")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
@@ -283,7 +289,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    recipe = Recipe(steps=options.steps, batch_tokens=options.batch_tokens, seed=options.seed)
+    recipe = Recipe(
+        steps=options.steps,
+        batch_tokens=options.batch_tokens,
+        seed=options.seed,
+        contrastive_weight=options.contrastive_weight,
+    )
 
     corpus: Corpus = build_corpus()
     train_texts, held_out_texts = corpus.split()
