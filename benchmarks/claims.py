@@ -1,11 +1,11 @@
 """Does SimCTG training make a small model write better? The bundled architecture, trained plainly and with the loss.
 
-    python benchmarks/claims.py --work DIR                 # six models, three seeds each; goes on where it was stopped
-    python benchmarks/claims.py --work DIR --write         # and the table of docs/results.md
-    python benchmarks/claims.py --work DIR --steps 2 --seeds 1 --prompts 2 --new-tokens 8 --batch-tokens 512  # in little
+    python benchmarks/claims.py --work DIR          # three models of each kind; goes on where it was stopped
+    python benchmarks/claims.py --work DIR --write  # and the table of docs/results.md
+    python benchmarks/claims.py --work DIR --steps 2 --batch-tokens 512 --seeds 1 --prompts 2    # in little
 
-Su et al. 2022 claim that the contrastive loss (margin 0.5) makes hidden states isotropic, and that contrastive search on
-such a model repeats less and reads better than on a plain one. Both are trained from scratch on the same text, by
+Su et al. 2022 claim that the contrastive loss (margin 0.5) makes hidden states isotropic, and that contrastive search
+on such a model repeats less and reads better than on a plain one. Both are trained from scratch on the same text, by
 `train_bundled.py`, in the same order of batches for one seed; every strategy continues the same held-out passages. What
 is reported is what comes out: the mean over seeds, and the lowest and the highest.
 """

@@ -1,0 +1,64 @@
+"""The claims of the papers in little: both kinds of model are trained, write, and get into the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+
+import pytest
+
+from ..repository import repository
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    monkeypatch.syspath_prepend(str(repository("benchmarks")))
+    return runpy.run_path(str(repository("benchmarks/claims.py")))
+
+
+@pytest.mark.full  # two trainings, each of which trains a tokenizer
+def test_in_little(claims, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- trained -->\nold\n<!-- end trained -->\nafter\n", "utf-8")
+    claims["main"].__globals__["PAGE"] = page
+    given = ["--steps", "2", "--batch-tokens", "512", "--seeds", "1", "--prompts", "2", "--new-tokens", "8"]
+    claims["main"](["--work", str(tmp_path / "work"), *given, "--write"])
+    written = page.read_text("utf-8")
+    assert written.startswith("before\n<!-- trained -->")
+    assert written.endswith("<!-- end trained -->\nafter\n")
+    assert "old" not in written
+    rows = re.findall(r"^\| (.*?) \|", written, flags=re.MULTILINE)
+    assert len(rows) == 2 + 2 * 6
+    recipes = {}
+    for name in ("plain-0", "simctg-0"):
+        card = (tmp_path / "work" / name / "README.md").read_text("utf-8")
+        recipes[name] = re.search(r"\| contrastive_weight \| (\S+) \|", card)[1]
+    assert recipes == {"plain-0": "0.0", "simctg-0": "1.0"}
+
+
+def test_what_is_said_of_seeds(claims, tmp_path):
+    """Mean, lowest and highest; what an earlier run has measured is not measured again."""
+    work = tmp_path / "work"
+    for kind, isotropy in (("plain", 0.25), ("simctg", 0.75)):
+        for seed in range(2):
+            (work / f"{kind}-{seed}").mkdir(parents=True)
+            (work / f"{kind}-{seed}" / "README.md").write_text("a card")
+            figures = {column: {"mean": 10.0 + 2 * seed} for column in claims["COLUMNS"]}
+            kept = {"figures": {"greedy": figures}, "layers": [0.0, isotropy + seed / 100]}
+            (work / f"{kind}-{seed}" / "claims-3-4.json").write_text(json.dumps(kept))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- trained --><!-- end trained -->", "utf-8")
+    claims["main"].__globals__["PAGE"] = page
+    claims["main"](["--work", str(work), "--seeds", "2", "--prompts", "3", "--new-tokens", "4", "--write"])
+    rows = [line for line in page.read_text("utf-8").splitlines() if "greedy" in line]
+    assert rows[0].startswith(
+        "| likelihood | 0.26 (0.25 to 0.26) | greedy | 11.0 (10.0 to 12.0) | 11.0 (10.0 to 12.0) |"
+    )
+    assert rows[1].startswith("| likelihood + contrastive | 0.76 (0.75 to 0.76) | greedy |")
+
+
+def test_mistakes(claims, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        claims["main"](["--work", str(tmp_path), "--seeds", "0"])
+    assert "--seeds is 0, must be at least 1" in capsys.readouterr().err
