@@ -154,8 +154,8 @@ def test_the_page_counts_them():
     ]
     lines = zoo.of_the_modules_error({"bfloat16": records})
     expected = (
-        "* bfloat16: of 3 classes 1 are at most 1.05 (0 of them have the modules' own bits; half at most 1.20), 1 by "
-        "their medians, 1 above. 1 are refused. Texts that went astray: 3, by the modules 3."
+        "* bfloat16: of 3 classes 1 are at most 1.05 (0 with the modules' own bits; half at most 1.20), 1 by "
+        "their medians, 1 above. 1 refused. Texts that went astray: 3, by the modules 3."
     )
     assert expected in lines
     assert lines[-2] == "| B | bfloat16 | text | 1.200 | 1.20 to 1.20 | 1.200 |  | above |  |"
