@@ -220,7 +220,7 @@ def in_16_bits(results: dict[str, list[dict]]) -> list[str]:
 
 def of_the_modules_error(results: dict[str, list[dict]]) -> list[str]:
     """The page's section on how close logits of 16 bits are, with the classes that are above what is allowed."""
-    from zoo_sweep.logit_errors import ALLOWED, REASONS
+    from zoo_sweep.logit_errors import ALLOWED
 
     lines = [
         "",
@@ -247,17 +247,17 @@ def of_the_modules_error(results: dict[str, list[dict]]) -> list[str]:
         ours, own = (sum(each) for each in zip(*astray, strict=True)) if astray else (0, 0)
         lines.append(
             f"* {dtype}: of {len(cases)} classes {len(cases) - len(above) - len(medians)} are at most {ALLOWED} "
-            f"({len(same)} of them have the modules' own bits; half at most "
+            f"({len(same)} with the modules' own bits; half at most "
             f"{sorted(worst.values())[len(worst) // 2]:.2f}), {len(medians)} by their medians, {len(above)} above. "
-            f"{len(refused)} are refused. Texts that went astray: {ours}, by the modules {own}."
+            f"{len(refused)} refused. Texts that went astray: {ours}, by the modules {own}."
         )
         for name in sorted({*above, *medians}):
             for kind, case in cases[name].items():
                 if case["status"] == "above" or case["ratio"] > ALLOWED:
                     numbers = f"{case['ratio']:.3f} | {case['low']:.2f} to {case['high']:.2f} | {case['typical']:.3f}"
-                    astray = " to ".join(map(str, case["far"])) if case["heavy"] else ""
-                    why = REASONS.get(name, "a few positions are all of the modules' error" if case["heavy"] else "")
-                    rows.append(f"| {name} | {dtype} | {kind} | {numbers} | {astray} | {case['status']} | {why} |")
+                    texts = " to ".join(map(str, case["far"])) if case["heavy"] else ""
+                    why = "a few positions are all of the modules' error" if case["heavy"] else ""
+                    rows.append(f"| {name} | {dtype} | {kind} | {numbers} | {texts} | {case['status']} | {why} |")
     head = [
         "",
         "| class | type | inputs | ratio | 95 of 100 draws | of medians | texts astray | verdict | reason |",

@@ -22,9 +22,6 @@ HEAVY = 2.0  # the modules' root mean square is that many times their median: a 
 FAR = 4.0  # times the modules' median: a position where something was chosen otherwise
 _RESAMPLES = 2000
 
-# Why a class is above what is allowed, for the page.
-REASONS: dict[str, str] = {}
-
 
 @run.quiet()
 def one_class(name: str, dtype: torch.dtype, seeds: int = SEEDS) -> dict[str, Any]:
