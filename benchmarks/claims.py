@@ -2,6 +2,7 @@
 
     python benchmarks/claims.py --work DIR          # three models of each kind; goes on where it was stopped
     python benchmarks/claims.py --work DIR --write  # and the table of docs/results.md
+    python benchmarks/claims.py --evaluation eval-NAME --write  # the other table, of what `simctg-fast eval` found
     python benchmarks/claims.py --work DIR --steps 2 --batch-tokens 512 --seeds 1 --prompts 2    # in little
 
 Su et al. 2022 claim that the contrastive loss (margin 0.5) makes hidden states isotropic, and that contrastive search
@@ -33,7 +34,6 @@ from simctg_fast.evaluation.settings import parse_settings
 from simctg_fast.loading import load_model
 
 PAGE = ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- trained -->", "<!-- end trained -->"
 OBJECTIVES = {"likelihood": 0.0, "likelihood + contrastive": 1.0}  # by the weight of the contrastive loss
 STRATEGIES = "greedy,nucleus,contrastive,centered,fsd"
 COLUMNS = {"diversity": 1, "rep_4": 1, "perplexity": 1, "log_prob_per_byte": 3}
@@ -109,8 +109,7 @@ def table(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"passages, {options.new_tokens} new tokens at most; {processor()}, {versions('transformers')}."
     )
     head = ["trained by", "isotropy", "strategy", "diversity", "rep-4", "perplexity", "log p a byte"]
-    lines = [BEGIN, about, "", *map(_row, [head, ["---"] * len(head)]), *map(_row, _rows(found)), END]
-    return "\n".join(lines)
+    return "\n".join([about, "", *map(_row, [head, ["---"] * len(head)]), *map(_row, _rows(found))])
 
 
 def _rows(found: list[dict[str, Any]]) -> Iterator[list[str]]:
@@ -125,6 +124,33 @@ def _rows(found: list[dict[str, Any]]) -> Iterator[list[str]]:
             yield [objective if not number else "", isotropy if not number else "", strategy, *cells]
 
 
+def evaluation_table(folder: Path) -> str:
+    """What `simctg-fast eval` wrote into a folder: means, 95 % intervals, and what it concludes."""
+    found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    about = (
+        f"{Path(found['model']).name}, {found['dtype']}, {found['prompts']} prompts, {found['max_new_tokens']} new "
+        f"tokens at most; {found['machine']}, torch {found['versions']['torch']}, transformers "
+        f"{found['versions']['transformers']}. In brackets 95 % intervals."
+    )
+    metrics = found["metrics"]
+    head = ["strategy", *(f"{m['name']}, {m['unit']}" if m["unit"] else m["name"] for m in metrics.values())]
+    rows = []
+    for row in found["rows"]:
+        cells = [_interval(row["figures"].get(name), metric["digits"]) for name, metric in metrics.items()]
+        rows.append([row["label"], *cells])
+    said = [f"* {sentence}" for sentence in found["conclusion"]]
+    return "\n".join([about, "", *map(_row, [head, ["---"] * len(head), *rows]), "", *said])
+
+
+def _interval(figure: dict[str, float | None] | None, digits: int) -> str:
+    if figure is None:
+        return ""
+    mean = f"{figure['mean']:.{digits}f}"
+    if figure["low"] is None or digits == 0:
+        return mean
+    return f"{mean} ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
+
+
 def _over_seeds(values: list[float], digits: int) -> str:
     mean = f"{sum(values) / len(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -136,7 +162,9 @@ def _row(cells: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the models")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--work", type=Path, help="folder of the models")
+    what.add_argument("--evaluation", type=Path, metavar="FOLDER", help="of `simctg-fast eval`: its table instead")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--seeds", type=int, default=3)
@@ -149,14 +177,17 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("steps", "batch_tokens", "seeds", "prompts", "new_tokens", "jobs", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, must be at least 1")
-    train(options)
-    torch.set_num_threads(options.threads)
-    made = table(measure(options), options)
+    if options.evaluation is not None:
+        name, made = "real", evaluation_table(options.evaluation)
+    else:
+        train(options)
+        torch.set_num_threads(options.threads)
+        name, made = "trained", table(measure(options), options)
     print(made)
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        PAGE.write_text(before + made + rest.partition(END)[2], encoding="utf-8")
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+        PAGE.write_text(f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

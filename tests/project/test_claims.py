@@ -62,3 +62,31 @@ def test_mistakes(claims, tmp_path, capsys):
     with pytest.raises(SystemExit):
         claims["main"](["--work", str(tmp_path), "--seeds", "0"])
     assert "--seeds is 0, must be at least 1" in capsys.readouterr().err
+
+
+def test_the_table_of_an_evaluation(claims, tmp_path):
+    metrics = {
+        "diversity": {"name": "diversity", "unit": "%", "digits": 1},
+        "tokens_per_second": {"name": "tokens/s", "unit": "", "digits": 0},
+    }
+    figures = {"diversity": {"mean": 90.04, "low": 88.0, "high": 91.96}}
+    rows = [
+        {"label": "people", "figures": figures},
+        {"label": "FSD", "figures": figures | {"tokens_per_second": {"mean": 99.6, "low": None, "high": None}}},
+    ]
+    found = {
+        "model": "/some/where/model", "dtype": "bfloat16", "prompts": 3, "max_new_tokens": 4, "machine": "a machine",
+        "versions": {"torch": "2", "transformers": "5"}, "metrics": metrics, "rows": rows, "conclusion": ["So it is."],
+    }  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps(found), "utf-8")
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- real -->\nold\n<!-- end real -->\nb\n", "utf-8")
+    claims["main"].__globals__["PAGE"] = page
+    claims["main"](["--evaluation", str(tmp_path), "--write"])
+    assert page.read_text("utf-8").splitlines() == [
+        "a", "<!-- real -->",
+        "model, bfloat16, 3 prompts, 4 new tokens at most; a machine, torch 2, transformers 5. In brackets 95 % "
+        "intervals.",
+        "", "| strategy | diversity, % | tokens/s |", "| --- | --- | --- |", "| people | 90.0 (88.0 to 92.0) |  |",
+        "| FSD | 90.0 (88.0 to 92.0) | 100 |", "", "* So it is.", "<!-- end real -->", "b",
+    ]  # fmt: skip
