@@ -16,12 +16,12 @@ from ..repository import WITH_TESTS
 pytest.importorskip("triton")
 
 FAST = (
-    "captured-llama captured-gpt2 generated-t5 generated-bloom",
-    "engine-gpt2 engine-t5 engine-static texts crf losses",
+    "captured-llama generated-t5 generated-bloom",
+    "engine-gpt2 texts crf losses",
 )
 FULL = (
-    "captured-mistral captured-gemma2 generated-bart generated-uncached",
-    "engine-greedy engine-sample engine-stochastic",
+    "captured-gpt2 captured-mistral captured-gemma2 generated-bart generated-uncached",
+    "engine-t5 engine-static engine-greedy engine-sample engine-stochastic",
 )
 
 

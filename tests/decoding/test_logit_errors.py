@@ -124,6 +124,7 @@ def test_a_row_that_has_ended_says_nothing(monkeypatch):
     assert 200 < record["cases"]["image"]["positions"] < 280
 
 
+@pytest.mark.full
 def test_the_command(tmp_path):
     output = tmp_path / "rounding.jsonl"
     command = [sys.executable, str(BENCHMARKS / "zoo.py"), "--rounding", "--dtype", "float16", "--output", str(output)]

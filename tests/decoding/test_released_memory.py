@@ -73,7 +73,7 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("error", [None, Stops, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [None, Stops, pytest.param(KeyboardInterrupt, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("name", "options"), CALLS)
 def test_a_call_leaves_nothing(name, options, error):
     model = build(name)
@@ -96,7 +96,7 @@ def test_a_captured_call_leaves_nothing(error, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "bloom"])
-@pytest.mark.parametrize("how", ["to the end", "left early", "an interrupt"])
+@pytest.mark.parametrize("how", ["to the end", "left early", pytest.param("an interrupt", marks=pytest.mark.full)])
 def test_an_engine_leaves_nothing(name, how):
     """bloom's requests go in static batches."""
     model, words = build(name), tokenizer()

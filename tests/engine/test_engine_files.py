@@ -313,6 +313,7 @@ def test_stdin_to_stdout_equals_files(server, model, tmp_path, children):
     assert json.loads(said.splitlines()[-1])["errors"] == {"invalid_json": 1}
 
 
+@pytest.mark.full
 def test_plain_text_in_a_pipe(server, model, tmp_path, children):
     """One prompt a line, as `generate` and `features` take it; not where it is JSON that lost its beginning."""
     (tmp_path / "in.txt").write_text("one\ntwo\n")

@@ -66,6 +66,7 @@ def workers() -> list[int]:
 
 @pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(3 * LIMIT)
+@pytest.mark.full
 def test_a_job_on_ray_with_a_worker_killed(model, tmp_path, children):
     """Begun without Ray, continued with it, a worker killed meanwhile: the output is that of one uninterrupted run."""
     pytest.importorskip("ray")

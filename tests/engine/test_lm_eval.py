@@ -188,6 +188,7 @@ def test_the_documented_command(tmp_path):
             same_likelihoods(pairs, [each[0] for each in theirs[number]])
 
 
+@pytest.mark.full
 def test_the_commands_of_the_page(tmp_path):
     """`docs/engine.md` names the command of the module, and it runs as written."""
     page = repository("docs/engine.md").read_text()

@@ -182,6 +182,7 @@ def gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.full
 def test_a_budget_that_runs_out(stub, tmp_path):
     done = run_child([*stub, "hangs", "last", "--budget", "12"])
     assert done.returncode == 1
@@ -343,6 +344,7 @@ def test_other_tokens_of_a_strategy_are_found(gpu, monkeypatch):
         assert "plain" not in found["figures"]
 
 
+@pytest.mark.full
 def test_the_price_of_adaptive_search(gpu):
     """Rows that are masked: at most 1.05 of the time of a search of as many."""
     module = importlib.import_module("gpu_strategies")

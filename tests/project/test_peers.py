@@ -165,6 +165,7 @@ def test_only_some_of_them(peers):
     assert len(labels) == 1 + 6 + 3
 
 
+@pytest.mark.full
 def test_it_runs_with_ours_alone(tmp_path):
     """In little: a model that is saved, processes that answer, tokens that are compared."""
     arguments = ["--models", "tiny", "--only", "greedy float32", "--cases", "2x4", "--new-tokens", "3"]
