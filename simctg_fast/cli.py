@@ -628,7 +628,7 @@ def evaluate(
     _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
     name = _the_model(model, model_option, default="bundled")
     with _progress("starting"):
-        from .evaluation.console import faults, show
+        from .evaluation.console import is_complete, notes, show
         from .evaluation.run import Request, run
 
         _quiet_transformers()
@@ -636,10 +636,10 @@ def evaluate(
         request = Request(**{k: v for k, v in chosen.items() if v is not None} | {"model": name})
     found, folder = run(request, _progress("loading the model"), lambda total: _progress("writing", total=total))
     show(found, Console(highlight=False, markup=False))
-    for fault in faults(found):
-        _note(f"note: {fault}")
+    for note in notes(found):
+        _note(f"note: {note}")
     _say(f"{folder}: report.html, evaluation.json, figures.csv, texts.jsonl")
-    if faults(found):
+    if not is_complete(found):
         raise typer.Exit(1)
 
 

@@ -65,8 +65,13 @@ def table(evaluation: Mapping[str, Any], width: int | None = None) -> Table:
     return made
 
 
-def faults(evaluation: Mapping[str, Any]) -> list[str]:
-    """What could not be done, a line each."""
+def is_complete(evaluation: Mapping[str, Any]) -> bool:
+    """Whether every prompt has a text of every strategy."""
+    return not evaluation["refused"] and not any(row["missing"] for row in evaluation["rows"])
+
+
+def notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know beside the table, a line each; what could not be done is part of it."""
     found = [f"{row['strategy']}: {row['note']}" for row in evaluation["rows"] if row["note"]]
     refused: Sequence[Mapping[str, Any]] = evaluation["refused"]
     if refused:

@@ -144,13 +144,13 @@ class Evaluation:
                 )
                 written = writer(self.prompts, self.on_text)
             except (ValueError, NotImplementedError, TypeError) as error:  # this model cannot be decoded so
-                row["note"] = f"not run: {' '.join(str(error).split())}"
+                row["note"], row["missing"] = f"not run: {' '.join(str(error).split())}", len(self.prompts)
                 return
             self.on_written(setting, written)
         row["figures"] = self._measure(setting.name, written.token_ids)
         if written.tokens:
             row["figures"]["tokens_per_second"] = single(written.tokens / written.seconds)
-        row["note"] = self._note(written)
+        row["note"], row["missing"] = self._note(written), len(written.errors)
 
     def _note(self, written: Written) -> str:
         notes = []
@@ -160,7 +160,7 @@ class Evaluation:
             notes.append(f"{len(written.errors)} of {len(self.prompts)} texts failed; {which}: {message}")
         empty = sum(ids == [] for ids in written.token_ids)
         if empty:
-            notes.append(f"{empty} texts are empty: they have no diversity and no probability")
+            notes.append(f"{empty} of {len(self.prompts)} texts are empty, without diversity and probability")
         return "; ".join(notes)
 
     def _measure(self, name: str, token_ids: Sequence[list[int] | None]) -> dict[str, dict[str, float | None]]:
@@ -313,6 +313,7 @@ def _row(name: str, label: str, found: dict[str, Any], settings: Mapping[str, An
         "python": "",
         "figures": found,
         "note": "",
+        "missing": 0,
     }
 
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from simctg_fast.assets import bundled_model_path
 from simctg_fast.cli import app
 from simctg_fast.evaluation import writing
+from simctg_fast.evaluation.console import is_complete
+from simctg_fast.evaluation.console import notes as console_notes
 from simctg_fast.evaluation.evaluate import Evaluation, Options
 from simctg_fast.evaluation.output import Folder, digest
 from simctg_fast.evaluation.prompts import Prompt
@@ -222,6 +225,9 @@ def test_what_cannot_be_done_is_said(loaded):
     notes = {row["strategy"]: row["note"] for row in found["rows"]}
     assert notes["contrastive:top_k=6"] == notes["greedy"] == ""
     assert notes["contrastive:top_k=3073"].startswith("not run: top_k must be at most the vocabulary size 3072")
+    assert [row["missing"] for row in found["rows"]] == [0, 1, 0]
+    assert not is_complete(found)
+    assert len(console_notes(found)) == 2
     assert found["prompts"] == 1
     assert found["recommended"]["strategy"] is None, "nobody knows how people go on"
     with pytest.raises(ValueError, match="none of the 1 prompts can be continued; 'long': "):
@@ -334,3 +340,25 @@ def test_states_that_are_not_finite_cost_the_pictures_alone(loaded, monkeypatch)
     assert found["similarity"] == []
     assert found["isotropy"] is None
     assert json.dumps(found, allow_nan=False)
+
+
+def test_the_published_setting_in_little(tmp_path):
+    """Prefixes, references, a scoring model and the papers' diversity, all from local folders."""
+    folder = str(bundled_model_path())
+    lines = [
+        {"prompt": "This module provides", "reference": " a class."},
+        {"prompt": "Return the", "reference": " name."},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    given = ["eval", folder, "--prompts", str(tmp_path / "p.jsonl"), "-n", "12", "-s", "greedy,contrastive"]
+    scored = ["--scorer", folder, "--paper-compatible", "-o", str(tmp_path / "scored")]
+    for arguments in ([*given, "-o", str(tmp_path / "own")], [*given, *scored]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    own, other = (json.loads((tmp_path / out / "evaluation.json").read_text("utf-8")) for out in ("own", "scored"))
+    assert other["scorer"] == folder
+    for mine, theirs in zip(own["rows"], other["rows"], strict=True):
+        # The same model over the texts, whose tokens are made anew: here they are the same.
+        expected = mine["figures"]["log_prob_per_byte"]["mean"]
+        assert theirs["figures"]["log_prob_per_byte"]["mean"] == pytest.approx(expected, rel=1e-4)
+        assert 0 <= theirs["figures"]["published_diversity"]["mean"] <= 100
