@@ -181,7 +181,7 @@ class Evaluation:
             mean = math.fsum(value for row in log_probs for value in row) / tokens
             found["perplexity"] = single(math.exp(min(-mean, 700.0)))
         if self.options.paper_compatible:
-            found["published_diversity"] = single(100 * diversity(texts, paper_compatible=True))
+            found["published_diversity"] = single(diversity(texts, paper_compatible=True))  # in percent
         references = [self.continuation(self.prompts[n], ids) for n, ids in enumerate(self.references) if ids]
         if self.options.mauve is not None and name != HUMAN and len(references) > 1 and sum(map(bool, texts)) > 1:
             found["mauve"] = single(
