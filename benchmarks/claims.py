@@ -29,7 +29,7 @@ from bundled_corpus import build_corpus
 from common import ROOT, processor, versions
 
 from simctg_fast.evaluation.evaluate import Evaluation, Options
-from simctg_fast.evaluation.prompts import PROMPT_TOKENS, Prompt
+from simctg_fast.evaluation.prompts import Prompt, prompts_of
 from simctg_fast.evaluation.settings import parse_settings
 from simctg_fast.loading import load_model
 
@@ -73,14 +73,7 @@ def held_out(tokenizer: Any, options: argparse.Namespace) -> list[Prompt]:
     """Passages of documents that no model was trained on, and how they go on."""
     _, texts = build_corpus().split()
     ids = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
-    last = len(ids) - PROMPT_TOKENS - options.new_tokens
-    prompts = []
-    for index in range(options.prompts):
-        start = index * last // options.prompts
-        middle = start + PROMPT_TOKENS
-        reference = tokenizer.decode(ids[middle : middle + options.new_tokens])
-        prompts.append(Prompt(index, {"prompt": ids[start:middle]}, reference))
-    return prompts
+    return prompts_of(tokenizer, ids, options.prompts, options.new_tokens, "held-out")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

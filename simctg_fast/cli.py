@@ -144,6 +144,7 @@ DrySequenceBreakers = Annotated[
 ]
 DryPenaltyRange = Annotated[int | None, typer.Option(help="Of DRY: tokens that it looks back; -1 (default): all.")]
 _DRY = ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers", "dry_penalty_range")
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the first GPU if there is one.")]
 
 
@@ -203,7 +204,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt, text, tokens.")] = False,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    dtype: Dtype = "auto",
     weights: Weights = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -220,7 +221,7 @@ def generate(
     _check(seed is None or 0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     draws = temperature is not None or (strategy or "").split(",")[0].strip() in RANDOM
     _check(seed is None or draws, "--seed", seed, f"given together with --temperature or --strategy {_listed(RANDOM)}")
-    _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    _check_dtype(dtype)
     _check(weights in (None, "int8", "lossless"), "--weights", weights, "int8 or lossless")
     _check(all(stop or ()), "--stop", "''", "a text")
     if stream and as_json:
@@ -614,7 +615,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the strategies that draw.")] = 0,
     slots: Annotated[int, typer.Option(help="Texts written at a time.")] = 16,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare strategies on one model: diversity, coherence, speed; a table, JSON, CSV and an HTML report.
@@ -625,7 +626,7 @@ def evaluate(
     _check(limit is None or limit >= 1, "--limit", limit, "at least 1")
     _check(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     _check(slots >= 1, "--slots", slots, "at least 1")
-    _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    _check_dtype(dtype)
     name = _the_model(model, model_option, default="bundled")
     with _progress("starting"):
         from .evaluation.console import is_complete, notes, show
@@ -655,11 +656,11 @@ def isotropy(
     ] = None,
     pilot: Annotated[bool, typer.Option(help="Let the model write with several strategies, for a verdict.")] = True,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How alike a model's hidden states are, layer by layer, and whether contrastive search suits it as it stands."""
-    _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
+    _check_dtype(dtype)
     name = _the_model(model, model_option, default="bundled")
     found = _states([name], text, out, pilot, device, dtype, trust_remote_code)[0]
     if found.pilot is not None and found.verdict is not None:
@@ -680,12 +681,13 @@ def compare(
         str | None, typer.Option("--out", "-o", help="Picture of both models' cosines, side by side, .svg.")
     ] = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as the config says.")] = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """The hidden states of two models on the same texts, as before and after contrastive training."""
     _check(len(models) == 2, "BEFORE AFTER", " ".join(models), "two models")
     _check(out is None or out.lower().endswith(".svg"), "--out", out, "a file that ends in .svg")
+    _check_dtype(dtype)
     before, after = _states(models, text, out, False, device, dtype, trust_remote_code)
     _say(f"isotropy of the last layer: {before.layers[-1]:.3f} before, {after.layers[-1]:.3f} after")
 
@@ -776,6 +778,10 @@ def _model_before(arguments: list[str], option: str | None, default: str | None 
 def _check(valid: bool, option: str, value: object, allowed: str) -> None:
     if not valid:
         raise typer.BadParameter(f"{option} must be {allowed}, got {value}")
+
+
+def _check_dtype(dtype: str) -> None:
+    _check(dtype in ("auto", "float32", "float16", "bfloat16"), "--dtype", dtype, "float32, float16, bfloat16 or auto")
 
 
 def _check_search(penalty_alpha: float | None, top_k: int | None, max_new_tokens: int) -> None:

@@ -80,7 +80,8 @@ class Evaluation:
         on_written: Callable[[Setting, Written], None] = lambda setting, written: None,
     ) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.settings = [*settings, *_grid_settings(options)]
+        grid = _grid_settings(options)
+        self.settings, self.grid_names = [*settings, *grid], {setting.name for setting in grid}
         self.scorer = scorer or Scorer(model)
         self.kept = dict(kept or {})
         self.on_text, self.on_written = on_text, on_written
@@ -90,7 +91,8 @@ class Evaluation:
             name, reason = next(iter(self.refused.items()), ("", "there are none"))
             raise ValueError(f"none of the {len(prompts)} prompts can be continued; {name!r}: {reason}")
         self.before = [self._text_of(each) for each in self.prompts]
-        self.references = [self._reference(each) for each in self.prompts]
+        most = options.max_new_tokens
+        self.references = [each.prompt.reference_ids(tokenizer, most) or None for each in self.prompts]
         self.rows: list[dict[str, Any]] = []
         self.texts: dict[str, list[list[int] | None]] = {}
         self.human: dict[str, dict[str, float | None]] | None = None
@@ -108,7 +110,7 @@ class Evaluation:
         for setting in self.settings:
             self._run(setting)
         grid = self._grid()
-        rows = [row for row in self.rows if row["strategy"] not in self._grid_names]
+        rows = [row for row in self.rows if row["strategy"] not in self.grid_names]
         recommended = self._recommended(rows)
         return {
             "prompts": len(self.prompts),
@@ -249,10 +251,6 @@ class Evaluation:
             return None
         return {"of": f"{len(chosen)} texts of {whose}", "layers": layers}
 
-    @property
-    def _grid_names(self) -> set[str]:
-        return {setting.name for setting in _grid_settings(self.options)}
-
     def _grid(self) -> dict[str, Any] | None:
         if self.options.grid is None:
             return None
@@ -296,12 +294,6 @@ class Evaluation:
         content = prompt.prompt.content
         given = content.get("prompt", content.get("source"))
         return given if isinstance(given, str) else str(self.tokenizer.decode(prompt.given, skip_special_tokens=True))
-
-    def _reference(self, prompt: Tokenized) -> list[int] | None:
-        if prompt.prompt.reference is None:
-            return None
-        ids = self.tokenizer(prompt.prompt.reference, add_special_tokens=False, verbose=False)["input_ids"]
-        return list(ids[: self.options.max_new_tokens]) or None
 
 
 def _row(name: str, label: str, found: dict[str, Any], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:

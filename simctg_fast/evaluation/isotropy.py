@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from ..text.continuation import continuation_pieces
 from ..text.features import read_texts
 from .evaluate import Evaluation, Options
 from .heat_map import heat_map_png, heat_maps_svg
-from .prompts import Prompt, documentation_prompts
+from .prompts import PROMPT_TOKENS, Prompt, documentation_prompts, split
 from .settings import parse_settings
 from .states import cosines, hidden_states, isotropy_of_layers
 from .verdict import PILOT, PILOT_PROMPTS, Verdict, verdict
-from .writing import Tokenized, tokenize
+from .writing import tokenize
 
 TEXTS = 16  # of documentation, where no file is given
 LENGTH = 128  # tokens of a text, at most, behind its first ones
@@ -39,7 +39,7 @@ class States:
     cosines: Any
     pieces: list[str]
     pilot: dict[str, Any] | None = None
-    verdict: Verdict | None = field(default=None)
+    verdict: Verdict | None = None
 
 
 def checked_picture(path: str | os.PathLike[str]) -> Path:
@@ -85,7 +85,7 @@ def measure(
         documentation_prompts(tokenizer, TEXTS, new_tokens) if texts is None else passages(tokenizer, texts, new_tokens)
     )
     ready, _ = tokenize(model, tokenizer, prompts, new_tokens)
-    rows = [(each, _reference(tokenizer, each, new_tokens)) for each in ready]
+    rows = [(each, each.prompt.reference_ids(tokenizer, new_tokens)) for each in ready]
     rows = [(each, ids) for each, ids in rows if ids]
     if not rows:
         raise ValueError(f"text is {text!r}, which must hold a text of at least 2 tokens")
@@ -105,20 +105,13 @@ def measure(
 
 
 def passages(tokenizer: Any, texts: Sequence[str], new_tokens: int) -> list[Prompt]:
-    """Of each text with at least two tokens the first 32, or half of them, and how it goes on."""
+    """Of each text with at least two tokens the first `PROMPT_TOKENS`, or half of them, and how it goes on."""
     prompts = []
     for index, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= 2:
-            cut = min(32, len(ids) // 2)
-            reference = tokenizer.decode(ids[cut : cut + new_tokens], skip_special_tokens=True)
-            prompts.append(Prompt(f"text-{index}", {"prompt": list(ids[:cut])}, reference))
+            prompts.append(split(tokenizer, ids, min(PROMPT_TOKENS, len(ids) // 2), new_tokens, f"text-{index}"))
     return prompts
-
-
-def _reference(tokenizer: Any, prompt: Tokenized, new_tokens: int) -> list[int]:
-    ids = tokenizer(prompt.prompt.reference, add_special_tokens=False, verbose=False)["input_ids"]
-    return list(ids[:new_tokens])
 
 
 def draw(found: Sequence[States], out: Path) -> None:

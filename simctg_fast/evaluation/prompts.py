@@ -24,6 +24,12 @@ class Prompt:
     content: dict[str, Any]
     reference: str | None = None
 
+    def reference_ids(self, tokenizer: Any, most: int) -> list[int]:
+        """The tokens of ``reference``, at most so many; none where it is not known."""
+        if self.reference is None:
+            return []
+        return list(tokenizer(self.reference, add_special_tokens=False, verbose=False)["input_ids"][:most])
+
 
 def read_prompts(path: str | os.PathLike[str], references: str | os.PathLike[str] | None = None) -> list[Prompt]:
     """The prompts of a ``.txt`` file, one a line, or a ``.jsonl`` one: ``prompt``, ``messages`` or ``source``, ``id``
@@ -102,16 +108,25 @@ def documentation_prompts(tokenizer: Any, count: int, new_tokens: int) -> list[P
         ValueError: it has too few tokens for so many.
     """
     ids = tokenizer(documentation(), add_special_tokens=False, verbose=False)["input_ids"]
-    last = len(ids) - PROMPT_TOKENS - new_tokens
-    if last < count:
+    if len(ids) - PROMPT_TOKENS - new_tokens < count:
         raise ValueError(f"count is {count}, but Python's documentation has only {len(ids)} tokens; give a file")
-    prompts = []
-    for index in range(count):
-        start = index * last // count
-        middle, end = start + PROMPT_TOKENS, start + PROMPT_TOKENS + new_tokens
-        reference = tokenizer.decode(ids[middle:end], skip_special_tokens=True)
-        prompts.append(Prompt(f"documentation-{index}", {"prompt": ids[start:middle]}, reference))
-    return prompts
+    return prompts_of(tokenizer, ids, count, new_tokens, "documentation")
+
+
+def prompts_of(tokenizer: Any, ids: list[int], count: int, new_tokens: int, name: str) -> list[Prompt]:
+    """From all over a text's tokens ``count`` prompts, which have ``name`` and a number as id, with what follows."""
+    length = PROMPT_TOKENS + new_tokens
+    starts = [index * (len(ids) - length) // count for index in range(count)]
+    return [
+        split(tokenizer, ids[start : start + length], PROMPT_TOKENS, new_tokens, f"{name}-{index}")
+        for index, start in enumerate(starts)
+    ]
+
+
+def split(tokenizer: Any, ids: list[int], at: int, new_tokens: int, name: str) -> Prompt:
+    """The first ``at`` tokens as a prompt, and the text of at most ``new_tokens`` that follow as its reference."""
+    reference = tokenizer.decode(ids[at : at + new_tokens], skip_special_tokens=True)
+    return Prompt(name, {"prompt": list(ids[:at])}, reference)
 
 
 def documentation() -> str:
