@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.generation import logits_process
 
 from ..ops.candidate_select import contrastive_scores
 from ..ops.top_k import top_k_probs
@@ -334,67 +333,6 @@ def gumbel(noise: Tensor) -> Tensor:
     return noise.log_().neg_()
 
 
-class Sample(Strategy):
-    """Draws from the model's distribution as transformers' warpers leave it."""
-
-    asks_host = True
-
-    def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
-        super().bind(rows, device)
-        groups: dict[tuple, list[int]] = {}
-        for index, row in enumerate(rows):
-            if row is not None:
-                p = row.parameters
-                groups.setdefault((p.temperature, p.top_k, p.top_p, p.min_p, p.typical_p), []).append(index)
-        self.groups = [(_warpers(rows[found[0]].parameters), found) for found in groups.values()]
-        self.cold = [index for index, row in enumerate(rows) if row is not None and is_cold(row.parameters)]
-
-    def propose(self, logits: Tensor, view: View) -> Proposal:
-        warped = logits.clone()
-        for warpers, found in self.groups:
-            part = logits if len(found) == len(logits) else logits[found]
-            for warper in warpers:
-                part = warper(None, part)
-            warped[found] = part
-        probs = torch.softmax(warped, dim=-1)
-        draws = torch.tensor(
-            [
-                0.0 if row is None else torch.rand((), generator=row.generator, dtype=torch.float64)
-                for row in self.rows[: len(logits)]
-            ],
-            dtype=torch.float64,
-            device=logits.device,
-        )
-        # The inverse of the distribution function. Sums in float64: a token's share must not depend on its place.
-        sums = probs.double().cumsum(dim=-1)
-        tokens = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)
-        tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-        if self.cold:
-            tokens[self.cold] = probs[self.cold].argmax(dim=-1, keepdim=True)
-        chosen = probs.gather(-1, tokens)
-        impossible = (chosen == 0).squeeze(-1)  # rounding led past the last possible token
-        if bool(impossible.any()):
-            tokens[impossible] = probs[impossible].argmax(dim=-1, keepdim=True)
-            chosen = probs.gather(-1, tokens)
-        return Proposal(tokens, chosen)
-
-
 def is_cold(p: Any) -> bool:
     """Temperature 0, or so near to it that float32 cannot divide by it."""
     return p.temperature < torch.finfo(torch.float32).tiny
-
-
-def _warpers(p: Any) -> list:
-    """In the order in which ``generate`` applies them."""
-    warpers: list = []
-    if p.temperature != 1.0 and not is_cold(p):
-        warpers.append(logits_process.TemperatureLogitsWarper(float(p.temperature)))
-    if p.top_k is not None:
-        warpers.append(logits_process.TopKLogitsWarper(top_k=int(p.top_k)))
-    if p.top_p is not None and p.top_p < 1.0:
-        warpers.append(logits_process.TopPLogitsWarper(top_p=float(p.top_p)))
-    if p.min_p is not None:
-        warpers.append(logits_process.MinPLogitsWarper(min_p=float(p.min_p)))
-    if p.typical_p is not None and p.typical_p < 1.0:
-        warpers.append(logits_process.TypicalLogitsWarper(mass=float(p.typical_p)))
-    return warpers

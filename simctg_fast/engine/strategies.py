@@ -8,7 +8,8 @@ from ..decoding.adaptive import AdaptiveContrastive
 from ..decoding.fsd import NgramFSD, VectorFSD
 from ..decoding.guard import Guard
 from ..decoding.mixed import Mixed
-from ..decoding.strategies import Contrastive, Greedy, Sample, Strategy
+from ..decoding.sampling import Sample
+from ..decoding.strategies import Contrastive, Greedy, Strategy
 from ..strategy_names import CONTRASTIVE, FSD
 from .parameters import Parameters
 
