@@ -281,6 +281,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=20, help="steps between lines (%(default)s)")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--validation-tokens", type=int, help="validate on this many held-out tokens (all of them)")
+    parser.add_argument("--sources", type=int, help="of the text, the first so many (all of them)")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts for the card's figures; 0: none")
     return parser.parse_args(argv)
 
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         contrastive_weight=options.contrastive_weight,
     )
 
-    corpus: Corpus = build_corpus()
+    corpus: Corpus = build_corpus(options.sources)
     train_texts, held_out_texts = corpus.split()
     tokenizer = train_tokenizer(train_texts, recipe.vocab_size, recipe.context)
     stream, held_out = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)

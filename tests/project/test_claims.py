@@ -17,13 +17,19 @@ def claims(monkeypatch):
     return runpy.run_path(str(repository("benchmarks/claims.py")))
 
 
-@pytest.mark.full  # two trainings, each of which trains a tokenizer
+def pages(claims, folder, **texts):
+    """`docs/` with these pages alone, which is what is written to."""
+    claims["main"].__globals__["DOCS"] = folder
+    for name, text in texts.items():
+        (folder / f"{name}.md").write_text(text, "utf-8")
+    return [folder / f"{name}.md" for name in texts]
+
+
 def test_in_little(claims, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- trained -->\nold\n<!-- end trained -->\nafter\n", "utf-8")
-    claims["main"].__globals__["PAGE"] = page
-    given = ["--steps", "2", "--batch-tokens", "512", "--seeds", "1", "--prompts", "2", "--new-tokens", "8"]
-    claims["main"](["--work", str(tmp_path / "work"), *given, "--write"])
+    (page,) = pages(claims, tmp_path, results="before\n<!-- trained -->\nold\n<!-- end trained -->\nafter\n")
+    given = {"steps": 2, "batch-tokens": 512, "sources": 60, "seeds": 1, "prompts": 2, "new-tokens": 8}
+    words = [f"--{name}={value}" for name, value in given.items()]
+    claims["main"](["--work", str(tmp_path / "work"), *words, "--write"])
     written = page.read_text("utf-8")
     assert written.startswith("before\n<!-- trained -->")
     assert written.endswith("<!-- end trained -->\nafter\n")
@@ -47,9 +53,7 @@ def test_what_is_said_of_seeds(claims, tmp_path):
             figures = {column: {"mean": 10.0 + 2 * seed} for column in claims["COLUMNS"]}
             kept = {"figures": {"greedy": figures}, "layers": [0.0, isotropy + seed / 100]}
             (work / f"{kind}-{seed}" / "claims-3-4.json").write_text(json.dumps(kept))
-    page = tmp_path / "page.md"
-    page.write_text("<!-- trained --><!-- end trained -->", "utf-8")
-    claims["main"].__globals__["PAGE"] = page
+    (page,) = pages(claims, tmp_path, results="<!-- trained --><!-- end trained -->")
     claims["main"](["--work", str(work), "--seeds", "2", "--prompts", "3", "--new-tokens", "4", "--write"])
     rows = [line for line in page.read_text("utf-8").splitlines() if "greedy" in line]
     assert rows[0].startswith(
@@ -68,6 +72,7 @@ def test_the_table_of_an_evaluation(claims, tmp_path):
     metrics = {
         "diversity": {"name": "diversity", "unit": "%", "digits": 1},
         "tokens_per_second": {"name": "tokens/s", "unit": "", "digits": 0},
+        "rep_4": {"name": "rep-4", "unit": "%", "digits": 0},
     }
     figures = {"diversity": {"mean": 90.04, "low": 88.0, "high": 91.96}}
     rows = [
@@ -79,14 +84,23 @@ def test_the_table_of_an_evaluation(claims, tmp_path):
         "versions": {"torch": "2", "transformers": "5"}, "metrics": metrics, "rows": rows, "conclusion": ["So it is."],
     }  # fmt: skip
     (tmp_path / "evaluation.json").write_text(json.dumps(found), "utf-8")
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- real -->\nold\n<!-- end real -->\nb\n", "utf-8")
-    claims["main"].__globals__["PAGE"] = page
+    page, strategies = pages(
+        claims,
+        tmp_path,
+        results="a\n<!-- real -->\nold\n<!-- end real -->\nb\n",
+        strategies="c\n<!-- means -->\n<!-- end means -->\nd\n",
+    )
     claims["main"](["--evaluation", str(tmp_path), "--write"])
     assert page.read_text("utf-8").splitlines() == [
         "a", "<!-- real -->",
         "model, bfloat16, 3 prompts, 4 new tokens at most; a machine, torch 2, transformers 5. In brackets 95 % "
         "intervals.",
-        "", "| strategy | diversity, % | tokens/s |", "| --- | --- | --- |", "| people | 90.0 (88.0 to 92.0) |  |",
-        "| FSD | 90.0 (88.0 to 92.0) | 100 |", "", "* So it is.", "<!-- end real -->", "b",
+        "", "| strategy | diversity, % | tokens/s | rep-4, % |", "| --- | --- | --- | --- |",
+        "| people | 90.0 (88.0 to 92.0) |  |  |", "| FSD | 90.0 (88.0 to 92.0) | 100 |  |", "", "* So it is.",
+        "<!-- end real -->", "b",
+    ]  # fmt: skip
+    assert strategies.read_text("utf-8").splitlines() == [
+        "c", "<!-- means -->", "model, bfloat16, 3 prompts, 4 new tokens at most; a machine, torch 2, transformers 5.",
+        "", "| strategy | diversity, % | tokens/s |", "| --- | --- | --- |", "| people | 90.0 |  |",
+        "| FSD | 90.0 | 100 |", "<!-- end means -->", "d",
     ]  # fmt: skip

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-import runpy
-import sys
 
-import pytest
 import torch
 import transformers
 
@@ -55,23 +52,3 @@ def test_names_and_defaults():
         *(3, 0.9, 0.65, 0.45),
     )
     assert (dry["multiplier"].default, dry["base"].default, dry["allowed_length"].default) == (0.8, 1.75, 2)
-
-
-def test_the_benchmark(tmp_path, monkeypatch, capsys):
-    """A tiny run, of the bundled model: a row a strategy, written between the page's marks."""
-    monkeypatch.syspath_prepend(str(repository("benchmarks")))
-    benchmark = runpy.run_path(str(repository("benchmarks/strategies.py")))
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
-    benchmark["main"].__globals__["PAGE"] = page
-    folder = str(simctg_fast.bundled_model_path())
-    benchmark["main"]([folder, "--prompts", "2", "--new-tokens", "6", "--slots", "2", "--tokens", "900", "--write"])
-    written = page.read_text(encoding="utf-8")
-    assert written.startswith("before\n<!-- measured -->")
-    assert written.endswith("<!-- end -->\nafter\n")
-    assert "old" not in written
-    assert len(re.findall(r"^\| ", written, flags=re.MULTILINE)) == 3 + len(benchmark["ROWS"])
-    with pytest.raises(SystemExit):
-        benchmark["main"]([folder, "--prompts", "0"])
-    assert "--prompts is 0, must be at least 1" in capsys.readouterr().err
-    sys.modules.pop("precision", None)

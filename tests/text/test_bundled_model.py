@@ -246,7 +246,7 @@ def test_a_run_broken_off_and_resumed_ends_in_the_same_weights(tmp_path, monkeyp
     corpus = corpus_script.Corpus({f"module{i}.py": text for i in range(200)})
     monkeypatch.setattr(sys, "path", [str(repository("benchmarks")), *sys.path])
     script = load_script("train_bundled")
-    monkeypatch.setattr(script, "build_corpus", lambda: corpus)
+    monkeypatch.setattr(script, "build_corpus", lambda sources: corpus)
 
     def train(name: str, *more: str) -> dict[str, torch.Tensor] | None:
         folders = ["--out", str(tmp_path / name), "--work", str(tmp_path / f"{name}-work")]
