@@ -9,6 +9,8 @@ from typing import Any
 
 from ..checks import is_integer, require
 from ..metrics import diversity, embedding_coherence, mauve, repeated_tokens
+from ..metrics.models.embeddings import folder_embedder
+from ..metrics.models.mauve_score import folder_features
 from ..text.continuation import continuation_pieces, continuation_text
 from .conclude import conclusions
 from .measure import METRICS, Scorer, figures, of_texts, single
@@ -85,7 +87,7 @@ class Evaluation:
         self.scorer = scorer or Scorer(model)
         self.kept = dict(kept or {})
         self.on_text, self.on_written = on_text, on_written
-        self._try_metrics()
+        self.embedder, self.features = self._metrics_by_models()
         self.prompts, self.refused = tokenize(model, tokenizer, prompts, options.max_new_tokens)
         if not self.prompts:
             name, reason = next(iter(self.refused.items()), ("", "there are none"))
@@ -96,6 +98,7 @@ class Evaluation:
         self.rows: list[dict[str, Any]] = []
         self.texts: dict[str, list[list[int] | None]] = {}
         self.human: dict[str, dict[str, float | None]] | None = None
+        self.human_features: Any = None
 
     @property
     def total(self) -> int:
@@ -175,8 +178,8 @@ class Evaluation:
         texts = [self.continuation(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
         log_probs = self.scorer(prompts, ids, before, texts)
         values = of_texts(ids, texts, log_probs)
-        if self.options.embedder is not None:
-            values["embedding_coherence"] = embedding_coherence(before, texts, self.options.embedder)
+        if self.embedder is not None:
+            values["embedding_coherence"] = embedding_coherence(before, texts, self.embedder)
         found = figures(values, self.options.seed)
         tokens = sum(len(row) for row in log_probs)
         if tokens:
@@ -184,19 +187,24 @@ class Evaluation:
             found["perplexity"] = single(math.exp(min(-mean, 700.0)))
         if self.options.paper_compatible:
             found["published_diversity"] = single(diversity(texts, paper_compatible=True))  # in percent
-        references = [self.continuation(self.prompts[n], ids) for n, ids in enumerate(self.references) if ids]
-        if self.options.mauve is not None and name != HUMAN and len(references) > 1 and sum(map(bool, texts)) > 1:
-            found["mauve"] = single(
-                mauve(references, texts, self.options.mauve, max_length=self.options.max_new_tokens)
-            )
+        if self.features is not None and sum(map(bool, texts)) > 1:
+            if name == HUMAN:
+                self.human_features = self.features(texts)
+            elif self.human_features is not None:
+                found["mauve"] = single(mauve(self.human_features, self.features(texts)))
         return found
 
-    def _try_metrics(self) -> None:
-        """What is wrong with them is said now, not when all texts are written."""
-        if self.options.embedder is not None:
-            embedding_coherence(["one"], ["two"], self.options.embedder)
+    def _metrics_by_models(self) -> tuple[Any, Callable[[Sequence[str]], Any] | None]:
+        """An embedder, and what makes MAUVE's features. They are tried: what is wrong with them is said now, not when
+        all texts are written."""
+        embedder, features = self.options.embedder, None
+        if embedder is not None:
+            embedder = embedder if callable(embedder) else folder_embedder(embedder)
+            embedding_coherence(["one"], ["two"], embedder)
         if self.options.mauve is not None:
-            mauve(["one", "two"], ["three", "four"], self.options.mauve)
+            features = folder_features(self.options.mauve, self.options.max_new_tokens)
+            mauve(features(["one", "two"]), features(["three", "four"]))
+        return embedder, features
 
     # ---- parts of what was found ----------------------------------------------------------------------------------
 

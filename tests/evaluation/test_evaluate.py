@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
+import sys
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -22,7 +25,7 @@ from simctg_fast.evaluation.prompts import Prompt
 from simctg_fast.evaluation.run import Request, run
 from simctg_fast.evaluation.settings import parse_settings
 from simctg_fast.loading import load_model
-from simctg_fast.metrics import diversity
+from simctg_fast.metrics import diversity, mauve
 
 from ..decoding_models import build
 from ..decoding_models import tokenizer as characters
@@ -321,6 +324,36 @@ def test_an_embedder(loaded):
     prompt, reference = torch.tensor([len("This module"), 1.0]), torch.tensor([len("provides it"), 1.0])
     human = found["rows"][0]["figures"]["embedding_coherence"]["mean"]
     assert human == pytest.approx(torch.cosine_similarity(prompt, reference, 0).item(), abs=1e-3)
+
+
+def test_models_of_metrics_are_loaded_once(loaded, monkeypatch):
+    """The embedder's folder, and MAUVE's, which makes features of people's texts once; each strategy is compared with
+    those."""
+    asked = []
+    module = types.ModuleType("mauve")
+    module.compute_mauve = lambda **given: asked.append(given) or types.SimpleNamespace(mauve=0.5)
+    monkeypatch.setitem(sys.modules, "mauve", module)
+    loads = []
+    for name in ("embeddings", "mauve_score"):
+        place = importlib.import_module(f"simctg_fast.metrics.models.{name}")
+        load = place.folder_model
+        monkeypatch.setattr(place, "folder_model", lambda path, what, load=load: loads.append(what) or load(path, what))
+    folder = str(bundled_model_path())
+    prompts = [Prompt("a", {"prompt": "This module"}, " provides it"), Prompt("b", {"prompt": "The file"}, " is one")]
+    evaluation = Evaluation(*loaded, prompts, parse_settings("greedy,fsd"), Options(4, embedder=folder, mauve=folder))
+    found = evaluation.run()
+    assert sorted(loads) == ["embedder", "model"]
+    assert "mauve" not in found["rows"][0]["figures"]
+    for row, given in zip(found["rows"][1:], asked[1:], strict=True):  # the first call tries it
+        assert row["figures"]["mauve"]["mean"] == 0.5
+        written = zip(evaluation.prompts, evaluation.texts[row["strategy"]], strict=True)
+        texts = [evaluation.continuation(*each) for each in written]
+            evaluation.continuation(*each)
+            for each in zip(evaluation.prompts, evaluation.texts[row["strategy"]], strict=True)
+        ]
+        mauve([" provides it", " is one"], texts, folder, max_length=4)
+        for features in ("p_features", "q_features"):
+            assert (given[features] == asked[-1][features]).all()
 
 
 def test_states_that_are_not_finite_cost_the_pictures_alone(loaded, monkeypatch):

@@ -18,7 +18,7 @@ from ...text.texts import text_list
 from .folders import folder_model, local_folder
 from .pairs import check_batch_size, is_blank, text_pairs
 
-__all__ = ["embedding_coherence"]
+__all__ = ["embedding_coherence", "folder_embedder"]
 
 _PUBLISHED_LENGTH = 128  # tokens that SimCSE's own class cuts a text to
 
@@ -64,7 +64,10 @@ def embedding_coherence(
     check_choice("pooling", pooling, tuple(each for each in POOLINGS if each != "none"))
     check_batch_size(batch_size)
     require(max_length is None or is_integer(max_length, 1), "max_length", max_length, "an integer of at least 1")
-    embed = embedder if callable(embedder) else _folder(embedder, pooling, max_length, batch_size, paper_compatible)
+    if callable(embedder):
+        embed = embedder
+    else:
+        embed = folder_embedder(embedder, pooling, max_length, batch_size, paper_compatible)
     known = [place for place, pair in enumerate(zip(left, right, strict=True)) if not any(map(is_blank, pair))]
     found: list[float | None] = [None] * len(left)
     if not known:
@@ -87,7 +90,14 @@ def _checked(values: Any, count: int) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1, eps=1e-300)
 
 
-def _folder(path: Any, pooling: str, max_length: int | None, batch_size: int, paper_compatible: bool) -> Embedder:
+def folder_embedder(
+    path: str | os.PathLike[str],
+    pooling: str = "mean",
+    max_length: int | None = None,
+    batch_size: int = 32,
+    paper_compatible: bool = False,
+) -> Embedder:
+    """The callable that `embedding_coherence` makes of a folder, for several calls."""
     folder = local_folder(path, "embedder")
     if Path(folder, "modules.json").is_file() and not paper_compatible:
         return _sentence_transformer(folder, batch_size)

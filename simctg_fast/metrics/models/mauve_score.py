@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...text.texts import text_list
 from .folders import folder_model
 from .pairs import is_blank
 
-__all__ = ["mauve"]
+__all__ = ["folder_features", "mauve"]
 
 _PUBLISHED_LENGTH = 200  # tokens
 
@@ -84,6 +84,12 @@ def mauve(
         verbose=False,
     )
     return round(float(out.mauve) * 100, 2) if paper_compatible else float(out.mauve)
+
+
+def folder_features(path: str | os.PathLike[str], max_length: int | None = 256) -> Callable[[Sequence[str]], Any]:
+    """What `mauve` makes features ``(N, D)`` of texts by, those without any character left out, for several calls."""
+    loaded = folder_model(path, "model")
+    return lambda texts: _made(loaded, [text for text in texts if text], max_length)
 
 
 def _loaded(path: Any, why: str) -> tuple[Any, Any]:
