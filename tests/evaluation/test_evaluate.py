@@ -348,9 +348,6 @@ def test_models_of_metrics_are_loaded_once(loaded, monkeypatch):
         assert row["figures"]["mauve"]["mean"] == 0.5
         written = zip(evaluation.prompts, evaluation.texts[row["strategy"]], strict=True)
         texts = [evaluation.continuation(*each) for each in written]
-            evaluation.continuation(*each)
-            for each in zip(evaluation.prompts, evaluation.texts[row["strategy"]], strict=True)
-        ]
         mauve([" provides it", " is one"], texts, folder, max_length=4)
         for features in ("p_features", "q_features"):
             assert (given[features] == asked[-1][features]).all()
