@@ -215,18 +215,11 @@ class TestCorpus:
 
 
 def test_three_steps_of_training_write_a_folder_that_loads(tmp_path) -> None:
-    """The command as a person types it, on the real corpus."""
-    command = [sys.executable, str(repository("benchmarks/train_bundled.py")), "--steps", "3", "--batch-tokens", "256"]
-    command += [
-        "--validation-tokens",
-        "2100",
-        "--prompts",
-        "0",
-        "--out",
-        str(tmp_path / "out"),
-        "--work",
-        str(tmp_path / "work"),
-    ]
+    """The command as a person types it, on the beginning of the real corpus."""
+    command = [sys.executable, str(repository("benchmarks/train_bundled.py"))]
+    given = {"steps": 3, "batch-tokens": 256, "sources": 60, "validation-tokens": 2100, "prompts": 0}
+    given |= {name: tmp_path / name for name in ("out", "work")}
+    command += [f"--{name}={value}" for name, value in given.items()]
     done = run_child(command)
     assert done.returncode == 0, done.stderr
     line = re.search(r"step +3/3 +loss (\S+) \+ \S+ +val (\S+) +[\d,]+ tokens/s +0 min left", done.stdout)
