@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loading import fitting_threads
-from ..text.batches import by_length, padded_rows
+from ..text.asked_logits import AskedRow, asked_logits, decoder_inputs
 
 __all__ = ["Scored", "continuation_log_likelihoods"]
 
-_LOGIT_BYTES = 256 * 2**20  # of a batch, unless a single row has more
 _SOFTMAX_VALUES = 2**24  # at a time
 
 Pair = tuple[list[int], list[int]]  # tokens of the context, tokens of the continuation
@@ -39,14 +36,8 @@ class _Row:
     continuations: list[tuple[int, list[int]]]
 
     @property
-    def end(self) -> int:
-        """The positions that have logits, where all of them do."""
-        return len(self.decoder or self.inputs)
-
-    @property
-    def asked(self) -> range:
-        """The positions whose logits predict a token of a continuation."""
-        return range(self.end - max(len(tokens) for _, tokens in self.continuations), self.end)
+    def asks(self) -> AskedRow:
+        return AskedRow(self.inputs, self.decoder, max(len(tokens) for _, tokens in self.continuations))
 
 
 @torch.no_grad()
@@ -79,18 +70,9 @@ def continuation_log_likelihoods(
         if not model.config.is_encoder_decoder
         else _encoder_decoder_rows(model, pairs, max_length)
     )
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    positions = max(1, _LOGIT_BYTES // (4 * vocabulary))
-    with fitting_threads(model):
-        for batch in _batches(rows, batch_rows, batch_tokens, positions, _keeps_rows(model)):
-            logits, ends = _forward(model, batch)
-            for number, row in enumerate(batch):
-                yield from _scores(logits[number], ends[number], row, softmax_dtype)
-
-
-def _keeps_rows(model: Any) -> bool:
-    """Whether it can be asked for the logits of some positions."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    asks = [row.asks for row in rows]
+    for index, logits in asked_logits(model, asks, batch_rows=batch_rows, batch_tokens=batch_tokens):
+        yield from _scores(logits, rows[index].continuations, softmax_dtype)
 
 
 def _decoder_rows(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
@@ -102,81 +84,33 @@ def _decoder_rows(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
 
 
 def _encoder_decoder_rows(model: Any, pairs: Sequence[Pair], max_length: int) -> list[_Row]:
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:
-        raise ValueError(
-            f"{type(model).__name__} has no prepare_decoder_input_ids_from_labels: likelihoods of this "
-            "encoder-decoder cannot be computed"
-        )
     rows: dict[tuple[tuple[int, ...], tuple[int, ...]], _Row] = {}
     for index, (context, continuation) in enumerate(pairs):
         key = tuple(context[-max_length:]), tuple(continuation)
         if key not in rows:
-            # Each alone: some models look for the end of a row, so its padding would matter.
-            decoder = shift(labels=torch.tensor([continuation], device=model.device))[0].tolist()
-            rows[key] = _Row(key[0], tuple(decoder), [])
+            rows[key] = _Row(key[0], tuple(decoder_inputs(model, continuation)), [])
         rows[key].continuations.append((index, continuation))
     return list(rows.values())
 
 
-def _batches(
-    rows: list[_Row], batch_rows: int, batch_tokens: int, positions: int, keeps_rows: bool
-) -> Iterator[list[_Row]]:
-    """``positions``: how many of them may have logits in a batch."""
-    rows = sorted(rows, key=lambda row: (-len(row.inputs), -len(row.decoder), row.inputs))
-
-    def is_full(batch: list[int], index: int) -> bool:
-        together = [rows[place] for place in (*batch, index)]
-        asked = len(set().union(*(row.asked for row in together))) if keeps_rows else max(row.end for row in together)
-        longest = max(len(row.inputs) + len(row.decoder) for row in together)
-        count = len(together)
-        return count > batch_rows or count * longest > batch_tokens or count * asked > positions
-
-    for batch in by_length([row.inputs for row in rows], is_full):
-        yield [rows[index] for index in batch]
-
-
-def _forward(model: Any, batch: list[_Row]) -> tuple[Tensor, list[int]]:
-    """Logits ``(B, P, V)``, and for each row where in P its own end."""
-    # On the right: positions are then those without padding, in every model.
-    inputs = padded_rows(model, [row.inputs for row in batch], 0, left=False)
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = padded_rows(model, [row.decoder for row in batch], 0, left=False)["input_ids"]
-    elif bool(inputs["attention_mask"].all()):
-        del inputs["attention_mask"]
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    asked = sorted(set().union(*(row.asked for row in batch)))
-    if not _keeps_rows(model) or len(asked) == max(row.end for row in batch):
-        return model(**inputs).logits, [row.end for row in batch]
-    # Those that any row asks for; each row's own lie side by side among them.
-    place = {position: number for number, position in enumerate(asked)}
-    inputs["logits_to_keep"] = torch.tensor(asked, device=model.device)
-    logits = model(**inputs).logits
-    if logits.shape[1] != len(asked):
-        raise ValueError(
-            f"{type(model).__name__} was asked for the logits of {len(asked)} positions by logits_to_keep, and gave "
-            f"{logits.shape[1]}"
-        )
-    return logits, [place[row.end - 1] + 1 for row in batch]
-
-
-def _scores(logits: Tensor, end: int, row: _Row, dtype: torch.dtype | None) -> Iterator[Scored]:
-    """``logits (P, V)``; position ``end - 1`` predicts the last token of each continuation of ``row``."""
-    begin = end - len(row.asked)
+def _scores(
+    logits: Tensor, continuations: Sequence[tuple[int, list[int]]], dtype: torch.dtype | None
+) -> Iterator[Scored]:
+    """``logits (P, V)``, of whose positions the last predicts the last token of each continuation."""
+    end = len(logits)
     step = max(1, _SOFTMAX_VALUES // logits.shape[-1])
-    picked: list[list[Tensor]] = [[] for _ in row.continuations]
-    greedy = [True] * len(row.continuations)
-    for start in range(begin, end, step):
+    picked: list[list[Tensor]] = [[] for _ in continuations]
+    greedy = [True] * len(continuations)
+    for start in range(0, end, step):
         stop = min(start + step, end)
         part = logits[start:stop].log_softmax(dim=-1, dtype=dtype)
         best = part.argmax(dim=-1)
-        for number, (_, tokens) in enumerate(row.continuations):
+        for number, (_, tokens) in enumerate(continuations):
             begins = end - len(tokens)
             first = max(start, begins)
             there = tokens[first - begins : max(first, stop) - begins]
             wanted = torch.tensor(there, dtype=torch.long, device=logits.device)
             picked[number].append(part[first - start :].gather(-1, wanted[:, None]).squeeze(-1))
             greedy[number] &= bool((best[first - start :] == wanted).all())
-    for number, (index, _) in enumerate(row.continuations):
+    for number, (index, _) in enumerate(continuations):
         yield Scored(index, float(torch.cat(picked[number]).sum()), greedy[number])

@@ -75,15 +75,22 @@ def test_without_prompts_the_first_token_is_given():
     same(log_probabilities(model, [torch.tensor(row) for row in rows]), wanted, 1e-9)
 
 
-@pytest.mark.parametrize(("name", "value"), [("_SOFTMAX", 1), ("_SOFTMAX", 2 * VOCABULARY), ("_LOGITS", 1)])
+PIECES = [
+    ("metrics.models.log_probabilities._SOFTMAX", 1),
+    ("metrics.models.log_probabilities._SOFTMAX", 2 * VOCABULARY),
+    ("text.asked_logits._LOGITS", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), PIECES)
 def test_pieces_change_nothing(name, value, monkeypatch):
     model = build("gpt2").double()
     wanted = log_probabilities(model, ROWS, PROMPTS)
     sizes = []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
-    monkeypatch.setattr(f"simctg_fast.metrics.models.log_probabilities.{name}", value)
+    monkeypatch.setattr(f"simctg_fast.{name}", value)
     same(log_probabilities(model, ROWS, PROMPTS), [each.tolist() for each in wanted], 1e-12)
-    assert sizes == ([1] * 4 if name == "_LOGITS" else [4]), "the row without tokens is not run"
+    assert sizes == ([1] * 4 if name.endswith("_LOGITS") else [4]), "the row without tokens is not run"
 
 
 def test_only_the_positions_that_are_scored_have_logits():
