@@ -27,7 +27,7 @@ except KeyboardInterrupt:  # a fifth of a second in which nobody else would catc
         print("stopped", file=sys.stderr)
     raise SystemExit(130) from None
 
-from .printable import printable
+from .printable import json_text, printable
 from .strategy_names import RANDOM, STRATEGIES, TOGETHER
 from .terminal import FAULT, REFUSED, OutputError, explained, guarded, interruption, shown, signal_code, was_closed
 
@@ -839,7 +839,7 @@ def _from_shell(argument: str) -> str:
 
 def _as_json(record: dict[str, Any]) -> str:
     """One line of JSON, with the characters that standard output has and escapes for the others."""
-    text = json.dumps(record, ensure_ascii=False)
+    text = json_text(record)
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:

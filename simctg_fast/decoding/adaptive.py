@@ -15,7 +15,6 @@ from ..checks import is_integer, is_number
 from .entropies import bounded_atanh, entropy, insert_sorted, middle
 from .generate_arguments import check_vocabulary
 from .search import Options, Search
-from .settings import check_top_k
 from .slots import round_up
 from .strategies import Contrastive, Proposal, Row, RowSettings, Strategy, View
 
@@ -32,25 +31,20 @@ class AdaptiveContrastive(Contrastive):
 
     Args:
         candidates: the most of any row.
-        fixed: a row tries as many candidates as its ``top_k`` says; only the penalty's weight moves.
     """
 
+    weighed_by = "k_range"
     row_state = ("entropies", "steps")
 
-    def __init__(self, candidates: int, fixed: bool = False):
-        super().__init__(candidates)
-        self.fixed = fixed
-
     def key(self) -> tuple:
-        return ("adaptive", self.candidates, self.fixed, self.counts)
+        return ("adaptive", self.candidates, self.counts)
 
     def bind(self, rows: Sequence[Row | None], device: torch.device) -> None:
         Strategy.bind(self, rows, device)
         self.beyond = None
         settings = [RowSettings(0.0) if row is None else row.parameters for row in rows]
         self._set("q", torch.tensor([p.adaptive_q for p in settings], dtype=torch.float64))
-        ranges = [(p.top_k or self.candidates,) * 2 if self.fixed else p.adaptive_k_range for p in settings]
-        self._set("range", torch.tensor(ranges, dtype=torch.float64))
+        self._set("range", torch.tensor([p.adaptive_k_range for p in settings], dtype=torch.float64))
         self._set("is_row", torch.tensor([row is not None for row in rows]))
         self._state("steps", (len(rows),), torch.long)
         self._state("now", (len(rows), 2))
@@ -104,7 +98,7 @@ class AdaptiveContrastiveSearch(Search):
     Args:
         q: how sharply they follow, above 0. (The paper's is 1, its code's example has 8.)
         k_range: the fewest and the most candidates, 2 ≤ fewest ≤ most ≤ vocabulary.
-        adaptive: ``"both"``, or ``"alpha"``, which leaves k at ``top_k``.
+        adaptive: ``"both"``, or ``"alpha"``, which leaves k at ``top_k``, as a ``k_range`` of twice that does.
         top_k: of ``adaptive="alpha"``, 2 … vocabulary. Default: 4.
         options: how it is run, see `Search`.
 
@@ -132,27 +126,33 @@ class AdaptiveContrastiveSearch(Search):
             raise ValueError(f"adaptive must be one of {MODES}, got {adaptive!r:.80}")
         if top_k is not None and adaptive != "alpha":
             raise ValueError(f"top_k is {top_k!r:.80}, but adaptive={adaptive!r} takes k from k_range")
-        if top_k is not None:
-            check_top_k(top_k)
+        if adaptive == "alpha" and k_range != K_RANGE:
+            raise ValueError(f"k_range is {k_range!r:.80}, but adaptive='alpha' takes k from top_k")
+        if top_k is not None and not is_integer(top_k, 2):
+            raise ValueError(f"top_k must be an integer of at least 2, got {top_k!r:.80}")
         super().__init__(**options)
-        self.q, self.adaptive, self.k_range = float(q), adaptive, check_k_range("k_range", k_range)
-        self.top_k = 4 if top_k is None else int(top_k)
+        self.q, self.adaptive, self.top_k = float(q), adaptive, 4 if top_k is None else int(top_k)
+        self.k_range = check_k_range("k_range", k_range) if adaptive == "both" else (self.top_k, self.top_k)
 
     def _shown(self) -> Mapping[str, Any]:
         fixed = {"adaptive": self.adaptive, "top_k": self.top_k}
         return {"q": self.q} | (fixed if self.adaptive == "alpha" else {"k_range": self.k_range})
 
+    @property
+    def _most_by(self) -> str:
+        return "top_k" if self.adaptive == "alpha" else "k_range"
+
     def settings(self, config: GenerationConfig, model: Any) -> RowSettings:
-        own = self.own_settings()
-        check_vocabulary("top_k" if self.adaptive == "alpha" else "k_range", own.top_k or 1, model)
-        return own
+        check_vocabulary(self._most_by, self.k_range[1], model)
+        return self.own_settings()
 
     def own_settings(self) -> RowSettings:
-        most = self.top_k if self.adaptive == "alpha" else self.k_range[1]
-        return RowSettings(1.0, top_k=most, adaptive_q=self.q, adaptive_k_range=self.k_range)
+        return RowSettings(1.0, top_k=self.k_range[1], adaptive_q=self.q, adaptive_k_range=self.k_range)
 
     def make_strategy(self, settings: Any, noise: Callable[[int, int], Tensor]) -> Strategy:
-        return AdaptiveContrastive(settings.top_k, self.adaptive == "alpha")
+        strategy = AdaptiveContrastive(settings.top_k)
+        strategy.weighed_by = self._most_by
+        return strategy
 
 
 def check_k_range(name: str, value: Any) -> tuple[int, int]:

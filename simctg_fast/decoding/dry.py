@@ -98,6 +98,29 @@ class DRYLogitsProcessor(LogitsProcessor):
         """``scores (B, V)`` less the penalties, new, for ``input_ids (B, T)``. Nothing is read on the host."""
         if self._breakers is None or input_ids.shape[1] <= self.allowed_length:
             return scores
+        tokens, penalties, _ = self._penalties(self._breakers, input_ids)
+        known = tokens < scores.shape[1]  # inputs may have tokens that outputs have not
+        penalties = penalties.clamp_(max=torch.finfo(scores.dtype).max / 2).to(scores.dtype).masked_fill_(~known, 0)
+        places = torch.where(known, tokens, 0)
+        # Of several penalties of a token the largest: the smallest of the scores that they leave.
+        return scores.scatter_reduce(1, places, scores.gather(1, places) - penalties, "amin")
+
+    def causes(self, ids: Sequence[int]) -> dict[int, tuple[float, int, int]]:
+        """Of a text, without padding, the tokens that are penalised as its next one: the penalty, where the token stood
+        before (the place in ``ids``), and how many tokens in front of it are those at the end of the text."""
+        found: dict[int, tuple[float, int, int]] = {}
+        if self._breakers is None or len(ids) <= self.allowed_length:
+            return found
+        tokens, penalties, repeats = self._penalties(self._breakers, torch.tensor([ids]))
+        cut = len(ids) - tokens.shape[1]
+        for place in penalties[0].nonzero().flatten().tolist():
+            cause = float(penalties[0, place]), cut + place, int(repeats[0, place])
+            found[ids[cut + place]] = max(cause, found.get(ids[cut + place], cause))
+        return found
+
+    def _penalties(self, breakers: Breakers, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that count ``(B, T)``, and for each what it costs to write it again, in float64, and how long a
+        repetition that would prolong."""
         starts = None
         if self.pad_token_id is not None:
             starts = ((input_ids != self.pad_token_id).cumsum(1) == 0).sum(1)
@@ -106,13 +129,8 @@ class DRYLogitsProcessor(LogitsProcessor):
         starts = None if starts is None else (starts - cut).clamp(min=0)
 
         longest = min(self._longest, tokens.shape[1])
-        limits, breaks = self._breakers(tokens, starts, longest)
+        limits, breaks = breakers(tokens, starts, longest)
         repeats = repeated_suffix(tokens, starts, None, limits, longest)
         exponents = (repeats - self.allowed_length).clamp(max=self._most).double()
-        penalties = (self.multiplier * self.base**exponents).clamp(max=torch.finfo(scores.dtype).max / 2)
-        known = tokens < scores.shape[1]  # inputs may have tokens that outputs have not
-        free = (repeats < self.allowed_length) | breaks | ~known
-        penalties = penalties.to(scores.dtype).masked_fill(free, 0)
-        places = torch.where(known, tokens, 0)
-        # Of several penalties of a token the largest: the smallest of the scores that they leave.
-        return scores.scatter_reduce(1, places, scores.gather(1, places) - penalties, "amin")
+        penalties = self.multiplier * self.base**exponents
+        return tokens, penalties.masked_fill((repeats < self.allowed_length) | breaks, 0), repeats

@@ -14,7 +14,7 @@ from ..checks import is_integer, is_number
 from ..ops.candidate_select import contrastive_scores
 from ..ops.earlier_text import follower_scan, ngram_penalty
 from ..ops.top_k import top_k_probs
-from .generate_arguments import check_vocabulary
+from .generate_arguments import check_known, check_vocabulary
 from .search import Options, Search
 from .settings import check_top_k
 from .slots import on
@@ -38,7 +38,7 @@ class FSDStrategy(Strategy):
         order: the largest n of any row.
     """
 
-    needs_tokens = True
+    needs_tokens, weighed_by = True, "k"
 
     def __init__(self, weighed: int, order: int):
         super().__init__()
@@ -180,6 +180,7 @@ class FSD(Search):
 
     def settings(self, config: GenerationConfig, model: Any) -> RowSettings:
         check_vocabulary("k", self.k, model)
+        check_known("stop_tokens", self.stop_tokens, model)
         return self.own_settings()
 
     def own_settings(self) -> RowSettings:

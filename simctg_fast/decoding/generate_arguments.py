@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +45,14 @@ def check_vocabulary(name: str, count: int, model: Any) -> None:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if count > vocabulary:
         raise ValueError(f"{name} must be at most the vocabulary size {vocabulary}, got {count}")
+
+
+def check_known(name: str, tokens: Iterable[int], model: Any) -> None:
+    """Raise ValueError where ``name`` has a token that the model does not know."""
+    known = model.get_input_embeddings().num_embeddings
+    for token in tokens:
+        if token >= known:
+            raise ValueError(f"{name} must be token ids below {known}, of the model's vocabulary, got {token}")
 
 
 def check_call(config: GenerationConfig, name: str) -> None:
@@ -116,7 +125,7 @@ class Arguments:
             if self.model._supports_default_dynamic_cache():
                 kwargs[CACHE_NAME] = self._new_cache()
         elif kwargs.get("use_cache") is False:
-            logger.warning("use_cache=False: contrastive search recomputes every candidate's whole sequence (slow).")
+            logger.warning("use_cache=False: every step runs whole texts again, candidate by candidate (slow).")
         return kwargs
 
     @property

@@ -117,9 +117,7 @@ class Run:
             self._check_room(step)
             processed = self.processors(input_ids, logits)
             self.record.add(outputs, logits, processed, self.whole_steps)
-            if self.chooser.weighed > processed.shape[-1]:
-                allowed = f"at most the {processed.shape[-1]} logits of the model"
-                raise ValueError(f"top_k must be {allowed}, got {self.chooser.weighed}")
+            self.chooser.check_vocabulary(processed.shape[-1], "the model")
             rows = None if len(running) == len(every) else torch.tensor(running, device=device)
             running_ids = input_ids if rows is None else input_ids[rows]
             proposal = self.decoder.propose(running_ids, processed if rows is None else processed[rows])

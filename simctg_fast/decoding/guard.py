@@ -35,7 +35,7 @@ class Guard(Strategy):
     """
 
     needs_tokens = True
-    weighed = HIGH
+    weighed, weighed_by = HIGH, ""  # of a smaller vocabulary all
     row_state = ("entropies", "steps", "sums")
 
     def __init__(self, random: bool = True, noise: Callable[[int, int], Tensor] | None = None):
@@ -73,7 +73,7 @@ class Guard(Strategy):
         probs = probs.masked_fill(beyond, 0.0)
         assert view.tokens is not None
         times = token_counts(view.tokens, tokens, view.lengths, view.starts)
-        penalty = -times * alpha.log()[:, None]
+        penalty = times * -alpha.log()[:, None]
         scores = ranked = probs.log() - penalty.to(probs.dtype)
         if self.random:
             noise = self.settings["noise"][rows, :count].to(scores)

@@ -140,7 +140,7 @@ class Strategy:
 
     Attributes:
         candidates: tokens tried a step, the rows of a forward for each row that is decoded; weighed: tokens that one
-            is chosen from.
+            is chosen from, and ``weighed_by`` the setting that says so, or "" if smaller vocabularies will do.
         needs_history, needs_tokens: whether hidden states, and the text's tokens, are kept for it; needs_norms: and the
             states' lengths.
         centers: whether hidden states are kept to be compared less their mean, a `CenteredHistory`.
@@ -153,6 +153,7 @@ class Strategy:
     """
 
     candidates = weighed = 1
+    weighed_by = "top_k"
     needs_history = needs_tokens = needs_norms = False
     centers = False
     looks_ahead = False
@@ -164,6 +165,11 @@ class Strategy:
     def __init__(self) -> None:
         self.near_ties = 0
         self.settings: dict[str, Tensor] = {}
+
+    def check_vocabulary(self, count: int, whose: str) -> None:
+        """Raise ValueError where ``count`` logits, of what ``whose`` says, are fewer than are weighed."""
+        if self.weighed > count and self.weighed_by:
+            raise ValueError(f"{self.weighed_by} must be at most the {count} logits of {whose}, got {self.weighed}")
 
     def key(self) -> tuple | None:
         """What its steps do beside what is in the settings: a graph that was captured with one strategy serves another

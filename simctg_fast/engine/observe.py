@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..decoding.dry import DRYLogitsProcessor
 from ..decoding.strategies import Choice, Proposal, Strategy
 from .sequence import Sequence
 
@@ -79,7 +80,9 @@ class StepRecord:
             columns = [column for column, probability in enumerate(self.probs[row]) if probability > 0]
             candidates = [self._candidate(row, column, sequence) for column in columns]
             piece = sequence.piece(token)
-            sequence.trace.append({"token_id": token, "token": piece, "candidates": candidates})
+            step = {"token_id": token, "token": piece, "candidates": candidates}
+            held = self._held_back(row, token, sequence)
+            sequence.trace.append(step | ({"dry": held} if held else {}))
         sequence.accept(token, logits)
 
     def _candidate(self, row: int, column: int, sequence: Sequence) -> dict[str, Any]:
@@ -93,24 +96,50 @@ class StepRecord:
             position = self.why["position"][row][column] - self.padding[row]
             record["penalty"] = _finite(self.why["penalty"][row][column])
             record["score"] = _finite(self.why["scores"][row][column])
+            if sequence.strategy == "guard" and record["penalty"]:
+                position = _last_place(token, sequence)
             if position >= 0:
                 record["because"] = self._because(position, sequence)
         return record
 
     def _because(self, position: int, sequence: Sequence) -> dict[str, Any]:
         """The earlier token that says most against a candidate; of FSD, the n-gram whose end it is."""
-        earlier = sequence.token_at(position)
-        found = {"position": position, "token_id": earlier, "token": sequence.tokenizer.decode([earlier])}
-        if self.proposal.among is not None and sequence.parameters.fsd_n is not None:
-            count, end = 0, len(sequence.prompt_ids) + len(sequence.tokens)
-            while count < min(sequence.parameters.fsd_n - 1, position) and (
-                sequence.strategy == "fsd-vec"
-                or sequence.token_at(position - 1 - count) == sequence.token_at(end - 1 - count)
-            ):
-                count += 1
-            tokens = [sequence.token_at(place) for place in range(position - count, position + 1)]
-            found["ngram"] = sequence.tokenizer.decode(tokens)
-        return found
+        if self.proposal.among is None or sequence.parameters.fsd_n is None:
+            return _earlier(position, sequence)
+        count, end = 0, len(sequence.prompt_ids) + len(sequence.tokens)
+        while count < min(sequence.parameters.fsd_n - 1, position) and (
+            sequence.strategy == "fsd-vec"
+            or sequence.token_at(position - 1 - count) == sequence.token_at(end - 1 - count)
+        ):
+            count += 1
+        return _earlier(position, sequence, count)
+
+    def _held_back(self, row: int, chosen: int, sequence: Sequence) -> list[dict[str, Any]]:
+        """Tokens whose logit would be above the chosen one's without the penalty of DRY, the dearest first."""
+        found: list[dict[str, Any]] = []
+        for processor in sequence.processors:
+            if not isinstance(processor, DRYLogitsProcessor):
+                continue
+            logits, causes = self.logits[row].tolist(), processor.causes(sequence.prompt_ids + sequence.tokens)
+            for token, (penalty, position, count) in causes.items():
+                if token < len(logits) and token != chosen and logits[token] + penalty > logits[chosen]:
+                    why = {"penalty": penalty, "because": _earlier(position, sequence, count)}
+                    found.append({"token_id": token, "token": sequence.piece(token)} | why)
+        return sorted(found, key=lambda each: -each["penalty"])
+
+
+def _last_place(token: int, sequence: Sequence) -> int:
+    length = len(sequence.prompt_ids) + len(sequence.tokens)
+    return next(place for place in range(length - 1, -1, -1) if sequence.token_at(place) == token)
+
+
+def _earlier(position: int, sequence: Sequence, before: int | None = None) -> dict[str, Any]:
+    """The token at a position of the text; where ``before`` is given, the n-gram with as many tokens before it."""
+    token, decode = sequence.token_at(position), sequence.tokenizer.decode
+    found = {"position": position, "token_id": token, "token": decode([token])}
+    if before is not None:
+        found["ngram"] = decode([sequence.token_at(place) for place in range(position - before, position + 1)])
+    return found
 
 
 def _logprobs(sequence: Sequence, token: int, logits: torch.Tensor) -> dict[str, Any]:

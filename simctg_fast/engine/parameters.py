@@ -45,7 +45,8 @@ class Parameters:
         continue_final_message: the continuation goes on in the last of the ``messages`` instead of answering it.
         fsd_n, fsd_beta, fsd_stop_tokens: ``n``, ``beta`` and ``stop_tokens`` of `FSD` (``fsd``; ``fsd-vec``, but for
             ``beta``).
-        adaptive_q, adaptive_k_range: ``q`` and ``k_range`` of `AdaptiveContrastiveSearch` (``adaptive``).
+        adaptive_q, adaptive_k_range: ``q`` and ``k_range`` of `AdaptiveContrastiveSearch` (``adaptive``); the range
+            (k, k) leaves k there, as its ``adaptive="alpha"`` does.
         guard_window, guard_decay: ``window`` and ``decay`` of `GUARD` (``guard``).
         dry_multiplier, dry_base, dry_allowed_length, dry_sequence_breakers, dry_penalty_range: of `DRYLogitsProcessor`,
             by these names, for every strategy; a multiplier of 0 is off.

@@ -97,7 +97,7 @@ class Preparer:
             given, own = (str(value).lower() for value in (parameters.center, self.center))
             message = f"center is {given}, but {own} in this run: it is of all its requests alike"
             raise self._error(request, "invalid_value", message)
-        for name in ("stop_token_ids", "dry_sequence_breakers"):
+        for name in ("stop_token_ids", "fsd_stop_tokens", "dry_sequence_breakers"):
             unknown = [t for t in getattr(parameters, name) if not isinstance(t, str) and t >= self.vocabulary]
             if unknown:
                 raise self._token_out_of_range(request, name, unknown[0])

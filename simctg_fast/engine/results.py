@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..printable import json_text
 from .openai_lines import as_openai
 from .requests import Request, RequestError
 
@@ -98,7 +98,7 @@ class Result:
                 seconds since 1970.
         """
         record = as_openai(self, model, created) if self.openai else self.as_dict()
-        return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        return (json_text(record, allow_nan=False) + "\n").encode()
 
     def as_record(self, model: str = "", created: int = 0) -> Record:
         kind = "" if self.error is None else self.error["type"]

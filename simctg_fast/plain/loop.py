@@ -131,6 +131,8 @@ def generate(
             "step with a parameter of that name"
         )
     check_center(center, config.penalty_alpha is not None and strategy is None, "penalty_alpha=..., without a strategy")
+    if strategy is not None:
+        _check_own_settings(strategy, values | settings)
     chooser, row = _chooser(config, strategy, center, prompt, generator)
     if chooser is not None:
         _check_chooser(config, chooser, strategy, protocol, select)
@@ -235,8 +237,7 @@ class _Run:
     def _choose(self, scores: Tensor, chooser: Strategy) -> tuple[Tensor, StepOutput | None, Tensor]:
         """The winners' tokens, where candidates were tried what the step returned for them, and bad rows."""
         rows, vocabulary = scores.shape
-        if chooser.weighed > vocabulary:
-            raise ValueError(f"top_k must be at most the {vocabulary} logits of the step, got {chooser.weighed}")
+        chooser.check_vocabulary(vocabulary, "the step")
         view = self._view()
         chooser.reserve(self.ids.shape[1] + 1)
         chooser.draw(rows)
@@ -344,6 +345,15 @@ def _chooser(
     rows = len(prompt) * (config.num_return_sequences or 1)
     noise = BatchNoise(rows, prompt.device, search.generator if generator is None else generator)
     return search.make_strategy(row, noise), row
+
+
+def _check_own_settings(strategy: Any, values: dict[str, Any]) -> None:
+    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
+        if values.get(name) is not None:
+            raise ValueError(
+                f"{name}={values[name]!r:.80} is not used by strategy={strategy!r:.80}: its settings are "
+                "those of the object, as FSD(k=...)"
+            )
 
 
 def _check_chooser(

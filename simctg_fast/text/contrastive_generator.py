@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -102,8 +103,8 @@ class ContrastiveGenerator:
                 beginning) and the most new tokens. A prompt and its continuation may be shorter where the model's table
                 of positions ends first.
             top_k, penalty_alpha: candidates a step, and the weight of their penalty, as in `ContrastiveSearch`.
-            temperature, seed: draw among the candidates, as in `ContrastiveSearch`; without a seed from the global
-                stream.
+            temperature: draw among the candidates, as in `ContrastiveSearch`.
+            seed: of what is drawn; without one from the global stream.
             center: compare hidden states less their mean, as in `ContrastiveSearch`.
             strategy: another search in its place: `FSD`, `GUARD` or `AdaptiveContrastiveSearch` with its settings, or
                 ``"fsd"``, ``"fsd-vec"``, ``"guard"``, ``"adaptive"`` as they are by default.
@@ -117,17 +118,26 @@ class ContrastiveGenerator:
         check_top_k(top_k)
         check_penalty_alpha(penalty_alpha)
         require(seed is None or is_integer(seed, 0, 2**63 - 1), "seed", seed, "an integer from 0 to 2**63 - 1")
-        if seed is not None and temperature is None:
-            raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         check_center(center, strategy == "contrastive", "strategy='contrastive'")
-        search: Search = ContrastiveSearch(
-            penalty_alpha, top_k, temperature=temperature, generator=generator, center=center
-        )
-        if strategy != "contrastive":
-            if temperature is not None:
-                raise ValueError(f"temperature={temperature} is of contrastive search, got strategy={strategy!r:.80}")
-            search = as_search(strategy)
+        if strategy == "contrastive":
+            search: Search = ContrastiveSearch(penalty_alpha, top_k, temperature=temperature, center=center)
+        else:
+            of_contrastive = {
+                "top_k": (top_k, 3),
+                "penalty_alpha": (penalty_alpha, 0.5),
+                "temperature": (temperature, None),
+            }
+            for name, (value, default) in of_contrastive.items():
+                if value != default:
+                    raise ValueError(
+                        f"{name}={value} is of contrastive search, got strategy={strategy!r:.80}, whose settings are "
+                        "those of the object, as FSD(k=...)"
+                    )
+            search = copy.copy(as_search(strategy))
+        if seed is not None and not search.is_random:
+            raise ValueError(f"seed={seed} needs a temperature: without one no random choice is made")
+        if seed is not None:
+            search.generator = torch.Generator(self.device).manual_seed(seed)
         rows = self._encode(texts, max_length)
         answers = [""] * len(rows)
         most = min(self.batch_size, len(rows)) * (top_k if strategy == "contrastive" else 1)

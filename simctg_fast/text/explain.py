@@ -17,7 +17,8 @@ _WIDTHS = (18, 8, 8, 8)
 
 def explained(trace: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     """Lines about the tokens of a continuation, whose ``trace`` the engine has recorded; a colour for what won, one for
-    what was most probable and did not. What a model wrote is shown with control characters escaped."""
+    what was most probable and did not, and for what DRY held back. What a model wrote is shown with control characters
+    escaped."""
     yield Text("     " + _columns(_HEAD), style="bold")
     for number, step in enumerate(trace, start=1):
         candidates = step["candidates"]
@@ -29,6 +30,9 @@ def explained(trace: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
             cells = (_quoted(candidate["token"]), _number(candidate["probability"]), *numbers, _because(candidate))
             line = f"{number if place == 0 else '':>4}{'>' if won else ' '}{_columns(cells)}".rstrip()
             yield Text(line, style="bold green" if won else "red" if held else "")
+        for token in step.get("dry", ()):
+            cells = (_quoted(token["token"]), "", _number(token["penalty"]), "DRY", _because(token))
+            yield Text(f"     {_columns(cells)}", style="red")
 
 
 def _columns(cells: Sequence[str]) -> str:

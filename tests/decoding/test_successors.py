@@ -272,6 +272,32 @@ def test_the_trace_says_why():
         ids.append(step["token_id"])
 
 
+@pytest.mark.parametrize("batching", ["slots", "static"])
+def test_the_trace_says_why_of_guard(batching):
+    """Where a token stood last, of prompts of two lengths; one that was not there pays nothing, nor less than that."""
+    texts = [tokenizer().decode(prompt(1, length)[0]) for length in (30, 5)]
+    engine = Engine(
+        build("llama"), tokenizer(), strategy="guard", temperature=0, max_new_tokens=6, trace=True, batching=batching
+    )
+    penalised = 0
+    for result in engine.generate([{"id": i, "prompt": text} for i, text in enumerate(texts)]):
+        ids = tokenizer()(texts[result.id])["input_ids"]
+        for step in result.trace:
+            for candidate in step["candidates"]:
+                if candidate["token_id"] in ids:
+                    position = len(ids) - 1 - ids[::-1].index(candidate["token_id"])
+                    assert candidate["because"]["position"] == position
+                    assert candidate["because"]["token_id"] == candidate["token_id"]
+                    assert candidate["penalty"] > 0
+                    penalised += 1
+                else:
+                    assert math.copysign(1, candidate["penalty"]) == 1
+                    assert candidate["penalty"] == 0
+                    assert "because" not in candidate
+            ids.append(step["token_id"])
+    assert penalised > 10
+
+
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +355,11 @@ def test_seeds_of_requests():
         (lambda: AdaptiveContrastiveSearch(k_range=(1, 5)), "k_range must be two integers"),
         (lambda: AdaptiveContrastiveSearch(adaptive="k"), "adaptive must be one of"),
         (lambda: AdaptiveContrastiveSearch(top_k=4), "top_k is 4, but adaptive='both' takes k from k_range"),
+        (lambda: AdaptiveContrastiveSearch(adaptive="alpha", top_k=1), "top_k must be an integer of at least 2, got 1"),
+        (
+            lambda: AdaptiveContrastiveSearch(adaptive="alpha", k_range=(2, 3)),
+            "but adaptive='alpha' takes k from top_k",
+        ),
     ],
 )
 def test_what_is_refused(make, message):
@@ -341,6 +372,8 @@ def test_what_is_refused(make, message):
     [
         (FSD(k=99), "k must be at most the vocabulary size 98, got 99"),
         (AdaptiveContrastiveSearch(k_range=(2, 99)), "k_range must be at most the vocabulary size 98, got 99"),
+        (AdaptiveContrastiveSearch(adaptive="alpha", top_k=99), "top_k must be at most the vocabulary size 98, got 99"),
+        (FSD(stop_tokens=[4, 98]), "stop_tokens must be token ids below 98, of the model's vocabulary, got 98"),
         (GUARD(), "num_beams must be 1 for GUARD, got 2"),
     ],
 )
@@ -356,6 +389,19 @@ def test_fixed_k_of_adaptive_search():
     out = shared("llama").generate(ids, custom_generate=search, max_new_tokens=NEW, pad_token_id=PAD)
     text = adaptive_contrastive_search(double("llama"), ids[0].tolist(), q=4.0, top_k=5, max_new_tokens=NEW)
     same(out[0, 9:].tolist(), text, 9)
+    engine = Engine(shared("llama"), tokenizer(), strategy="adaptive", adaptive_k_range=(5, 9), max_new_tokens=NEW)
+    (result,) = engine.generate([{"prompt": ids[0].tolist(), "adaptive_q": 4.0, "adaptive_k_range": [5, 5]}])
+    same(result.token_ids, text, 9)
+
+
+def test_guard_with_few_tokens():
+    """A vocabulary of fewer than it may take: all of it, wherever it is asked."""
+    model = build("llama", vocab_size=9, eos_token_id=None, bos_token_id=0, pad_token_id=0)
+    ids = torch.tensor([[1, 2, 3, 1]])
+    out = model.generate(ids, custom_generate=GUARD(sample=False), max_new_tokens=8, pad_token_id=0)
+    plain = simctg_fast.generate(lambda ids: model(ids).logits, ids, strategy=GUARD(sample=False), max_new_tokens=8)
+    assert torch.equal(out, plain)
+    same(out[0, 4:].tolist(), guard(model.double(), ids[0].tolist(), max_new_tokens=8), 4)
 
 
 # ---- beyond transformers' generate -----------------------------------------------------------------------------------
@@ -392,6 +438,19 @@ def test_names_for_plain_models():
     ):
         with pytest.raises(ValueError, match=message):
             simctg_fast.generate(logits, ids, strategy=strategy, max_new_tokens=2)
+    for strategy, message in (
+        (FSD(k=99), "k must be at most the 98 logits of the step, got 99"),
+        (AdaptiveContrastiveSearch(k_range=(5, 99)), "k_range must be at most the 98 logits of the step, got 99"),
+        (AdaptiveContrastiveSearch(adaptive="alpha", top_k=99), "top_k must be at most the 98 logits of the step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simctg_fast.generate(
+                lambda ids, state: (logits(ids), state, torch.ones(*ids.shape, 4)), ids, strategy=strategy,
+                max_new_tokens=2, select=lambda state, index: state,
+            )  # fmt: skip
+    for name, value in (("top_k", 9), ("temperature", 0.5), ("top_p", 0.9), ("min_p", 0.1), ("typical_p", 0.9)):
+        with pytest.raises(ValueError, match=f"{name}={value} is not used by strategy='fsd'"):
+            simctg_fast.generate(logits, ids, strategy="fsd", max_new_tokens=2, **{name: value})
     with pytest.raises(ValueError, match="leave do_sample=True out"):
         simctg_fast.generate(logits, ids, strategy="guard", do_sample=True, max_new_tokens=2)
     with pytest.raises(ValueError, match="a positional step keeps its own cache"):
@@ -408,3 +467,12 @@ def test_lists_of_texts():
             assert answer == tokenizer().decode(expected.ids[len(ids) :], skip_special_tokens=True)
     with pytest.raises(ValueError, match=r"temperature=0.5 is of contrastive search, got strategy='fsd'"):
         generator(texts, strategy="fsd", temperature=0.5)
+    for name, value in (("top_k", 9), ("penalty_alpha", 0.1)):
+        with pytest.raises(ValueError, match=f"{name}={value} is of contrastive search, got strategy='fsd'"):
+            generator(texts, strategy="fsd", **{name: value})
+    with pytest.raises(ValueError, match="seed=3 needs a temperature"):
+        generator(texts, strategy="fsd", seed=3)
+    mine = GUARD()
+    drawn = [generator(texts, NEW, strategy=mine, seed=seed) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert mine.generator is None

@@ -15,6 +15,7 @@ from simctg_fast.engine.job import manifest
 from simctg_fast.engine.job.job import JobOptions
 from simctg_fast.engine.parameters import Parameters, check
 from simctg_fast.engine.requests import parse_request
+from simctg_fast.text.explain import explained
 
 from ..decoding_models import PAD, build, prompt, shared, tokenizer
 from ..engine_jobs import JobServer, read_records, save_model, write_lines
@@ -199,3 +200,53 @@ def test_on_the_command_line(tmp_path):
         assert "dry_base must be a finite number of at least 1" in server.stderr
     finally:
         server.close()
+
+
+# ---- why a token did not come ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batching", ["slots", "static"])
+@pytest.mark.parametrize("strategy", ["greedy", "fsd", "contrastive"])
+def test_the_trace_says_what_was_held_back(strategy, batching):
+    """Tokens that would be above the chosen one: by the model's own logits and penalties counted by hand."""
+    model = build("gpt2", std=0.2)
+    rows = []  # one token again and again, and behind it most others
+    for often, most in ((7, 90), (40, 70), (60, 80)):
+        rows.append([token for other in range(10, most) for token in (often, other)] + [often])
+    settings = {"dry_multiplier": 5.0, "dry_base": 1.5, "dry_allowed_length": 1, "dry_sequence_breakers": []}
+    engine = Engine(model, tokenizer(), strategy=strategy, batching=batching, trace=True, max_new_tokens=2, **settings)
+    held = 0
+    for result in engine.generate([{"id": i, "prompt": row} for i, row in enumerate(rows)]):
+        ids = list(rows[result.id])
+        for step in result.trace:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1].tolist()
+            repeats = {}
+            for place in range(1, len(ids)):
+                count = 0
+                while count < place and ids[place - 1 - count] == ids[len(ids) - 1 - count]:
+                    count += 1
+                repeats[ids[place]] = max(repeats.get(ids[place], 0), count)
+            costs = {token: 5.0 * 1.5 ** (count - 1) for token, count in repeats.items() if count}
+            chosen = logits[step["token_id"]] - costs.get(step["token_id"], 0.0)
+            expected = {t: cost for t, cost in costs.items() if logits[t] > chosen and t != step["token_id"]}
+            found = {each["token_id"]: each["penalty"] for each in step.get("dry", ())}
+            assert found == pytest.approx(expected)
+            for each in step.get("dry", ()):
+                position, count = each["because"]["position"], repeats[each["token_id"]]
+                assert ids[position] == each["because"]["token_id"] == each["token_id"]
+                assert ids[position - count : position] == ids[len(ids) - count :]
+                assert each["because"]["ngram"] == tokenizer().decode(ids[position - count : position + 1])
+            held += len(found)
+            ids.append(step["token_id"])
+    assert held > 4
+
+
+def test_explain_shows_what_was_held_back():
+    step = {"token_id": 4, "token": " b", "candidates": [{"token_id": 4, "token": " b", "probability": 0.5}]}
+    because = {"position": 3, "token_id": 5, "token": " \x9bc", "ngram": " a \x9bc"}
+    dry = [{"token_id": 5, "token": " \x9bc", "penalty": 1.4, "because": because}]
+    lines = list(explained([step | {"dry": dry}, step]))
+    assert len(lines) == 4
+    assert lines[2].plain.split() == ["'", "\\x9bc'", "1.4000", "DRY", "'", "a", "\\x9bc'", "at", "3"]
+    assert str(lines[2].style) == "red"

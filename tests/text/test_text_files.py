@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from simctg_fast.checks import user_path
-from simctg_fast.printable import printable
+from simctg_fast.printable import json_text, printable
 from simctg_fast.text.files import ReadError, TextLines, content_suffix, is_utf8, made_parent
 
 
@@ -124,3 +125,15 @@ def test_home_folders(monkeypatch, tmp_path):
 def test_control_characters_are_shown():
     text = "a\x1b]0;title\x07b\x9b31m\rc\x7f\u202ed\ud800\n\té\U0001f600"
     assert printable(text) == "a\\x1b]0;title\\x07b\\x9b31m\\x0dc\\x7f\\u202ed\\ud800\n\té\U0001f600"
+    marks = "\u061c\u200e\u200f\u202a\u202c\u2066\u2069"
+    assert printable(marks) == marks.encode("unicode_escape").decode()
+
+
+def test_json_steers_nothing():
+    """It reads as what was given, and is left as it is where that steers nothing."""
+    value = {"text": "a\x1b\x9b31m\x7f\u061c\u202ed\u2066é\U0001f600\n", "\u202e": [1.5, None]}
+    line = json_text(value)
+    assert json.loads(line) == value
+    assert line == printable(line)
+    assert "é\U0001f600" in line
+    assert line.isprintable()
