@@ -53,12 +53,15 @@ def make_config(generation_config: GenerationConfig | None, prompt: Tensor, valu
     if values.get("penalty_alpha") is not None:
         check_penalty_alpha(values["penalty_alpha"])
     config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
-    # This also has transformers check the values.
-    unknown = config.update(**{name: value for name, value in values.items() if value is not None})
+    given = {name: value for name, value in values.items() if value is not None}
+    # Of this transformers would say that it may be ignored.
+    top_k = given.pop("top_k", None) if given.get("penalty_alpha") else None
+    unknown = config.update(**given)  # this also has transformers check the values
     if unknown:
         raise TypeError(f"generate() got {', '.join(sorted(unknown))}, which GenerationConfig does not have")
     bounded = config.max_length is not None
     config.update(**config._get_default_generation_params(), defaults_only=True)
+    config.top_k = config.top_k if top_k is None else top_k
     check_settings(vars(config), sampled=bool(config.do_sample))
     for name, (what, harmless) in _REFUSED.items():
         value = getattr(config, name, None)

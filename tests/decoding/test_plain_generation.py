@@ -527,3 +527,15 @@ def test_modules_are_left_in_their_mode_and_parameters_without_gradients():
     generate(step, prompt(), max_new_tokens=2)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_top_k_of_contrastive_search_is_not_said_to_be_ignored(monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.generation.configuration_utils.logger.warning_once", said.append)
+    contrastive = [
+        generate(the_step("stateless"), prompt(), penalty_alpha=0.6, top_k=k, max_new_tokens=12) for k in (2, 40)
+    ]
+    assert not torch.equal(*contrastive)
+    assert not said
+    generate(the_step("stateless"), prompt(), top_k=2, max_new_tokens=2)
+    assert "top_k" in said[0]
