@@ -7,13 +7,20 @@ import json
 import pytest
 
 from simctg_fast import bundled_model_path
-from simctg_fast.evaluation.prompts import PROMPT_TOKENS, documentation_prompts, read_prompts
+from simctg_fast.evaluation.prompts import PROMPT_TOKENS, Prompt, documentation_prompts, read_prompts
+from simctg_fast.evaluation.writing import tokenize
 from simctg_fast.loading import load_tokenizer
+
+from ..decoding_models import build
+from ..decoding_models import tokenizer as characters
+
+
+HALF = {"reference": "bad \udfff x"}
 
 
 def file(folder, name, lines):
     path = folder / name
-    texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return path
 
@@ -55,6 +62,7 @@ def test_references_by_id(tmp_path):
         ([{"id": True, "prompt": "x"}], "line 1: id must be a string with text or an integer, got True"),
         ([{"id": "", "prompt": "x"}], "id must be a string with text"),
         ([{"prompt": "x", "reference": 3}], "reference must be a string, got 3"),
+        ([HALF | {"prompt": "x"}], r"line 1: reference holds half of a surrogate pair, got 'bad \\udfff x'"),
         (["[1]"], "must be an object"),
         (["{"], "not JSON"),
         ([], "holds no prompt"),
@@ -73,7 +81,9 @@ def test_lines_that_are_no_prompts(lines, message, tmp_path):
         ("r.jsonl", [{"id": "z", "reference": "x"}], "line 1: id 'z' is that of no prompt"),
         ("r.jsonl", [{"id": "a", "reference": "x"}, {"id": "a", "reference": "y"}], "line 2: id 'a' comes twice"),
         ("r.jsonl", [{"id": "a", "reference": "x"}, {"reference": "y"}], "1 of its lines have no id, but others do"),
-        ("r.jsonl", [{"id": "a"}], "line 1: must have a reference, a string, got None"),
+        ("r.jsonl", [{"id": "a"}], "line 1: reference must be a string, got None"),
+        ("r.jsonl", [HALF, HALF], "line 1: reference holds half of a surrogate pair"),
+        ("r.jsonl", [{"id": "a", "text": HALF["reference"]}], "line 1: reference holds half of a surrogate pair"),
         ("r.csv", ["x"], "must be a .txt or .jsonl file"),
     ],
 )
@@ -81,6 +91,30 @@ def test_references_that_do_not_fit(name, lines, message, tmp_path):
     prompts = file(tmp_path, "p.jsonl", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}])
     with pytest.raises(ValueError, match=message):
         read_prompts(prompts, file(tmp_path, name, lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("llama", {"prompt": "a \ud800 b"}),
+        ("llama", {"messages": [{"role": "user", "content": "\udfff"}]}),
+        ("t5", {"source": "\udfff"}),
+    ],
+)
+def test_half_of_a_surrogate_pair_in_a_prompt(name, content):
+    """That prompt alone cannot be continued, and why is no error of the tokenizer's."""
+    prompts = [Prompt("half", content), Prompt("whole", {"prompt": "it is"})]
+    ready, refused = tokenize(build(name), chatting(), prompts, 4)
+    assert [each.prompt.id for each in ready] == ["whole"]
+    assert list(refused) == ["half"]
+    assert refused["half"].startswith("it holds half of a surrogate pair, got {'")
+    assert refused["half"].isascii()
+
+
+def chatting():
+    tokenizer = characters()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    return tokenizer
 
 
 def test_documentation():
