@@ -14,7 +14,6 @@ from simctg_fast.loading import load_tokenizer
 from ..decoding_models import build
 from ..decoding_models import tokenizer as characters
 
-
 HALF = {"reference": "bad \udfff x"}
 
 

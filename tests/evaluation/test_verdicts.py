@@ -99,6 +99,27 @@ def test_verdicts(isotropy, found, said):
         assert (each.lstrip("!") in text) != each.startswith("!"), (each, text)
 
 
+def without(name, metric):
+    found = row(name, 90)
+    found["figures"].pop(metric)
+    return found
+
+
+@pytest.mark.parametrize("metric", ["diversity", "log_prob_per_byte"])
+def test_a_verdict_on_texts_that_have_no_figures(metric):
+    """Of fewer than 4 tokens, or without characters: people's, contrastive search's, everybody's."""
+    found = pilot(None, row("contrastive", 89), row("fsd", 80))
+    found["rows"][0] = without("human", metric)
+    text = " ".join(verdict(0.5, found).sentences)
+    assert "the pilot cannot say" in text
+    assert "None of" not in text, "nobody knows how probable people's are"
+    text = " ".join(verdict(0.5, pilot("fsd", without("contrastive", metric), row("fsd", 80))).sentences)
+    assert "The better start: FSD by n-grams" in text
+    assert "the pilot cannot say" in text
+    text = " ".join(verdict(0.5, pilot(None, without("contrastive", metric))).sentences)
+    assert "None of the pilot's strategies writes texts of 4 tokens." in text
+
+
 def test_a_table_leaves_out_what_has_no_room():
     metrics = {
         name: {"name": name, "unit": "", "digits": 1, "better": None, "about": ""}
@@ -174,3 +195,12 @@ def test_the_pilot():
     assert found.verdict.best == found.pilot["recommended"]["strategy"]
     with pytest.raises(ValueError, match="new_tokens must be an integer of at least 16, got 4"):
         measure("bundled", new_tokens=4)
+
+
+def test_a_pilot_on_a_short_text(tmp_path):
+    texts = tmp_path / "t.txt"
+    texts.write_text("Hi\n", "utf-8")
+    found = measure("bundled", str(texts), new_tokens=16)
+    assert found.verdict is not None
+    assert found.verdict.best is None
+    assert "the pilot cannot say" in found.verdict.sentences[-1]
