@@ -43,9 +43,12 @@ class States:
 
 
 def checked_picture(path: str | os.PathLike[str]) -> Path:
-    """Raises ValueError for another ending than .svg or .png."""
+    """Raises ValueError for another ending than .svg or .png, and for what cannot be written."""
     target = user_path(path)
     require(target.suffix.lower() in SUFFIXES, "out", str(path), "a file that ends in .svg or .png")
+    is_file_of_a_folder = target.parent.is_dir() and not target.is_dir()
+    may_write = os.access(target if target.exists() else target.parent, os.W_OK)
+    require(is_file_of_a_folder and may_write, "out", str(path), "a file that can be written, in a folder that exists")
     return target
 
 

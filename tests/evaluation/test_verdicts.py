@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from functools import partial
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from simctg_fast.cli import app
+from simctg_fast.evaluation import isotropy
 from simctg_fast.evaluation.conclude import conclusions
 from simctg_fast.evaluation.console import table
 from simctg_fast.evaluation.isotropy import measure, passages
@@ -182,7 +186,33 @@ def test_the_commands(tmp_path):
     ):
         refused = runner.invoke(app, given)
         assert refused.exit_code == 2, (given, refused.output)
-        assert message in " ".join(refused.output.replace("│", " ").split())
+        assert message in said(refused)
+
+
+@pytest.mark.parametrize("command", [["isotropy", "bundled"], ["compare", "bundled", "bundled"]])
+def test_a_picture_that_cannot_be_written(command, tmp_path, monkeypatch):
+    """Is refused before a model is loaded; what goes wrong later costs the picture alone."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.svg").mkdir()
+    for name in ("nowhere/x.svg", "file/x.svg", "folder.svg"):
+        refused = CliRunner().invoke(app, [*command, "-o", str(tmp_path / name), "--device", "nowhere"])
+        assert refused.exit_code == 2
+        assert "out must be a file that can be written, in a folder that exists" in said(refused)
+    texts = tmp_path / "t.txt"
+    texts.write_text("This module provides a function.\n", "utf-8")
+
+    def full(found, out):
+        raise OSError(errno.ENOSPC, "full", str(out))
+
+    monkeypatch.setattr(isotropy, "draw", full)
+    monkeypatch.setattr(isotropy, "measure", partial(measure, new_tokens=16))
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "x.svg"), "--text", str(texts)])
+    assert done.exit_code == 3
+    assert "sotropy of the last layer: 0." in done.stdout
+
+
+def said(result):
+    return " ".join(result.output.replace("│", " ").split())
 
 
 def test_the_pilot():
