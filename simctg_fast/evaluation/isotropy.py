@@ -87,9 +87,12 @@ def measure(
     prompts = (
         documentation_prompts(tokenizer, TEXTS, new_tokens) if texts is None else passages(tokenizer, texts, new_tokens)
     )
-    ready, _ = tokenize(model, tokenizer, prompts, new_tokens)
+    ready, refused = tokenize(model, tokenizer, prompts, new_tokens)
     rows = [(each, each.prompt.reference_ids(tokenizer, new_tokens)) for each in ready]
     rows = [(each, ids) for each, ids in rows if ids]
+    if refused and not ready:
+        name, message = next(iter(refused.items()))
+        raise ValueError(f"none of the {len(prompts)} texts can be continued; {name!r}: {message}")
     if not rows:
         raise ValueError(f"text is {text!r}, which must hold a text of at least 2 tokens")
     layers = isotropy_of_layers(model, rows)

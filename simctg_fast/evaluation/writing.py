@@ -63,7 +63,8 @@ def tokenize(
             _check_text(prompt.content)
             sequence = engine.prepare(request)[0]
         except RequestError as error:  # noqa: PERF203
-            refused[prompt.id] = str(error)
+            # What follows is advice of the engine's, on options that an evaluation has not.
+            refused[prompt.id] = str(error).partition("; ")[0] if error.kind == "too_long" else str(error)
         else:
             ready.append(Tokenized(prompt, sequence.prompt_ids, sequence.source_ids))
     return ready, refused

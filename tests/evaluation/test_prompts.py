@@ -7,6 +7,7 @@ import json
 import pytest
 
 from simctg_fast import bundled_model_path
+from simctg_fast.evaluation.console import notes
 from simctg_fast.evaluation.prompts import PROMPT_TOKENS, Prompt, documentation_prompts, read_prompts
 from simctg_fast.evaluation.writing import tokenize
 from simctg_fast.loading import load_tokenizer
@@ -108,6 +109,31 @@ def test_half_of_a_surrogate_pair_in_a_prompt(name, content):
     assert list(refused) == ["half"]
     assert refused["half"].startswith("it holds half of a surrogate pair, got {'")
     assert refused["half"].isascii()
+
+
+def test_prompts_that_are_too_long():
+    """What is too long for what; not the engine's advice, on options that an evaluation has not."""
+    long = "x" * 300
+    refused = tokenize(build("gpt2", n_positions=64), characters(), [Prompt("a", {"prompt": long})], 8)[1]
+    assert refused == {"a": "300 prompt tokens and max_new_tokens=8 are more than the model's 64"}
+    refused = tokenize(build("bart"), characters(), [Prompt(0, {"source": long}), Prompt(1, {"prompt": long})], 8)[1]
+    assert refused == dict.fromkeys((0, 1), "source has 300 tokens, the model takes 256")
+    refused = tokenize(build("bart"), characters(), [Prompt("a", {"source": "x"})], 300)[1]
+    assert refused == {"a": "1 prompt tokens and max_new_tokens=300 are more than the model's 256"}
+
+
+def test_refused_prompts_on_a_terminal():
+    """A line each, but not hundreds of them."""
+
+    def said(count):
+        refused = [{"id": number, "message": "too long"} for number in range(count)]
+        return notes({"rows": [], "refused": refused})
+
+    assert said(0) == []
+    assert said(1) == ["prompt 0 cannot be continued: too long"]
+    assert said(8) == [f"prompt {number} cannot be continued: too long" for number in range(8)]
+    assert said(9)[:8] == said(8)
+    assert said(9)[8:] == ["prompts that cannot be continued beside these: 1 (see evaluation.json)"]
 
 
 def chatting():

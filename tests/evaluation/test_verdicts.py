@@ -227,6 +227,13 @@ def test_the_pilot():
         measure("bundled", new_tokens=4)
 
 
+def test_a_model_whose_context_the_texts_exceed(monkeypatch):
+    monkeypatch.setattr(isotropy, "context_length", lambda model: None)
+    reason = r"none of the 16 texts can be continued; 'documentation-0': 32 prompt tokens and max_new_tokens=600 are"
+    with pytest.raises(ValueError, match=reason):
+        measure("bundled", new_tokens=600)
+
+
 def test_a_pilot_on_a_short_text(tmp_path):
     texts = tmp_path / "t.txt"
     texts.write_text("Hi\n", "utf-8")
