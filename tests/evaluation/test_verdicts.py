@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import re
 from functools import partial
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from simctg_fast import cli
 from simctg_fast.cli import app
 from simctg_fast.evaluation import isotropy
 from simctg_fast.evaluation.conclude import conclusions
@@ -17,6 +19,7 @@ from simctg_fast.evaluation.isotropy import measure, passages
 from simctg_fast.evaluation.recommend import Candidate, recommend
 from simctg_fast.evaluation.verdict import verdict
 from simctg_fast.loading import load_model
+from simctg_fast.terminal import OutputError
 
 HUMAN = Candidate("human", 90.0, -0.7)
 
@@ -209,6 +212,32 @@ def test_a_picture_that_cannot_be_written(command, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "x.svg"), "--text", str(texts)])
     assert done.exit_code == 3
     assert "sotropy of the last layer: 0." in done.stdout
+
+
+@pytest.mark.parametrize("command", [["isotropy", "bundled"], ["compare", "bundled", "bundled"]])
+def test_sentences_are_wrapped_on_a_narrow_terminal(command, tmp_path, monkeypatch):
+    texts = tmp_path / "t.txt"
+    texts.write_text("This module provides a function.\n", "utf-8")
+    monkeypatch.setattr(isotropy, "measure", partial(measure, new_tokens=16))
+    given = [*command, "--text", str(texts)]
+    narrow = CliRunner().invoke(app, given, env={"FORCE_COLOR": "1", "COLUMNS": "40"})
+    assert narrow.exit_code == 0, narrow.output
+    text = re.sub(r"\x1b\[[0-9;]*m", "", narrow.stdout)
+    assert max(map(len, text.splitlines())) <= 40
+    wide = CliRunner().invoke(app, given, env={"COLUMNS": "40"})
+    assert " ".join(text.split())[-50:] == " ".join(wide.stdout.split())[-50:]
+    assert max(map(len, wide.stdout.splitlines())) > 40
+
+
+def test_a_reader_that_has_gone_does_not_cost_the_picture(tmp_path, monkeypatch):
+    def gone(line):
+        raise OutputError(OSError(errno.EPIPE, "gone"))
+
+    monkeypatch.setattr(cli, "_say", gone)
+    picture = tmp_path / "x.svg"
+    done = CliRunner().invoke(app, ["isotropy", "--no-pilot", "-o", str(picture)])
+    assert done.exit_code != 0
+    assert picture.read_text("utf-8").startswith("<svg")
 
 
 def said(result):
