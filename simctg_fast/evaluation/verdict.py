@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .conclude import SHORT
 from .recommend import MARGIN
 
 PILOT = "greedy,contrastive,centered,fsd,fsd-vec,dry"
@@ -54,10 +55,23 @@ def verdict(isotropy: float, evaluation: Mapping[str, Any]) -> Verdict:
         sentences.append(f"None of the pilot's strategies writes texts {what}.")
     elif best not in (None, "contrastive"):
         sentences.append(f"{'Better still' if suits else 'The better start'}: {_WHAT[best]}.")
-    sentences.append(f"The pilot: {evaluation['recommended']['reason']}.")
+    sentences.extend(_pilot(evaluation))
     if not suits:
         sentences.append(_training(isotropy, ours, human))
     return Verdict(best, tuple(sentences))
+
+
+def _pilot(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """What decided, and how far it is to be trusted."""
+    lengths = {row["strategy"]: _mean(row, "tokens") for row in evaluation["rows"] if row["figures"]}
+    people, longest = lengths.pop("human", 0.0), max(lengths.values(), default=0.0)
+    what = f"prompts: {evaluation['prompts']}; people's continuations: {people:.0f} tokens on average"
+    yield f"The pilot ({what}): {evaluation['recommended']['reason']}."
+    if people < SHORT * longest:
+        yield (
+            "With caution: short texts, as people's here, repeat less, and the model wrote up to "
+            f"{longest:.0f} tokens on average; longer ones (--text) tell more."
+        )
 
 
 def _as_good(ours: Mapping[str, Any], best: Mapping[str, Any], human: Mapping[str, Any]) -> bool:

@@ -84,7 +84,8 @@ def test_conclusions():
 
 def pilot(best, *rows):
     reason = "for a reason"
-    return {"rows": [row("human", 90, -0.7), *rows], "recommended": {"strategy": best, "reason": reason}}
+    recommended = {"strategy": best, "reason": reason}
+    return {"rows": [row("human", 90, -0.7), *rows], "recommended": recommended, "prompts": 16}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,23 @@ def test_verdicts(isotropy, found, said):
     assert "gpt2-large 0.70" in text
     for each in said:
         assert (each.lstrip("!") in text) != each.startswith("!"), (each, text)
+
+
+@pytest.mark.parametrize(("people", "caution"), [(7.0, True), (74.0, True), (75.0, False), (130.0, False)])
+def test_how_many_texts_decided_and_how_long_they_are(people, caution):
+    found = pilot("fsd", row("contrastive", 60, tokens=100.0), row("fsd", 90, tokens=40.0))
+    found["rows"][0] = row("human", 90, -0.7, tokens=people)
+    text = " ".join(verdict(0.3, found).sentences)
+    said = f"The pilot (prompts: 16; people's continuations: {people:.0f} tokens on average): for a reason."
+    assert said in text
+    assert ("With caution: short texts, as people's here, repeat less" in text) == caution
+    assert ("the model wrote up to 100 tokens on average" in text) == caution
+
+
+def test_a_model_that_writes_as_briefly_as_people_needs_no_caution():
+    found = pilot("fsd", row("fsd", 90, tokens=7.0), {**row("contrastive", 0), "figures": {}})
+    found["rows"][0] = row("human", 90, -0.7, tokens=7.0)
+    assert "With caution" not in " ".join(verdict(0.3, found).sentences)
 
 
 def without(name, metric):
@@ -252,6 +270,9 @@ def test_the_pilot():
     ]  # fmt: skip
     assert found.verdict is not None
     assert found.verdict.best == found.pilot["recommended"]["strategy"]
+    text = " ".join(found.verdict.sentences)
+    assert re.search(r"The pilot \(prompts: 16; people's continuations: 1[5-7] tokens on average\): ", text)
+    assert "With caution" not in text
     with pytest.raises(ValueError, match="new_tokens must be an integer of at least 16, got 4"):
         measure("bundled", new_tokens=4)
 
@@ -269,4 +290,7 @@ def test_a_pilot_on_a_short_text(tmp_path):
     found = measure("bundled", str(texts), new_tokens=16)
     assert found.verdict is not None
     assert found.verdict.best is None
-    assert "the pilot cannot say" in found.verdict.sentences[-1]
+    *_, length, caution, training = found.verdict.sentences
+    assert length.startswith("The pilot (prompts: 1; people's continuations: 1 tokens on average): ")
+    assert caution.startswith("With caution: short texts, as people's here, repeat less, and the model wrote up to 16 ")
+    assert "the pilot cannot say" in training
