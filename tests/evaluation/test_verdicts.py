@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-from functools import partial
 
 import pytest
 import torch
@@ -210,8 +209,16 @@ def test_the_commands(tmp_path):
         assert message in said(refused)
 
 
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory):
+    """What is found of a text whose second half is one token."""
+    texts = tmp_path_factory.mktemp("texts") / "t.txt"
+    texts.write_text("Hi\n", "utf-8")
+    return measure("bundled", str(texts), new_tokens=16)
+
+
 @pytest.mark.parametrize("command", [["isotropy", "bundled"], ["compare", "bundled", "bundled"]])
-def test_a_picture_that_cannot_be_written(command, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_written(command, brief, tmp_path, monkeypatch):
     """Is refused before a model is loaded; what goes wrong later costs the picture alone."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.svg").mkdir()
@@ -219,30 +226,25 @@ def test_a_picture_that_cannot_be_written(command, tmp_path, monkeypatch):
         refused = CliRunner().invoke(app, [*command, "-o", str(tmp_path / name), "--device", "nowhere"])
         assert refused.exit_code == 2
         assert "out must be a file that can be written, in a folder that exists" in said(refused)
-    texts = tmp_path / "t.txt"
-    texts.write_text("This module provides a function.\n", "utf-8")
 
     def full(found, out):
         raise OSError(errno.ENOSPC, "full", str(out))
 
     monkeypatch.setattr(isotropy, "draw", full)
-    monkeypatch.setattr(isotropy, "measure", partial(measure, new_tokens=16))
-    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "x.svg"), "--text", str(texts)])
+    monkeypatch.setattr(isotropy, "measure", lambda *given, **options: brief)
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "x.svg")])
     assert done.exit_code == 3
     assert "sotropy of the last layer: 0." in done.stdout
 
 
 @pytest.mark.parametrize("command", [["isotropy", "bundled"], ["compare", "bundled", "bundled"]])
-def test_sentences_are_wrapped_on_a_narrow_terminal(command, tmp_path, monkeypatch):
-    texts = tmp_path / "t.txt"
-    texts.write_text("This module provides a function.\n", "utf-8")
-    monkeypatch.setattr(isotropy, "measure", partial(measure, new_tokens=16))
-    given = [*command, "--text", str(texts)]
-    narrow = CliRunner().invoke(app, given, env={"FORCE_COLOR": "1", "COLUMNS": "40"})
+def test_sentences_are_wrapped_on_a_narrow_terminal(command, brief, monkeypatch):
+    monkeypatch.setattr(isotropy, "measure", lambda *given, **options: brief)
+    narrow = CliRunner().invoke(app, command, env={"FORCE_COLOR": "1", "COLUMNS": "40"})
     assert narrow.exit_code == 0, narrow.output
     text = re.sub(r"\x1b\[[0-9;]*m", "", narrow.stdout)
     assert max(map(len, text.splitlines())) <= 40
-    wide = CliRunner().invoke(app, given, env={"COLUMNS": "40"})
+    wide = CliRunner().invoke(app, command, env={"COLUMNS": "40"})
     assert " ".join(text.split())[-50:] == " ".join(wide.stdout.split())[-50:]
     assert max(map(len, wide.stdout.splitlines())) > 40
 
@@ -284,13 +286,9 @@ def test_a_model_whose_context_the_texts_exceed(monkeypatch):
         measure("bundled", new_tokens=600)
 
 
-def test_a_pilot_on_a_short_text(tmp_path):
-    texts = tmp_path / "t.txt"
-    texts.write_text("Hi\n", "utf-8")
-    found = measure("bundled", str(texts), new_tokens=16)
-    assert found.verdict is not None
-    assert found.verdict.best is None
-    *_, length, caution, training = found.verdict.sentences
+def test_a_pilot_on_a_short_text(brief):
+    assert brief.verdict.best is None
+    *_, length, caution, training = brief.verdict.sentences
     assert length.startswith("The pilot (prompts: 1; people's continuations: 1 tokens on average): ")
     assert caution.startswith("With caution: short texts, as people's here, repeat less, and the model wrote up to 16 ")
     assert "the pilot cannot say" in training
