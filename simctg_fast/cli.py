@@ -662,13 +662,11 @@ def isotropy(
     """How alike a model's hidden states are, layer by layer, and whether contrastive search suits it as it stands."""
     _check_dtype(dtype)
     name = _the_model(model, model_option, default="bundled")
-    found = _states([name], text, out, pilot, device, dtype, trust_remote_code)[0]
-    if found.pilot is not None and found.verdict is not None:
-        from .evaluation.console import show_table
+    with _states([name], text, out, pilot, device, dtype, trust_remote_code) as (found,):
+        if found.pilot is not None and found.verdict is not None:
+            from .evaluation.console import show
 
-        show_table(found.pilot, Console(highlight=False, markup=False))
-        for sentence in found.verdict.sentences:
-            _say(sentence)
+            show(found.pilot | {"conclusion": found.verdict.sentences}, Console(highlight=False, markup=False))
 
 
 @app.command()
@@ -688,12 +686,16 @@ def compare(
     _check(len(models) == 2, "BEFORE AFTER", " ".join(models), "two models")
     _check(out is None or out.lower().endswith(".svg"), "--out", out, "a file that ends in .svg")
     _check_dtype(dtype)
-    before, after = _states(models, text, out, False, device, dtype, trust_remote_code)
-    _say(f"isotropy of the last layer: {before.layers[-1]:.3f} before, {after.layers[-1]:.3f} after")
+    with _states(models, text, out, False, device, dtype, trust_remote_code) as (before, after):
+        console = Console(highlight=False, markup=False)
+        line = f"isotropy of the last layer: {before.layers[-1]:.3f} before, {after.layers[-1]:.3f} after"
+        console.print(line, soft_wrap=not console.is_terminal)
 
 
-def _states(models: list[str], text: str | None, out: str | None, pilot: bool, *loaded: Any) -> list[Any]:
-    """What `measure` finds of each model, printed layer by layer and drawn."""
+@contextmanager
+def _states(models: list[str], text: str | None, out: str | None, pilot: bool, *loaded: Any) -> Iterator[list[Any]]:
+    """What `measure` finds of each model, printed layer by layer; drawn when the rest has been said: of picture and
+    text neither is lost where the other cannot be written."""
     device, dtype, trust_remote_code = loaded
     with _progress("starting"):
         from .evaluation.isotropy import checked_picture, draw, measure
@@ -714,12 +716,15 @@ def _states(models: list[str], text: str | None, out: str | None, pilot: bool, *
         )
         for name in models
     ]
-    for line in layers_table({each.name: each.layers for each in found}):
-        _say(line)
+    try:
+        for line in layers_table({each.name: each.layers for each in found}):
+            _say(line)
+        yield found
+    finally:
+        if picture is not None:
+            draw(found, picture)
     if picture is not None:
-        draw(found, picture)
         _say(f"{picture}: cosines of the last layer's states, one text of {len(found[0].cosines)} tokens")
-    return found
 
 
 @app.command()

@@ -18,6 +18,7 @@ _ORDER = (
 )
 _GAP = 2
 _WIDE = 400  # of a file or a pipe
+_REFUSED = 8  # prompts that are named
 
 
 def show(evaluation: Mapping[str, Any], console: Console) -> None:
@@ -74,8 +75,9 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
     """What a reader has to know beside the table, a line each; what could not be done is part of it."""
     found = [f"{row['strategy']}: {row['note']}" for row in evaluation["rows"] if row["note"]]
     refused: Sequence[Mapping[str, Any]] = evaluation["refused"]
-    if refused:
-        found.append(f"{len(refused)} prompts cannot be continued; {refused[0]['id']}: {refused[0]['message']}")
+    found += [f"prompt {each['id']!r} cannot be continued: {each['message']}" for each in refused[:_REFUSED]]
+    if len(refused) > _REFUSED:
+        found.append(f"prompts that cannot be continued beside these: {len(refused) - _REFUSED} (see evaluation.json)")
     return found
 
 

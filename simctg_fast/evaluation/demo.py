@@ -35,6 +35,7 @@ STRATEGIES = "greedy,nucleus,contrastive,fsd,guard,dry"
 
 # A text whose rep-4 is above this has seen a third of its four-token sequences before: to a reader it loops.
 LOOP = 1 / 3
+FEWEST = 4  # tokens of a text that has a rep-4, and a diversity
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Continuation:
     seconds: float
 
     @property
-    def repetition(self) -> float:
-        """rep-4 of the tokens."""
-        return repetition(self.tokens, 4)
+    def repetition(self) -> float | None:
+        """rep-4 of the tokens; None where they are too few."""
+        return repetition(self.tokens, 4) if len(self.tokens) >= FEWEST else None
 
     @property
-    def diversity(self) -> float:
-        return diversity(self.tokens)
+    def diversity(self) -> float | None:
+        return diversity(self.tokens) if len(self.tokens) >= FEWEST else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,7 +63,7 @@ class Continuation:
 
     @property
     def loops(self) -> bool:
-        return self.repetition > LOOP
+        return (self.repetition or 0) > LOOP
 
     def repeated(self) -> list[bool]:
         """For each token, whether it lies in a run of four that the text has had before."""
@@ -120,19 +121,28 @@ def compare(
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """One sentence, from the figures alone: who loops, and who does not."""
+    """One sentence, from the figures alone: who loops, who does not, and who wrote too little to tell."""
     total = len(comparisons)
     loops: list[str] = []
     calm: list[str] = []
+    brief: list[str] = []
     for name in (each.strategy for each in comparisons[0].continuations):
         texts = [comparison[name] for comparison in comparisons]
-        mean = sum(text.repetition for text in texts) / total
+        measured = [text.repetition for text in texts if text.repetition is not None]
+        if len(measured) < total:
+            brief.append(
+                f"{_called(name)} wrote fewer than {FEWEST} tokens in {total - len(measured)} of {total} texts"
+            )
+        if not measured:
+            continue
+        mean = sum(measured) / len(measured)
         count = sum(text.loops for text in texts)
         if count:
             loops.append(f"{_called(name)} loops in {count} of {total} texts (rep-4 {mean:.2f})")
         else:
             calm.append(f"{_called(name)} (rep-4 {mean:.2f})")
     said = ([_listed(loops)] if loops else []) + ([f"no loops by {_listed(calm)}"] if calm else [])
+    said += [f"{_listed(brief)}, too few to tell"] if brief else []
     sentence = "; ".join(said)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -169,8 +179,12 @@ def render(comparisons: Sequence[Comparison], console: Console) -> None:
 
 
 def _figures(text: Continuation) -> tuple[str, str, str]:
-    figures = f"rep-4 {text.repetition:.2f}", f"diversity {text.diversity:.2f}"
+    figures = _figure("rep-4", text.repetition), _figure("diversity", text.diversity)
     return (*figures, f"{text.tokens_per_second:.0f} tokens/s")
+
+
+def _figure(name: str, value: float | None) -> str:
+    return f"{name} -" if value is None else f"{name} {value:.2f}"
 
 
 def _draw_rows(comparison: Comparison, console: Console) -> None:

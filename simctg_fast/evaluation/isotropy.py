@@ -43,9 +43,12 @@ class States:
 
 
 def checked_picture(path: str | os.PathLike[str]) -> Path:
-    """Raises ValueError for another ending than .svg or .png."""
+    """Raises ValueError for another ending than .svg or .png, and for what cannot be written."""
     target = user_path(path)
     require(target.suffix.lower() in SUFFIXES, "out", str(path), "a file that ends in .svg or .png")
+    is_file_of_a_folder = target.parent.is_dir() and not target.is_dir()
+    may_write = os.access(target if target.exists() else target.parent, os.W_OK)
+    require(is_file_of_a_folder and may_write, "out", str(path), "a file that can be written, in a folder that exists")
     return target
 
 
@@ -84,9 +87,12 @@ def measure(
     prompts = (
         documentation_prompts(tokenizer, TEXTS, new_tokens) if texts is None else passages(tokenizer, texts, new_tokens)
     )
-    ready, _ = tokenize(model, tokenizer, prompts, new_tokens)
+    ready, refused = tokenize(model, tokenizer, prompts, new_tokens)
     rows = [(each, each.prompt.reference_ids(tokenizer, new_tokens)) for each in ready]
     rows = [(each, ids) for each, ids in rows if ids]
+    if refused and not ready:
+        name, message = next(iter(refused.items()))
+        raise ValueError(f"none of the {len(prompts)} texts can be continued; {name!r}: {message}")
     if not rows:
         raise ValueError(f"text is {text!r}, which must hold a text of at least 2 tokens")
     layers = isotropy_of_layers(model, rows)

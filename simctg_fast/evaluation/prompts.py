@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..text.files import is_utf8
 from ..text.texts import read_lines, short
 
 PROMPT_TOKENS = 32  # of a passage of documentation
@@ -56,7 +57,8 @@ def read_prompts(path: str | os.PathLike[str], references: str | os.PathLike[str
         key = _id(record.get("id", f"line-{place.rpartition(' ')[2]}"), place)
         if key in found:
             raise ValueError(f"{place}: id {short(key)} is that of a line before")
-        found[key] = Prompt(key, content, _text(record.get("reference"), place))
+        reference = record.get("reference")
+        found[key] = Prompt(key, content, None if reference is None else _text(reference, place))
     if not found:
         raise ValueError(f"{os.fspath(path)!r} holds no prompt")
     if references is None:
@@ -68,9 +70,7 @@ def _with_references(prompts: Mapping[str | int, Prompt], path: str | os.PathLik
     by_id: dict[str | int, str] = {}
     in_order: list[str] = []
     for place, line, record in read_lines(path, "references"):
-        text = line if record is None else record.get("reference", record.get("text"))
-        if not isinstance(text, str):
-            raise ValueError(f"{place}: must have a reference, a string, got {short(text)}")
+        text = _text(line if record is None else record.get("reference", record.get("text")), place)
         if record is None or "id" not in record:
             in_order.append(text)
             continue
@@ -94,9 +94,11 @@ def _id(value: Any, place: str) -> str | int:
     return value
 
 
-def _text(value: Any, place: str) -> str | None:
-    if value is not None and not isinstance(value, str):
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
         raise ValueError(f"{place}: reference must be a string, got {short(value)}")
+    if not is_utf8(value):
+        raise ValueError(f"{place}: reference holds half of a surrogate pair, got {short(value)}")
     return value
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .conclude import SHORT
 from .recommend import MARGIN
 
 PILOT = "greedy,contrastive,centered,fsd,fsd-vec,dry"
@@ -15,6 +16,7 @@ PILOT_PROMPTS = 16
 PUBLISHED = "gpt2 0.10, gpt2-medium 0.25, gpt2-large 0.70, gpt2-xl 0.72, OPT 0.66 to 0.75"
 _NARROW = 0.5  # between the published models for which contrastive search works untrained, and those for which not
 _CLOSE = 5.0  # of diversity: as good as the best
+_NEEDED = {"diversity", "log_prob_per_byte"}  # which texts of fewer than 4 tokens, or without characters, lack
 
 _WHAT = {
     "contrastive": "contrastive search (--strategy contrastive)",
@@ -41,21 +43,35 @@ def verdict(isotropy: float, evaluation: Mapping[str, Any]) -> Verdict:
     people's, where more diverse than people is no better. Where that is another than contrastive search, training is
     worth it if contrastive search falls behind as it stands and the states share a narrow cone.
     """
-    rows = {row["strategy"]: row for row in evaluation["rows"] if row["figures"]}
+    rows = {row["strategy"]: row for row in evaluation["rows"] if row["figures"].keys() >= _NEEDED}
     best = evaluation["recommended"]["strategy"]
     sentences = [f"Isotropy of the last layer: {isotropy:.2f} (published: {PUBLISHED})."]
     ours, human = rows.get("contrastive"), rows.get("human")
     suits = ours is not None and human is not None and best is not None and _as_good(ours, rows[best], human)
     if suits:
         sentences.append("Contrastive search suits this model as it stands.")
-    if best is None:
-        sentences.append("None of the pilot's strategies writes texts about as probable as people's.")
-    elif best != "contrastive":
+    if best is None and human is not None:
+        what = "about as probable as people's" if len(rows) > 1 else "of 4 tokens"
+        sentences.append(f"None of the pilot's strategies writes texts {what}.")
+    elif best not in (None, "contrastive"):
         sentences.append(f"{'Better still' if suits else 'The better start'}: {_WHAT[best]}.")
-    sentences.append(f"The pilot: {evaluation['recommended']['reason']}.")
+    sentences.extend(_pilot(evaluation))
     if not suits:
         sentences.append(_training(isotropy, ours, human))
     return Verdict(best, tuple(sentences))
+
+
+def _pilot(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """What decided, and how far it is to be trusted."""
+    lengths = {row["strategy"]: _mean(row, "tokens") for row in evaluation["rows"] if row["figures"]}
+    people, longest = lengths.pop("human", 0.0), max(lengths.values(), default=0.0)
+    what = f"prompts: {evaluation['prompts']}; people's continuations: {people:.0f} tokens on average"
+    yield f"The pilot ({what}): {evaluation['recommended']['reason']}."
+    if people < SHORT * longest:
+        yield (
+            "With caution: short texts, as people's here, repeat less, and the model wrote up to "
+            f"{longest:.0f} tokens on average; longer ones (--text) tell more."
+        )
 
 
 def _as_good(ours: Mapping[str, Any], best: Mapping[str, Any], human: Mapping[str, Any]) -> bool:

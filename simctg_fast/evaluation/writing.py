@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..engine import Engine
 from ..engine.requests import RequestError
 from ..loading import fitting_threads
 from ..text.batches import by_length, pad_token, padded_rows
+from ..text.files import is_utf8
+from ..text.texts import short
 from .prompts import Prompt
 from .settings import Setting
 
@@ -56,12 +59,21 @@ def tokenize(
     ready, refused = [], {}
     for prompt in prompts:
         try:
-            sequence = engine.prepare(engine.parse({"id": prompt.id, **prompt.content}))[0]
+            request = engine.parse({"id": prompt.id, **prompt.content})
+            _check_text(prompt.content)
+            sequence = engine.prepare(request)[0]
         except RequestError as error:  # noqa: PERF203
-            refused[prompt.id] = str(error)
+            # What follows is advice of the engine's, on options that an evaluation has not.
+            refused[prompt.id] = str(error).partition("; ")[0] if error.kind == "too_long" else str(error)
         else:
             ready.append(Tokenized(prompt, sequence.prompt_ids, sequence.source_ids))
     return ready, refused
+
+
+def _check_text(content: Mapping[str, Any]) -> None:
+    """Not every tokenizer says what is wrong with half of a surrogate pair, and some take it."""
+    if not is_utf8(json.dumps(content, ensure_ascii=False, default=repr)):
+        raise RequestError("invalid_utf8", f"it holds half of a surrogate pair, got {short(content)}")
 
 
 class Writer:

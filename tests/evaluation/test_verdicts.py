@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from simctg_fast import cli
 from simctg_fast.cli import app
+from simctg_fast.evaluation import isotropy
 from simctg_fast.evaluation.conclude import conclusions
 from simctg_fast.evaluation.console import table
 from simctg_fast.evaluation.isotropy import measure, passages
 from simctg_fast.evaluation.recommend import Candidate, recommend
 from simctg_fast.evaluation.verdict import verdict
 from simctg_fast.loading import load_model
+from simctg_fast.terminal import OutputError
 
 HUMAN = Candidate("human", 90.0, -0.7)
 
@@ -77,7 +83,8 @@ def test_conclusions():
 
 def pilot(best, *rows):
     reason = "for a reason"
-    return {"rows": [row("human", 90, -0.7), *rows], "recommended": {"strategy": best, "reason": reason}}
+    recommended = {"strategy": best, "reason": reason}
+    return {"rows": [row("human", 90, -0.7), *rows], "recommended": recommended, "prompts": 16}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +104,44 @@ def test_verdicts(isotropy, found, said):
     assert "gpt2-large 0.70" in text
     for each in said:
         assert (each.lstrip("!") in text) != each.startswith("!"), (each, text)
+
+
+@pytest.mark.parametrize(("people", "caution"), [(7.0, True), (74.0, True), (75.0, False), (130.0, False)])
+def test_how_many_texts_decided_and_how_long_they_are(people, caution):
+    found = pilot("fsd", row("contrastive", 60, tokens=100.0), row("fsd", 90, tokens=40.0))
+    found["rows"][0] = row("human", 90, -0.7, tokens=people)
+    text = " ".join(verdict(0.3, found).sentences)
+    said = f"The pilot (prompts: 16; people's continuations: {people:.0f} tokens on average): for a reason."
+    assert said in text
+    assert ("With caution: short texts, as people's here, repeat less" in text) == caution
+    assert ("the model wrote up to 100 tokens on average" in text) == caution
+
+
+def test_a_model_that_writes_as_briefly_as_people_needs_no_caution():
+    found = pilot("fsd", row("fsd", 90, tokens=7.0), {**row("contrastive", 0), "figures": {}})
+    found["rows"][0] = row("human", 90, -0.7, tokens=7.0)
+    assert "With caution" not in " ".join(verdict(0.3, found).sentences)
+
+
+def without(name, metric):
+    found = row(name, 90)
+    found["figures"].pop(metric)
+    return found
+
+
+@pytest.mark.parametrize("metric", ["diversity", "log_prob_per_byte"])
+def test_a_verdict_on_texts_that_have_no_figures(metric):
+    """Of fewer than 4 tokens, or without characters: people's, contrastive search's, everybody's."""
+    found = pilot(None, row("contrastive", 89), row("fsd", 80))
+    found["rows"][0] = without("human", metric)
+    text = " ".join(verdict(0.5, found).sentences)
+    assert "the pilot cannot say" in text
+    assert "None of" not in text, "nobody knows how probable people's are"
+    text = " ".join(verdict(0.5, pilot("fsd", without("contrastive", metric), row("fsd", 80))).sentences)
+    assert "The better start: FSD by n-grams" in text
+    assert "the pilot cannot say" in text
+    text = " ".join(verdict(0.5, pilot(None, without("contrastive", metric))).sentences)
+    assert "None of the pilot's strategies writes texts of 4 tokens." in text
 
 
 def test_a_table_leaves_out_what_has_no_room():
@@ -161,7 +206,62 @@ def test_the_commands(tmp_path):
     ):
         refused = runner.invoke(app, given)
         assert refused.exit_code == 2, (given, refused.output)
-        assert message in " ".join(refused.output.replace("│", " ").split())
+        assert message in said(refused)
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory):
+    """What is found of a text whose second half is one token."""
+    texts = tmp_path_factory.mktemp("texts") / "t.txt"
+    texts.write_text("Hi\n", "utf-8")
+    return measure("bundled", str(texts), new_tokens=16)
+
+
+@pytest.mark.parametrize("command", [["isotropy", "bundled"], ["compare", "bundled", "bundled"]])
+def test_a_picture_that_cannot_be_written(command, brief, tmp_path, monkeypatch):
+    """Is refused before a model is loaded; what goes wrong later costs the picture alone."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.svg").mkdir()
+    for name in ("nowhere/x.svg", "file/x.svg", "folder.svg"):
+        refused = CliRunner().invoke(app, [*command, "-o", str(tmp_path / name), "--device", "nowhere"])
+        assert refused.exit_code == 2
+        assert "out must be a file that can be written, in a folder that exists" in said(refused)
+
+    def full(found, out):
+        raise OSError(errno.ENOSPC, "full", str(out))
+
+    monkeypatch.setattr(isotropy, "draw", full)
+    monkeypatch.setattr(isotropy, "measure", lambda *given, **options: brief)
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "x.svg")])
+    assert done.exit_code == 3
+    assert "sotropy of the last layer: 0." in done.stdout
+
+
+@pytest.mark.parametrize("command", [["isotropy", "bundled"], ["compare", "bundled", "bundled"]])
+def test_sentences_are_wrapped_on_a_narrow_terminal(command, brief, monkeypatch):
+    monkeypatch.setattr(isotropy, "measure", lambda *given, **options: brief)
+    narrow = CliRunner().invoke(app, command, env={"FORCE_COLOR": "1", "COLUMNS": "40"})
+    assert narrow.exit_code == 0, narrow.output
+    text = re.sub(r"\x1b\[[0-9;]*m", "", narrow.stdout)
+    assert max(map(len, text.splitlines())) <= 40
+    wide = CliRunner().invoke(app, command, env={"COLUMNS": "40"})
+    assert " ".join(text.split())[-50:] == " ".join(wide.stdout.split())[-50:]
+    assert max(map(len, wide.stdout.splitlines())) > 40
+
+
+def test_a_reader_that_has_gone_does_not_cost_the_picture(tmp_path, monkeypatch):
+    def gone(line):
+        raise OutputError(OSError(errno.EPIPE, "gone"))
+
+    monkeypatch.setattr(cli, "_say", gone)
+    picture = tmp_path / "x.svg"
+    done = CliRunner().invoke(app, ["isotropy", "--no-pilot", "-o", str(picture)])
+    assert done.exit_code != 0
+    assert picture.read_text("utf-8").startswith("<svg")
+
+
+def said(result):
+    return " ".join(result.output.replace("│", " ").split())
 
 
 def test_the_pilot():
@@ -172,5 +272,23 @@ def test_the_pilot():
     ]  # fmt: skip
     assert found.verdict is not None
     assert found.verdict.best == found.pilot["recommended"]["strategy"]
+    text = " ".join(found.verdict.sentences)
+    assert re.search(r"The pilot \(prompts: 16; people's continuations: 1[5-7] tokens on average\): ", text)
+    assert "With caution" not in text
     with pytest.raises(ValueError, match="new_tokens must be an integer of at least 16, got 4"):
         measure("bundled", new_tokens=4)
+
+
+def test_a_model_whose_context_the_texts_exceed(monkeypatch):
+    monkeypatch.setattr(isotropy, "context_length", lambda model: None)
+    reason = r"none of the 16 texts can be continued; 'documentation-0': 32 prompt tokens and max_new_tokens=600 are"
+    with pytest.raises(ValueError, match=reason):
+        measure("bundled", new_tokens=600)
+
+
+def test_a_pilot_on_a_short_text(brief):
+    assert brief.verdict.best is None
+    *_, length, caution, training = brief.verdict.sentences
+    assert length.startswith("The pilot (prompts: 1; people's continuations: 1 tokens on average): ")
+    assert caution.startswith("With caution: short texts, as people's here, repeat less, and the model wrote up to 16 ")
+    assert "the pilot cannot say" in training

@@ -262,10 +262,36 @@ class TestDemo:
                 "0.92); no loops by nucleus sampling (rep-4 0.00).",
             ),
             (list(range(40)), list(range(40)), "No loops by greedy search (rep-4 0.00), nucleus sampling"),
+            (
+                [],
+                [7] * 3,
+                "No loops by nucleus sampling (rep-4 0.00); greedy search wrote fewer than 4 tokens in 1 of 1 texts "
+                "and contrastive search wrote fewer than 4 tokens in 1 of 1 texts, too few to tell.",
+            ),
+            ([7] * 4, list(range(40)), "No loops by greedy search (rep-4 0.00), nucleus sampling"),
         ],
     )
     def test_the_verdict_follows_the_figures(self, greedy, contrastive, start) -> None:
         assert demo.verdict([comparison(greedy=greedy, contrastive=contrastive)]).startswith(start)
+
+    def test_a_text_too_short_to_judge_counts_for_nothing(self) -> None:
+        brief, looping = continuation("greedy", [7, 7, 7]), continuation("greedy", [7] * 40)
+        assert (brief.repetition, brief.diversity, brief.loops) == (None, None, False)
+        found = demo.verdict([Comparison("a", (brief,)), Comparison("b", (looping,))])
+        assert found == (
+            "Greedy search loops in 1 of 2 texts (rep-4 0.97); greedy search wrote fewer than 4 tokens in 1 of 2 texts"
+            ", too few to tell."
+        )
+        nothing = demo.verdict([Comparison("a", (continuation("greedy", []),))])
+        assert nothing == "Greedy search wrote fewer than 4 tokens in 1 of 1 texts, too few to tell."
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_a_text_without_tokens_is_shown_without_figures(self, terminal) -> None:
+        console = Console(force_terminal=terminal, width=100, file=io.StringIO(), color_system=None)
+        demo.render([comparison(greedy=[], contrastive=list(range(12)))], console)
+        shown = console.file.getvalue()
+        assert shown.count("rep-4 -") == shown.count("diversity -") == 1
+        assert shown.count("diversity 1.00") == 2
 
     def test_strategies_by_choice(self) -> None:
         result = run("demo", "-n", "8", "-s", "greedy,contrastive:top_k=2,beam")
