@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simctg_fast.metrics import isotropy
+from simctg_fast.metrics import isotropy, mean_over_texts
 
 
 @dataclass
@@ -46,13 +46,9 @@ def decoding_figures(model: Any, tokenizer: Any, held_out: Tensor, prompts: int)
     figures = []
     for method in (setting.name for setting in settings):
         written = [comparison[method] for comparison in comparisons]
-        figures.append(
-            (
-                method,
-                sum(text.repetition for text in written) / len(written),
-                sum(text.diversity for text in written) / len(written),
-            )
-        )
+        values = ([text.repetition for text in written], [text.diversity for text in written])
+        repetition, diversity = (mean_over_texts(each) or 0.0 for each in values)  # texts of a few tokens have none
+        figures.append((method, repetition, diversity))
     return figures
 
 
