@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,14 +220,17 @@ class Evaluation:
             for row in rows:
                 ids = self.texts.get(row["strategy"], [None] * len(self.prompts))[number]
                 if ids is not None:
-                    written[row["strategy"]] = self._as_pieces(self.prompts[number], ids)
+                    written[row["strategy"]] = self._as_shown(number, ids)
             shown.append({"id": self.prompts[number].prompt.id, "prompt": self.before[number], "written": written})
         return shown
 
-    def _as_pieces(self, prompt: Tokenized, ids: list[int]) -> dict[str, Any]:
-        pieces = list(continuation_pieces(self.tokenizer, self._context(prompt), ids))
+    def _as_shown(self, number: int, ids: list[int]) -> dict[str, Any]:
         value = of_texts([ids], [""], [[]])["diversity"][0]
+        pieces = list(self._pieces(number, ids))
         return {"pieces": pieces, "repeated": repeated_tokens(ids, 4), "tokens": len(ids), "diversity": value}
+
+    def _pieces(self, number: int, ids: list[int]) -> Iterator[str]:
+        return continuation_pieces(self.tokenizer, self._context(self.prompts[number]), ids)
 
     def _similarity(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Of the first prompt that is shown."""
@@ -239,11 +242,7 @@ class Evaluation:
                     found = similarity(self.model, self.prompts[0], ids)
                 except ValueError:  # no picture of states that are none
                     return []
-                context = self._context(self.prompts[0])
-                pieces = [
-                    *continuation_pieces(self.tokenizer, [], context),
-                    *continuation_pieces(self.tokenizer, context, ids),
-                ][-len(found["cosines"]) :]
+                pieces = [*continuation_pieces(self.tokenizer, [], self.prompts[0].ids), *self._pieces(0, ids)]
                 maps.append({"strategy": row["strategy"], "text": 0, "pieces": pieces, **found})
         return maps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import json
@@ -275,17 +276,50 @@ def test_grids_that_are_refused(alphas, ks, message):
         _ = Request("bundled", alpha_grid=alphas, k_grid=ks).grid
 
 
-def test_an_encoder_decoder(tmp_path):
-    """Sources in, answers out: its decoder's states, its own probabilities."""
-    model, tokenizer = build("t5"), characters()
-    prompts = [Prompt("a", {"source": "one two three"}, "three two"), Prompt("b", {"prompt": "two"}, "two")]
-    found = Evaluation(
-        model, tokenizer, prompts, parse_settings("greedy,beam:num_beams=2,contrastive"), Options(6)
-    ).run()
-    rows = {row["strategy"]: row for row in found["rows"]}
+TEMPLATE = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "read"),
+    [
+        ("t5", [{"source": "one two three"}, {"prompt": "two"}], 1),  # the decoder's start
+        ("bart", [{"source": "one two three"}, {"prompt": "two"}], 1),
+        ("gpt2", [{"messages": [{"role": "user", "content": "hi"}]}, {"prompt": "two"}], 4),
+        ("t5", [{"messages": [{"role": "user", "content": "hi"}]}, {"source": "two"}], 1),
+    ],
+)
+def test_what_a_continuation_is_a_text_of_its_own_behind(name, lines, read, tmp_path):
+    """Sources and chats, whose answers do not go on with the prompt's text, from the file to the report."""
+    tokenizer = copy.deepcopy(characters())
+    tokenizer.chat_template = TEMPLATE
+    for part in (build(name), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    lines = [line | {"reference": "three two"} for line in lines]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    request = Request(
+        str(tmp_path / "model"), str(tmp_path / "p.jsonl"), strategies="greedy,beam:num_beams=2,contrastive",
+        max_new_tokens=6, out=str(tmp_path / "out"),
+    )  # fmt: skip
+    found, folder = evaluate(request)
     assert [row["note"] for row in found["rows"]] == [""] * 4
-    assert rows["human"]["figures"]["coherence"]["mean"] < 0
-    assert found["similarity"][1]["prompt_tokens"] == 1, "the decoder's start"
+    assert found["rows"][0]["figures"]["coherence"]["mean"] < 0
+    kept = {(record["strategy"], record["id"]): record for record in texts_of(folder)}
+    for each in found["similarity"]:
+        assert each["prompt_tokens"] == read
+        written = each["pieces"][read:]
+        if each["strategy"] == "human":
+            assert "".join(written) == "three two"[:6]
+        else:
+            assert "".join(written) == kept[each["strategy"], "line-1"]["text"]
+        assert len(each["cosines"]) == len(each["pieces"])
+    if name == "gpt2":
+        assert found["similarity"][0]["pieces"][:read] == ["", "h", "i", ":"], "a special token has no text"
+    assert [len(text["written"]) for text in found["texts"]] == [4, 4]
+    assert json.loads((folder / "evaluation.json").read_text("utf-8")) == json.loads(json.dumps(found))
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count('<figure class="map"') == len(found["similarity"]) == 4
+    with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["strategy"] for row in csv.DictReader(file)] == [row["strategy"] for row in found["rows"]]
 
 
 def test_the_command(tmp_path):
