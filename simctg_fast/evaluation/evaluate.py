@@ -119,13 +119,13 @@ class Evaluation:
             "prompts": len(self.prompts),
             "max_new_tokens": self.options.max_new_tokens,
             "seed": self.options.seed,
-            "metrics": self._metrics(rows),
+            "metrics": self._metrics(),
             "rows": rows,
             "texts": self._shown(rows),
             "similarity": self._similarity(rows),
             "isotropy": self._isotropy(),
             "grid": grid,
-            "conclusion": conclusions(rows, recommended["strategy"], recommended["reason"]),
+            "conclusion": conclusions(rows, recommended["strategy"], recommended["reason"], grid),
             "recommended": recommended,
             "refused": [{"id": key, "message": message} for key, message in self.refused.items()],
         }
@@ -208,8 +208,8 @@ class Evaluation:
 
     # ---- parts of what was found ----------------------------------------------------------------------------------
 
-    def _metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        present = {name for row in rows for name in row["figures"]}
+    def _metrics(self) -> dict[str, Any]:
+        present = {name for row in self.rows for name in row["figures"]}
         return {name: vars(metric) for name, metric in METRICS.items() if name in present}
 
     def _shown(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -278,6 +278,7 @@ class Evaluation:
             "log_prob_per_byte": means("log_prob_per_byte"),
             "recommended": None if best is None else {"penalty_alpha": best[0], "top_k": best[1]},
             "reason": found.reason,
+            "rows": list(cells.values()),
         }
 
     def _recommended(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

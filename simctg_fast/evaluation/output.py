@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checks import user_path
+from .conclude import all_rows
 from .report import render
 from .settings import Setting
 from .writing import Tokenized, Written
@@ -89,14 +90,14 @@ class Folder:
 
 
 def table_csv(evaluation: Mapping[str, Any]) -> str:
-    """A line a strategy: its settings, then mean, low and high of each metric."""
+    """A line a strategy, then a setting of the grid: what it sets, then mean, low and high of each metric."""
     text = io.StringIO()
     metrics = list(evaluation["metrics"])
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["strategy", "settings", *(f"{m}{part}" for m in metrics for part in ("", "_low", "_high")), "note"]
     )
-    for row in evaluation["rows"]:
+    for row in all_rows(evaluation):
         found = [row["figures"].get(metric, {}) for metric in metrics]
         cells = [_cell(each.get(part)) for each in found for part in ("mean", "low", "high")]
         writer.writerow([row["strategy"], json.dumps(row["settings"]), *cells, row["note"]])

@@ -38,7 +38,8 @@ def recommend(candidates: Sequence[Candidate], human: Candidate | None) -> Recom
     allowed = [each for each in candidates if each.log_prob_per_byte >= floor]
     measure = f"human texts have diversity {human.diversity:.1f} and log p a byte {human.log_prob_per_byte:.3f}"
     if not allowed:
-        return Recommendation(None, f"none is within {MARGIN} of it: {measure}")
+        none = f"none is within {MARGIN} of it" if candidates else "none has texts that can be measured"
+        return Recommendation(None, f"{none}: {measure}")
     best = max(allowed, key=lambda each: (min(each.diversity, human.diversity), each.log_prob_per_byte))
     reason = (
         f"diversity {best.diversity:.1f} at log p a byte {best.log_prob_per_byte:.3f}, the best of {len(allowed)} "

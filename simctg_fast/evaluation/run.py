@@ -14,6 +14,7 @@ from ..checks import is_integer, is_number, require
 from ..loading import load_model
 from ..text.texts import short
 from .about import about
+from .conclude import all_rows
 from .evaluate import Evaluation, Options
 from .measure import Scorer
 from .output import Folder, digest
@@ -134,8 +135,8 @@ def run(
         **about(model),
         **found,
     }
-    commands = {setting.name: setting.command(request.model, request.max_new_tokens) for setting in settings}
-    for row in found["rows"]:
+    commands = {each.name: each.command(request.model, request.max_new_tokens) for each in evaluation.settings}
+    for row in all_rows(found):
         row["command"] = commands.get(row["strategy"], "")
     folder.finish(found)
     return found, folder.path

@@ -119,6 +119,38 @@ def test_the_grid(made):
     assert grid["recommended"] in ({"penalty_alpha": 0.6, "top_k": 3}, {"penalty_alpha": 0.2, "top_k": 3})
 
 
+def test_the_grid_is_told(made):
+    """In words, and with all figures of each setting in the table of figures, but not among the strategies."""
+    _, found, folder = made
+    best = found["grid"]["recommended"]
+    chosen = f"penalty_alpha {best['penalty_alpha']}, top_k {best['top_k']}"
+    assert found["conclusion"][-1] == f"Of the grid begin with {chosen}: {found['grid']['reason']}."
+    with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["strategy"] for row in rows[5:]] == ["grid 0.2 3", "grid 0.6 3"]
+    for alpha, row in enumerate(rows[5:]):
+        assert json.loads(row["settings"])["top_k"] == 3
+        assert float(row["diversity"]) == pytest.approx(found["grid"]["diversity"][alpha][0], rel=1e-5)
+        assert float(row["tokens_per_second"]) > 0
+    assert "--penalty-alpha 0.2 --top-k 3" in found["grid"]["rows"][0]["command"]
+
+
+def test_a_setting_of_the_grid_that_fails(tmp_path):
+    """It counts as what is missing, and is named in the terminal, the table and the report."""
+    given = ["eval", "bundled", "-n", "4", "--limit", "2", "-s", "greedy", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, [*given, "--alpha-grid", "0.2", "--k-grid", "3,9999"])
+    assert result.exit_code == 1, result.output
+    note = "not run: top_k must be at most the vocabulary size 3072"
+    assert f"note: grid 0.2 9999: {note}" in " ".join(result.stderr.split())
+    assert "Of the grid begin with penalty_alpha 0.2, top_k 3: " in result.stdout
+    for file in ("figures.csv", "report.html"):
+        assert note in (tmp_path / file).read_text("utf-8")
+    alone = CliRunner().invoke(app, [*given, "--overwrite", "--alpha-grid", "0.2", "--k-grid", "9999"])
+    assert alone.exit_code == 1, alone.output
+    said = " ".join(alone.stdout.split())
+    assert "No setting of the grid can be recommended: none has texts that can be measured: human texts" in said
+
+
 def test_what_is_shown(made):
     _, found, folder = made
     kept = {(record["strategy"], record["id"]): record for record in texts_of(folder)}
