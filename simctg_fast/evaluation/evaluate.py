@@ -153,7 +153,7 @@ class Evaluation:
                 return
             self.on_written(setting, written)
         row["figures"] = self._measure(setting.name, written.token_ids)
-        if written.tokens:
+        if written.tokens and written.seconds:
             row["figures"]["tokens_per_second"] = single(written.tokens / written.seconds)
         row["note"], row["missing"] = self._note(written), len(written.errors)
 

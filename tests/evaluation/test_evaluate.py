@@ -237,6 +237,93 @@ def test_another_evaluations_folder(tmp_path):
         Folder(tmp_path / "file")
 
 
+TWO = [writing.Tokenized(Prompt(name, {"prompt": "x"}), [7], None) for name in ("a", 2)]
+GREEDY = parse_settings("greedy")[0]
+
+
+def begun(path, **options):
+    folder = Folder(path, **options)
+    return folder, folder.begin("run", TWO)
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "report.html", "evaluation.json", "figures.csv"])
+def test_files_of_others_are_left_alone(name, tmp_path):
+    """By the names that an evaluation writes, and as they may be: of one's own, or a line of texts."""
+    where = "texts.jsonl', line 1: is not what an" if name == "texts.jsonl" else f"{name}' is there, but no texts of an"
+    for content in ("# my own\n", '{"text": "mine"}\n', "[]\n", "\xff\n", "null\nmore\n", "[" * 9999):
+        (tmp_path / name).write_text(content, "latin-1")
+        with pytest.raises(ValueError, match=rf"{where} evaluation.*--overwrite"):
+            begun(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_text("latin-1") == content
+    (tmp_path / "texts.jsonl").write_text("")
+    if name != "texts.jsonl":
+        with pytest.raises(ValueError, match="is there, but"):
+            begun(tmp_path)
+    assert begun(tmp_path, overwrite=True)[1] == {}
+    assert begun(tmp_path)[1] == {}, "now it is an evaluation's"
+
+
+def test_the_command_leaves_files_of_others_alone(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("# my own\n")
+    given = ["eval", "bundled", "-n", "4", "--limit", "2", "-s", "greedy", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert "line 1: is not what an evaluation writes" in " ".join(result.stderr.split())
+    assert (tmp_path / "texts.jsonl").read_text() == "# my own\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "message"),
+    [
+        (4, {"seconds": ...}, "line 4: is not what"),
+        (4, {"seconds": "1"}, "line 4: is not what"),
+        (4, {"seconds": -1}, "line 4: is not what"),
+        (4, {"seconds": math.inf}, "line 4: is not what"),
+        (4, {"strategy": ...}, "line 4: is not what"),
+        (2, {"id": ["x"]}, "line 2: is not what"),
+        (2, {"id": None}, "line 2: is not what"),
+        (2, {"token_ids": ...}, "line 2: is not what"),
+        (2, {"token_ids": "x"}, "line 2: is not what"),
+        (2, {"token_ids": [1, "x"]}, "line 2: is not what"),
+        (3, {"error": 3}, "line 3: is not what"),
+        (3, {"id": "another"}, "line 4: is not behind all texts"),
+        (3, None, "line 3: is not behind all texts"),
+        (2, b"\xff\xfe", "line 2: is not what"),
+        (2, b"{", "line 2: is not what"),
+        (1, {"run": ["x"]}, "line 1: is not what"),
+    ],
+)
+def test_a_damaged_file_of_texts(number, changes, message, tmp_path):
+    """It is named with the line, and left as it is."""
+    folder, _ = begun(tmp_path)
+    folder.add(GREEDY, TWO, writing.Written([[5, 6], None], {1: "failed"}, 0.0004), ["text", None])
+    file = tmp_path / "texts.jsonl"
+    assert begun(tmp_path)[1] == {"greedy": writing.Written([[5, 6], None], {1: "failed"}, 0.0004)}
+    lines = file.read_bytes().splitlines()
+    if changes is None:
+        del lines[number - 1]
+    elif isinstance(changes, bytes):
+        lines[number - 1] = changes
+    else:
+        record = {key: value for key, value in (json.loads(lines[number - 1]) | changes).items() if value is not ...}
+        lines[number - 1] = json.dumps(record).encode()
+    content = b"\n".join([*lines, b"{"])  # and half a line, as where a run was killed
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"texts.jsonl', {message}.*--overwrite"):
+        begun(tmp_path)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.0004])
+def test_texts_that_took_no_time(seconds, loaded):
+    """As a clock may say."""
+    kept = {"greedy": writing.Written([[5, 6, 7]], {}, seconds)}
+    prompts = [Prompt("a", {"prompt": "This module"})]
+    figures = Evaluation(*loaded, prompts, [GREEDY], Options(4), kept=kept).run()["rows"][0]["figures"]
+    assert figures.get("tokens_per_second", {}).get("mean") == (3 / seconds if seconds else None)
+
+
 def test_digests():
     def of(*changes):
         prompt = writing.Tokenized(Prompt("a", {"prompt": "x"}), [1, 2], None)

@@ -149,8 +149,8 @@ def grid_section(evaluation: dict[str, Any]) -> str:
     failed = (f"{isolated(row['label'])}: {escaped(row['note'])}" for row in grid.get("rows", ()) if row["note"])
     notes = "".join(f'<p class="facts">{note}</p>' for note in failed)
     return (
-        f"{said}{reason}{notes}<p>The penalty α holds similarity against a token, k is the number of candidates. More of "
-        "either brings diversity up and, past some point, coherence down.</p>"
+        f"{said}{reason}{notes}<p>The penalty α holds similarity against a token, k is the number of candidates. "
+        "More of either brings diversity up and, past some point, coherence down.</p>"
         f'<div class="beside">{_scatter(grid, chosen, evaluation["rows"], digits)}{table}</div>'
     )
 
