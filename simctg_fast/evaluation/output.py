@@ -21,9 +21,12 @@ TEXTS, FIGURES, RESULTS, REPORT = "texts.jsonl", "figures.csv", "evaluation.json
 _INSTEAD = "give another folder, or overwrite what this one holds (--overwrite)"
 
 
-def digest(model: str, prompts: Sequence[Tokenized], max_new_tokens: int, seed: int) -> str:
-    """What texts of one folder have in common."""
-    asked = json.dumps([model, [[p.prompt.id, p.ids, p.source] for p in prompts], max_new_tokens, seed])
+def digest(
+    model: str, fingerprint: str, prompts: Sequence[Tokenized], max_new_tokens: int, seed: int, slots: int
+) -> str:
+    """What texts of one folder have in common. ``fingerprint``: of the ``model`` by this name, as it was loaded."""
+    rows = [[prompt.prompt.id, prompt.ids, prompt.source] for prompt in prompts]
+    asked = json.dumps([model, fingerprint, rows, max_new_tokens, seed, slots])
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -56,8 +59,8 @@ class Folder:
             records = self._records()
             if records and records[0]["run"] != run:
                 raise ValueError(
-                    f"{str(file)!r} holds texts of another evaluation (other prompts, model, length or seed); "
-                    f"{_INSTEAD}"
+                    f"{str(file)!r} holds texts of another evaluation (other prompts, model, weights, dtype, device, "
+                    f"length, seed or slots); {_INSTEAD}"
                 )
             found = _complete(records, prompts, file)
             # A setting that was interrupted begins again, and with it the end of the file, which may be half a line.

@@ -13,7 +13,7 @@ from typing import Any
 from ..checks import is_integer, is_number, require
 from ..loading import load_model
 from ..text.texts import short
-from .about import about
+from .about import about, fingerprint
 from .conclude import all_rows
 from .evaluate import Evaluation, Options
 from .measure import Scorer
@@ -114,7 +114,8 @@ def run(
             prompts = documentation_prompts(tokenizer, request.limit or PROMPTS, request.max_new_tokens)
         evaluation = Evaluation(model, tokenizer, prompts[: request.limit], settings, options, scorer=scorer)
         ready = evaluation.prompts
-        evaluation.kept = folder.begin(digest(request.model, ready, options.max_new_tokens, options.seed), ready)
+        asked = digest(request.model, fingerprint(model), ready, options.max_new_tokens, options.seed, options.slots)
+        evaluation.kept = folder.begin(asked, ready)
 
     def keep(setting: Any, written: Written) -> None:
         texts = [

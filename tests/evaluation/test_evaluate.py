@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from simctg_fast.assets import bundled_model_path
 from simctg_fast.cli import app
 from simctg_fast.evaluation import writing
+from simctg_fast.evaluation.about import fingerprint
 from simctg_fast.evaluation.console import is_complete
 from simctg_fast.evaluation.console import notes as console_notes
 from simctg_fast.evaluation.evaluate import Evaluation, Options
@@ -327,14 +328,59 @@ def test_texts_that_took_no_time(seconds, loaded):
 def test_digests():
     def of(*changes):
         prompt = writing.Tokenized(Prompt("a", {"prompt": "x"}), [1, 2], None)
-        given = ["m", [prompt], 8, 0]
+        given = ["m", "f", [prompt], 8, 0, 16]
         for place, value in changes:
             given[place] = value
         return digest(*given)
 
     other = writing.Tokenized(Prompt("a", {"prompt": "x"}), [1, 3], None)
     assert of() == of()
-    assert len({of(), of((0, "n")), of((1, [other])), of((1, [])), of((2, 9)), of((3, 1))}) == 6
+    changed = [(0, "n"), (1, "g"), (2, [other]), (2, []), (3, 9), (4, 1), (5, 8)]
+    assert len({of(), *map(of, changed)}) == 8
+
+
+def test_fingerprints():
+    """The same of the same model, another for anything that may change what it writes."""
+
+    def of(change=lambda model: None, **options):
+        model = build("t5", **options)
+        change(model)
+        return fingerprint(model)
+
+    def one_weight(model):
+        with torch.no_grad():
+            model.lm_head.weight[3, 5] += 1e-6
+
+    changes = [
+        one_weight,
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.lm_head.to(torch.bfloat16),
+        lambda model: setattr(model.config, "relative_attention_max_distance", 64),
+        lambda model: setattr(model.generation_config, "repetition_penalty", 1.5),
+    ]
+    assert of() == of()
+    assert len({of(), of(seed=1), *map(of, changes)}) == 7
+
+
+@pytest.mark.parametrize("other", ["dtype", "weights", "slots"])
+def test_texts_of_two_models_in_one_folder(other, tmp_path):
+    """Of one name, and with what was written by the first."""
+    for part in (build("gpt2"), characters()):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "p.txt").write_text("two\n", "utf-8")
+    given = {
+        "model": str(tmp_path / "model"), "prompts": str(tmp_path / "p.txt"), "strategies": "greedy",
+        "max_new_tokens": 4, "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    evaluate(Request(**given))
+    kept = (tmp_path / "out" / "texts.jsonl").read_bytes()
+    evaluate(Request(**given))
+    if other == "weights":
+        build("gpt2", seed=1).save_pretrained(tmp_path / "model")
+    given |= {"dtype": {"dtype": "bfloat16"}, "slots": {"slots": 2}, "weights": {}}[other]
+    with pytest.raises(ValueError, match=r"holds texts of another evaluation .*weights, dtype"):
+        evaluate(Request(**given))
+    assert (tmp_path / "out" / "texts.jsonl").read_bytes() == kept
 
 
 def test_what_cannot_be_done_is_said(loaded):
