@@ -134,7 +134,7 @@ class Evaluation:
 
     def _run(self, setting: Setting) -> None:
         row = _row(setting.name, setting.label, {}, setting.shown)
-        row["python"] = setting.python(self.options.max_new_tokens)
+        row["python"] = setting.python(self.options.max_new_tokens, self.options.seed)
         self.rows.append(row)
         written = self.kept.get(setting.name)
         if written is None:

@@ -18,6 +18,8 @@ from .settings import Setting
 from .writing import Tokenized, Written
 
 TEXTS, FIGURES, RESULTS, REPORT = "texts.jsonl", "figures.csv", "evaluation.json", "report.html"
+PROMPTS = "prompts.jsonl"  # without the references: a file for `simctg-fast run`
+FILES = (REPORT, RESULTS, FIGURES, TEXTS, PROMPTS)
 _INSTEAD = "give another folder, or overwrite what this one holds (--overwrite)"
 
 
@@ -50,6 +52,13 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.overwrite = overwrite
 
+    def spare(self, **read: str | os.PathLike[str] | None) -> None:
+        """Raises ValueError where a file that is read is one that will be written."""
+        for name, path in read.items():
+            for target in (self.path / file for file in FILES if path is not None):
+                if target.exists() and user_path(path).exists() and target.samefile(user_path(path)):
+                    raise ValueError(f"{name} is {str(path)!r}, which would be written over; give another folder")
+
     def begin(self, run: str, prompts: Sequence[Tokenized]) -> dict[str, Written]:
         """What the folder holds of the run with this `digest`, by setting; from here on `add` goes on with it."""
         file = self.path / TEXTS
@@ -73,7 +82,7 @@ class Folder:
         file = self.path / TEXTS
         lines = file.read_bytes().splitlines() if file.exists() else []
         if not lines:
-            there = next((name for name in (FIGURES, RESULTS, REPORT) if (self.path / name).exists()), None)
+            there = next((name for name in FILES if name != TEXTS and (self.path / name).exists()), None)
             if there is not None:
                 raise ValueError(f"{str(self.path / there)!r} is there, but no texts of an evaluation; {_INSTEAD}")
             return []
@@ -106,8 +115,9 @@ class Folder:
         with (self.path / TEXTS).open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def finish(self, evaluation: Mapping[str, Any]) -> None:
-        """Figures and report, each in place of an earlier one at once."""
+    def finish(self, evaluation: Mapping[str, Any], prompts: Sequence[Tokenized]) -> None:
+        """Prompts, figures and report, each in place of an earlier one at once."""
+        self._write(PROMPTS, "".join(_line({"id": each.prompt.id, **each.prompt.content}) for each in prompts))
         self._write(RESULTS, json.dumps(evaluation, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
         self._write(FIGURES, table_csv(evaluation))
         self._write(REPORT, render(dict(evaluation)))

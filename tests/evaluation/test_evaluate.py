@@ -7,6 +7,7 @@ import csv
 import importlib
 import json
 import math
+import shlex
 import sys
 import types
 from contextlib import nullcontext
@@ -96,11 +97,11 @@ def test_figures_of_the_texts(made, loaded):
 
 
 def test_the_rows(made):
-    _, found, _ = made
+    _, found, folder = made
     assert [row["strategy"] for row in found["rows"]] == ["human", "greedy", "beam:num_beams=2", "contrastive", "fsd"]
     assert all(row["note"] == "" for row in found["rows"])
     assert "tokens_per_second" not in found["rows"][0]["figures"]
-    assert found["rows"][3]["command"].startswith("simctg-fast run bundled prompts.jsonl")
+    assert found["rows"][3]["command"].startswith(f"simctg-fast run bundled {folder}/prompts.jsonl ")
     assert list(found["metrics"])[:2] == ["tokens", "diversity"]
 
 
@@ -176,7 +177,7 @@ def test_what_is_shown(made):
 def test_the_files(made):
     _, found, folder = made
     assert sorted(path.name for path in folder.iterdir()) == [
-        "evaluation.json", "figures.csv", "report.html", "texts.jsonl",
+        "evaluation.json", "figures.csv", "prompts.jsonl", "report.html", "texts.jsonl",
     ]  # fmt: skip
     assert json.loads((folder / "evaluation.json").read_text("utf-8")) == json.loads(json.dumps(found))
     with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
@@ -247,7 +248,7 @@ def begun(path, **options):
     return folder, folder.begin("run", TWO)
 
 
-@pytest.mark.parametrize("name", ["texts.jsonl", "report.html", "evaluation.json", "figures.csv"])
+@pytest.mark.parametrize("name", ["texts.jsonl", "report.html", "evaluation.json", "figures.csv", "prompts.jsonl"])
 def test_files_of_others_are_left_alone(name, tmp_path):
     """By the names that an evaluation writes, and as they may be: of one's own, or a line of texts."""
     where = "texts.jsonl', line 1: is not what an" if name == "texts.jsonl" else f"{name}' is there, but no texts of an"
@@ -263,6 +264,67 @@ def test_files_of_others_are_left_alone(name, tmp_path):
             begun(tmp_path)
     assert begun(tmp_path, overwrite=True)[1] == {}
     assert begun(tmp_path)[1] == {}, "now it is an evaluation's"
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "texts.jsonl"])
+def test_files_that_are_read_are_not_written_over(name, tmp_path):
+    """Not even where the rest of the folder may be."""
+    file = tmp_path / name
+    file.write_text('{"id": "a", "prompt": "x"}\n', "utf-8")
+    (tmp_path / "r.jsonl").symlink_to(file)
+    for read in ({"prompts": str(file)}, {"prompts": str(tmp_path / "r.jsonl")}):
+        with pytest.raises(ValueError, match=f"prompts is '{read['prompts']}', which would be written over"):
+            evaluate(Request("bundled", **read, out=str(tmp_path), overwrite=True))
+    with pytest.raises(ValueError, match=r"references is .*, which would be written over"):
+        Folder(tmp_path).spare(prompts="-", references=str(file))
+    assert file.read_text("utf-8") == '{"id": "a", "prompt": "x"}\n'
+
+
+def same_texts(folder, monkeypatch):
+    """Of each command that the evaluation gives to copy, run as it stands: whether it writes the evaluation's texts."""
+    monkeypatch.chdir(folder.parent)
+    found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    kept = texts_of(folder)
+    same = {}
+    for row in [*found["rows"], *(found["grid"] or {"rows": []})["rows"]]:
+        if row["command"]:
+            program, *words = shlex.split(row["command"])
+            assert program == "simctg-fast"
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 0, result.output
+            out = folder.parent / "texts.jsonl"
+            records = {r["id"]: r["token_ids"] for r in map(json.loads, out.read_text("utf-8").splitlines())}
+            mine = {each["id"]: each["token_ids"] for each in kept if each["strategy"] == row["strategy"]}
+            same[row["strategy"]] = records == mine
+            for file in folder.parent.glob("texts.jsonl*"):
+                file.unlink()
+    return same
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--dtype", "bfloat16", "--device", "cpu", "--seed", "3")], ids=["default", "as asked"]
+)
+def test_commands_to_copy(options, tmp_path, monkeypatch):
+    """They run on the prompts that were evaluated, which have references, ids of both kinds and a name of their own."""
+    lines = [
+        {"id": "a", "prompt": "This module provides", "reference": " a way"},
+        {"id": 7, "prompt": "If the name"},
+        {"id": "far too long", "prompt": "word " * 600},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    given = ["eval", "bundled", "--prompts", str(tmp_path / "mine.jsonl"), "-n", "8", "-o", str(tmp_path / "out")]
+    strategies = ["-s", "nucleus,guard" if options else "nucleus,guard,beam,centered"]
+    result = CliRunner().invoke(app, [*given, *options, *strategies, "--alpha-grid", "0.3", "--k-grid", "3"])
+    assert result.exit_code == 1, "one prompt is too long"
+    assert "prompts.jsonl" in result.stdout
+    same = same_texts(tmp_path / "out", monkeypatch)
+    assert all(same.values()), same
+    assert len(same) == (3 if options else 4), "all but beam search, and the grid's"
+
+
+def test_commands_to_copy_without_a_file_of_prompts(tmp_path, monkeypatch):
+    evaluate(Request("bundled", strategies="nucleus,fsd", limit=2, max_new_tokens=8, out=str(tmp_path / "out")))
+    assert same_texts(tmp_path / "out", monkeypatch) == {"nucleus": True, "fsd": True}
 
 
 def test_the_command_leaves_files_of_others_alone(tmp_path):
