@@ -11,7 +11,7 @@ LOOP = 100 / 3  # per cent of 4-grams that were there before: to a reader the te
 SHORT = 0.75  # of the length of greedy search's texts: diversity comes easier to them
 
 
-def all_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+def all_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of the table, and behind them those of the grid."""
     return [*evaluation["rows"], *(evaluation.get("grid") or {}).get("rows", ())]
 

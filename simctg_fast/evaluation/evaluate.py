@@ -108,8 +108,9 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Everything that was found, as JSON values (`report.render` shows it); errors are part of it."""
         if any(self.references):
-            self.human = self._measure(HUMAN, self.references)
-            self.rows.append(_row(HUMAN, "people", self.human))
+            self.rows.append(_row(HUMAN, "people", {}))
+            self._fill(self.rows[-1], Written(self.references))
+            self.human = self.rows[-1]["figures"]
         for setting in self.settings:
             self._run(setting)
         grid = self._grid()
@@ -152,36 +153,44 @@ class Evaluation:
                 row["note"], row["missing"] = f"not run: {' '.join(str(error).split())}", len(self.prompts)
                 return
             self.on_written(setting, written)
-        row["figures"] = self._measure(setting.name, written.token_ids)
+        self._fill(row, written)
+
+    def _fill(self, row: dict[str, Any], written: Written) -> None:
+        row["figures"], unscored = self._measure(row["strategy"], written.token_ids)
         if written.tokens and written.seconds:
             row["figures"]["tokens_per_second"] = single(written.tokens / written.seconds)
-        row["note"], row["missing"] = self._note(written), len(written.errors)
+        row["note"], row["missing"] = self._note(written, unscored), len(written.errors) + len(unscored)
 
-    def _note(self, written: Written) -> str:
+    def _note(self, written: Written, unscored: Mapping[int, str]) -> str:
         notes = []
-        if written.errors:
-            number, message = next(iter(written.errors.items()))
-            which = self.prompts[number].prompt.id
-            notes.append(f"{len(written.errors)} of {len(self.prompts)} texts failed; {which}: {message}")
+        without = f"have no log-probability by {self.scorer.name}"
+        for what, errors in (("failed", written.errors), (without, unscored)):
+            if errors:
+                number, message = next(iter(errors.items()))
+                which = self.prompts[number].prompt.id
+                notes.append(f"{len(errors)} of {len(self.prompts)} texts {what}; {which}: {message}")
         empty = sum(ids == [] for ids in written.token_ids)
         if empty:
             notes.append(f"{empty} of {len(self.prompts)} texts are empty, without diversity and probability")
         return "; ".join(notes)
 
-    def _measure(self, name: str, token_ids: Sequence[list[int] | None]) -> dict[str, dict[str, float | None]]:
+    def _measure(
+        self, name: str, token_ids: Sequence[list[int] | None]
+    ) -> tuple[dict[str, dict[str, float | None]], dict[int, str]]:
+        """Figures; and by the prompts' numbers why texts have no log-probability."""
         self.texts[name] = list(token_ids)
         there = [number for number, ids in enumerate(token_ids) if ids is not None]
         if not there:
-            return {}
+            return {}, {}
         ids = [token_ids[number] or [] for number in there]
         prompts, before = [self.prompts[n] for n in there], [self.before[n] for n in there]
         texts = [self.continuation(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
-        log_probs = self.scorer(prompts, ids, before, texts)
+        log_probs, unscored = self.scorer(prompts, ids, before, texts)
         values = of_texts(ids, texts, log_probs)
         if self.embedder is not None:
             values["embedding_coherence"] = embedding_coherence(before, texts, self.embedder)
         found = figures(values, self.options.seed)
-        tokens = sum(len(row) for row in log_probs)
+        tokens = sum(map(len, log_probs))
         if tokens:
             mean = math.fsum(value for row in log_probs for value in row) / tokens
             found["perplexity"] = single(math.exp(min(-mean, 700.0)))
@@ -192,7 +201,7 @@ class Evaluation:
                 self.human_features = self.features(texts)
             elif self.human_features is not None:
                 found["mauve"] = single(mauve(self.human_features, self.features(texts)))
-        return found
+        return found, {there[place]: message for place, message in unscored.items()}
 
     def _metrics_by_models(self) -> tuple[Any, Callable[[Sequence[str]], Any] | None]:
         """An embedder, and what makes MAUVE's features. They are tried: what is wrong with them is said now, not when

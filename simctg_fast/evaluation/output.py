@@ -55,8 +55,10 @@ class Folder:
     def spare(self, **read: str | os.PathLike[str] | None) -> None:
         """Raises ValueError where a file that is read is one that will be written."""
         for name, path in read.items():
-            for target in (self.path / file for file in FILES if path is not None):
-                if target.exists() and user_path(path).exists() and target.samefile(user_path(path)):
+            if path is None or not user_path(path).exists():
+                continue
+            for target in (self.path / file for file in FILES):
+                if target.exists() and target.samefile(user_path(path)):
                     raise ValueError(f"{name} is {str(path)!r}, which would be written over; give another folder")
 
     def begin(self, run: str, prompts: Sequence[Tokenized]) -> dict[str, Written]:

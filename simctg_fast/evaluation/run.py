@@ -117,7 +117,7 @@ def run(
     load = partial(load_model, device=request.device, trust_remote_code=request.trust_remote_code)
     with loading:
         model, tokenizer = load(request.model, dtype=request.dtype)
-        scorer = None if request.scorer is None else Scorer(*load(request.scorer))
+        scorer = None if request.scorer is None else Scorer(*load(request.scorer), request.scorer)
         if prompts is None:
             prompts = documentation_prompts(tokenizer, request.limit or PASSAGES, request.max_new_tokens)
         evaluation = Evaluation(model, tokenizer, prompts[: request.limit], settings, options, scorer=scorer)

@@ -23,6 +23,7 @@ from simctg_fast.evaluation.about import fingerprint
 from simctg_fast.evaluation.console import is_complete
 from simctg_fast.evaluation.console import notes as console_notes
 from simctg_fast.evaluation.evaluate import Evaluation, Options
+from simctg_fast.evaluation.measure import Scorer
 from simctg_fast.evaluation.output import Folder, digest
 from simctg_fast.evaluation.prompts import Prompt
 from simctg_fast.evaluation.run import Request, run
@@ -465,10 +466,82 @@ def test_what_cannot_be_done_is_said(loaded):
         Evaluation(model, tokenizer, prompts[:1], settings, Options(6))
 
 
+class Characters:
+    """Not the writer's tokens: as many as a text has characters."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [3 + ord(character) % 64 for character in text]}
+
+
+def test_texts_that_the_scorer_cannot_take(tmp_path):
+    """They have no probability, and are named with the scorer; the others are scored as without them."""
+    lines = [
+        {"id": "short", "prompt": "two", "reference": " and"},
+        {"id": "long", "prompt": "two " * 9, "reference": "."},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    for part in (build("gpt2", n_positions=24), characters()):
+        part.save_pretrained(tmp_path / "scorer")
+    given = ["eval", "bundled", "--prompts", str(tmp_path / "p.jsonl"), "-n", "4", "-s", "greedy"]
+    scored = ["--scorer", str(tmp_path / "scorer")]
+    result = CliRunner().invoke(app, [*given, *scored, "-o", str(tmp_path / "both")])
+    assert result.exit_code == 1, result.output
+    said = " ".join(result.stderr.split())
+    for name, size in (("human", 37), ("greedy", None)):
+        note = f"note: {name}: 1 of 2 texts have no log-probability by {tmp_path}/scorer; long: it has {size or ''}"
+        assert note in said
+    assert "rows[" not in said
+    alone = CliRunner().invoke(app, [*given, *scored, "--limit", "1", "-o", str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.output
+    both, one = (json.loads((tmp_path / out / "evaluation.json").read_text("utf-8")) for out in ("both", "one"))
+    for mine, theirs in zip(both["rows"], one["rows"], strict=True):
+        for metric in ("log_prob_per_byte", "coherence", "perplexity"):
+            assert mine["figures"][metric]["mean"] == pytest.approx(theirs["figures"][metric]["mean"], rel=1e-5)
+        assert (mine["missing"], theirs["missing"]) == (1, 0)
+    assert both["rows"][1]["figures"]["tokens"]["mean"] == 4, "of both texts"
+
+
+@pytest.mark.parametrize("weights", ["nan", "impossible"])
+def test_a_scorer_without_finite_probabilities(weights, loaded):
+    scorer = build("gpt2")
+    with torch.no_grad():
+        if weights == "nan":
+            scorer.lm_head.weight.fill_(math.nan)
+        else:
+            scorer.lm_head.bias = torch.nn.Parameter(torch.full((98,), -math.inf))
+            scorer.lm_head.bias[3] = 0.0
+    prompts = [Prompt(name, {"prompt": "This module"}, " provides a way") for name in "abc"]
+    scorer = Scorer(scorer, Characters(), "theirs")
+    found = Evaluation(*loaded, prompts, parse_settings("greedy"), Options(4), scorer=scorer).run()
+    message = {"nan": "it must have a probability, but", "impossible": "it has a token of probability 0"}[weights]
+    for row in found["rows"]:
+        assert row["note"].startswith(f"3 of 3 texts have no log-probability by theirs; a: {message}")
+        assert row["missing"] == 3
+        assert not row["figures"].keys() & {"log_prob_per_byte", "coherence", "perplexity"}
+    assert found["recommended"]["strategy"] is None
+    assert json.dumps(found, allow_nan=False)
+
+
+def test_a_model_whose_own_probabilities_are_not_finite(tmp_path):
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(math.nan)
+    for part in (model, characters()):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "two", "reference": " three"}) + "\n", "utf-8")
+    found, _ = evaluate(
+        Request(str(tmp_path / "model"), str(tmp_path / "p.jsonl"), strategies="greedy", max_new_tokens=4,
+                out=str(tmp_path / "out"))
+    )  # fmt: skip
+    assert found["rows"][0]["note"].startswith("1 of 1 texts have no log-probability by the model itself; line-1: it ")
+    assert not is_complete(found)
+
+
 def test_an_empty_text_has_no_diversity(loaded):
     model, tokenizer = loaded
     evaluation = Evaluation(model, tokenizer, [Prompt("a", {"prompt": "x"}), Prompt("b", {"prompt": "y"})], [])
-    figures = evaluation._measure("greedy", [[], [5, 6, 7, 8, 9]])
+    figures, unscored = evaluation._measure("greedy", [[], [5, 6, 7, 8, 9]])
+    assert unscored == {}
     assert figures["tokens"]["mean"] == 2.5
     assert figures["diversity"] == {"mean": 100.0, "low": None, "high": None}, "of the one text that has some"
 
