@@ -15,7 +15,7 @@ from ..text.continuation import continuation_pieces, continuation_text
 from .conclude import conclusions
 from .measure import METRICS, Scorer, figures, of_texts, single
 from .prompts import Prompt
-from .recommend import Candidate, recommend
+from .recommend import Candidate, Recommendation, recommend
 from .settings import Setting
 from .states import isotropy_of_layers, similarity
 from .writing import SLOTS, Tokenized, Writer, Written, tokenize
@@ -115,7 +115,8 @@ class Evaluation:
             self._run(setting)
         grid = self._grid()
         rows = [row for row in self.rows if row["strategy"] not in self.grid_names]
-        recommended = self._recommended(rows)
+        chosen = self._recommend([row for row in rows if row["strategy"] != HUMAN])
+        best = None if chosen.best is None else chosen.best.name
         return {
             "prompts": len(self.prompts),
             "max_new_tokens": self.options.max_new_tokens,
@@ -126,8 +127,8 @@ class Evaluation:
             "similarity": self._similarity(rows),
             "isotropy": self._isotropy(),
             "grid": grid,
-            "conclusion": conclusions(rows, recommended["strategy"], recommended["reason"], grid),
-            "recommended": recommended,
+            "conclusion": conclusions(rows, best, chosen.reason, grid),
+            "recommended": {"strategy": best, "reason": chosen.reason},
             "refused": [{"id": key, "message": message} for key, message in self.refused.items()],
         }
 
@@ -277,7 +278,7 @@ class Evaluation:
         def means(metric: str) -> list[list[float | None]]:
             return [[_mean(cells[a, k], metric) for k in ks] for a in alphas]
 
-        found = recommend(_candidates([cells[a, k] for a in alphas for k in ks]), self._as_candidate())
+        found = self._recommend(list(cells.values()))
         best = next((pair for pair, row in cells.items() if found.best and row["strategy"] == found.best.name), None)
         return {
             "penalty_alpha": list(alphas),
@@ -290,13 +291,15 @@ class Evaluation:
             "rows": list(cells.values()),
         }
 
-    def _recommended(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        found = recommend(_candidates([row for row in rows if row["strategy"] != HUMAN]), self._as_candidate())
-        return {"strategy": None if found.best is None else found.best.name, "reason": found.reason}
-
-    def _as_candidate(self) -> Candidate | None:
-        found = _candidates([] if self.human is None else [_row(HUMAN, "", self.human)])
-        return found[0] if found else None
+    def _recommend(self, rows: Sequence[Mapping[str, Any]]) -> Recommendation:
+        people = [] if self.human is None else [_row(HUMAN, "", self.human)]
+        if measured := _candidates(people):
+            return recommend(_candidates(rows), measured[0])
+        if not people:
+            return recommend([], None)
+        is_short = "diversity" not in people[0]["figures"]
+        lack = "diversity: they are all shorter than 4 tokens" if is_short else "log-probability"
+        return recommend([], None, f"human continuations have no {lack}")
 
     # ---- texts ----------------------------------------------------------------------------------------------------
 

@@ -510,7 +510,7 @@ def test_a_scorer_without_finite_probabilities(weights, loaded):
         else:
             scorer.lm_head.bias = torch.nn.Parameter(torch.full((98,), -math.inf))
             scorer.lm_head.bias[3] = 0.0
-    prompts = [Prompt(name, {"prompt": "This module"}, " provides a way") for name in "abc"]
+    prompts = [Prompt(name, {"prompt": "This module"}, " is a way to read the names of files") for name in "abc"]
     scorer = Scorer(scorer, Characters(), "theirs")
     found = Evaluation(*loaded, prompts, parse_settings("greedy"), Options(4), scorer=scorer).run()
     message = {"nan": "it must have a probability, but", "impossible": "it has a token of probability 0"}[weights]
@@ -518,8 +518,25 @@ def test_a_scorer_without_finite_probabilities(weights, loaded):
         assert row["note"].startswith(f"3 of 3 texts have no log-probability by theirs; a: {message}")
         assert row["missing"] == 3
         assert not row["figures"].keys() & {"log_prob_per_byte", "coherence", "perplexity"}
-    assert found["recommended"]["strategy"] is None
+    assert found["recommended"] == {"strategy": None, "reason": "human continuations have no log-probability"}
     assert json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("reference", [" yes", None])
+def test_why_nothing_is_recommended(reference, loaded):
+    """People's row is there, but of texts too short for a diversity; or there are no people."""
+    settings = parse_settings("greedy")
+    prompts = [Prompt("a", {"prompt": "This module"}, reference)]
+    found = Evaluation(*loaded, prompts, settings, Options(4, grid=((0.5,), (3,)))).run()
+    assert [row["strategy"] for row in found["rows"]] == (["human", "greedy"] if reference else ["greedy"])
+    reason = {
+        " yes": "human continuations have no diversity: they are all shorter than 4 tokens",
+        None: "without human continuations there is no measure of it",
+    }[reference]
+    assert found["recommended"] == {"strategy": None, "reason": reason}
+    assert found["grid"]["reason"] == reason
+    assert (f"No strategy can be recommended: {reason}." in found["conclusion"]) == (reference is not None)
+    assert f"No setting of the grid can be recommended: {reason}." in found["conclusion"]
 
 
 def test_a_model_whose_own_probabilities_are_not_finite(tmp_path):
