@@ -51,6 +51,8 @@ class Options:
         require(is_integer(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "an integer of at least 1")
         require(is_integer(self.seed, 0), "seed", self.seed, "an integer of at least 0")
         require(is_integer(self.slots, 1), "slots", self.slots, "an integer of at least 1")
+        is_once = all(len(set(values)) == len(values) for values in self.grid or ())
+        require(is_once, "grid", self.grid, "values of penalty_alpha and of top_k, each once")
 
 
 class Evaluation:
@@ -331,7 +333,7 @@ def _row(name: str, label: str, found: dict[str, Any], settings: Mapping[str, An
 
 def _grid_setting(alpha: float, k: int) -> Setting:
     given = {"penalty_alpha": alpha, "top_k": k}
-    return Setting(f"grid {alpha:g} {k}", f"contrastive search, α {alpha:g}, k {k}", "contrastive", given)
+    return Setting(f"grid {alpha} {k}", f"contrastive search, α {alpha}, k {k}", "contrastive", given)
 
 
 def _grid_settings(options: Options) -> list[Setting]:

@@ -138,6 +138,19 @@ def test_the_grid_is_told(made):
     assert "--penalty-alpha 0.2 --top-k 3" in found["grid"]["rows"][0]["command"]
 
 
+def test_values_of_the_grid_that_are_nearly_the_same(loaded):
+    """Each is a setting of its own, with figures of its own; one value is not tried twice."""
+    alphas = (0.1234561, 0.1234562)
+    options = Options(4, grid=(alphas, (3,)))
+    found = Evaluation(*loaded, [Prompt("a", {"prompt": "This module"})], [], options).run()
+    assert [row["settings"]["penalty_alpha"] for row in found["grid"]["rows"]] == list(alphas)
+    assert len({row["strategy"] for row in found["grid"]["rows"]}) == 2
+    assert len({row["label"] for row in found["grid"]["rows"]}) == 2
+    for twice in (((0.5, 0.5), (3,)), ((0.5,), (3, 4, 3))):
+        with pytest.raises(ValueError, match="grid must be values of penalty_alpha and of top_k, each once"):
+            Options(grid=twice)
+
+
 def test_a_setting_of_the_grid_that_fails(tmp_path):
     """It counts as what is missing, and is named in the terminal, the table and the report."""
     given = ["eval", "bundled", "-n", "4", "--limit", "2", "-s", "greedy", "-o", str(tmp_path)]
@@ -582,6 +595,8 @@ def test_requests_that_are_refused(given, message):
     [
         ("0.5,2", "4", r"alpha_grid must be numbers in \[0, 1\], separated by commas, each once, got '2' in '0.5,2'"),
         ("0.5,,0.6", "4", "alpha_grid must be .* got ''"),
+        ("0.5,0.50", "4", "alpha_grid must be .* each once, got '0.50'"),
+        ("0.5", "4,5,04", "k_grid must be .* each once, got '04'"),
         ("0.5,0.5", "4", "alpha_grid must be .* each once, got '0.5'"),
         ("nan", "4", "alpha_grid must be"),
         ("0.5", "4,0", "k_grid must be integers of at least 1, .* got '0'"),
