@@ -375,9 +375,8 @@ def test_the_command_leaves_files_of_others_alone(tmp_path):
 def test_a_damaged_file_of_texts(number, changes, message, tmp_path):
     """It is named with the line, and left as it is."""
     folder, _ = begun(tmp_path)
-    folder.add(GREEDY, TWO, writing.Written([[5, 6], None], {1: "failed"}, 0.0004), ["text", None])
+    folder.add(GREEDY, TWO, writing.Written([[5, 6], None], {1: "failed"}, 0.5), ["text", None])
     file = tmp_path / "texts.jsonl"
-    assert begun(tmp_path)[1] == {"greedy": writing.Written([[5, 6], None], {1: "failed"}, 0.0004)}
     lines = file.read_bytes().splitlines()
     if changes is None:
         del lines[number - 1]
@@ -391,6 +390,13 @@ def test_a_damaged_file_of_texts(number, changes, message, tmp_path):
     with pytest.raises(ValueError, match=rf"texts.jsonl', {message}.*--overwrite"):
         begun(tmp_path)
     assert file.read_bytes() == content
+
+
+def test_a_folder_keeps_what_was_written(tmp_path):
+    """Errors, and times that are short, too."""
+    written = writing.Written([[5, 6], None], {1: "failed"}, 0.0004)
+    begun(tmp_path)[0].add(GREEDY, TWO, written, ["text", None])
+    assert begun(tmp_path)[1] == {"greedy": written}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.0004])
