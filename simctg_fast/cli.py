@@ -630,6 +630,7 @@ def evaluate(
     name = _the_model(model, model_option, default="bundled")
     with _progress("starting"):
         from .evaluation.console import is_complete, notes, show
+        from .evaluation.output import FILES
         from .evaluation.run import Request, run
 
         _quiet_transformers()
@@ -639,7 +640,7 @@ def evaluate(
     show(found, Console(highlight=False, markup=False))
     for note in notes(found):
         _note(f"note: {note}")
-    _say(f"{folder}: report.html, evaluation.json, figures.csv, texts.jsonl")
+    _say(f"{folder}: {', '.join(FILES)}")
     if not is_complete(found):
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -11,12 +12,28 @@ import torch
 
 from ..ops._backends import backend_info
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+
 
 def about(model: Any) -> dict[str, Any]:
     """``machine``, ``versions`` and the model's ``dtype``."""
     info = backend_info()
     versions = {name: str(info[name]) for name in ("simctg_fast", "python", "torch", "transformers")}
     return {"machine": _machine(model.device), "versions": versions, "dtype": str(model.dtype).split(".")[-1]}
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> str:
+    """Of configuration and weights, their dtypes included, and the kind of device: for models that a name does not tell
+    apart."""
+    found = hashlib.sha256(model.device.type.encode())
+    for config in (model.config, model.generation_config):
+        found.update(config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        # A sum of bits as integers: exact in any order, and done where the tensor is.
+        bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).item()
+        found.update(repr((name, tensor.dtype, tensor.shape, bits)).encode())
+    return found.hexdigest()
 
 
 def _machine(device: torch.device) -> str:

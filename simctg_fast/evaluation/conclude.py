@@ -11,14 +11,30 @@ LOOP = 100 / 3  # per cent of 4-grams that were there before: to a reader the te
 SHORT = 0.75  # of the length of greedy search's texts: diversity comes easier to them
 
 
-def conclusions(rows: Sequence[Row], recommended: str | None, reason: str) -> list[str]:
+def all_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the table, and behind them those of the grid."""
+    return [*evaluation["rows"], *(evaluation.get("grid") or {}).get("rows", ())]
+
+
+def conclusions(
+    rows: Sequence[Row], recommended: str | None, reason: str, grid: Mapping[str, Any] | None = None
+) -> list[str]:
     """Sentences about the ``rows`` of a table: who loops, who is nearest to people, at which price.
 
     Args:
         rows: of an evaluation, people's first where there are any.
         recommended: the name of a row, or None; ``reason``: as of `Recommendation`.
+        grid: as in what an evaluation found.
     """
-    return list(_sentences([row for row in rows if row["figures"]], recommended, reason))
+    found = list(_sentences([row for row in rows if row["figures"]], recommended, reason))
+    return found if grid is None else [*found, _of_the_grid(grid)]
+
+
+def _of_the_grid(grid: Mapping[str, Any]) -> str:
+    best = grid["recommended"]
+    if best is None:
+        return f"No setting of the grid can be recommended: {grid['reason']}."
+    return f"Of the grid begin with penalty_alpha {best['penalty_alpha']}, top_k {best['top_k']}: {grid['reason']}."
 
 
 def _sentences(rows: Sequence[Row], recommended: str | None, reason: str) -> Iterator[str]:

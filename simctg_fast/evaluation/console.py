@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
+from .conclude import all_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,13 +68,13 @@ def table(evaluation: Mapping[str, Any], width: int | None = None) -> Table:
 
 
 def is_complete(evaluation: Mapping[str, Any]) -> bool:
-    """Whether every prompt has a text of every strategy."""
-    return not evaluation["refused"] and not any(row["missing"] for row in evaluation["rows"])
+    """Whether every prompt has a text of every strategy, and of every setting of the grid."""
+    return not evaluation["refused"] and not any(row["missing"] for row in all_rows(evaluation))
 
 
 def notes(evaluation: Mapping[str, Any]) -> list[str]:
     """What a reader has to know beside the table, a line each; what could not be done is part of it."""
-    found = [f"{row['strategy']}: {row['note']}" for row in evaluation["rows"] if row["note"]]
+    found = [f"{row['strategy']}: {row['note']}" for row in all_rows(evaluation) if row["note"]]
     refused: Sequence[Mapping[str, Any]] = evaluation["refused"]
     found += [f"prompt {each['id']!r} cannot be continued: {each['message']}" for each in refused[:_REFUSED]]
     if len(refused) > _REFUSED:

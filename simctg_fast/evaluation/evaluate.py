@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..text.continuation import continuation_pieces, continuation_text
 from .conclude import conclusions
 from .measure import METRICS, Scorer, figures, of_texts, single
 from .prompts import Prompt
-from .recommend import Candidate, recommend
+from .recommend import Candidate, Recommendation, recommend
 from .settings import Setting
 from .states import isotropy_of_layers, similarity
 from .writing import SLOTS, Tokenized, Writer, Written, tokenize
@@ -51,6 +51,8 @@ class Options:
         require(is_integer(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "an integer of at least 1")
         require(is_integer(self.seed, 0), "seed", self.seed, "an integer of at least 0")
         require(is_integer(self.slots, 1), "slots", self.slots, "an integer of at least 1")
+        is_once = all(len(set(values)) == len(values) for values in self.grid or ())
+        require(is_once, "grid", self.grid, "values of penalty_alpha and of top_k, each once")
 
 
 class Evaluation:
@@ -108,25 +110,27 @@ class Evaluation:
     def run(self) -> dict[str, Any]:
         """Everything that was found, as JSON values (`report.render` shows it); errors are part of it."""
         if any(self.references):
-            self.human = self._measure(HUMAN, self.references)
-            self.rows.append(_row(HUMAN, "people", self.human))
+            self.rows.append(_row(HUMAN, "people", {}))
+            self._fill(self.rows[-1], Written(self.references))
+            self.human = self.rows[-1]["figures"]
         for setting in self.settings:
             self._run(setting)
         grid = self._grid()
         rows = [row for row in self.rows if row["strategy"] not in self.grid_names]
-        recommended = self._recommended(rows)
+        chosen = self._recommend([row for row in rows if row["strategy"] != HUMAN])
+        best = None if chosen.best is None else chosen.best.name
         return {
             "prompts": len(self.prompts),
             "max_new_tokens": self.options.max_new_tokens,
             "seed": self.options.seed,
-            "metrics": self._metrics(rows),
+            "metrics": self._metrics(),
             "rows": rows,
             "texts": self._shown(rows),
             "similarity": self._similarity(rows),
             "isotropy": self._isotropy(),
             "grid": grid,
-            "conclusion": conclusions(rows, recommended["strategy"], recommended["reason"]),
-            "recommended": recommended,
+            "conclusion": conclusions(rows, best, chosen.reason, grid),
+            "recommended": {"strategy": best, "reason": chosen.reason},
             "refused": [{"id": key, "message": message} for key, message in self.refused.items()],
         }
 
@@ -134,7 +138,7 @@ class Evaluation:
 
     def _run(self, setting: Setting) -> None:
         row = _row(setting.name, setting.label, {}, setting.shown)
-        row["python"] = setting.python(self.options.max_new_tokens)
+        row["python"] = setting.python(self.options.max_new_tokens, self.options.seed)
         self.rows.append(row)
         written = self.kept.get(setting.name)
         if written is None:
@@ -152,36 +156,44 @@ class Evaluation:
                 row["note"], row["missing"] = f"not run: {' '.join(str(error).split())}", len(self.prompts)
                 return
             self.on_written(setting, written)
-        row["figures"] = self._measure(setting.name, written.token_ids)
-        if written.tokens:
-            row["figures"]["tokens_per_second"] = single(written.tokens / written.seconds)
-        row["note"], row["missing"] = self._note(written), len(written.errors)
+        self._fill(row, written)
 
-    def _note(self, written: Written) -> str:
+    def _fill(self, row: dict[str, Any], written: Written) -> None:
+        row["figures"], unscored = self._measure(row["strategy"], written.token_ids)
+        if written.tokens and written.seconds:
+            row["figures"]["tokens_per_second"] = single(written.tokens / written.seconds)
+        row["note"], row["missing"] = self._note(written, unscored), len(written.errors) + len(unscored)
+
+    def _note(self, written: Written, unscored: Mapping[int, str]) -> str:
         notes = []
-        if written.errors:
-            number, message = next(iter(written.errors.items()))
-            which = self.prompts[number].prompt.id
-            notes.append(f"{len(written.errors)} of {len(self.prompts)} texts failed; {which}: {message}")
+        without = f"have no log-probability by {self.scorer.name}"
+        for what, errors in (("failed", written.errors), (without, unscored)):
+            if errors:
+                number, message = next(iter(errors.items()))
+                which = self.prompts[number].prompt.id
+                notes.append(f"{len(errors)} of {len(self.prompts)} texts {what}; {which}: {message}")
         empty = sum(ids == [] for ids in written.token_ids)
         if empty:
             notes.append(f"{empty} of {len(self.prompts)} texts are empty, without diversity and probability")
         return "; ".join(notes)
 
-    def _measure(self, name: str, token_ids: Sequence[list[int] | None]) -> dict[str, dict[str, float | None]]:
+    def _measure(
+        self, name: str, token_ids: Sequence[list[int] | None]
+    ) -> tuple[dict[str, dict[str, float | None]], dict[int, str]]:
+        """Figures; and by the prompts' numbers why texts have no log-probability."""
         self.texts[name] = list(token_ids)
         there = [number for number, ids in enumerate(token_ids) if ids is not None]
         if not there:
-            return {}
+            return {}, {}
         ids = [token_ids[number] or [] for number in there]
         prompts, before = [self.prompts[n] for n in there], [self.before[n] for n in there]
         texts = [self.continuation(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
-        log_probs = self.scorer(prompts, ids, before, texts)
+        log_probs, unscored = self.scorer(prompts, ids, before, texts)
         values = of_texts(ids, texts, log_probs)
         if self.embedder is not None:
             values["embedding_coherence"] = embedding_coherence(before, texts, self.embedder)
         found = figures(values, self.options.seed)
-        tokens = sum(len(row) for row in log_probs)
+        tokens = sum(map(len, log_probs))
         if tokens:
             mean = math.fsum(value for row in log_probs for value in row) / tokens
             found["perplexity"] = single(math.exp(min(-mean, 700.0)))
@@ -192,7 +204,7 @@ class Evaluation:
                 self.human_features = self.features(texts)
             elif self.human_features is not None:
                 found["mauve"] = single(mauve(self.human_features, self.features(texts)))
-        return found
+        return found, {there[place]: message for place, message in unscored.items()}
 
     def _metrics_by_models(self) -> tuple[Any, Callable[[Sequence[str]], Any] | None]:
         """An embedder, and what makes MAUVE's features. They are tried: what is wrong with them is said now, not when
@@ -208,8 +220,8 @@ class Evaluation:
 
     # ---- parts of what was found ----------------------------------------------------------------------------------
 
-    def _metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        present = {name for row in rows for name in row["figures"]}
+    def _metrics(self) -> dict[str, Any]:
+        present = {name for row in self.rows for name in row["figures"]}
         return {name: vars(metric) for name, metric in METRICS.items() if name in present}
 
     def _shown(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -220,14 +232,17 @@ class Evaluation:
             for row in rows:
                 ids = self.texts.get(row["strategy"], [None] * len(self.prompts))[number]
                 if ids is not None:
-                    written[row["strategy"]] = self._as_pieces(self.prompts[number], ids)
+                    written[row["strategy"]] = self._as_shown(number, ids)
             shown.append({"id": self.prompts[number].prompt.id, "prompt": self.before[number], "written": written})
         return shown
 
-    def _as_pieces(self, prompt: Tokenized, ids: list[int]) -> dict[str, Any]:
-        pieces = list(continuation_pieces(self.tokenizer, self._context(prompt), ids))
+    def _as_shown(self, number: int, ids: list[int]) -> dict[str, Any]:
         value = of_texts([ids], [""], [[]])["diversity"][0]
+        pieces = list(self._pieces(number, ids))
         return {"pieces": pieces, "repeated": repeated_tokens(ids, 4), "tokens": len(ids), "diversity": value}
+
+    def _pieces(self, number: int, ids: list[int]) -> Iterator[str]:
+        return continuation_pieces(self.tokenizer, self._context(self.prompts[number]), ids)
 
     def _similarity(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Of the first prompt that is shown."""
@@ -239,11 +254,7 @@ class Evaluation:
                     found = similarity(self.model, self.prompts[0], ids)
                 except ValueError:  # no picture of states that are none
                     return []
-                context = self._context(self.prompts[0])
-                pieces = [
-                    *continuation_pieces(self.tokenizer, [], context),
-                    *continuation_pieces(self.tokenizer, context, ids),
-                ][-len(found["cosines"]) :]
+                pieces = [*continuation_pieces(self.tokenizer, [], self.prompts[0].ids), *self._pieces(0, ids)]
                 maps.append({"strategy": row["strategy"], "text": 0, "pieces": pieces, **found})
         return maps
 
@@ -269,7 +280,7 @@ class Evaluation:
         def means(metric: str) -> list[list[float | None]]:
             return [[_mean(cells[a, k], metric) for k in ks] for a in alphas]
 
-        found = recommend(_candidates([cells[a, k] for a in alphas for k in ks]), self._as_candidate())
+        found = self._recommend(list(cells.values()))
         best = next((pair for pair, row in cells.items() if found.best and row["strategy"] == found.best.name), None)
         return {
             "penalty_alpha": list(alphas),
@@ -279,15 +290,18 @@ class Evaluation:
             "log_prob_per_byte": means("log_prob_per_byte"),
             "recommended": None if best is None else {"penalty_alpha": best[0], "top_k": best[1]},
             "reason": found.reason,
+            "rows": list(cells.values()),
         }
 
-    def _recommended(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        found = recommend(_candidates([row for row in rows if row["strategy"] != HUMAN]), self._as_candidate())
-        return {"strategy": None if found.best is None else found.best.name, "reason": found.reason}
-
-    def _as_candidate(self) -> Candidate | None:
-        found = _candidates([] if self.human is None else [_row(HUMAN, "", self.human)])
-        return found[0] if found else None
+    def _recommend(self, rows: Sequence[Mapping[str, Any]]) -> Recommendation:
+        people = [] if self.human is None else [_row(HUMAN, "", self.human)]
+        if measured := _candidates(people):
+            return recommend(_candidates(rows), measured[0])
+        if not people:
+            return recommend([], None)
+        is_short = "diversity" not in people[0]["figures"]
+        lack = "diversity: they are all shorter than 4 tokens" if is_short else "log-probability"
+        return recommend([], None, f"human continuations have no {lack}")
 
     # ---- texts ----------------------------------------------------------------------------------------------------
 
@@ -319,7 +333,7 @@ def _row(name: str, label: str, found: dict[str, Any], settings: Mapping[str, An
 
 def _grid_setting(alpha: float, k: int) -> Setting:
     given = {"penalty_alpha": alpha, "top_k": k}
-    return Setting(f"grid {alpha:g} {k}", f"contrastive search, α {alpha:g}, k {k}", "contrastive", given)
+    return Setting(f"grid {alpha} {k}", f"contrastive search, α {alpha}, k {k}", "contrastive", given)
 
 
 def _grid_settings(options: Options) -> list[Setting]:

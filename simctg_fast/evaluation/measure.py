@@ -64,23 +64,37 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model that says how probable continuations are: ``tokenizer`` None where it is the one that wrote them."""
+    """A model that says how probable continuations are: ``tokenizer`` None where it is the one that wrote them. By its
+    ``name`` people know it."""
 
     model: Any
     tokenizer: Any = None
+    name: str = "the model itself"
     batch_size: int = 8
 
     def __call__(
         self, prompts: Sequence[Tokenized], ids: Sequence[Sequence[int]], before: Sequence[str], texts: Sequence[str]
-    ) -> list[list[float]]:
+    ) -> tuple[list[list[float]], dict[int, str]]:
         """The log-probability of each token, in nats, of the continuations ``ids``, or of their ``texts`` behind the
-        prompts' texts, ``before``."""
+        prompts' texts, ``before``. Those that the model cannot score have none, and a message by their place."""
         given: list[Sequence[int]] = [prompt.given for prompt in prompts]
         if self.tokenizer is not None:
             given = [self.tokenizer(text)["input_ids"] for text in before]
             ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        found = log_probabilities(self.model, ids, given, batch_size=self.batch_size)
-        return [row.tolist() for row in found]
+        found = self._scored(ids, given)
+        messages = {place: row for place, row in enumerate(found) if isinstance(row, str)}
+        return [[] if isinstance(row, str) else row for row in found], messages
+
+    def _scored(self, ids: Sequence[Sequence[int]], given: Sequence[Sequence[int]]) -> list[list[float] | str]:
+        """Of each its log-probabilities, or why it has none: found by halves, so that the others keep their batches."""
+        try:
+            found = log_probabilities(self.model, ids, given, batch_size=self.batch_size)
+        except ValueError as error:
+            if len(ids) == 1:
+                return [str(error).replace("rows[0]", "it").replace("prompts[0]", "its prompt")]
+            half = len(ids) // 2
+            return [*self._scored(ids[:half], given[:half]), *self._scored(ids[half:], given[half:])]
+        return [row.tolist() if row.isfinite().all() else "it has a token of probability 0" for row in found]
 
 
 def of_texts(
@@ -92,8 +106,9 @@ def of_texts(
     values["rep_4"] = [100 * repetition(row, 4) if len(row) >= 4 else None for row in ids]
     sums = [math.fsum(row) for row in log_probs]
     bytes_ = [len(text.encode("utf-8", "replace")) for text in texts]
-    values["log_prob_per_byte"] = [total / n if n else None for total, n in zip(sums, bytes_, strict=True)]
-    values["coherence"] = [s / len(row) if len(row) else None for s, row in zip(sums, log_probs, strict=True)]
+    scored = list(zip(sums, log_probs, bytes_, strict=True))
+    values["log_prob_per_byte"] = [total / n if row and n else None for total, row, n in scored]
+    values["coherence"] = [total / len(row) if row else None for total, row, _ in scored]
     return values
 
 

@@ -8,19 +8,27 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..checks import user_path
+from ..checks import is_integer, is_number, user_path
+from .conclude import all_rows
 from .report import render
 from .settings import Setting
 from .writing import Tokenized, Written
 
 TEXTS, FIGURES, RESULTS, REPORT = "texts.jsonl", "figures.csv", "evaluation.json", "report.html"
+PROMPTS = "prompts.jsonl"  # without the references: a file for `simctg-fast run`
+FILES = (REPORT, RESULTS, FIGURES, TEXTS, PROMPTS)
+_INSTEAD = "give another folder, or overwrite what this one holds (--overwrite)"
 
 
-def digest(model: str, prompts: Sequence[Tokenized], max_new_tokens: int, seed: int) -> str:
-    """What texts of one folder have in common."""
-    asked = json.dumps([model, [[p.prompt.id, p.ids, p.source] for p in prompts], max_new_tokens, seed])
+def digest(
+    model: str, fingerprint: str, prompts: Sequence[Tokenized], max_new_tokens: int, seed: int, slots: int
+) -> str:
+    """What texts of one folder have in common. ``fingerprint``: of the ``model`` by this name, as it was loaded."""
+    rows = [[prompt.prompt.id, prompt.ids, prompt.source] for prompt in prompts]
+    asked = json.dumps([model, fingerprint, rows, max_new_tokens, seed, slots])
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -29,10 +37,11 @@ class Folder:
 
     Args:
         path: made where it is missing.
-        overwrite: throw away what it holds of another evaluation.
+        overwrite: throw away what it holds under the names of these files.
 
     Raises:
-        ValueError: the path is a file, or the folder holds the texts of an evaluation that cannot be read.
+        ValueError: the path is a file; from `begin`, the folder holds the texts of another evaluation, or of one that
+            cannot be read, or files by these names that are no evaluation's.
         OSError: it cannot be made.
     """
 
@@ -43,21 +52,54 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.overwrite = overwrite
 
+    def spare(self, **read: str | os.PathLike[str] | None) -> None:
+        """Raises ValueError where a file that is read is one that will be written."""
+        for name, path in read.items():
+            if path is None or not user_path(path).exists():
+                continue
+            for target in (self.path / file for file in FILES):
+                if target.exists() and target.samefile(user_path(path)):
+                    raise ValueError(f"{name} is {str(path)!r}, which would be written over; give another folder")
+
     def begin(self, run: str, prompts: Sequence[Tokenized]) -> dict[str, Written]:
         """What the folder holds of the run with this `digest`, by setting; from here on `add` goes on with it."""
         file = self.path / TEXTS
-        lines = file.read_text("utf-8").splitlines() if file.exists() and not self.overwrite else []
-        records = [record for line in lines if (record := _parsed(line)) is not None]
-        if records and records[0].get("run") != run:
-            raise ValueError(
-                f"{str(file)!r} holds texts of another evaluation (other prompts, model, length or seed); give another "
-                "folder, or overwrite it"
-            )
-        found = _complete(records, prompts)
-        # A setting that was interrupted begins again, and with it the end of the file, which may be half a line.
-        kept = [{"run": run}, *(record for record in records if record.get("strategy") in found)]
-        self._write(TEXTS, "".join(map(_line, kept)))
+        found: dict[str, Written] = {}
+        kept: list[dict[str, Any]] = []
+        if not self.overwrite:
+            records = self._records()
+            if records and records[0]["run"] != run:
+                raise ValueError(
+                    f"{str(file)!r} holds texts of another evaluation (other prompts, model, weights, dtype, device, "
+                    f"length, seed or slots); {_INSTEAD}"
+                )
+            found = _complete(records, prompts, file)
+            # A setting that was interrupted begins again, and with it the end of the file, which may be half a line.
+            kept = [record for record in records if record.get("strategy") in found]
+        self._write(TEXTS, "".join(map(_line, [{"run": run}, *kept])))
         return found
+
+    def _records(self) -> list[dict[str, Any]]:
+        """The lines of the file of texts; none where there is no evaluation yet. What is not ours is refused."""
+        file = self.path / TEXTS
+        lines = file.read_bytes().splitlines() if file.exists() else []
+        if not lines:
+            there = next((name for name in FILES if name != TEXTS and (self.path / name).exists()), None)
+            if there is not None:
+                raise ValueError(f"{str(self.path / there)!r} is there, but no texts of an evaluation; {_INSTEAD}")
+            return []
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if record is None and 1 < number == len(lines):  # which a run could not finish
+                break
+            if not (_is_record(record) if number > 1 else _is_first(record)):
+                raise ValueError(f"{str(file)!r}, line {number}: is not what an evaluation writes; {_INSTEAD}")
+            records.append(record)
+        return records
 
     def add(
         self, setting: Setting, prompts: Sequence[Tokenized], written: Written, texts: Sequence[str | None]
@@ -71,12 +113,13 @@ class Folder:
             else:
                 record |= {"text": texts[number], "token_ids": ids}
             lines.append(_line(record))
-        lines.append(_line({"strategy": setting.name, "complete": len(lines), "seconds": round(written.seconds, 3)}))
+        lines.append(_line({"strategy": setting.name, "complete": len(lines), "seconds": written.seconds}))
         with (self.path / TEXTS).open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def finish(self, evaluation: Mapping[str, Any]) -> None:
-        """Figures and report, each in place of an earlier one at once."""
+    def finish(self, evaluation: Mapping[str, Any], prompts: Sequence[Tokenized]) -> None:
+        """Prompts, figures and report, each in place of an earlier one at once."""
+        self._write(PROMPTS, "".join(_line({"id": each.prompt.id, **each.prompt.content}) for each in prompts))
         self._write(RESULTS, json.dumps(evaluation, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
         self._write(FIGURES, table_csv(evaluation))
         self._write(REPORT, render(dict(evaluation)))
@@ -89,14 +132,14 @@ class Folder:
 
 
 def table_csv(evaluation: Mapping[str, Any]) -> str:
-    """A line a strategy: its settings, then mean, low and high of each metric."""
+    """A line a strategy, then a setting of the grid: what it sets, then mean, low and high of each metric."""
     text = io.StringIO()
     metrics = list(evaluation["metrics"])
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["strategy", "settings", *(f"{m}{part}" for m in metrics for part in ("", "_low", "_high")), "note"]
     )
-    for row in evaluation["rows"]:
+    for row in all_rows(evaluation):
         found = [row["figures"].get(metric, {}) for metric in metrics]
         cells = [_cell(each.get(part)) for each in found for part in ("mean", "low", "high")]
         writer.writerow([row["strategy"], json.dumps(row["settings"]), *cells, row["note"]])
@@ -111,28 +154,37 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=True) + "\n"
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """None for a line that a run could not finish."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+def _is_first(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("run"), str)
 
 
-def _complete(records: Sequence[Mapping[str, Any]], prompts: Sequence[Tokenized]) -> dict[str, Written]:
+def _is_record(record: Any) -> bool:
+    """Whether it is a line of `Folder.add`."""
+    if not isinstance(record, dict) or not isinstance(record.get("strategy"), str):
+        return False
+    if "complete" in record:
+        return is_number(record.get("seconds"), 0)
+    if not isinstance(record.get("id"), str | int) or isinstance(record["id"], bool):
+        return False
+    ids = record.get("token_ids")
+    is_text = isinstance(ids, list) and all(is_integer(token, 0) for token in ids)
+    return is_text or (ids is None and isinstance(record.get("error"), str))
+
+
+def _complete(records: Sequence[Mapping[str, Any]], prompts: Sequence[Tokenized], file: Path) -> dict[str, Written]:
     """Of the settings that were through what they wrote, in the order of the prompts."""
     places = {prompt.prompt.id: number for number, prompt in enumerate(prompts)}
     found: dict[str, Written] = {}
-    parts: dict[str, Written] = {}
-    for record in records[1:]:
-        name = str(record.get("strategy"))
-        part = parts.setdefault(name, Written([None] * len(prompts)))
-        if "complete" in record:
-            part.seconds = float(record["seconds"])
-            found[name] = parts.pop(name)
-        elif (place := places.get(record.get("id", ""))) is not None:
-            part.token_ids[place] = record.get("token_ids")
-            if "error" in record:
-                part.errors[place] = str(record["error"])
+    parts: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for line, record in enumerate(records[1:], 2):
+        part = parts.setdefault(record["strategy"], {})
+        if "complete" not in record:
+            part[places.get(record["id"], -1)] = record
+            continue
+        if part.keys() != set(places.values()):
+            raise ValueError(f"{str(file)!r}, line {line}: is not behind all texts of its strategy; {_INSTEAD}")
+        del parts[record["strategy"]]
+        errors = {n: each["error"] for n, each in part.items() if "error" in each}
+        ids = [part[number].get("token_ids") for number in range(len(prompts))]
+        found[record["strategy"]] = Written(ids, errors, float(record["seconds"]))
     return found

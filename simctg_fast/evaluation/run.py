@@ -13,15 +13,16 @@ from typing import Any
 from ..checks import is_integer, is_number, require
 from ..loading import load_model
 from ..text.texts import short
-from .about import about
+from .about import about, fingerprint
+from .conclude import all_rows
 from .evaluate import Evaluation, Options
 from .measure import Scorer
-from .output import Folder, digest
+from .output import PROMPTS, Folder, digest
 from .prompts import documentation_prompts, read_prompts
-from .settings import NAMES_BY_DEFAULT, parse_settings
+from .settings import NAMES_BY_DEFAULT, Setting, parse_settings
 from .writing import SLOTS, Written
 
-PROMPTS = 100  # of documentation, where no file is given
+PASSAGES = 100  # of documentation, where no file is given
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Request:
         return tuple(alphas), tuple(ks)
 
     @property
+    def loading(self) -> list[str]:
+        """How the model is loaded, as options of the command line."""
+        given = {"--device": self.device, "--dtype": None if self.dtype == "auto" else self.dtype}
+        words = [word for option, value in given.items() if value is not None for word in (option, value)]
+        return [*words, *["--trust-remote-code"] * self.trust_remote_code]
+
+    @property
     def folder(self) -> str:
         """Where it goes: by default beside where the command runs, by the last part of the model's name."""
         return self.out or f"eval-{Path(self.model).name or 'model'}"
@@ -105,15 +113,17 @@ def run(
     )
     prompts = None if request.prompts is None else read_prompts(request.prompts, request.references)
     folder = Folder(request.folder, overwrite=request.overwrite)
+    folder.spare(prompts=request.prompts, references=request.references)
     load = partial(load_model, device=request.device, trust_remote_code=request.trust_remote_code)
     with loading:
         model, tokenizer = load(request.model, dtype=request.dtype)
-        scorer = None if request.scorer is None else Scorer(*load(request.scorer))
+        scorer = None if request.scorer is None else Scorer(*load(request.scorer), request.scorer)
         if prompts is None:
-            prompts = documentation_prompts(tokenizer, request.limit or PROMPTS, request.max_new_tokens)
+            prompts = documentation_prompts(tokenizer, request.limit or PASSAGES, request.max_new_tokens)
         evaluation = Evaluation(model, tokenizer, prompts[: request.limit], settings, options, scorer=scorer)
         ready = evaluation.prompts
-        evaluation.kept = folder.begin(digest(request.model, ready, options.max_new_tokens, options.seed), ready)
+        asked = digest(request.model, fingerprint(model), ready, options.max_new_tokens, options.seed, options.slots)
+        evaluation.kept = folder.begin(asked, ready)
 
     def keep(setting: Any, written: Written) -> None:
         texts = [
@@ -134,10 +144,18 @@ def run(
         **about(model),
         **found,
     }
-    commands = {setting.name: setting.command(request.model, request.max_new_tokens) for setting in settings}
-    for row in found["rows"]:
+    to_copy = partial(
+        Setting.command,
+        model=request.model,
+        max_new_tokens=request.max_new_tokens,
+        seed=request.seed,
+        prompts=str(folder.path / PROMPTS),
+        loading=request.loading,
+    )
+    commands = {setting.name: to_copy(setting) for setting in evaluation.settings}
+    for row in all_rows(found):
         row["command"] = commands.get(row["strategy"], "")
-    folder.finish(found)
+    folder.finish(found, ready)
     return found, folder.path
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from ..checks import require
 from ..engine.parameters import NAMES, run_defaults
+from ..strategy_names import RANDOM
 from ..text.texts import short
 
 # By the name of the evaluation: what it is called, the engine's strategy, and what is set for it beside the defaults.
@@ -84,17 +86,42 @@ class Setting:
         values = {name: getattr(parameters, name) for name in names}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-    def command(self, model: str, max_new_tokens: int) -> str:
-        """``simctg-fast run`` with it; empty where it has none."""
+    @property
+    def draws(self) -> bool:
+        return self.strategy in RANDOM and run_defaults(self.strategy, self.given)[self.strategy].temperature != 0
+
+    def seed(self, seed: int) -> int:
+        """Of the engine, where the evaluation's is ``seed``: two ways of sampling would draw the same numbers."""
+        return (zlib.crc32(self.name.encode()) + seed) % 2**63
+
+    def command(
+        self,
+        model: str,
+        max_new_tokens: int,
+        *,
+        seed: int = 0,
+        prompts: str = "prompts.jsonl",
+        loading: Sequence[str] = (),
+    ) -> str:
+        """``simctg-fast run`` that writes the same; empty where there is none.
+
+        Args:
+            seed: of the evaluation.
+            prompts: a file of them, by the ids of the evaluation.
+            loading: options of how the model is loaded.
+        """
         if self.is_beam:
             return ""
-        words = ["simctg-fast", "run", model, "prompts.jsonl", "-o", "texts.jsonl", "--strategy", self.strategy]
+        words = ["simctg-fast", "run", model, prompts, "-o", "texts.jsonl", "--strategy", self.strategy]
         for name, value in self.shown.items():
             words += _option(name, value)
-        return shlex.join([*words, "--max-new-tokens", str(max_new_tokens)])
+        words += ["--max-new-tokens", str(max_new_tokens)]
+        words += ["--seed", str(self.seed(seed))] if self.draws else []
+        return shlex.join([*words, *loading])
 
-    def python(self, max_new_tokens: int) -> str:
-        """``model.generate`` with it; empty where its settings are the engine's alone."""
+    def python(self, max_new_tokens: int, seed: int = 0) -> str:
+        """``model.generate`` with it; empty where its settings are the engine's alone. Draws are others than the
+        engine's, but the same each time."""
         shown = self.shown
         if self.strategy == "guard" and shown["temperature"] not in (0, 1):
             return ""
@@ -116,7 +143,8 @@ class Setting:
             arguments.append(f"logits_processor=[DRYLogitsProcessor({', '.join(inner)})]")
         if self.strategy not in _SEARCHES:
             arguments += [f"{key}={_literal(v)}" for key, v in shown.items() if not key.startswith(_DRY)]
-        return f"model.generate(**inputs, {', '.join(arguments)})"
+        begin = f"torch.manual_seed({self.seed(seed)})\n" if self.draws else ""
+        return f"{begin}model.generate(**inputs, {', '.join(arguments)})"
 
 
 def parse_settings(names: str, contrastive: Mapping[str, Any] = MappingProxyType({})) -> list[Setting]:

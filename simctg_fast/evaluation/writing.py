@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +95,7 @@ class Writer:
                 tokenizer,
                 strategy=setting.strategy,
                 slots=slots,
-                seed=_seed(setting, seed),
+                seed=setting.seed(seed),
                 max_new_tokens=max_new_tokens,
                 **setting.given,
             )
@@ -116,8 +115,8 @@ class Writer:
 
     def _by_the_engine(self, prompts: Sequence[Tokenized], new: int, on_text: Callable[[], None]) -> Written:
         written = Written([None] * len(prompts))
-        # An encoder-decoder takes the tokens of its source by this key as well.
-        requests = [{"id": n, "prompt": each.given, "max_new_tokens": new} for n, each in enumerate(prompts)]
+        # An encoder-decoder takes the tokens of its source by this key as well. What is drawn depends on the id.
+        requests = [{"id": each.prompt.id, "prompt": each.given, "max_new_tokens": new} for each in prompts]
         for result in self.engine.generate(requests):
             if result.error is None:
                 written.token_ids[result.index] = _without_end(result.token_ids, self.ends)
@@ -142,11 +141,6 @@ class Writer:
                 written.token_ids[index] = _without_end(tokens, self.ends)
                 on_text()
         return written
-
-
-def _seed(setting: Setting, seed: int) -> int:
-    """Another for each setting: two ways of sampling would draw the same numbers."""
-    return (zlib.crc32(setting.name.encode()) + seed) % 2**63
 
 
 def _ends(model: Any) -> frozenset[int]:

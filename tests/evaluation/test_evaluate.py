@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import json
 import math
+import shlex
 import sys
 import types
 from contextlib import nullcontext
@@ -17,9 +19,11 @@ from typer.testing import CliRunner
 from simctg_fast.assets import bundled_model_path
 from simctg_fast.cli import app
 from simctg_fast.evaluation import writing
+from simctg_fast.evaluation.about import fingerprint
 from simctg_fast.evaluation.console import is_complete
 from simctg_fast.evaluation.console import notes as console_notes
 from simctg_fast.evaluation.evaluate import Evaluation, Options
+from simctg_fast.evaluation.measure import Scorer
 from simctg_fast.evaluation.output import Folder, digest
 from simctg_fast.evaluation.prompts import Prompt
 from simctg_fast.evaluation.run import Request, run
@@ -94,11 +98,11 @@ def test_figures_of_the_texts(made, loaded):
 
 
 def test_the_rows(made):
-    _, found, _ = made
+    _, found, folder = made
     assert [row["strategy"] for row in found["rows"]] == ["human", "greedy", "beam:num_beams=2", "contrastive", "fsd"]
     assert all(row["note"] == "" for row in found["rows"])
     assert "tokens_per_second" not in found["rows"][0]["figures"]
-    assert found["rows"][3]["command"].startswith("simctg-fast run bundled prompts.jsonl")
+    assert found["rows"][3]["command"].startswith(f"simctg-fast run bundled {folder}/prompts.jsonl ")
     assert list(found["metrics"])[:2] == ["tokens", "diversity"]
 
 
@@ -116,6 +120,51 @@ def test_the_grid(made):
     assert grid["coherence"][1][0] == pytest.approx(figures["coherence"]["mean"])
     assert grid["diversity"][0][0] < grid["diversity"][1][0]
     assert grid["recommended"] in ({"penalty_alpha": 0.6, "top_k": 3}, {"penalty_alpha": 0.2, "top_k": 3})
+
+
+def test_the_grid_is_told(made):
+    """In words, and with all figures of each setting in the table of figures, but not among the strategies."""
+    _, found, folder = made
+    best = found["grid"]["recommended"]
+    chosen = f"penalty_alpha {best['penalty_alpha']}, top_k {best['top_k']}"
+    assert found["conclusion"][-1] == f"Of the grid begin with {chosen}: {found['grid']['reason']}."
+    with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["strategy"] for row in rows[5:]] == ["grid 0.2 3", "grid 0.6 3"]
+    for alpha, row in enumerate(rows[5:]):
+        assert json.loads(row["settings"])["top_k"] == 3
+        assert float(row["diversity"]) == pytest.approx(found["grid"]["diversity"][alpha][0], rel=1e-5)
+        assert float(row["tokens_per_second"]) > 0
+    assert "--penalty-alpha 0.2 --top-k 3" in found["grid"]["rows"][0]["command"]
+
+
+def test_values_of_the_grid_that_are_nearly_the_same(loaded):
+    """Each is a setting of its own, with figures of its own; one value is not tried twice."""
+    alphas = (0.1234561, 0.1234562)
+    options = Options(4, grid=(alphas, (3,)))
+    found = Evaluation(*loaded, [Prompt("a", {"prompt": "This module"})], [], options).run()
+    assert [row["settings"]["penalty_alpha"] for row in found["grid"]["rows"]] == list(alphas)
+    assert len({row["strategy"] for row in found["grid"]["rows"]}) == 2
+    assert len({row["label"] for row in found["grid"]["rows"]}) == 2
+    for twice in (((0.5, 0.5), (3,)), ((0.5,), (3, 4, 3))):
+        with pytest.raises(ValueError, match="grid must be values of penalty_alpha and of top_k, each once"):
+            Options(grid=twice)
+
+
+def test_a_setting_of_the_grid_that_fails(tmp_path):
+    """It counts as what is missing, and is named in the terminal, the table and the report."""
+    given = ["eval", "bundled", "-n", "4", "--limit", "2", "-s", "greedy", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, [*given, "--alpha-grid", "0.2", "--k-grid", "3,9999"])
+    assert result.exit_code == 1, result.output
+    note = "not run: top_k must be at most the vocabulary size 3072"
+    assert f"note: grid 0.2 9999: {note}" in " ".join(result.stderr.split())
+    assert "Of the grid begin with penalty_alpha 0.2, top_k 3: " in result.stdout
+    for file in ("figures.csv", "report.html"):
+        assert note in (tmp_path / file).read_text("utf-8")
+    alone = CliRunner().invoke(app, [*given, "--overwrite", "--alpha-grid", "0.2", "--k-grid", "9999"])
+    assert alone.exit_code == 1, alone.output
+    said = " ".join(alone.stdout.split())
+    assert "No setting of the grid can be recommended: none has texts that can be measured: human texts" in said
 
 
 def test_what_is_shown(made):
@@ -142,7 +191,7 @@ def test_what_is_shown(made):
 def test_the_files(made):
     _, found, folder = made
     assert sorted(path.name for path in folder.iterdir()) == [
-        "evaluation.json", "figures.csv", "report.html", "texts.jsonl",
+        "evaluation.json", "figures.csv", "prompts.jsonl", "report.html", "texts.jsonl",
     ]  # fmt: skip
     assert json.loads((folder / "evaluation.json").read_text("utf-8")) == json.loads(json.dumps(found))
     with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
@@ -186,7 +235,8 @@ def test_an_interrupted_run_goes_on(loaded, tmp_path, monkeypatch):
     for before, after in zip(whole["rows"], found["rows"], strict=True):
         for figures in (before["figures"], after["figures"]):
             figures.pop("tokens_per_second", None)
-        assert before == after
+        assert after["command"] == before["command"].replace("/whole/", "/parts/")
+        assert before == after | {"command": before["command"]}
     lines = [json.loads(line) for line in texts.read_text("utf-8").splitlines()]
     assert sum("complete" in line for line in lines) == 3
 
@@ -204,17 +254,216 @@ def test_another_evaluations_folder(tmp_path):
         Folder(tmp_path / "file")
 
 
+TWO = [writing.Tokenized(Prompt(name, {"prompt": "x"}), [7], None) for name in ("a", 2)]
+GREEDY = parse_settings("greedy")[0]
+
+
+def begun(path, **options):
+    folder = Folder(path, **options)
+    return folder, folder.begin("run", TWO)
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "report.html", "evaluation.json", "figures.csv", "prompts.jsonl"])
+def test_files_of_others_are_left_alone(name, tmp_path):
+    """By the names that an evaluation writes, and as they may be: of one's own, or a line of texts."""
+    where = "texts.jsonl', line 1: is not what an" if name == "texts.jsonl" else f"{name}' is there, but no texts of an"
+    for content in ("# my own\n", '{"text": "mine"}\n', "[]\n", "\xff\n", "null\nmore\n", "[" * 9999):
+        (tmp_path / name).write_text(content, "latin-1")
+        with pytest.raises(ValueError, match=rf"{where} evaluation.*--overwrite"):
+            begun(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_text("latin-1") == content
+    (tmp_path / "texts.jsonl").write_text("")
+    if name != "texts.jsonl":
+        with pytest.raises(ValueError, match="is there, but"):
+            begun(tmp_path)
+    assert begun(tmp_path, overwrite=True)[1] == {}
+    assert begun(tmp_path)[1] == {}, "now it is an evaluation's"
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "texts.jsonl"])
+def test_files_that_are_read_are_not_written_over(name, tmp_path):
+    """Not even where the rest of the folder may be."""
+    file = tmp_path / name
+    file.write_text('{"id": "a", "prompt": "x"}\n', "utf-8")
+    (tmp_path / "r.jsonl").symlink_to(file)
+    for read in ({"prompts": str(file)}, {"prompts": str(tmp_path / "r.jsonl")}):
+        with pytest.raises(ValueError, match=f"prompts is '{read['prompts']}', which would be written over"):
+            evaluate(Request("bundled", **read, out=str(tmp_path), overwrite=True))
+    with pytest.raises(ValueError, match=r"references is .*, which would be written over"):
+        Folder(tmp_path).spare(prompts="-", references=str(file))
+    assert file.read_text("utf-8") == '{"id": "a", "prompt": "x"}\n'
+
+
+def same_texts(folder, monkeypatch):
+    """Of each command that the evaluation gives to copy, run as it stands: whether it writes the evaluation's texts."""
+    monkeypatch.chdir(folder.parent)
+    found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    kept = texts_of(folder)
+    same = {}
+    for row in [*found["rows"], *(found["grid"] or {"rows": []})["rows"]]:
+        if row["command"]:
+            program, *words = shlex.split(row["command"])
+            assert program == "simctg-fast"
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 0, result.output
+            out = folder.parent / "texts.jsonl"
+            records = {r["id"]: r["token_ids"] for r in map(json.loads, out.read_text("utf-8").splitlines())}
+            mine = {each["id"]: each["token_ids"] for each in kept if each["strategy"] == row["strategy"]}
+            same[row["strategy"]] = records == mine
+            for file in folder.parent.glob("texts.jsonl*"):
+                file.unlink()
+    return same
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--dtype", "bfloat16", "--device", "cpu", "--seed", "3")], ids=["default", "as asked"]
+)
+def test_commands_to_copy(options, tmp_path, monkeypatch):
+    """They run on the prompts that were evaluated, which have references, ids of both kinds and a name of their own."""
+    lines = [
+        {"id": "a", "prompt": "This module provides", "reference": " a way"},
+        {"id": 7, "prompt": "If the name"},
+        {"id": "far too long", "prompt": "word " * 600},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    given = ["eval", "bundled", "--prompts", str(tmp_path / "mine.jsonl"), "-n", "8", "-o", str(tmp_path / "out")]
+    strategies = ["-s", "nucleus,guard" if options else "nucleus,guard,beam,centered"]
+    result = CliRunner().invoke(app, [*given, *options, *strategies, "--alpha-grid", "0.3", "--k-grid", "3"])
+    assert result.exit_code == 1, "one prompt is too long"
+    assert "prompts.jsonl" in result.stdout
+    same = same_texts(tmp_path / "out", monkeypatch)
+    assert all(same.values()), same
+    assert len(same) == (3 if options else 4), "all but beam search, and the grid's"
+
+
+def test_commands_to_copy_without_a_file_of_prompts(tmp_path, monkeypatch):
+    evaluate(Request("bundled", strategies="nucleus,fsd", limit=2, max_new_tokens=8, out=str(tmp_path / "out")))
+    assert same_texts(tmp_path / "out", monkeypatch) == {"nucleus": True, "fsd": True}
+
+
+def test_the_command_leaves_files_of_others_alone(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("# my own\n")
+    given = ["eval", "bundled", "-n", "4", "--limit", "2", "-s", "greedy", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert "line 1: is not what an evaluation writes" in " ".join(result.stderr.split())
+    assert (tmp_path / "texts.jsonl").read_text() == "# my own\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "message"),
+    [
+        (4, {"seconds": ...}, "line 4: is not what"),
+        (4, {"seconds": "1"}, "line 4: is not what"),
+        (4, {"seconds": -1}, "line 4: is not what"),
+        (4, {"seconds": math.inf}, "line 4: is not what"),
+        (4, {"strategy": ...}, "line 4: is not what"),
+        (2, {"id": ["x"]}, "line 2: is not what"),
+        (2, {"id": None}, "line 2: is not what"),
+        (2, {"token_ids": ...}, "line 2: is not what"),
+        (2, {"token_ids": "x"}, "line 2: is not what"),
+        (2, {"token_ids": [1, "x"]}, "line 2: is not what"),
+        (3, {"error": 3}, "line 3: is not what"),
+        (3, {"id": "another"}, "line 4: is not behind all texts"),
+        (3, None, "line 3: is not behind all texts"),
+        (2, b"\xff\xfe", "line 2: is not what"),
+        (2, b"{", "line 2: is not what"),
+        (1, {"run": ["x"]}, "line 1: is not what"),
+    ],
+)
+def test_a_damaged_file_of_texts(number, changes, message, tmp_path):
+    """It is named with the line, and left as it is."""
+    folder, _ = begun(tmp_path)
+    folder.add(GREEDY, TWO, writing.Written([[5, 6], None], {1: "failed"}, 0.5), ["text", None])
+    file = tmp_path / "texts.jsonl"
+    lines = file.read_bytes().splitlines()
+    if changes is None:
+        del lines[number - 1]
+    elif isinstance(changes, bytes):
+        lines[number - 1] = changes
+    else:
+        record = {key: value for key, value in (json.loads(lines[number - 1]) | changes).items() if value is not ...}
+        lines[number - 1] = json.dumps(record).encode()
+    content = b"\n".join([*lines, b"{"])  # and half a line, as where a run was killed
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"texts.jsonl', {message}.*--overwrite"):
+        begun(tmp_path)
+    assert file.read_bytes() == content
+
+
+def test_a_folder_keeps_what_was_written(tmp_path):
+    """Errors, and times that are short, too."""
+    written = writing.Written([[5, 6], None], {1: "failed"}, 0.0004)
+    begun(tmp_path)[0].add(GREEDY, TWO, written, ["text", None])
+    assert begun(tmp_path)[1] == {"greedy": written}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.0004])
+def test_texts_that_took_no_time(seconds, loaded):
+    """As a clock may say."""
+    kept = {"greedy": writing.Written([[5, 6, 7]], {}, seconds)}
+    prompts = [Prompt("a", {"prompt": "This module"})]
+    figures = Evaluation(*loaded, prompts, [GREEDY], Options(4), kept=kept).run()["rows"][0]["figures"]
+    assert figures.get("tokens_per_second", {}).get("mean") == (3 / seconds if seconds else None)
+
+
 def test_digests():
     def of(*changes):
         prompt = writing.Tokenized(Prompt("a", {"prompt": "x"}), [1, 2], None)
-        given = ["m", [prompt], 8, 0]
+        given = ["m", "f", [prompt], 8, 0, 16]
         for place, value in changes:
             given[place] = value
         return digest(*given)
 
     other = writing.Tokenized(Prompt("a", {"prompt": "x"}), [1, 3], None)
     assert of() == of()
-    assert len({of(), of((0, "n")), of((1, [other])), of((1, [])), of((2, 9)), of((3, 1))}) == 6
+    changed = [(0, "n"), (1, "g"), (2, [other]), (2, []), (3, 9), (4, 1), (5, 8)]
+    assert len({of(), *map(of, changed)}) == 8
+
+
+def test_fingerprints():
+    """The same of the same model, another for anything that may change what it writes."""
+
+    def of(change=lambda model: None, **options):
+        model = build("t5", **options)
+        change(model)
+        return fingerprint(model)
+
+    def one_weight(model):
+        with torch.no_grad():
+            model.lm_head.weight[3, 5] += 1e-6
+
+    changes = [
+        one_weight,
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.lm_head.to(torch.bfloat16),
+        lambda model: setattr(model.config, "relative_attention_max_distance", 64),
+        lambda model: setattr(model.generation_config, "repetition_penalty", 1.5),
+    ]
+    assert of() == of()
+    assert len({of(), of(seed=1), *map(of, changes)}) == 7
+
+
+@pytest.mark.parametrize("other", ["dtype", "weights", "slots"])
+def test_texts_of_two_models_in_one_folder(other, tmp_path):
+    """Of one name, and with what was written by the first."""
+    for part in (build("gpt2"), characters()):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "p.txt").write_text("two\n", "utf-8")
+    given = {
+        "model": str(tmp_path / "model"), "prompts": str(tmp_path / "p.txt"), "strategies": "greedy",
+        "max_new_tokens": 4, "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    evaluate(Request(**given))
+    kept = (tmp_path / "out" / "texts.jsonl").read_bytes()
+    evaluate(Request(**given))
+    if other == "weights":
+        build("gpt2", seed=1).save_pretrained(tmp_path / "model")
+    given |= {"dtype": {"dtype": "bfloat16"}, "slots": {"slots": 2}, "weights": {}}[other]
+    with pytest.raises(ValueError, match=r"holds texts of another evaluation .*weights, dtype"):
+        evaluate(Request(**given))
+    assert (tmp_path / "out" / "texts.jsonl").read_bytes() == kept
 
 
 def test_what_cannot_be_done_is_said(loaded):
@@ -237,10 +486,99 @@ def test_what_cannot_be_done_is_said(loaded):
         Evaluation(model, tokenizer, prompts[:1], settings, Options(6))
 
 
+class Characters:
+    """Not the writer's tokens: as many as a text has characters."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [3 + ord(character) % 64 for character in text]}
+
+
+def test_texts_that_the_scorer_cannot_take(tmp_path):
+    """They have no probability, and are named with the scorer; the others are scored as without them."""
+    lines = [
+        {"id": "short", "prompt": "two", "reference": " and"},
+        {"id": "long", "prompt": "two " * 9, "reference": "."},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    for part in (build("gpt2", n_positions=24), characters()):
+        part.save_pretrained(tmp_path / "scorer")
+    given = ["eval", "bundled", "--prompts", str(tmp_path / "p.jsonl"), "-n", "4", "-s", "greedy"]
+    scored = ["--scorer", str(tmp_path / "scorer")]
+    result = CliRunner().invoke(app, [*given, *scored, "-o", str(tmp_path / "both")])
+    assert result.exit_code == 1, result.output
+    said = " ".join(result.stderr.split())
+    for name, size in (("human", 37), ("greedy", None)):
+        note = f"note: {name}: 1 of 2 texts have no log-probability by {tmp_path}/scorer; long: it has {size or ''}"
+        assert note in said
+    assert "rows[" not in said
+    alone = CliRunner().invoke(app, [*given, *scored, "--limit", "1", "-o", str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.output
+    both, one = (json.loads((tmp_path / out / "evaluation.json").read_text("utf-8")) for out in ("both", "one"))
+    for mine, theirs in zip(both["rows"], one["rows"], strict=True):
+        for metric in ("log_prob_per_byte", "coherence", "perplexity"):
+            assert mine["figures"][metric]["mean"] == pytest.approx(theirs["figures"][metric]["mean"], rel=1e-5)
+        assert (mine["missing"], theirs["missing"]) == (1, 0)
+    assert both["rows"][1]["figures"]["tokens"]["mean"] == 4, "of both texts"
+
+
+@pytest.mark.parametrize("weights", ["nan", "impossible"])
+def test_a_scorer_without_finite_probabilities(weights, loaded):
+    scorer = build("gpt2")
+    with torch.no_grad():
+        if weights == "nan":
+            scorer.lm_head.weight.fill_(math.nan)
+        else:
+            scorer.lm_head.bias = torch.nn.Parameter(torch.full((98,), -math.inf))
+            scorer.lm_head.bias[3] = 0.0
+    prompts = [Prompt(name, {"prompt": "This module"}, " is a way to read the names of files") for name in "abc"]
+    scorer = Scorer(scorer, Characters(), "theirs")
+    found = Evaluation(*loaded, prompts, parse_settings("greedy"), Options(4), scorer=scorer).run()
+    message = {"nan": "it must have a probability, but", "impossible": "it has a token of probability 0"}[weights]
+    for row in found["rows"]:
+        assert row["note"].startswith(f"3 of 3 texts have no log-probability by theirs; a: {message}")
+        assert row["missing"] == 3
+        assert not row["figures"].keys() & {"log_prob_per_byte", "coherence", "perplexity"}
+    assert found["recommended"] == {"strategy": None, "reason": "human continuations have no log-probability"}
+    assert json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("reference", [" yes", None])
+def test_why_nothing_is_recommended(reference, loaded):
+    """People's row is there, but of texts too short for a diversity; or there are no people."""
+    settings = parse_settings("greedy")
+    prompts = [Prompt("a", {"prompt": "This module"}, reference)]
+    found = Evaluation(*loaded, prompts, settings, Options(4, grid=((0.5,), (3,)))).run()
+    assert [row["strategy"] for row in found["rows"]] == (["human", "greedy"] if reference else ["greedy"])
+    reason = {
+        " yes": "human continuations have no diversity: they are all shorter than 4 tokens",
+        None: "without human continuations there is no measure of it",
+    }[reference]
+    assert found["recommended"] == {"strategy": None, "reason": reason}
+    assert found["grid"]["reason"] == reason
+    assert (f"No strategy can be recommended: {reason}." in found["conclusion"]) == (reference is not None)
+    assert f"No setting of the grid can be recommended: {reason}." in found["conclusion"]
+
+
+def test_a_model_whose_own_probabilities_are_not_finite(tmp_path):
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(math.nan)
+    for part in (model, characters()):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "two", "reference": " three"}) + "\n", "utf-8")
+    found, _ = evaluate(
+        Request(str(tmp_path / "model"), str(tmp_path / "p.jsonl"), strategies="greedy", max_new_tokens=4,
+                out=str(tmp_path / "out"))
+    )  # fmt: skip
+    assert found["rows"][0]["note"].startswith("1 of 1 texts have no log-probability by the model itself; line-1: it ")
+    assert not is_complete(found)
+
+
 def test_an_empty_text_has_no_diversity(loaded):
     model, tokenizer = loaded
     evaluation = Evaluation(model, tokenizer, [Prompt("a", {"prompt": "x"}), Prompt("b", {"prompt": "y"})], [])
-    figures = evaluation._measure("greedy", [[], [5, 6, 7, 8, 9]])
+    figures, unscored = evaluation._measure("greedy", [[], [5, 6, 7, 8, 9]])
+    assert unscored == {}
     assert figures["tokens"]["mean"] == 2.5
     assert figures["diversity"] == {"mean": 100.0, "low": None, "high": None}, "of the one text that has some"
 
@@ -264,6 +602,8 @@ def test_requests_that_are_refused(given, message):
     [
         ("0.5,2", "4", r"alpha_grid must be numbers in \[0, 1\], separated by commas, each once, got '2' in '0.5,2'"),
         ("0.5,,0.6", "4", "alpha_grid must be .* got ''"),
+        ("0.5,0.50", "4", "alpha_grid must be .* each once, got '0.50'"),
+        ("0.5", "4,5,04", "k_grid must be .* each once, got '04'"),
         ("0.5,0.5", "4", "alpha_grid must be .* each once, got '0.5'"),
         ("nan", "4", "alpha_grid must be"),
         ("0.5", "4,0", "k_grid must be integers of at least 1, .* got '0'"),
@@ -275,17 +615,50 @@ def test_grids_that_are_refused(alphas, ks, message):
         _ = Request("bundled", alpha_grid=alphas, k_grid=ks).grid
 
 
-def test_an_encoder_decoder(tmp_path):
-    """Sources in, answers out: its decoder's states, its own probabilities."""
-    model, tokenizer = build("t5"), characters()
-    prompts = [Prompt("a", {"source": "one two three"}, "three two"), Prompt("b", {"prompt": "two"}, "two")]
-    found = Evaluation(
-        model, tokenizer, prompts, parse_settings("greedy,beam:num_beams=2,contrastive"), Options(6)
-    ).run()
-    rows = {row["strategy"]: row for row in found["rows"]}
+TEMPLATE = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "read"),
+    [
+        ("t5", [{"source": "one two three"}, {"prompt": "two"}], 1),  # the decoder's start
+        ("bart", [{"source": "one two three"}, {"prompt": "two"}], 1),
+        ("gpt2", [{"messages": [{"role": "user", "content": "hi"}]}, {"prompt": "two"}], 4),
+        ("t5", [{"messages": [{"role": "user", "content": "hi"}]}, {"source": "two"}], 1),
+    ],
+)
+def test_what_a_continuation_is_a_text_of_its_own_behind(name, lines, read, tmp_path):
+    """Sources and chats, whose answers do not go on with the prompt's text, from the file to the report."""
+    tokenizer = copy.deepcopy(characters())
+    tokenizer.chat_template = TEMPLATE
+    for part in (build(name), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    lines = [line | {"reference": "three two"} for line in lines]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    request = Request(
+        str(tmp_path / "model"), str(tmp_path / "p.jsonl"), strategies="greedy,beam:num_beams=2,contrastive",
+        max_new_tokens=6, out=str(tmp_path / "out"),
+    )  # fmt: skip
+    found, folder = evaluate(request)
     assert [row["note"] for row in found["rows"]] == [""] * 4
-    assert rows["human"]["figures"]["coherence"]["mean"] < 0
-    assert found["similarity"][1]["prompt_tokens"] == 1, "the decoder's start"
+    assert found["rows"][0]["figures"]["coherence"]["mean"] < 0
+    kept = {(record["strategy"], record["id"]): record for record in texts_of(folder)}
+    for each in found["similarity"]:
+        assert each["prompt_tokens"] == read
+        written = each["pieces"][read:]
+        if each["strategy"] == "human":
+            assert "".join(written) == "three two"[:6]
+        else:
+            assert "".join(written) == kept[each["strategy"], "line-1"]["text"]
+        assert len(each["cosines"]) == len(each["pieces"])
+    if name == "gpt2":
+        assert found["similarity"][0]["pieces"][:read] == ["", "h", "i", ":"], "a special token has no text"
+    assert [len(text["written"]) for text in found["texts"]] == [4, 4]
+    assert json.loads((folder / "evaluation.json").read_text("utf-8")) == json.loads(json.dumps(found))
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count('<figure class="map"') == len(found["similarity"]) == 4
+    with (folder / "figures.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["strategy"] for row in csv.DictReader(file)] == [row["strategy"] for row in found["rows"]]
 
 
 def test_the_command(tmp_path):

@@ -146,9 +146,11 @@ def grid_section(evaluation: dict[str, Any]) -> str:
         f'<caption id="grid-caption">Diversity{f" ({unit})" if unit else ""}, then coherence</caption>'
         f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
+    failed = (f"{isolated(row['label'])}: {escaped(row['note'])}" for row in grid.get("rows", ()) if row["note"])
+    notes = "".join(f'<p class="facts">{note}</p>' for note in failed)
     return (
-        f"{said}{reason}<p>The penalty α holds similarity against a token, k is the number of candidates. More of "
-        "either brings diversity up and, past some point, coherence down.</p>"
+        f"{said}{reason}{notes}<p>The penalty α holds similarity against a token, k is the number of candidates. "
+        "More of either brings diversity up and, past some point, coherence down.</p>"
         f'<div class="beside">{_scatter(grid, chosen, evaluation["rows"], digits)}{table}</div>'
     )
 
