@@ -15,11 +15,9 @@ from ..repository import WITH_TESTS
 
 pytest.importorskip("triton")
 
-FAST = (
-    "captured-llama generated-t5 generated-bloom",
-    "engine-gpt2 texts crf losses",
-)
+FAST = ("captured-llama generated-t5 engine-gpt2 losses",)
 FULL = (
+    "generated-bloom texts crf",
     "captured-gpt2 captured-mistral captured-gemma2 generated-bart generated-uncached",
     "engine-t5 engine-static engine-greedy engine-sample engine-stochastic",
 )

@@ -361,7 +361,9 @@ def test_a_pipe_by_name_into_a_file_that_goes_on(server, model, tmp_path):
         assert "read twice" in server.stderr
 
 
-@pytest.mark.parametrize("closed", [">&- 2>&- <&-", ">/dev/full", "2>/dev/full --log-json"])
+@pytest.mark.parametrize(
+    "closed", [">&- 2>&- <&-", pytest.param(">/dev/full", marks=pytest.mark.full), "2>/dev/full --log-json"]
+)
 def test_every_answer_is_written_whatever_the_streams_are(model, tmp_path, closed):
     """And nothing else is: a file that is opened does not get the number of a stream, with its text in it."""
     source = write_lines(tmp_path / "in.jsonl", [*lines(12), "{bad"])
