@@ -30,8 +30,9 @@ def fingerprint(model: Any) -> str:
     for config in (model.config, model.generation_config):
         found.update(config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
-        # A sum of bits as integers: exact in any order, and done where the tensor is.
-        bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).item()
+        # A sum of bits as integers: exact in any order, and done where the tensor is. Quantized weights have none.
+        integers = _INTEGERS.get(tensor.element_size()) if type(tensor) is torch.Tensor else None
+        bits = 0 if integers is None else tensor.reshape(-1).view(integers).sum(dtype=torch.int64).item()
         found.update(repr((name, tensor.dtype, tensor.shape, bits)).encode())
     return found.hexdigest()
 
