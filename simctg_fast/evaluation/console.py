@@ -17,7 +17,7 @@ _ORDER = (
     *("diversity", "tokens", "log_prob_per_byte", "tokens_per_second", "published_diversity", "mauve"),
     *("embedding_coherence", "rep_4", "coherence", "perplexity"),
 )
-_GAP = 2
+_GAP, _EDGES = 3, 2  # blanks between columns, and beside the first and the last
 _WIDE = 400  # of a file or a pipe
 _REFUSED = 8  # prompts that are named
 
@@ -47,7 +47,7 @@ def table(evaluation: Mapping[str, Any], width: int | None = None) -> Table:
     from rich.text import Text
 
     names = ["strategy", *(printable(row["strategy"]) for row in evaluation["rows"])]
-    room = None if width is None else width - max(map(len, names))
+    room = None if width is None else width - _EDGES - max(map(len, names))
     columns = {}
     for name in sorted(evaluation["metrics"], key=_ORDER.index):
         metric = evaluation["metrics"][name]

@@ -35,7 +35,7 @@ STRATEGIES = "greedy,nucleus,contrastive,fsd,guard,dry"
 
 # A text whose rep-4 is above this has seen a third of its four-token sequences before: to a reader it loops.
 LOOP = 1 / 3
-FEWEST = 4  # tokens of a text that has a rep-4, and a diversity
+FEWEST = 8  # tokens of a text whose rep-4 and diversity say anything: one of 4 has a single 4-gram
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,14 @@ class Folder:
                 if target.exists() and target.samefile(user_path(path)):
                     raise ValueError(f"{name} is {str(path)!r}, which would be written over; give another folder")
 
-    def begin(self, run: str, prompts: Sequence[Tokenized]) -> dict[str, Written]:
-        """What the folder holds of the run with this `digest`, by setting; from here on `add` goes on with it."""
+    def begin(self, run: str, prompts: Sequence[Tokenized], vocabulary: int) -> dict[str, Written]:
+        """What the folder holds of the run with this `digest`, by setting; from here on `add` goes on with it. The
+        model knows ``vocabulary`` tokens."""
         file = self.path / TEXTS
         found: dict[str, Written] = {}
         kept: list[dict[str, Any]] = []
         if not self.overwrite:
-            records = self._records()
+            records = self._records(vocabulary)
             if records and records[0]["run"] != run:
                 raise ValueError(
                     f"{str(file)!r} holds texts of another evaluation (other prompts, model, weights, dtype, device, "
@@ -79,7 +80,7 @@ class Folder:
         self._write(TEXTS, "".join(map(_line, [{"run": run}, *kept])))
         return found
 
-    def _records(self) -> list[dict[str, Any]]:
+    def _records(self, vocabulary: int) -> list[dict[str, Any]]:
         """The lines of the file of texts; none where there is no evaluation yet. What is not ours is refused."""
         file = self.path / TEXTS
         lines = file.read_bytes().splitlines() if file.exists() else []
@@ -96,7 +97,7 @@ class Folder:
                 record = None
             if record is None and 1 < number == len(lines):  # which a run could not finish
                 break
-            if not (_is_record(record) if number > 1 else _is_first(record)):
+            if not (_is_record(record, vocabulary) if number > 1 else _is_first(record)):
                 raise ValueError(f"{str(file)!r}, line {number}: is not what an evaluation writes; {_INSTEAD}")
             records.append(record)
         return records
@@ -158,7 +159,7 @@ def _is_first(record: Any) -> bool:
     return isinstance(record, dict) and isinstance(record.get("run"), str)
 
 
-def _is_record(record: Any) -> bool:
+def _is_record(record: Any, vocabulary: int) -> bool:
     """Whether it is a line of `Folder.add`."""
     if not isinstance(record, dict) or not isinstance(record.get("strategy"), str):
         return False
@@ -167,7 +168,7 @@ def _is_record(record: Any) -> bool:
     if not isinstance(record.get("id"), str | int) or isinstance(record["id"], bool):
         return False
     ids = record.get("token_ids")
-    is_text = isinstance(ids, list) and all(is_integer(token, 0) for token in ids)
+    is_text = isinstance(ids, list) and all(is_integer(token, 0, vocabulary - 1) for token in ids)
     return is_text or (ids is None and isinstance(record.get("error"), str))
 
 

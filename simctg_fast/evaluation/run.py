@@ -123,7 +123,7 @@ def run(
         evaluation = Evaluation(model, tokenizer, prompts[: request.limit], settings, options, scorer=scorer)
         ready = evaluation.prompts
         asked = digest(request.model, fingerprint(model), ready, options.max_new_tokens, options.seed, options.slots)
-        evaluation.kept = folder.begin(asked, ready)
+        evaluation.kept = folder.begin(asked, ready, model.get_input_embeddings().num_embeddings)
 
     def keep(setting: Any, written: Written) -> None:
         texts = [

@@ -103,16 +103,17 @@ class Setting:
         prompts: str = "prompts.jsonl",
         loading: Sequence[str] = (),
     ) -> str:
-        """``simctg-fast run`` that writes the same; empty where there is none.
+        """``simctg-fast run`` that writes the same, into a file of the setting's name; empty where there is none.
 
         Args:
             seed: of the evaluation.
             prompts: a file of them, by the ids of the evaluation.
             loading: options of how the model is loaded.
         """
-        if self.is_beam:
+        if self.is_beam or [] in self.shown.values():  # an option cannot be given no value
             return ""
-        words = ["simctg-fast", "run", model, prompts, "-o", "texts.jsonl", "--strategy", self.strategy]
+        out = re.sub(r"[^\w.=-]+", "-", self.name).strip("-") + ".jsonl"
+        words = ["simctg-fast", "run", model, prompts, "-o", out, "--strategy", self.strategy]
         for name, value in self.shown.items():
             words += _option(name, value)
         words += ["--max-new-tokens", str(max_new_tokens)]

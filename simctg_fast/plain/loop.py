@@ -352,7 +352,7 @@ def _check_own_settings(strategy: Any, values: dict[str, Any]) -> None:
         if values.get(name) is not None:
             raise ValueError(
                 f"{name}={values[name]!r:.80} is not used by strategy={strategy!r:.80}: its settings are "
-                "those of the object, as FSD(k=...)"
+                f"those of the object, {type(as_search(strategy)).__name__}(...)"
             )
 
 

@@ -131,7 +131,7 @@ class ContrastiveGenerator:
                 if value != default:
                     raise ValueError(
                         f"{name}={value} is of contrastive search, got strategy={strategy!r:.80}, whose settings are "
-                        "those of the object, as FSD(k=...)"
+                        f"those of the object, {type(as_search(strategy)).__name__}(...)"
                     )
             search = copy.copy(as_search(strategy))
         if seed is not None and not search.is_random:

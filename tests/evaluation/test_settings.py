@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -74,20 +75,27 @@ def test_the_command_to_copy(name, loaded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with open("prompts.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"id": n, "prompt": prompt}) + "\n" for n, prompt in enumerate(PROMPTS))
-    import shlex
-
     program, *words = shlex.split(setting.command(str(bundled_model_path()), NEW))
     assert program == "simctg-fast"
     result = CliRunner().invoke(app, [*words, "--slots", "2"])
     assert result.exit_code == 0, result.output
-    with open("texts.jsonl", encoding="utf-8") as file:
+    with open(words[words.index("-o") + 1], encoding="utf-8") as file:
         records = sorted(map(json.loads, file), key=lambda record: record["id"])
     assert ("--seed" in words) == (name in DRAWN)
     assert [record["token_ids"] for record in records] == written(loaded, setting)
 
 
-def test_beam_search_has_no_command():
-    assert parse_settings("beam")[0].command("m", 8) == ""
+def test_commands_write_into_files_of_their_own():
+    settings = parse_settings(",".join(SAMPLES))
+    files = [shlex.split(s.command("m", 8))[5] for s in settings if s.command("m", 8)]
+    assert len(set(files)) == len(files)
+    assert all(re.fullmatch(r"[\w.=-]+\.jsonl", name) for name in files)
+
+
+@pytest.mark.parametrize("name", ["beam", "dry:dry_sequence_breakers=[]"])
+def test_what_has_no_command(name):
+    """Beam search is not the engine's, and an option cannot be given no value."""
+    assert parse_settings(name)[0].command("m", 8) == ""
 
 
 def test_draws_differ_between_settings(loaded):

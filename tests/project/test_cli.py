@@ -265,10 +265,10 @@ class TestDemo:
             (
                 [],
                 [7] * 3,
-                "No loops by nucleus sampling (rep-4 0.00); greedy search wrote fewer than 4 tokens in 1 of 1 texts "
-                "and contrastive search wrote fewer than 4 tokens in 1 of 1 texts, too few to tell.",
+                "No loops by nucleus sampling (rep-4 0.00); greedy search wrote fewer than 8 tokens in 1 of 1 texts "
+                "and contrastive search wrote fewer than 8 tokens in 1 of 1 texts, too few to tell.",
             ),
-            ([7] * 4, list(range(40)), "No loops by greedy search (rep-4 0.00), nucleus sampling"),
+            ([*range(8)], list(range(40)), "No loops by greedy search (rep-4 0.00), nucleus sampling"),
         ],
     )
     def test_the_verdict_follows_the_figures(self, greedy, contrastive, start) -> None:
@@ -279,11 +279,11 @@ class TestDemo:
         assert (brief.repetition, brief.diversity, brief.loops) == (None, None, False)
         found = demo.verdict([Comparison("a", (brief,)), Comparison("b", (looping,))])
         assert found == (
-            "Greedy search loops in 1 of 2 texts (rep-4 0.97); greedy search wrote fewer than 4 tokens in 1 of 2 texts"
+            "Greedy search loops in 1 of 2 texts (rep-4 0.97); greedy search wrote fewer than 8 tokens in 1 of 2 texts"
             ", too few to tell."
         )
         nothing = demo.verdict([Comparison("a", (continuation("greedy", []),))])
-        assert nothing == "Greedy search wrote fewer than 4 tokens in 1 of 1 texts, too few to tell."
+        assert nothing == "Greedy search wrote fewer than 8 tokens in 1 of 1 texts, too few to tell."
 
     @pytest.mark.parametrize("terminal", [True, False])
     def test_a_text_without_tokens_is_shown_without_figures(self, terminal) -> None:
