@@ -238,7 +238,7 @@ OTHERS = {
 
 class TestOtherLosses:
     @pytest.mark.parametrize("kind", OTHERS)
-    @pytest.mark.parametrize("name", ["gpt2", "t5"])
+    @pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.full)])
     @pytest.mark.parametrize(("rows", "steps"), [(2, 4), pytest.param(3, 3, marks=pytest.mark.full)])
     def test_accumulation_equals_one_big_batch(self, name, kind, rows, steps, tmp_path):
         trainer = SimCTGTrainer(
