@@ -104,9 +104,9 @@ def typical_p(logits: Tensor, share: float) -> Tensor:
     """What ``TypicalLogitsWarper`` leaves: the tokens that hold the share and whose surprise is nearest to the mean."""
     left = torch.full_like(logits, float("-inf"))
     log_probs = logits.log_softmax(dim=-1)
-    distances = log_probs.exp().mul_(log_probs).nansum(dim=-1, keepdim=True).sub(log_probs).abs_()
-    for row, distance in enumerate(distances):
-        probs = log_probs[row].exp()
+    every = log_probs.exp()
+    distances = (every * log_probs).nansum(dim=-1, keepdim=True).sub(log_probs).abs_()
+    for row, (probs, distance) in enumerate(zip(every, distances, strict=True)):
         tokens = _likely(probs, 1.0 - share)  # hold the share, so that whatever is further away than all of them goes
         if not len(tokens):
             continue  # NaN

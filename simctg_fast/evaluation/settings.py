@@ -110,11 +110,12 @@ class Setting:
             prompts: a file of them, by the ids of the evaluation.
             loading: options of how the model is loaded.
         """
-        if self.is_beam or [] in self.shown.values():  # an option cannot be given no value
+        shown = self.shown
+        if self.is_beam or [] in shown.values():  # an option cannot be given no value
             return ""
         out = re.sub(r"[^\w.=-]+", "-", self.name).strip("-") + ".jsonl"
         words = ["simctg-fast", "run", model, prompts, "-o", out, "--strategy", self.strategy]
-        for name, value in self.shown.items():
+        for name, value in shown.items():
             words += _option(name, value)
         words += ["--max-new-tokens", str(max_new_tokens)]
         words += ["--seed", str(self.seed(seed))] if self.draws else []

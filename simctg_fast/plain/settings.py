@@ -61,7 +61,8 @@ def make_config(generation_config: GenerationConfig | None, prompt: Tensor, valu
         raise TypeError(f"generate() got {', '.join(sorted(unknown))}, which GenerationConfig does not have")
     bounded = config.max_length is not None
     config.update(**config._get_default_generation_params(), defaults_only=True)
-    config.top_k = config.top_k if top_k is None else top_k
+    if top_k is not None:
+        config.top_k = top_k
     check_settings(vars(config), sampled=bool(config.do_sample))
     for name, (what, harmless) in _REFUSED.items():
         value = getattr(config, name, None)
